@@ -1117,13 +1117,14 @@ class RequestParser:
     and limits on bytes are judged by position.  Between requests it holds what feed() gave it, unread.
     """
 
-    __slots__ = ("_buffer", "_done", "_fields", "_line", "_line_at", "_memo", "_scanned", "_skipped")
+    __slots__ = ("_buffer", "_deaf", "_done", "_fields", "_line", "_line_at", "_memo", "_scanned", "_skipped")
 
     def __init__(self, memo: dict[bytes, Request] | None = None) -> None:
         # The connection
         self._memo = {} if memo is None else memo
         self._buffer = bytearray()  # unread bytes; the head being read stands at its front
-        self._done = False  # a fault, or a request that ends the connection: nothing more is read
+        self._done = False  # after a fault or the last request: nothing more is parsed
+        self._deaf = False  # and, but for an upgrade, nothing more is kept
         # The head
         self._start_head()
 
@@ -1141,7 +1142,8 @@ class RequestParser:
 
     def feed(self, data: bytes) -> None:
         """Take bytes off the wire."""
-        self._buffer += data
+        if not self._deaf:
+            self._buffer += data
 
     def take_rest(self) -> bytes:
         """Hand over the unread bytes, such as frames that came right behind an upgrade."""
@@ -1160,12 +1162,16 @@ class RequestParser:
         try:
             request = self._advance()
         except HTTPError:
-            self._done = True
-            self._buffer.clear()
+            self._end(deaf=True)
             raise
-        if request is not None:
-            self._done = not request.keep_alive
+        if request is not None and not request.keep_alive:
+            self._end(deaf=not request.wants_upgrade)
         return request
+
+    def _end(self, *, deaf: bool) -> None:
+        self._done, self._deaf = True, deaf
+        if deaf:
+            self._buffer.clear()
 
     def _advance(self) -> Request | None:
         buffer = self._buffer
