@@ -8,7 +8,7 @@ import { chain, join, latest } from "./history.js";
 import { NONE, clock, count, known, number, percent, phrase, quantity, share, spoken, timeOfDay } from "./format.js";
 import { ENDED, Run, errorText, phaseView } from "./run.js";
 import { StreamPanel } from "./stream.js";
-import { EventLog, GPUTable, MetricsTable, ServerTable, WorkersTable, gpuHeader, present } from "./tables.js";
+import { EventLog, GPUTable, MEASURES, MetricsTable, ServerTable, WorkersTable, gpuHeader, present } from "./tables.js";
 
 const FIGURES_EVERY_MS = 250;
 const CHARTS_EVERY_MS = 1000;
@@ -141,7 +141,7 @@ const load = new Panel({
 const PALETTE = ["--d1", "--d4", "--d5", "--d3", "--d2", "--d6", "--d7", "--d8"];
 
 function gpuPanel() {
-  let measure = "Power Usage";
+  let [measure] = MEASURES;
   const select = picker("GPU measure", [], (value) => {
     measure = value;
     want();
@@ -167,8 +167,7 @@ function gpuPanel() {
   panel.indexed = () => {
     const measures = new Set();
     for (const [tag, { group, header }] of Object.entries(history.index)) if (group === "telemetry") measures.add(gpuHeader(header, tag).measure);
-    const first = ["Power Usage", "Utilization", "Memory Used"];
-    const place = (name) => (first.includes(name) ? first.indexOf(name) : first.length);
+    const place = (name) => (MEASURES.includes(name) ? MEASURES.indexOf(name) : MEASURES.length);
     const sorted = [...measures].sort((a, b) => place(a) - place(b) || a.localeCompare(b));
     select.hidden = !sorted.length;
     if (sorted.length && !measures.has(measure)) [measure] = sorted;
@@ -315,6 +314,7 @@ class Card {
   show(shown, kind, now) {
     shown.forEach(({ text, unit }, at) => {
       setText(this.values[at], text);
+      setAttribute(this.values[at], "data-none", text === NONE ? "" : null);
       // A unit that the next figure repeats stands once.
       setText(this.units[at], text === NONE || unit === shown[at + 1]?.unit ? "" : unit);
     });
@@ -508,6 +508,7 @@ function notice() {
     return run.status ? ["bad", `Connection to the server lost at ${timeOfDay(run.line.lostAt)}. What you see is from then; trying again.`]
       : ["bad", "No answer from the server; trying again."];
   }
+  if (state === "waiting" && !hasProgress()) return ["", source?.address ? `Nothing heard yet from ${source.address}; below is how to start AIPerf for it.` : "Nothing heard yet."];
   if (state === "failed") return ["bad", `Failed: ${error ? errorText(error) : "the benchmark ended before it sent a request."}`];
   if (stale && running()) return ["warn", `Nothing heard for ${spoken(source?.last_message_age_sec)}: the benchmark was killed, or the network between it and this server is gone.`];
   if (state === "cancelled") return ["warn", `Cancelled${error ? `: ${errorText(error)}` : ""}. ${run.final ? "Final results cover what was completed." : "The results cover what was completed."}`];

@@ -246,7 +246,7 @@ export class Run {
       for (const what of ["progress", "info", "index", "history"]) this.due.add(what);
       if (before) this.soon();
       this.onEvent({ key: `state ${status.started_ns} ${status.state}`, at: this.busNow(), kind: status.state === "failed" ? "error" : "state",
-        what: "state", text: status.error ? `${status.state}: ${errorText(status.error)}` : status.state });
+        what: "state", text: (status.error ? `${status.state}: ${errorText(status.error)}` : status.state) + (before ? "" : ", as this page was opened") });
     }
     if (before && before.stale !== status.stale && status.stale) {
       this.onEvent({ at: this.busNow(), kind: "error", what: "stale", text: "Nothing heard for 10 s." });

@@ -36,7 +36,7 @@ export class StreamPanel {
     this.list = h("div", { class: "types" });
     this.addTypes(["*", ...TYPES]);
     this.messages = h("div", { class: "messages", tabindex: "0", role: "log", "aria-live": "off", "aria-label": "Messages" });
-    this.tally = h("span", { class: "muted" }, "No type chosen.");
+    this.tally = h("span", { class: "muted" });
     this.pauseButton = h("button", { class: "button", type: "button", "aria-pressed": "false" }, "Pause");
     this.pauseButton.addEventListener("click", () => this.pause(!this.paused));
     const clear = h("button", { class: "button", type: "button" }, "Clear");
@@ -47,6 +47,7 @@ export class StreamPanel {
       h("fieldset", {}, h("legend", {}, "Message types"), this.list),
       h("div", { class: "right" }, h("div", { class: "tools" }, this.pauseButton, clear, this.tally), this.messages, this.websocat, this.curl)));
     this.lines();
+    this.tell();
   }
 
   addTypes(types) {

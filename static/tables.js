@@ -151,6 +151,9 @@ export function gpuHeader(header, tag) {
 /** The present value of a telemetry row. */
 export const present = (row) => row.current ?? row.avg;
 
+/** The measures people look for first, in that order. */
+export const MEASURES = ["Power Usage", "Utilization", "Memory Used", "Temperature", "SM Utilization", "Memory Utilization"];
+
 /** GPUs, one row each, one column per measure, as they come. */
 export class GPUTable {
   constructor(pane, { empty }) {
@@ -186,7 +189,8 @@ export class GPUTable {
       gpus.get(key).values.set(measure, present(row));
       measures.set(measure, { name: measure, unit: row.unit });
     }
-    this.build([...measures.values()].sort((a, b) => collator.compare(a.name, b.name)));
+    const place = ({ name }) => (MEASURES.includes(name) ? MEASURES.indexOf(name) : MEASURES.length);
+    this.build([...measures.values()].sort((a, b) => place(a) - place(b) || collator.compare(a.name, b.name)));
     this.table.show([...gpus.values()]);
     return gpus.size;
   }
