@@ -308,7 +308,7 @@ def _load_with_orjson(data: bytes) -> JSONValue:
 
 
 def _dump_with_json(value: JSONValue, pretty: bool) -> bytes:
-    """What `orjson.dumps` does, with the standard library alone, and what it refuses: huge integers, lone surrogates."""
+    """What `orjson.dumps` does with the standard library alone, and what it refuses: huge integers, lone surrogates."""
     separators = (",", ": ") if pretty else (",", ":")
     indent = 2 if pretty else None
     try:
@@ -321,7 +321,7 @@ def _dump_with_json(value: JSONValue, pretty: bool) -> bytes:
 
 def _dump_with_orjson(value: JSONValue, pretty: bool) -> bytes:
     try:
-        return orjson.dumps(value, option=_ORJSON_PRETTY if pretty else _ORJSON_COMPACT)
+        return orjson.dumps(value, option=orjson.OPT_NON_STR_KEYS | (orjson.OPT_INDENT_2 if pretty else 0))
     except TypeError:  # integers beyond 64 bits, lone surrogates, nesting over 254: json knows how
         return _dump_with_json(value, pretty)
 
@@ -339,12 +339,8 @@ def _clean(value: JSONValue) -> JSONValue:
     return value
 
 
-if orjson is not None:
-    _ORJSON_COMPACT = orjson.OPT_NON_STR_KEYS
-    _ORJSON_PRETTY = orjson.OPT_NON_STR_KEYS | orjson.OPT_INDENT_2
-    _load, _dump = _load_with_orjson, _dump_with_orjson
-else:
-    _load, _dump = _load_with_json, _dump_with_json
+_load = _load_with_json if orjson is None else _load_with_orjson
+_dump = _dump_with_json if orjson is None else _dump_with_orjson
 
 
 def json_load(data: bytes) -> JSONValue:
@@ -382,12 +378,11 @@ _CREDENTIAL_KEY = re.compile(  # of a key in snake_case: api_key, x_api_key, hf_
 )
 _HEADERS_KEY = re.compile(r"(?:.*_)?headers")
 _CAMEL_HUMP = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
-# Ends of such keys, lower-cased: a payload with none of them, and without an escape that could hide one, needs no parsing.
-_CREDENTIAL_HINTS = tuple(
-    hint.encode() + b'"'
-    for hint in ("key", "keys", "authorization", "auth", "bearer", "token", "password", "passwd", "cookie", "secret")
-    + ("secrets", "credential", "credentials", "headers")
-) + (b"bearer ", b"\\u00")
+# Ends of such keys, lower-cased: a payload with none of them, nor an escape that could hide one, needs no parsing.
+_CREDENTIAL_ENDS = (
+    "key keys authorization auth bearer token password passwd cookie secret secrets credential credentials headers"
+)
+_CREDENTIAL_HINTS = (*(end.encode() + b'"' for end in _CREDENTIAL_ENDS.split()), b"bearer ", b"\\u00")
 _URL_USERINFO = re.compile(r'(://)[^/\s"@]+@')  # RFC 3986 section 3.2.1
 _BEARER_VALUE = re.compile(r"(bearer +)[\w.~+/=-]+", re.IGNORECASE)  # RFC 6750 section 2.1
 
@@ -472,7 +467,7 @@ def _scrub_strings(value: JSONValue, secrets: Sequence[str]) -> JSONValue:
 
 
 def secret_forms(secrets: Iterable[str]) -> tuple[str, ...]:
-    """The literals to look for: a secret as it is, and what stands behind its scheme (`Bearer sk-...`), longest first."""
+    """The literals to look for: a secret as it is, and what stands behind its scheme (`Bearer x`), longest first."""
     forms = {form for secret in secrets for form in (secret, secret.rpartition(" ")[2])}
     return tuple(
         sorted((form for form in forms if len(form) >= _SECRET_LENGTH_MIN), key=lambda form: (-len(form), form))
@@ -504,6 +499,19 @@ def scrub_json(payload: bytes, secrets: Sequence[str] = (), found: set[str] | No
     except (JSONError, RecursionError):
         return payload
     return payload if clean == value else json_bytes(clean)
+
+
+# What must not be logged: the token in a query (its name may be percent-encoded), in a header, in a subprotocol
+_SECRET_IN_TEXT = re.compile(
+    r"([?&](?:t|%74)(?:o|%6f)(?:k|%6b)(?:e|%65)(?:n|%6e)=|aiperf\.token\.|bearer +)[^\s&]+", re.IGNORECASE
+)
+
+
+def printable(text: str | bytes, limit: int = LOG_QUOTE_CHARS_MAX) -> str:
+    """A peer's string for a log line: one line of ASCII, at most `limit` characters and "...", tokens as `***`."""
+    raw = text.decode("latin-1") if isinstance(text, bytes) else text
+    shown = _SECRET_IN_TEXT.sub(r"\1***", raw[: 4 * limit]).encode("unicode_escape").decode("ascii")
+    return shown if len(shown) <= limit and len(raw) <= 4 * limit else shown[:limit] + "..."
 
 
 # == 4 == WebSocket codec ==============================================================================================
@@ -885,10 +893,6 @@ _QVALUE = re.compile(r"0(?:\.[0-9]{0,3})?|1(?:\.0{0,3})?")
 _ENTITY_TAG = re.compile(r'(?:W/)?("[\x21\x23-\x7e\x80-\xff]*")')
 # RFC 6455 4.1: base64 of 16 bytes; its last digit holds 2 bits of data and 4 zeros
 _WEBSOCKET_KEY = re.compile(r"[A-Za-z0-9+/]{21}[AQgw]==")
-# What must not be logged: the token in a query (its name may be percent-encoded), in a header, in a subprotocol
-_SECRET_IN_TEXT = re.compile(
-    r"([?&](?:t|%74)(?:o|%6f)(?:k|%6b)(?:e|%65)(?:n|%6e)=|aiperf\.token\.|bearer +)[^\s&]+", re.IGNORECASE
-)
 
 # Headers of which a second one is a fault: "last wins" in one program and "first wins" in another is how they disagree.
 # A second of any other header is joined to the first with ", " (RFC 9110 5.3).
@@ -905,13 +909,13 @@ _SINGLE_HEADERS = frozenset(
     )
 )
 
-_REASONS = {
+_REASONS: Mapping[int, str] = MappingProxyType({
     101: "Switching Protocols", 200: "OK", 204: "No Content", 304: "Not Modified", 400: "Bad Request",
     401: "Unauthorized", 403: "Forbidden", 404: "Not Found", 405: "Method Not Allowed", 408: "Request Timeout",
     413: "Content Too Large", 414: "URI Too Long", 417: "Expectation Failed", 421: "Misdirected Request",
     426: "Upgrade Required", 429: "Too Many Requests", 431: "Request Header Fields Too Large", 500: "Internal Server Error",
     501: "Not Implemented", 503: "Service Unavailable", 505: "HTTP Version Not Supported",
-}  # fmt: skip
+})  # fmt: skip
 
 # For pages: everything from here and nothing inline, so that a metric's name can never become a script.
 _PAGE_POLICY = (
@@ -922,13 +926,6 @@ _PAGE_HEADERS = (
     ("Content-Security-Policy", _PAGE_POLICY),
     ("Referrer-Policy", "no-referrer"),  # the address may hold ?token=
 )
-
-
-def printable(text: str | bytes, limit: int = LOG_QUOTE_CHARS_MAX) -> str:
-    """A peer's string for a log line: one line of ASCII, at most `limit` characters and "...", tokens as `***`."""
-    raw = text.decode("latin-1") if isinstance(text, bytes) else text
-    shown = _SECRET_IN_TEXT.sub(r"\1***", raw[: 4 * limit]).encode("unicode_escape").decode("ascii")
-    return shown if len(shown) <= limit and len(raw) <= 4 * limit else shown[:limit] + "..."
 
 
 # -- Reading requests
@@ -1120,13 +1117,14 @@ class RequestParser:
     and limits on bytes are judged by position.  Between requests it holds what feed() gave it, unread.
     """
 
-    __slots__ = ("_buffer", "_done", "_fields", "_line", "_line_at", "_memo", "_scanned", "_skipped")
+    __slots__ = ("_buffer", "_deaf", "_done", "_fields", "_line", "_line_at", "_memo", "_scanned", "_skipped")
 
     def __init__(self, memo: dict[bytes, Request] | None = None) -> None:
         # The connection
         self._memo = {} if memo is None else memo
         self._buffer = bytearray()  # unread bytes; the head being read stands at its front
-        self._done = False  # a fault, or a request that ends the connection: nothing more is read
+        self._done = False  # after a fault or the last request: nothing more is parsed
+        self._deaf = False  # and, but for an upgrade, nothing more is kept
         # The head
         self._start_head()
 
@@ -1144,7 +1142,8 @@ class RequestParser:
 
     def feed(self, data: bytes) -> None:
         """Take bytes off the wire."""
-        self._buffer += data
+        if not self._deaf:
+            self._buffer += data
 
     def take_rest(self) -> bytes:
         """Hand over the unread bytes, such as frames that came right behind an upgrade."""
@@ -1163,12 +1162,16 @@ class RequestParser:
         try:
             request = self._advance()
         except HTTPError:
-            self._done = True
-            self._buffer.clear()
+            self._end(deaf=True)
             raise
-        if request is not None:
-            self._done = not request.keep_alive
+        if request is not None and not request.keep_alive:
+            self._end(deaf=not request.wants_upgrade)
         return request
+
+    def _end(self, *, deaf: bool) -> None:
+        self._done, self._deaf = True, deaf
+        if deaf:
+            self._buffer.clear()
 
     def _advance(self) -> Request | None:
         buffer = self._buffer
@@ -1628,19 +1631,21 @@ def _parameter(param: Param) -> dict[str, Any]:
 
 STATIC_FOLDERS = ("static", "aiperf_api_static")  # beside a copied module; beside an installed one
 DEMO_RECORDING = "demo.jsonl.gz"
-_CONTENT_TYPES = {
-    ".html": "text/html; charset=utf-8",
-    ".css": "text/css; charset=utf-8",
-    ".js": "text/javascript; charset=utf-8",
-    ".mjs": "text/javascript; charset=utf-8",
-    ".json": "application/json",
-    ".svg": "image/svg+xml",
-    ".png": "image/png",
-    ".ico": "image/x-icon",
-    ".txt": "text/plain; charset=utf-8",
-    ".md": "text/plain; charset=utf-8",
-    "": "text/plain; charset=utf-8",  # LICENSE
-}
+_CONTENT_TYPES: Mapping[str, str] = MappingProxyType(
+    {
+        ".html": "text/html; charset=utf-8",
+        ".css": "text/css; charset=utf-8",
+        ".js": "text/javascript; charset=utf-8",
+        ".mjs": "text/javascript; charset=utf-8",
+        ".json": "application/json",
+        ".svg": "image/svg+xml",
+        ".png": "image/png",
+        ".ico": "image/x-icon",
+        ".txt": "text/plain; charset=utf-8",
+        ".md": "text/plain; charset=utf-8",
+        "": "text/plain; charset=utf-8",  # LICENSE
+    }
+)
 
 
 class StaticFile(NamedTuple):
@@ -3626,14 +3631,11 @@ class BenchmarkState:
         """Return the identity as labels for Prometheus, as far as it is known, written as AIPerf's exporter does."""
         identity = self._identity()
         shown = {field: identity[field] for field in _IDENTITY_FIELDS if field in identity}
-        return {
-            field: str(value).lower()
-            if isinstance(value, bool)
-            else str(float(value))
-            if field == "request_rate"
-            else str(value)
-            for field, value in shown.items()
-        }
+        if "streaming" in shown:
+            shown["streaming"] = str(shown["streaming"]).lower()
+        if "request_rate" in shown:
+            shown["request_rate"] = float(shown["request_rate"])
+        return {field: str(value) for field, value in shown.items()}
 
     def history(
         self, tags: Sequence[str] = (), stats: Sequence[str] = (), since_ns: Optional[int] = None
@@ -3802,15 +3804,15 @@ class PyzmqBusSource(Source):
 
     def __init__(self, address: str, kind: str, *, bind: bool = False) -> None:
         super().__init__(kind, address)
-        self.backend = "pyzmq"
-        self.connected = False
-        self._bind = bind
+        self.backend = "pyzmq"  # what speaks ZMQ
+        self.connected = False  # a handshake with a peer is done
+        self._bind = bind  # publishers connect to us
         self._peers = 0  # connections whose handshake is done
         self._scheduled = False  # a further drain is on the loop already
-        self._prefixes: set[bytes] = set()
-        self._context: Any = None
-        self._socket: Any = None
-        self._monitor: Any = None
+        self._prefixes: set[bytes] = set()  # of topics that are asked for
+        self._context: Any = None  # zmq.Context; None before start
+        self._socket: Any = None  # zmq SUB; None before start and after stop
+        self._monitor: Any = None  # zmq PAIR that tells of connections
 
     def start(self, deliver: Deliver, notify: Notify) -> None:
         self._loop = asyncio.get_running_loop()
@@ -4589,7 +4591,7 @@ def bus_source(address: str, kind: str, *, bind: bool = False, backend: str = "a
 
 # -- Recordings --------------------------------------------------------------------------------------------------------
 #
-# One JSON object a line: {"t": ns since the epoch, "topic": "realtime_metrics$", "payload": "{...}"}; gzip by extension.
+# One JSON object a line: {"t": ns of the epoch, "topic": "realtime_metrics$", "payload": "{...}"}; gzip by extension.
 
 
 def open_recording(path: str) -> IO[bytes]:
@@ -4599,7 +4601,7 @@ def open_recording(path: str) -> IO[bytes]:
         UsageError: it is not there, or it is not readable.
     """
     try:
-        file = open(path, "rb")
+        file = open(path, "rb")  # noqa: SIM115 - the caller closes it
     except OSError as error:
         raise UsageError(f"{printable(path)}: {error.strerror}") from None
     return _unzipped(file) if path.endswith(".gz") else file
@@ -4621,14 +4623,17 @@ class ReplaySource(Source):
         self, path: str, kind: str = "replay", *, speed: float = 1.0, loop: bool = False, data: bytes | None = None
     ) -> None:
         super().__init__(kind, path)
-        self._open = (lambda: _unzipped(io.BytesIO(data))) if data is not None else (lambda: open_recording(path))
-        self._speed = speed
-        self._repeat = loop
-        self._timer: asyncio.Handle | None = None
+        # Opens the recording from its first line.
+        self._open: Callable[[], IO[bytes]] = lambda: open_recording(path)
+        if data is not None:
+            self._open = lambda: _unzipped(io.BytesIO(data))
+        self._speed = speed  # bus seconds a second; 0: at once
+        self._repeat = loop  # begin again at the end
+        self._timer: asyncio.Handle | None = None  # the next turn
         self._bus_ns = 0  # bus time ...
         self._at_ns = 0  # ... and the monotonic time at which it was that late
         self._rate = speed  # bus seconds a second: how fast the clock runs on
-        self._file: IO[bytes] | None = None
+        self._file: IO[bytes] | None = None  # open while it plays
 
     def now_ns(self) -> int:
         if not self._bus_ns:
@@ -4711,12 +4716,13 @@ class Recorder:
     """Writes bus messages to a recording, as they come; the lines reach the disk once a second and at the end."""
 
     def __init__(self, path: str) -> None:
-        self.path = path
+        self.path = path  # where it goes
         self.messages = 0  # written so far
         try:
-            self._raw = open(path, "wb")
+            self._raw = open(path, "wb")  # noqa: SIM115 - close() closes it
         except OSError as error:
             raise UsageError(f"--record {printable(path)}: {error.strerror}") from None
+        # what lines are written to: the file, or gzip over it
         self._file: IO[bytes] = self._zipped(self._raw) if path.endswith(".gz") else self._raw
 
     @staticmethod
@@ -4759,7 +4765,7 @@ def resident_bytes() -> int | None:
 # The slow.  While a client's transport is full, its messages queue here, by reference: the bytes are shared with every
 # other client.  One that is behind by more than the soft mark, in bytes or in seconds, gets of each state message (the
 # latest replaces the one before) only the newest, and of the events as many as fit; it is told what it missed.  Above
-# the hard mark, or when nothing has moved for a while, it is cut off with abort(), because close() would keep the bytes.
+# the hard mark, or when nothing has moved for a while, it is cut off with abort(), for close() would keep the bytes.
 
 
 class Message(NamedTuple):
@@ -4774,9 +4780,9 @@ class Message(NamedTuple):
 class Encoded(NamedTuple):
     """A message in the form in which a kind of client takes it."""
 
-    type: str
-    data: bytes
-    replaceable: bool
+    type: str  # message type; "" for an answer to one client
+    data: bytes  # a whole frame, event or line
+    replaceable: bool  # a state message: the next of its type replaces it
 
 
 Encoder = Callable[[Message], bytes]
@@ -4801,7 +4807,7 @@ class Subscriber:
         self.transport = transport
         self.kind = kind  # websocket | sse | ndjson
         self.address = address  # of the peer, as text
-        self.encode = encode
+        self.encode = encode  # makes of a message what this kind of client takes
         self.connected_ns = connected_ns  # when it came, ns since the epoch
         self.asked: set[str] = set()  # message types as it named them, "*" among them
         self.types: frozenset[str] | None = frozenset()  # what it takes; None: everything
@@ -4814,7 +4820,7 @@ class Subscriber:
         self.backlog: dict[int, Encoded] = {}  # by a number that grows
         self.queued = 0  # the last such number
         self.newest: dict[str, int] = {}  # state type -> number of its newest in the backlog
-        self.backlog_bytes = 0
+        self.backlog_bytes = 0  # of all messages in it
         self.backlog_events = 0  # messages that nothing replaces
         self.backlog_since_sec = 0.0  # monotonic: since when there has been one without a break
         self.compacted = False  # superseded state messages are out of it
@@ -4883,7 +4889,7 @@ class Subscriber:
             self.backlog_events += 1
 
     def _make_room(self, message: Encoded) -> None:
-        """Leave out the state messages that a later one replaces: all of them at first, then one for each that comes."""
+        """Leave out the state messages that a later one replaces: first all, then one for each that comes."""
         if not self.compacted:
             self.compacted = True
             for number in [n for n, m in self.backlog.items() if m.replaceable and self.newest[m.type] != n]:
@@ -4959,21 +4965,22 @@ class Hub:
 
     def __init__(self, on_wanted: Callable[[str, bool], None]) -> None:
         """`on_wanted(type, wanted)` hears of the first client that takes a type (`*`: everything) and of the last."""
-        self._on_wanted = on_wanted
+        self._on_wanted = on_wanted  # hears of the first client of a type, and of the last
         self.subscribers: dict[int, Subscriber] = {}  # by a number of their own, in the order they came
+        # clients that take the same messages in the same form
         self._groups: dict[tuple[Encoder, frozenset[str] | None], dict[int, Subscriber]] = {}
         self._wanted: dict[str, int] = {}  # type -> clients that take it; "*" -> that take everything
-        self._numbers = itertools.count(1)
-        self._messages = itertools.count(1)
+        self._numbers = itertools.count(1)  # names clients
+        self._messages = itertools.count(1)  # names messages
         self.last_number = 0  # of the newest message
         self.retained: dict[str, Message] = {}  # the last message of each type of this run
-        self._retained_bytes = 0
+        self._retained_bytes = 0  # of their payloads
         self.recent: collections.deque[Message] = collections.deque()  # for resuming streams, oldest first
-        self._recent_bytes = 0
+        self._recent_bytes = 0  # of their payloads
         self.remember = False  # whether `recent` is kept: from the first stream on
         self.sent_total = 0  # by clients that have left
         self.skipped_total = 0  # by clients that have left
-        self.cut_off_total = 0
+        self.cut_off_total = 0  # clients that did not keep up
         self.changes = 0  # grows whenever a client comes, goes, subscribes or misses something
 
     # -- Clients --
@@ -5152,14 +5159,14 @@ class Connection(asyncio.Protocol):
         self.app = app
         self._writer = writer  # kept: its finaliser closes the transport on newer Pythons
         self.transport: asyncio.Transport = writer.transport  # type: ignore[assignment]
-        self.address = peer_name(self.transport)
+        self.address = peer_name(self.transport)  # of the peer, as text
         self.mode = "http"  # http | websocket | stream | closing
         self.paused = False  # the transport is full
         self._eof = False  # the peer has half-closed
         # Deadlines, monotonic seconds.
         now = time.monotonic()
         self.heard_sec = now  # when the peer last sent anything
-        self._deadline_sec = now + HTTP_HEAD_TIMEOUT_SEC
+        self._deadline_sec = now + HTTP_HEAD_TIMEOUT_SEC  # when the mode at hand must have moved on
         self._moved_sec = now  # when the transport last sent anything that had waited
         self._buffered = 0  # bytes in the transport at the last look
         self._pinged_sec = now  # when the last keepalive went out
@@ -5168,7 +5175,7 @@ class Connection(asyncio.Protocol):
         self._in_head = False  # a head has begun: its deadline runs
         # WebSocket or stream.
         self._frames: FrameParser | None = None
-        self.subscriber: Subscriber | None = None
+        self.subscriber: Subscriber | None = None  # in the hub; None for HTTP
         self.number = 0  # the subscriber's in the hub
         self.transport.set_write_buffer_limits(high=CONNECTION_BUFFER_BYTES, low=CONNECTION_BUFFER_BYTES // 4)
 
@@ -5422,7 +5429,7 @@ def peer_name(transport: asyncio.BaseTransport) -> str:
 
 
 def connection_factory(app: Application) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], None]:
-    """The callback for asyncio.start_server: being no coroutine, it costs no task; the connection takes the transport."""
+    """The callback for asyncio.start_server: no coroutine, so it costs no task; the connection takes the transport."""
 
     def accept(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         connection = Connection(app, writer)
@@ -5448,7 +5455,7 @@ class Option(NamedTuple):
     metavar: str  # PORT; "" for a switch
     default: str  # as shown
     env: str  # variable that stands in for the flag; "" where there is none
-    help: str
+    help: str  # one sentence
 
 
 OPTIONS: tuple[Option, ...] = (
@@ -5561,15 +5568,15 @@ LIMITS: tuple[tuple[str, int, str, str], ...] = (
 class Settings(NamedTuple):
     """How a service runs; the command line fills it, and so do the arguments of APIService."""
 
-    host: str = "127.0.0.1"
+    host: str = "127.0.0.1"  # address to listen on
     port: int | None = 0  # None: no TCP
-    unix_path: str | None = None
-    token: str | None = None
-    allow_hosts: tuple[str, ...] = ()
-    cors_origins: tuple[str, ...] = ()
-    tls_cert: str | None = None
-    tls_key: str | None = None
-    ws_max_connections: int = WS_CONNECTIONS_MAX
+    unix_path: str | None = None  # of a Unix socket
+    token: str | None = None  # that clients must present; None: open
+    allow_hosts: tuple[str, ...] = ()  # names for the Host check
+    cors_origins: tuple[str, ...] = ()  # origins whose pages may read us; "*": all
+    tls_cert: str | None = None  # PEM file; None: plain
+    tls_key: str | None = None  # PEM file; None: in the same file
+    ws_max_connections: int = WS_CONNECTIONS_MAX  # WebSockets and streams at once
     linger_sec: float | None = None  # None: for ever
     secrets: tuple[str, ...] = ()  # literals that must show nowhere
 
@@ -5657,8 +5664,8 @@ _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct",
 def http_date(seconds: float) -> bytes:
     """IMF-fixdate (RFC 9110 section 5.6.7), whatever the locale."""
     t = time.gmtime(seconds)
-    text = f"{_DAYS[t.tm_wday]}, {t.tm_mday:02} {_MONTHS[t.tm_mon - 1]} {t.tm_year} {t.tm_hour:02}:{t.tm_min:02}:{t.tm_sec:02} GMT"
-    return text.encode()
+    day = f"{_DAYS[t.tm_wday]}, {t.tm_mday:02} {_MONTHS[t.tm_mon - 1]} {t.tm_year}"
+    return f"{day} {t.tm_hour:02}:{t.tm_min:02}:{t.tm_sec:02} GMT".encode()
 
 
 def _source_of(source: str | Source | None) -> Source:
@@ -5697,7 +5704,7 @@ class BusCounters:
 
     def __init__(self) -> None:
         self.messages = 0  # good ones
-        self.by_type: dict[str, int] = {}
+        self.by_type: dict[str, int] = {}  # message type -> good ones
         self.errors: dict[str, int] = {}  # kind -> bad ones
         self.last_ns = 0  # bus clock at the last message
 
@@ -5718,8 +5725,8 @@ class CachedText:
     """The text of /metrics in one format, for as long as it is true."""
 
     def __init__(self) -> None:
-        self.version: tuple[int, ...] = ()
-        self.response = Response(503)
+        self.version: tuple[int, ...] = ()  # of everything that the text is made from
+        self.response = Response(503)  # ready to send
 
 
 class APIService:
@@ -5753,34 +5760,36 @@ class APIService:
     ) -> None:
         # The server, from start to stop.
         self.settings = settings if settings is not None else Settings(host=host, port=port, **options)
-        self.source = _source_of(source)
-        self.router = Router(ROUTES)
-        self.static = static_table(read_static_files())
+        self.source = _source_of(source)  # where messages come from
+        self.router = Router(ROUTES)  # path -> route
+        self.static = static_table(read_static_files())  # name -> file
         self._pages: dict[str, Response] = {}  # made from `static` when first asked for
         self.url = ""  # of the bound socket, once started
         self.started_ns = 0  # wall clock
-        self._servers: list[asyncio.AbstractServer] = []
-        self._sweep_timer: asyncio.TimerHandle | None = None
-        self._recorder = Recorder(record) if record else None
+        self._servers: list[asyncio.AbstractServer] = []  # listening
+        self._sweep_timer: asyncio.TimerHandle | None = None  # the next sweep
+        self._recorder = Recorder(record) if record else None  # None: nothing is recorded
+        # only this machine can connect: the Host check is strict
         self._bound_to_loopback = _is_loopback(self.settings.host)
         # What the connections share (Application).
         self.memo: dict[bytes, Request] = {}
-        self.date = b""
-        self.message_bytes_max = WS_MESSAGE_BYTES_MAX
-        self.connections: set[Connection] = set()
+        self.date = b""  # IMF-fixdate, of this second
+        self.message_bytes_max = WS_MESSAGE_BYTES_MAX  # of one WebSocket message from a client
+        self.connections: set[Connection] = set()  # open ones of every kind
         self.requests: dict[tuple[str, int], int] = {}  # (route, status) -> answers
         # The benchmark.
         self.state = BenchmarkState()
         self.state_version = 0  # grows with every change
-        self.bus = BusCounters()
-        self.hub = Hub(self._on_wanted)
-        self._secrets_found: set[str] = set(self.settings.secrets)
-        self.secrets = secret_forms(self._secrets_found)
+        self.bus = BusCounters()  # counters
+        self.hub = Hub(self._on_wanted)  # streaming clients
+        self._secrets_found: set[str] = set(self.settings.secrets)  # literals that must show nowhere
+        self.secrets = secret_forms(self._secrets_found)  # the same in the forms in which they may stand
         self._types: dict[bytes, str] = {}  # topic -> message type
+        # media type -> the text of /metrics
         self._texts = {TEXT: CachedText() for TEXT in (CONTENT_TYPE_TEXT_0_0_4, CONTENT_TYPE_OPENMETRICS_1_0_0)}
-        self._complete: asyncio.Event | None = None
-        self._stopped: asyncio.Event | None = None
-        self._linger_timer: asyncio.TimerHandle | None = None
+        self._complete: asyncio.Event | None = None  # set while a run has ended
+        self._stopped: asyncio.Event | None = None  # set when stop() is done
+        self._emptied: asyncio.Event | None = None  # set when the last connection has gone, while stopping
         if config is not None:
             self._configure(config, "file")
 
@@ -5836,15 +5845,15 @@ class APIService:
         await self.source.stop()
         for connection in list(self.connections):
             connection.end()
-        deadline = time.monotonic() + STOP_TIMEOUT_SEC * 0.75
-        while self.connections and time.monotonic() < deadline:
-            await asyncio.sleep(0.01)
+        if self.connections:
+            self._emptied = asyncio.Event()
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._emptied.wait(), STOP_TIMEOUT_SEC * 0.75)
         for connection in list(self.connections):
             connection.transport.abort()
         await asyncio.sleep(0)  # lets connection_lost run
-        for timer in (self._sweep_timer, self._linger_timer):
-            if timer is not None:
-                timer.cancel()
+        if self._sweep_timer is not None:
+            self._sweep_timer.cancel()
         self._close_recorder()
         if self.settings.unix_path is not None and self._servers:
             _remove_socket(self.settings.unix_path)
@@ -6020,6 +6029,8 @@ class APIService:
 
     def closed(self, connection: Connection) -> None:
         self.connections.discard(connection)
+        if self._emptied is not None and not self.connections:
+            self._emptied.set()
         if connection.subscriber is not None:
             if connection.subscriber.gone:
                 self.hub.cut_off_total += 1
@@ -6112,7 +6123,7 @@ class APIService:
         return subscriber
 
     def check_room(self) -> None:
-        """Refuse before the upgrade when all places are taken: a client that is let in and then dropped retries at once."""
+        """Refuse before the upgrade when all places are taken: who is let in and then dropped retries at once."""
         if len(self.hub.subscribers) >= self.settings.ws_max_connections:
             raise HTTPError(503, "all streaming connections are taken", (("Retry-After", "5"),))
 
