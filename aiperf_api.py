@@ -94,6 +94,7 @@ HTTP_REQUEST_LINE_BYTES_MAX = HTTP_TARGET_BYTES_MAX + 64  # the target, a method
 HTTP_LEADING_CRLF_MAX = 4  # empty lines skipped before a request line; RFC 9112 2.2 asks for at least one; 400
 HTTP_CONTENT_LENGTH_DIGITS_MAX = 15  # h11 20; any length above 0 is refused anyway; 400
 HTTP_QUERY_FIELDS_MAX = 64  # parts between "&"; CPython's max_num_fields is off by default; 400
+HTTP_ACCEPT_MEMBERS_MAX = 32  # media types of one Accept header, codings of one Accept-Encoding; the rest are ignored
 HTTP_MEMO_HEADS_MAX = 64  # request heads remembered by one memo; the oldest is forgotten, nobody sees it
 HTTP_MEMO_HEAD_BYTES_MAX = 1024  # longer heads are parsed each time; curl sends 80, Prometheus 300, Chromium 700
 HTTP_SUGGEST_PATH_CHARS_MAX = 64  # an unknown path longer than this gets a 404 without "did you mean" (difflib is slow)
@@ -1368,7 +1369,7 @@ def _weighted(header: str) -> list[tuple[str, dict[str, str], float]]:
     Commas and semicolons inside quoted parameters are not expected: such a member is misread and then fits nothing.
     """
     members = []
-    for item in header.lower().split(","):
+    for item in header.lower().split(",", HTTP_ACCEPT_MEMBERS_MAX)[:HTTP_ACCEPT_MEMBERS_MAX]:
         value, *rest = (part.strip(" \t") for part in item.split(";"))
         params = {name.strip(" \t"): text.strip(' \t"') for name, _, text in (part.partition("=") for part in rest)}
         q = params.pop("q", "1")
