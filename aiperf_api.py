@@ -2032,7 +2032,7 @@ def metric_name(text: str) -> str:
 
 
 def unit_name(unit: str) -> str:
-    """Return a unit as the end of a metric name, by AIPerf's rules in its order: `tokens/sec/user` is `tps_per_user`."""
+    """Return a unit as the end of a metric name, by AIPerf's rules in order: `tokens/sec/user` is `tps_per_user`."""
     unit = unit.replace("%", "percent").replace("/", "_per_").replace("tokens_per_sec", "tps").replace("__", "_")
     return metric_name(unit)
 
@@ -2967,16 +2967,16 @@ class Run:
         self.end: Optional[str] = None  # one of ENDS
         self.error: Optional[str] = None  # what went wrong, in a line
         self.announces_states = False  # system_state_changed was heard (0.13)
-        self.failed_to_configure = False
+        self.failed_to_configure = False  # a service or the data set could not be configured
         self.stopped_early = False  # AIPerf began to stop while requests were due
         self.was_cancelled = False  # a command or a result says so
-        self.is_shut_down = False
+        self.is_shut_down = False  # the state or the command `shutdown` was heard
         self.is_exported = False  # results_exported was heard
         self.is_complete = False  # benchmark_complete was heard
         self.child_exit: Optional[str] = None  # how the child ended; "" when it ended well
         # Identity
-        self.benchmark_id: Optional[str] = None
-        self.profile_id: Optional[str] = None
+        self.benchmark_id: Optional[str] = None  # from the data set's notification, or the server metrics
+        self.profile_id: Optional[str] = None  # as messages carry it, if they do
         self.config: dict[str, Any] = {}  # what profile_configure carried (up to 0.6)
         self.phase_configs: dict[str, dict[str, Any]] = {}  # credit_phase_start.config by phase
         # Progress
@@ -2990,7 +2990,7 @@ class Run:
         self.metrics = Latest(_read_rows)  # rows by tag, in display units
         self.telemetry = Latest(_read_rows)  # rows by tag
         self.server_metrics = Latest(_read_server_metrics)  # realtime_server_metrics without its envelope
-        self.history = History()
+        self.history = History()  # figures over time
         # Results
         self.final_rows: dict[str, dict[str, Any]] = {}  # the final metrics by tag, in display units
         self.results: Optional[dict[str, Any]] = None  # AIPerf's results object, its records in display units
