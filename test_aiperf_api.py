@@ -1539,7 +1539,8 @@ class TestRequestProperties(unittest.TestCase):
     def test_heads_are_accepted_and_refused_as_h11_does(self) -> None:
         @for_all(self.fair_heads(), examples=500)
         def check(data: bytes) -> None:
-            [ours] = read_requests([data])[:1] or [None]
+            hypothesis.assume(data.count(b"Content-Length: 0") < 2)  # equal ones are joined by h11, refused by us
+            ours = next(iter(read_requests([data])), None)
             theirs = self.h11_request(data)
             self.assertEqual(isinstance(ours, aiperf_api.Request), theirs is not None)
 
@@ -1552,10 +1553,12 @@ class TestRequestProperties(unittest.TestCase):
             data = bytearray(stream + GET)
             for place, value in changes:
                 data[place % len(data)] = value
-            ours = read_requests([bytes(data)])[0]
+            ours = next(iter(read_requests([bytes(data)])), None)
             if not isinstance(ours, aiperf_api.Request) or data.startswith(b"\r\n"):
                 return  # h11 does not skip the empty lines that RFC 9112 2.2 has a server skip
-            method, target, headers = self.h11_request(bytes(data))
+            theirs = self.h11_request(bytes(data))
+            self.assertIsNotNone(theirs)
+            method, target, headers = theirs
             self.assertEqual((ours.method.encode(), ours.target.encode()), (method, target))
             names = {name for name, _ in headers}
             self.assertEqual({name.encode() for name in ours.headers} | {b"host"}, names | {b"host"})
