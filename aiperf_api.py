@@ -5303,8 +5303,11 @@ class Connection(asyncio.Protocol):
         if self._eof or not self.transport.can_write_eof():  # TLS cannot half-close
             self.transport.close()
             return
-        self.transport.write_eof()
-        self._set_reading(True)
+        try:
+            self.transport.write_eof()
+            self._set_reading(True)
+        except OSError:  # the peer has reset the connection already, and the loop has not seen it yet
+            self.transport.abort()
 
     def _fail(self) -> None:
         """After a fault of ours: say so without detail, which may be sensitive, and end."""
