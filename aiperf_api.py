@@ -908,6 +908,7 @@ def _redact_plain_word(word: str, found: set[str]) -> str:
         return word if clean == value else json.dumps(clean)
     assigned = re.fullmatch(r"([\w.-]+)([:=])(.+)", word, re.DOTALL)
     if assigned and is_credential_key(assigned[1]):
+        _redact_script(word, found)  # `sh -c "HF_TOKEN=... run"`: the token alone is to be known too
         return assigned[1] + assigned[2] + str(_hide(assigned[3], found))
     if any(character.isspace() for character in word):
         return _redact_script(word, found)
