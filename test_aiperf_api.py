@@ -6,6 +6,7 @@ One class per subject, in the order of the module's rooms; names are sentences a
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import pathlib
@@ -418,7 +419,12 @@ class AChildProcess(unittest.IsolatedAsyncioTestCase):
         self.assertEqual(await child.wait(), 143)
 
     async def test_a_third_signal_kills_a_child_that_does_not_listen(self) -> None:
-        child = await self.run_child("sh", "-c", "trap '' INT TERM; while :; do sleep 0.05; done")
+        with tempfile.TemporaryDirectory() as directory:
+            ready = os.path.join(directory, "ready")
+            os.mkfifo(ready)
+            script = "trap '' INT TERM; echo > \"$0\"; while :; do sleep 0.05; done"
+            child = await self.run_child("sh", "-c", script, ready)
+            await asyncio.get_running_loop().run_in_executor(None, pathlib.Path(ready).read_bytes)
         for _ in range(3):
             child.pass_on(signal.SIGTERM)
         self.assertEqual(await child.wait(), 137)

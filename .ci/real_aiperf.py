@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from typing import Any, Dict, List, Optional
+from typing import Any
 
 TOKENIZER = "local/tok"
 REVISION = "0123456789abcdef0123456789abcdef01234567"
@@ -40,7 +40,7 @@ class InferenceServer:
         self.error_every = error_every  # every n-th request is answered 500; 0 = none
         self.requests = 0
         self.running = 0
-        self.authorizations: Dict[str, int] = {}
+        self.authorizations: dict[str, int] = {}
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -60,7 +60,8 @@ class InferenceServer:
             await self._chat(headers, json.loads(body), writer)
         else:
             status, content_type, text = self._page(target)
-            writer.write(_response(status, content_type, text.encode()))
+            answer = _response(status, content_type, text.encode())
+            writer.write(answer if head[0][:5] != "HEAD " else answer[: answer.index(b"\r\n\r\n") + 4])
         await writer.drain()
         return True
 
@@ -88,7 +89,7 @@ class InferenceServer:
         ]
         return "\n".join(lines) + "\n"
 
-    async def _chat(self, headers: Dict[str, str], asked: Dict[str, Any], writer: asyncio.StreamWriter) -> None:
+    async def _chat(self, headers: dict[str, str], asked: dict[str, Any], writer: asyncio.StreamWriter) -> None:
         self.requests += 1
         number = self.requests
         authorization = headers.get("authorization", "")
@@ -102,7 +103,7 @@ class InferenceServer:
         finally:
             self.running -= 1
 
-    async def _answer(self, number: int, asked: Dict[str, Any], writer: asyncio.StreamWriter) -> None:
+    async def _answer(self, number: int, asked: dict[str, Any], writer: asyncio.StreamWriter) -> None:
         tokens = int(asked.get("max_completion_tokens") or asked.get("max_tokens") or 8)
         tokens = max(2, min(tokens, 12) - number % 3)
         base = {"id": "chatcmpl-%d" % number, "created": int(time.time()), "model": asked.get("model", "mock")}
@@ -173,13 +174,13 @@ class Mock:
         assert self._process.stdout is not None
         self._process.stdout.close()
 
-    def seen(self) -> Dict[str, Any]:
+    def seen(self) -> dict[str, Any]:
         """{"requests": int, "authorizations": {header value: times}}: what reached the server so far."""
         with urllib.request.urlopen(self.url + "/seen", timeout=10) as answer:
             return dict(json.loads(answer.read()))
 
 
-def make_environment(directory: pathlib.Path, version: str, find_links: Optional[str] = None) -> pathlib.Path:
+def make_environment(directory: pathlib.Path, version: str, find_links: str | None = None) -> pathlib.Path:
     """A virtual environment with aiperf==version; returns its `aiperf`. Kept and used again when it is there."""
     executable = directory / "bin" / "aiperf"
     if not executable.exists():
@@ -224,7 +225,7 @@ def make_tokenizer(home: pathlib.Path, python: pathlib.Path) -> None:
     (snapshot / "config.json").write_text(json.dumps({"model_type": "gpt2", "vocab_size": 600}))
 
 
-def environment(home: pathlib.Path) -> Dict[str, str]:
+def environment(home: pathlib.Path) -> dict[str, str]:
     """The environment of an AIPerf run that needs no network."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("AIPERF_", "HF_"))}
     kept.update(
@@ -238,7 +239,7 @@ def environment(home: pathlib.Path) -> Dict[str, str]:
     return kept
 
 
-def profile(aiperf: pathlib.Path, url: str, artifacts: pathlib.Path, *more: str) -> List[str]:
+def profile(aiperf: pathlib.Path, url: str, artifacts: pathlib.Path, *more: str) -> list[str]:
     """The command line of a short `aiperf profile`; flags in `more` are added."""
     command = [str(aiperf), "profile", "--model", "mock", "--url", url, "--endpoint-type", "chat", "--streaming"]
     command += ["--tokenizer", TOKENIZER, "--artifact-dir", str(artifacts)]
