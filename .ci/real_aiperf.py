@@ -71,8 +71,10 @@ class InferenceServer:
         if target.startswith("/metrics"):
             return "200 OK", "text/plain; version=0.0.4", self._vllm()
         if target.startswith("/seen"):
-            return "200 OK", "application/json", json.dumps(
-                {"requests": self.requests, "authorizations": self.authorizations}
+            return (
+                "200 OK",
+                "application/json",
+                json.dumps({"requests": self.requests, "authorizations": self.authorizations}),
             )
         if target.startswith("/v1/models"):
             return "200 OK", "application/json", json.dumps({"object": "list", "data": [{"id": "mock"}]})
@@ -169,6 +171,9 @@ class Mock:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
         self._process.terminate()
         self._process.wait()
         assert self._process.stdout is not None
