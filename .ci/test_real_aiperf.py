@@ -408,7 +408,7 @@ class RealAIPerf(unittest.TestCase):
                 break
         self.assertEqual(program.wait(), 0)
         self.assertGreaterEqual(len(watcher.updates), 5)
-        gaps = [after - before for (before, _), (after, _) in zip(watcher.updates, watcher.updates[1:])]
+        gaps = [after - before for (before, _), (after, _) in zip(watcher.updates, watcher.updates[1:])]  # noqa: B905
         self.assertLess(sorted(gaps)[len(gaps) // 2], 1.6, gaps)
 
     def compare_with(self, program: Program, their_url: str) -> bool:
