@@ -165,6 +165,16 @@ BUS_RETRY_MAX_SEC = 2.0  # between reconnects at most
 BUS_PROVEN_SEC = 2.0  # a connection that lasted so long starts the back-off and the log lines afresh
 BUS_IPC_PATH_MAX = 107 if sys.platform.startswith("linux") else 103  # bytes of an ipc:// path: sun_path less its NUL
 
+# After the end of a child
+LINGER_SEC = 5  # the last state is served for so long, unless --linger says otherwise
+
+# The end of a child: what its bus still has to say is waited for
+BUS_SETTLE_QUIET_SEC = 0.2  # without a message: then it has said everything
+BUS_SETTLE_TIMEOUT_SEC = 3  # at most, for a bus that outlives its benchmark
+
+# Log lines that wait while a child has the terminal
+LOG_LINES_HELD_MAX = 1000  # older ones are left out, and counted
+
 # Stopping
 STOP_TIMEOUT_SEC = 2  # in all, from the signal to the exit
 
@@ -321,7 +331,7 @@ def _load_with_orjson(data: bytes) -> JSONValue:
 
 
 def _dump_with_json(value: JSONValue, pretty: bool) -> bytes:
-    """What `orjson.dumps` does, with the standard library alone, and what it refuses: huge integers, lone surrogates."""
+    """What `orjson.dumps` does with the standard library alone, and what it refuses: huge integers, lone surrogates."""
     separators = (",", ": ") if pretty else (",", ":")
     indent = 2 if pretty else None
     try:
@@ -334,7 +344,7 @@ def _dump_with_json(value: JSONValue, pretty: bool) -> bytes:
 
 def _dump_with_orjson(value: JSONValue, pretty: bool) -> bytes:
     try:
-        return orjson.dumps(value, option=_ORJSON_PRETTY if pretty else _ORJSON_COMPACT)
+        return orjson.dumps(value, option=orjson.OPT_NON_STR_KEYS | (orjson.OPT_INDENT_2 if pretty else 0))
     except TypeError:  # integers beyond 64 bits, lone surrogates, nesting over 254: json knows how
         return _dump_with_json(value, pretty)
 
@@ -352,12 +362,8 @@ def _clean(value: JSONValue) -> JSONValue:
     return value
 
 
-if orjson is not None:
-    _ORJSON_COMPACT = orjson.OPT_NON_STR_KEYS
-    _ORJSON_PRETTY = orjson.OPT_NON_STR_KEYS | orjson.OPT_INDENT_2
-    _load, _dump = _load_with_orjson, _dump_with_orjson
-else:
-    _load, _dump = _load_with_json, _dump_with_json
+_load = _load_with_json if orjson is None else _load_with_orjson
+_dump = _dump_with_json if orjson is None else _dump_with_orjson
 
 
 def json_load(data: bytes) -> JSONValue:
@@ -395,12 +401,11 @@ _CREDENTIAL_KEY = re.compile(  # of a key in snake_case: api_key, x_api_key, hf_
 )
 _HEADERS_KEY = re.compile(r"(?:.*_)?headers")
 _CAMEL_HUMP = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
-# Ends of such keys, lower-cased: a payload with none of them, and without an escape that could hide one, needs no parsing.
-_CREDENTIAL_HINTS = tuple(
-    hint.encode() + b'"'
-    for hint in ("key", "keys", "authorization", "auth", "bearer", "token", "password", "passwd", "cookie", "secret")
-    + ("secrets", "credential", "credentials", "headers")
-) + (b"bearer ", b"\\u00")
+# Ends of such keys, lower-cased: a payload with none of them, nor an escape that could hide one, needs no parsing.
+_CREDENTIAL_ENDS = (
+    "key keys authorization auth bearer token password passwd cookie secret secrets credential credentials headers"
+)
+_CREDENTIAL_HINTS = (*(end.encode() + b'"' for end in _CREDENTIAL_ENDS.split()), b"bearer ", b"\\u00")
 _URL_USERINFO = re.compile(r'(://)[^/\s"@]+@')  # RFC 3986 section 3.2.1
 _BEARER_VALUE = re.compile(r"(bearer +)[\w.~+/=-]+", re.IGNORECASE)  # RFC 6750 section 2.1
 
@@ -485,7 +490,7 @@ def _scrub_strings(value: JSONValue, secrets: Sequence[str]) -> JSONValue:
 
 
 def secret_forms(secrets: Iterable[str]) -> tuple[str, ...]:
-    """The literals to look for: a secret as it is, and what stands behind its scheme (`Bearer sk-...`), longest first."""
+    """The literals to look for: a secret as it is, and what stands behind its scheme (`Bearer x`), longest first."""
     forms = {form for secret in secrets for form in (secret, secret.rpartition(" ")[2])}
     return tuple(
         sorted((form for form in forms if len(form) >= _SECRET_LENGTH_MIN), key=lambda form: (-len(form), form))
@@ -517,6 +522,19 @@ def scrub_json(payload: bytes, secrets: Sequence[str] = (), found: set[str] | No
     except (JSONError, RecursionError):
         return payload
     return payload if clean == value else json_bytes(clean)
+
+
+# What must not be logged: the token in a query (its name may be percent-encoded), in a header, in a subprotocol
+_SECRET_IN_TEXT = re.compile(
+    r"([?&](?:t|%74)(?:o|%6f)(?:k|%6b)(?:e|%65)(?:n|%6e)=|aiperf\.token\.|bearer +)[^\s&]+", re.IGNORECASE
+)
+
+
+def printable(text: str | bytes, limit: int = LOG_QUOTE_CHARS_MAX) -> str:
+    """A peer's string for a log line: one line of ASCII, at most `limit` characters and "...", tokens as `***`."""
+    raw = text.decode("latin-1") if isinstance(text, bytes) else text
+    shown = _SECRET_IN_TEXT.sub(r"\1***", raw[: 4 * limit]).encode("unicode_escape").decode("ascii")
+    return shown if len(shown) <= limit and len(raw) <= 4 * limit else shown[:limit] + "..."
 
 
 # == 4 == WebSocket codec ==============================================================================================
@@ -898,10 +916,6 @@ _QVALUE = re.compile(r"0(?:\.[0-9]{0,3})?|1(?:\.0{0,3})?")
 _ENTITY_TAG = re.compile(r'(?:W/)?("[\x21\x23-\x7e\x80-\xff]*")')
 # RFC 6455 4.1: base64 of 16 bytes; its last digit holds 2 bits of data and 4 zeros
 _WEBSOCKET_KEY = re.compile(r"[A-Za-z0-9+/]{21}[AQgw]==")
-# What must not be logged: the token in a query (its name may be percent-encoded), in a header, in a subprotocol
-_SECRET_IN_TEXT = re.compile(
-    r"([?&](?:t|%74)(?:o|%6f)(?:k|%6b)(?:e|%65)(?:n|%6e)=|aiperf\.token\.|bearer +)[^\s&]+", re.IGNORECASE
-)
 
 # Headers of which a second one is a fault: "last wins" in one program and "first wins" in another is how they disagree.
 # A second of any other header is joined to the first with ", " (RFC 9110 5.3).
@@ -918,13 +932,13 @@ _SINGLE_HEADERS = frozenset(
     )
 )
 
-_REASONS = {
+_REASONS: Mapping[int, str] = MappingProxyType({
     101: "Switching Protocols", 200: "OK", 204: "No Content", 304: "Not Modified", 400: "Bad Request",
     401: "Unauthorized", 403: "Forbidden", 404: "Not Found", 405: "Method Not Allowed", 408: "Request Timeout",
     413: "Content Too Large", 414: "URI Too Long", 417: "Expectation Failed", 421: "Misdirected Request",
     426: "Upgrade Required", 429: "Too Many Requests", 431: "Request Header Fields Too Large", 500: "Internal Server Error",
     501: "Not Implemented", 503: "Service Unavailable", 505: "HTTP Version Not Supported",
-}  # fmt: skip
+})  # fmt: skip
 
 # For pages: everything from here and nothing inline, so that a metric's name can never become a script.
 _PAGE_POLICY = (
@@ -935,13 +949,6 @@ _PAGE_HEADERS = (
     ("Content-Security-Policy", _PAGE_POLICY),
     ("Referrer-Policy", "no-referrer"),  # the address may hold ?token=
 )
-
-
-def printable(text: str | bytes, limit: int = LOG_QUOTE_CHARS_MAX) -> str:
-    """A peer's string for a log line: one line of ASCII, at most `limit` characters and "...", tokens as `***`."""
-    raw = text.decode("latin-1") if isinstance(text, bytes) else text
-    shown = _SECRET_IN_TEXT.sub(r"\1***", raw[: 4 * limit]).encode("unicode_escape").decode("ascii")
-    return shown if len(shown) <= limit and len(raw) <= 4 * limit else shown[:limit] + "..."
 
 
 # -- Reading requests
@@ -1133,13 +1140,14 @@ class RequestParser:
     and limits on bytes are judged by position.  Between requests it holds what feed() gave it, unread.
     """
 
-    __slots__ = ("_buffer", "_done", "_fields", "_line", "_line_at", "_memo", "_scanned", "_skipped")
+    __slots__ = ("_buffer", "_deaf", "_done", "_fields", "_line", "_line_at", "_memo", "_scanned", "_skipped")
 
     def __init__(self, memo: dict[bytes, Request] | None = None) -> None:
         # The connection
         self._memo = {} if memo is None else memo
         self._buffer = bytearray()  # unread bytes; the head being read stands at its front
-        self._done = False  # a fault, or a request that ends the connection: nothing more is read
+        self._done = False  # after a fault or the last request: nothing more is parsed
+        self._deaf = False  # and, but for an upgrade, nothing more is kept
         # The head
         self._start_head()
 
@@ -1157,7 +1165,8 @@ class RequestParser:
 
     def feed(self, data: bytes) -> None:
         """Take bytes off the wire."""
-        self._buffer += data
+        if not self._deaf:
+            self._buffer += data
 
     def take_rest(self) -> bytes:
         """Hand over the unread bytes, such as frames that came right behind an upgrade."""
@@ -1176,12 +1185,16 @@ class RequestParser:
         try:
             request = self._advance()
         except HTTPError:
-            self._done = True
-            self._buffer.clear()
+            self._end(deaf=True)
             raise
-        if request is not None:
-            self._done = not request.keep_alive
+        if request is not None and not request.keep_alive:
+            self._end(deaf=not request.wants_upgrade)
         return request
+
+    def _end(self, *, deaf: bool) -> None:
+        self._done, self._deaf = True, deaf
+        if deaf:
+            self._buffer.clear()
 
     def _advance(self) -> Request | None:
         buffer = self._buffer
@@ -1618,7 +1631,7 @@ def _operation(route: Route) -> dict[str, Any]:
         media["example"] = route.example
     answer: dict[str, Any] = {"description": route.summary}
     if not route.websocket:
-        answer["content"] = {media_type: media for media_type in route.media_types}
+        answer["content"] = dict.fromkeys(route.media_types, media)
     operation: dict[str, Any] = {
         "operationId": route.name,
         "summary": route.summary,
@@ -1641,19 +1654,21 @@ def _parameter(param: Param) -> dict[str, Any]:
 
 STATIC_FOLDERS = ("static", "aiperf_api_static")  # beside a copied module; beside an installed one
 DEMO_RECORDING = "demo.jsonl.gz"
-_CONTENT_TYPES = {
-    ".html": "text/html; charset=utf-8",
-    ".css": "text/css; charset=utf-8",
-    ".js": "text/javascript; charset=utf-8",
-    ".mjs": "text/javascript; charset=utf-8",
-    ".json": "application/json",
-    ".svg": "image/svg+xml",
-    ".png": "image/png",
-    ".ico": "image/x-icon",
-    ".txt": "text/plain; charset=utf-8",
-    ".md": "text/plain; charset=utf-8",
-    "": "text/plain; charset=utf-8",  # LICENSE
-}
+_CONTENT_TYPES: Mapping[str, str] = MappingProxyType(
+    {
+        ".html": "text/html; charset=utf-8",
+        ".css": "text/css; charset=utf-8",
+        ".js": "text/javascript; charset=utf-8",
+        ".mjs": "text/javascript; charset=utf-8",
+        ".json": "application/json",
+        ".svg": "image/svg+xml",
+        ".png": "image/png",
+        ".ico": "image/x-icon",
+        ".txt": "text/plain; charset=utf-8",
+        ".md": "text/plain; charset=utf-8",
+        "": "text/plain; charset=utf-8",  # LICENSE
+    }
+)
 
 
 class StaticFile(NamedTuple):
@@ -2896,6 +2911,16 @@ def _config_sections(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [_plain_keys(section) for section in sections if section]
 
 
+def _find_text(value: Any, keys: Sequence[str], depth: int) -> Optional[str]:
+    """Return the first text that stands under one of the keys, however deep (but not deeper than `depth`)."""
+    plain = _plain_keys(value) if isinstance(value, dict) else {}
+    inner = plain.values() if plain else value if isinstance(value, list) else ()
+    here = next((text for key in keys if (text := _text(plain.get(key)))), None)
+    if here is not None or depth == 0:
+        return here
+    return next((text for item in inner if (text := _find_text(item, keys, depth - 1))), None)
+
+
 def _first_profiling_phase(section: Mapping[str, Any]) -> dict[str, Any]:
     """Return the phase that AIPerf takes concurrency and rate from: the first that profiles."""
     phases = section.get("phases")
@@ -3608,6 +3633,11 @@ class BenchmarkState:
         found = self._run.server_metrics.get()
         return found or {"endpoint_summaries": {}, "message": "No server metrics available yet"}
 
+    def artifact_dir(self) -> str:
+        """Return where AIPerf writes its export, as the bus or a configuration tells; "" if none does."""
+        found = _find_text(self._known_configs(), ("artifactdir", "artifactdirectory"), depth=6)
+        return found or ""
+
     def results(self) -> dict[str, Any]:
         """Return how the run ended, with AIPerf's results. "running" while no end is known, also before the start."""
         return {"status": self._run.end or "running", "results": self._run.results}
@@ -3639,14 +3669,11 @@ class BenchmarkState:
         """Return the identity as labels for Prometheus, as far as it is known, written as AIPerf's exporter does."""
         identity = self._identity()
         shown = {field: identity[field] for field in _IDENTITY_FIELDS if field in identity}
-        return {
-            field: str(value).lower()
-            if isinstance(value, bool)
-            else str(float(value))
-            if field == "request_rate"
-            else str(value)
-            for field, value in shown.items()
-        }
+        if "streaming" in shown:
+            shown["streaming"] = str(shown["streaming"]).lower()
+        if "request_rate" in shown:
+            shown["request_rate"] = float(shown["request_rate"])
+        return {field: str(value) for field, value in shown.items()}
 
     def history(
         self, tags: Sequence[str] = (), stats: Sequence[str] = (), since_ns: Optional[int] = None
@@ -3815,15 +3842,15 @@ class PyzmqBusSource(Source):
 
     def __init__(self, address: str, kind: str, *, bind: bool = False) -> None:
         super().__init__(kind, address)
-        self.backend = "pyzmq"
-        self.connected = False
-        self._bind = bind
+        self.backend = "pyzmq"  # what speaks ZMQ
+        self.connected = False  # a handshake with a peer is done
+        self._bind = bind  # publishers connect to us
         self._peers = 0  # connections whose handshake is done
         self._scheduled = False  # a further drain is on the loop already
-        self._prefixes: set[bytes] = set()
-        self._context: Any = None
-        self._socket: Any = None
-        self._monitor: Any = None
+        self._prefixes: set[bytes] = set()  # of topics that are asked for
+        self._context: Any = None  # zmq.Context; None before start
+        self._socket: Any = None  # zmq SUB; None before start and after stop
+        self._monitor: Any = None  # zmq PAIR that tells of connections
 
     def start(self, deliver: Deliver, notify: Notify) -> None:
         self._loop = asyncio.get_running_loop()
@@ -4602,7 +4629,7 @@ def bus_source(address: str, kind: str, *, bind: bool = False, backend: str = "a
 
 # -- Recordings --------------------------------------------------------------------------------------------------------
 #
-# One JSON object a line: {"t": ns since the epoch, "topic": "realtime_metrics$", "payload": "{...}"}; gzip by extension.
+# One JSON object a line: {"t": ns of the epoch, "topic": "realtime_metrics$", "payload": "{...}"}; gzip by extension.
 
 
 def open_recording(path: str) -> IO[bytes]:
@@ -4612,7 +4639,7 @@ def open_recording(path: str) -> IO[bytes]:
         UsageError: it is not there, or it is not readable.
     """
     try:
-        file = open(path, "rb")
+        file = open(path, "rb")  # noqa: SIM115 - the caller closes it
     except OSError as error:
         raise UsageError(f"{printable(path)}: {error.strerror}") from None
     return _unzipped(file) if path.endswith(".gz") else file
@@ -4634,14 +4661,17 @@ class ReplaySource(Source):
         self, path: str, kind: str = "replay", *, speed: float = 1.0, loop: bool = False, data: bytes | None = None
     ) -> None:
         super().__init__(kind, path)
-        self._open = (lambda: _unzipped(io.BytesIO(data))) if data is not None else (lambda: open_recording(path))
-        self._speed = speed
-        self._repeat = loop
-        self._timer: asyncio.Handle | None = None
+        # Opens the recording from its first line.
+        self._open: Callable[[], IO[bytes]] = lambda: open_recording(path)
+        if data is not None:
+            self._open = lambda: _unzipped(io.BytesIO(data))
+        self._speed = speed  # bus seconds a second; 0: at once
+        self._repeat = loop  # begin again at the end
+        self._timer: asyncio.Handle | None = None  # the next turn
         self._bus_ns = 0  # bus time ...
         self._at_ns = 0  # ... and the monotonic time at which it was that late
         self._rate = speed  # bus seconds a second: how fast the clock runs on
-        self._file: IO[bytes] | None = None
+        self._file: IO[bytes] | None = None  # open while it plays
 
     def now_ns(self) -> int:
         if not self._bus_ns:
@@ -4724,12 +4754,13 @@ class Recorder:
     """Writes bus messages to a recording, as they come; the lines reach the disk once a second and at the end."""
 
     def __init__(self, path: str) -> None:
-        self.path = path
+        self.path = path  # where it goes
         self.messages = 0  # written so far
         try:
-            self._raw = open(path, "wb")
+            self._raw = open(path, "wb")  # noqa: SIM115 - close() closes it
         except OSError as error:
             raise UsageError(f"--record {printable(path)}: {error.strerror}") from None
+        # what lines are written to: the file, or gzip over it
         self._file: IO[bytes] = self._zipped(self._raw) if path.endswith(".gz") else self._raw
 
     @staticmethod
@@ -4776,25 +4807,56 @@ def resident_bytes() -> int | None:
 # holds credentials, so nothing of it is shown that has not gone through `redact_command`.
 
 CHILD_ADDRESS_VARIABLE = "AIPERF_API_ZMQ_ADDRESS"
-_AIPERF_EVENT_BUS_PORT = 5664  # TCP port of the event bus proxy's subscriber side, in every version
 _AIPERF_EVENT_BUS_PORT_VARIABLE = "AIPERF_ZMQ_EVENT_BUS_PROXY_BACKEND_PORT"  # moves it, since 0.13
 _AIPERF_IPC_PATH = "/tmp/aiperf"  # where a configuration file puts the sockets if it says `type: ipc` and no path
 _AIPERF_EXPORT = "profile_export_aiperf.json"
 _ARTIFACT_BYTES_MAX = 16 * 1024 * 1024  # an export file larger than this is not read for its configuration
 _CHILD_CONFIG_BYTES_MAX = 1024 * 1024  # a configuration file larger than this is not searched for its bus
-_IPC_ADDRESS_BYTES_MAX = 100  # sockaddr_un holds 104 bytes on macOS and BSD, 108 on Linux, with the final NUL
+_SHEBANG_BYTES_MAX = 512  # of the first line of a script; Linux itself reads 256
 _COMMAND_NOT_FOUND, _COMMAND_NOT_EXECUTABLE = 127, 126  # POSIX.1-2017 XCU 2.8.2
 _SIGNALS_BEFORE_KILL = 2  # signals that the child may answer in its own way; the next one is SIGKILL
-_LIVE_METRICS = {  # both since AIPerf 0.5; without them a run without dashboard publishes no live metrics
-    "AIPERF_UI_REALTIME_METRICS_ENABLED": "true",
-    "AIPERF_UI_REALTIME_METRICS_INTERVAL": "1",  # s, the least that 0.5 and 0.6 accept
-}
+_LIVE_METRICS = (  # both since AIPerf 0.5; without them a run without dashboard publishes no live metrics
+    ("AIPERF_UI_REALTIME_METRICS_ENABLED", "true"),
+    ("AIPERF_UI_REALTIME_METRICS_INTERVAL", "1"),  # s, the least that 0.5 and 0.6 accept
+)
 # Ours by contract, read by AIPerf too: left in the child's environment, its own API would want our port.
-_OUR_VARIABLES = ("AIPERF_API_SERVER_HOST", "AIPERF_API_SERVER_PORT", "AIPERF_API_TOKEN")
+_OUR_VARIABLES = (
+    "AIPERF_API_SERVER_HOST",
+    "AIPERF_API_SERVER_PORT",
+    "AIPERF_API_SERVER_CORS_ORIGINS",
+    "AIPERF_API_TOKEN",
+)
 # Programs that run the rest of their command line in this environment and on this machine.
 _WRAPPERS = frozenset(
-    "chrt conda env exec hatch ionice nice nohup numactl pdm pipenv pixi poetry prlimit rye setarch setpriv"
-    " stdbuf strace taskset time timeout unbuffer uv uvx xvfb-run".split()
+    (
+        "chrt",
+        "conda",
+        "env",
+        "hatch",
+        "ionice",
+        "nice",
+        "nohup",
+        "numactl",
+        "pdm",
+        "pipenv",
+        "pixi",
+        "poetry",
+        "prlimit",
+    )
+    + (
+        "rye",
+        "setarch",
+        "setpriv",
+        "stdbuf",
+        "strace",
+        "taskset",
+        "time",
+        "timeout",
+        "unbuffer",
+        "uv",
+        "uvx",
+        "xvfb-run",
+    )
 )
 _PYTHON_NAME = re.compile(r"(?:python|pypy)[\d.]*")
 
@@ -4855,9 +4917,13 @@ service.zmq_ipc_path               text    --zmq-ipc-path
 service.zmq_dual_bind              switch  --zmq-dual-bind
 config_file                        text    --config -f
 """
-_AIPERF_FLAGS = {
-    flag: (path, kind) for path, kind, *flags in map(str.split, _AIPERF_FLAGS_TABLE.split("\n")[1:-1]) for flag in flags
-}
+_AIPERF_FLAGS: Mapping[str, tuple[str, str]] = MappingProxyType(
+    {
+        flag: (path, kind)
+        for path, kind, *flags in map(str.split, _AIPERF_FLAGS_TABLE.splitlines()[1:])
+        for flag in flags
+    }
+)
 
 
 class ChildPlan(NamedTuple):
@@ -4906,8 +4972,8 @@ def child_plan(
         )
     return ChildPlan(
         (*argv, *added),
-        {**_LIVE_METRICS, **inherited},
-        address or ("" if note else _ipc_address(ipc_dir)),
+        {**dict(_LIVE_METRICS), **inherited},
+        address or ("" if note else ipc_address(ipc_dir)),
         False,
         True,
         str(flags.get("output.artifact_directory", "")),
@@ -4934,10 +5000,6 @@ def _publishes_no_live_metrics(version: str, flags: Mapping[str, JSONValue]) -> 
     return version.startswith(("0.3.", "0.4.")) and flags.get("service.ui_type", "dashboard") != "dashboard"
 
 
-def _ipc_address(directory: str) -> str:
-    return "ipc://" + os.path.join(directory, "event_bus_proxy_backend.ipc")
-
-
 def _tcp_address(host: str, port: JSONValue) -> str:
     # A host to bind is not always a host to connect to.
     return f"tcp://{'127.0.0.1' if host in ('0.0.0.0', '*') else host}:{port}"
@@ -4950,14 +5012,14 @@ def _chosen_bus(
 
     A note without an address: there is a choice, but it cannot be told from here.
     """
-    port = environ.get(_AIPERF_EVENT_BUS_PORT_VARIABLE) or str(_AIPERF_EVENT_BUS_PORT)
+    port = environ.get(_AIPERF_EVENT_BUS_PORT_VARIABLE) or str(BUS_BACKEND_PORT)
     # In AIPerf's own order of precedence.
     if "service.zmq_ipc_path" in flags:
-        return _ipc_address(str(flags["service.zmq_ipc_path"])), ""
+        return ipc_address(str(flags["service.zmq_ipc_path"])), ""
     if "service.zmq_host" in flags:
         return _tcp_address(str(flags["service.zmq_host"]), port), ""
     if flags.get("service.zmq_dual_bind"):
-        return _ipc_address(_AIPERF_IPC_PATH), ""
+        return ipc_address(_AIPERF_IPC_PATH), ""
     if "config_file" not in flags:
         return "", ""
     path = str(flags["config_file"])
@@ -4975,8 +5037,8 @@ def _address_of_communication(communication: Mapping[str, str], environ: Mapping
     if kind == "tcp":
         return _tcp_address(values.get("host", "127.0.0.1"), values.get("event_bus_proxy.backend_port", port))
     if kind == "ipc":
-        return _ipc_address(values.get("path", _AIPERF_IPC_PATH))
-    return _ipc_address(values.get("ipc_path", _AIPERF_IPC_PATH)) if kind == "dual" else ""
+        return ipc_address(values.get("path", _AIPERF_IPC_PATH))
+    return ipc_address(values.get("ipc_path", _AIPERF_IPC_PATH)) if kind == "dual" else ""
 
 
 def _substitute(value: str, environ: Mapping[str, str]) -> str:
@@ -4999,7 +5061,7 @@ def aiperf_version(command: str, search_path: str | None = None) -> str:
     """
     try:
         with open(shutil.which(command, path=search_path) or command, "rb") as file:
-            first = file.readline(_IPC_ADDRESS_BYTES_MAX * 4).decode().strip()
+            first = file.readline(_SHEBANG_BYTES_MAX).decode().strip()
     except (OSError, ValueError):
         return ""
     root = os.path.dirname(os.path.dirname(first[2:].strip()))
@@ -5234,7 +5296,7 @@ def _redact_header_word(word: str, found: set[str]) -> str:
             return str(_hide(word, found))
         for name, value in headers.items():
             _remember_header(name, str(value), found)
-        return json.dumps({name: REDACTED for name in headers})
+        return json.dumps(dict.fromkeys(headers, REDACTED))
     name, colon, value = word.partition(":")
     if not colon:
         return str(_hide(word, found))
@@ -5316,24 +5378,8 @@ def load_artifact_config(directory: str, since_sec: float = 0.0) -> dict[str, JS
         except (OSError, JSONError):
             continue
         if isinstance(export, dict) and isinstance(export.get("input_config"), dict):
-            return _with_flat_names(export["input_config"])
+            return cast(dict[str, JSONValue], export["input_config"])
     return {}
-
-
-def _with_flat_names(config: dict[str, JSONValue]) -> dict[str, JSONValue]:
-    """A configuration of AIPerf 0.13 (models, phases) with the names that earlier ones have beside its own."""
-    models, phases = config.get("models"), config.get("phases")
-    config = {**config, "endpoint": dict(config.get("endpoint") or {})}
-    if isinstance(models, dict) and "model_names" not in config["endpoint"]:
-        items = models.get("items") or []
-        config["endpoint"]["model_names"] = [item.get("name") for item in items if isinstance(item, dict)]
-    if isinstance(phases, list) and "loadgen" not in config:
-        profiling = [phase for phase in phases if isinstance(phase, dict) and phase.get("kind") != "warmup"]
-        names = {"concurrency": "concurrency", "rate": "request_rate", "requests": "request_count"}
-        names["duration"] = "benchmark_duration"
-        if profiling:
-            config["loadgen"] = {new: profiling[-1][old] for old, new in names.items() if old in profiling[-1]}
-    return config
 
 
 # The process.
@@ -5342,10 +5388,28 @@ def _with_flat_names(config: dict[str, JSONValue]) -> dict[str, JSONValue]:
 def make_ipc_directory() -> str:
     """A new directory that only this user can enter (mode 0700), with a path short enough for a Unix socket."""
     directory = tempfile.mkdtemp(prefix="aiperf-api-")
-    if len(os.fsencode(_ipc_address(directory))) <= _IPC_ADDRESS_BYTES_MAX:
+    if len(os.fsencode(os.path.join(directory, BUS_IPC_NAME))) <= BUS_IPC_PATH_MAX:
         return directory
     os.rmdir(directory)
     return tempfile.mkdtemp(prefix="aiperf-api-", dir="/tmp")
+
+
+@contextlib.contextmanager
+def ipc_directory() -> Iterator[str]:
+    """A directory for a child's sockets, for as long as the context lasts."""
+    directory = make_ipc_directory()
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def check_command(argv: Sequence[str], environ: Mapping[str, str]) -> None:
+    """Find out before anything is started whether a command can be; raises CommandError if it is not found (127)."""
+    command = argv[0]
+    is_path = os.sep in command
+    if shutil.which(command, path=environ.get("PATH")) is None and not (is_path and os.path.exists(command)):
+        raise CommandError(_COMMAND_NOT_FOUND, f"{command}: {'no such file' if is_path else 'command not found'}")
 
 
 class ChildProcess:
@@ -5362,7 +5426,7 @@ class ChildProcess:
 
     def __init__(self, argv: Sequence[str], environ: Mapping[str, str]) -> None:
         self.argv = tuple(argv)
-        self.environ = dict(environ)
+        self.environment = dict(environ)
         self.signals = 0  # how many ending signals have come while it ran
         self._process: asyncio.subprocess.Process | None = None  # None until it is started
 
@@ -5393,7 +5457,7 @@ class ChildProcess:
     async def start(self) -> None:
         """Start it; raises CommandError if it is not found (127) or cannot be executed (126)."""
         try:
-            self._process = await asyncio.create_subprocess_exec(*self.argv, env=self.environ)
+            self._process = await asyncio.create_subprocess_exec(*self.argv, env=self.environment)
         except FileNotFoundError:
             raise CommandError(_COMMAND_NOT_FOUND, f"{self.argv[0]}: command not found") from None
         except (OSError, ValueError) as error:
@@ -5415,10 +5479,8 @@ class ChildProcess:
             number = signal.SIGKILL
         elif number == signal.SIGINT and self._hears_terminal():
             return
-        try:
+        with contextlib.suppress(ProcessLookupError):  # it ended a moment ago
             self._process.send_signal(number)
-        except ProcessLookupError:  # it ended a moment ago
-            pass
 
     def _hears_terminal(self) -> bool:
         """Whether Ctrl-C on the controlling terminal signals the child: its process group is in the foreground."""
@@ -5432,6 +5494,14 @@ class ChildProcess:
             return False
         finally:
             os.close(terminal)
+
+
+def title_secrets(argv: Sequence[str]) -> list[str]:
+    """What has to be hidden of a command line that is shown as it is: its secrets, else the words that hold them."""
+    found: set[str] = set()
+    shown = redact_command(argv, found)
+    words = {word for word, clean in zip(argv, shown) if word != clean and not any(one in word for one in found)}
+    return sorted(found | words)
 
 
 def hide_in_process_title(secrets: Sequence[str]) -> bool:
@@ -5472,7 +5542,7 @@ def hide_in_process_title(secrets: Sequence[str]) -> bool:
 # The slow.  While a client's transport is full, its messages queue here, by reference: the bytes are shared with every
 # other client.  One that is behind by more than the soft mark, in bytes or in seconds, gets of each state message (the
 # latest replaces the one before) only the newest, and of the events as many as fit; it is told what it missed.  Above
-# the hard mark, or when nothing has moved for a while, it is cut off with abort(), because close() would keep the bytes.
+# the hard mark, or when nothing has moved for a while, it is cut off with abort(), for close() would keep the bytes.
 
 
 class Message(NamedTuple):
@@ -5487,9 +5557,9 @@ class Message(NamedTuple):
 class Encoded(NamedTuple):
     """A message in the form in which a kind of client takes it."""
 
-    type: str
-    data: bytes
-    replaceable: bool
+    type: str  # message type; "" for an answer to one client
+    data: bytes  # a whole frame, event or line
+    replaceable: bool  # a state message: the next of its type replaces it
 
 
 Encoder = Callable[[Message], bytes]
@@ -5514,7 +5584,7 @@ class Subscriber:
         self.transport = transport
         self.kind = kind  # websocket | sse | ndjson
         self.address = address  # of the peer, as text
-        self.encode = encode
+        self.encode = encode  # makes of a message what this kind of client takes
         self.connected_ns = connected_ns  # when it came, ns since the epoch
         self.asked: set[str] = set()  # message types as it named them, "*" among them
         self.types: frozenset[str] | None = frozenset()  # what it takes; None: everything
@@ -5527,7 +5597,7 @@ class Subscriber:
         self.backlog: dict[int, Encoded] = {}  # by a number that grows
         self.queued = 0  # the last such number
         self.newest: dict[str, int] = {}  # state type -> number of its newest in the backlog
-        self.backlog_bytes = 0
+        self.backlog_bytes = 0  # of all messages in it
         self.backlog_events = 0  # messages that nothing replaces
         self.backlog_since_sec = 0.0  # monotonic: since when there has been one without a break
         self.compacted = False  # superseded state messages are out of it
@@ -5596,7 +5666,7 @@ class Subscriber:
             self.backlog_events += 1
 
     def _make_room(self, message: Encoded) -> None:
-        """Leave out the state messages that a later one replaces: all of them at first, then one for each that comes."""
+        """Leave out the state messages that a later one replaces: first all, then one for each that comes."""
         if not self.compacted:
             self.compacted = True
             for number in [n for n, m in self.backlog.items() if m.replaceable and self.newest[m.type] != n]:
@@ -5672,21 +5742,22 @@ class Hub:
 
     def __init__(self, on_wanted: Callable[[str, bool], None]) -> None:
         """`on_wanted(type, wanted)` hears of the first client that takes a type (`*`: everything) and of the last."""
-        self._on_wanted = on_wanted
+        self._on_wanted = on_wanted  # hears of the first client of a type, and of the last
         self.subscribers: dict[int, Subscriber] = {}  # by a number of their own, in the order they came
+        # clients that take the same messages in the same form
         self._groups: dict[tuple[Encoder, frozenset[str] | None], dict[int, Subscriber]] = {}
         self._wanted: dict[str, int] = {}  # type -> clients that take it; "*" -> that take everything
-        self._numbers = itertools.count(1)
-        self._messages = itertools.count(1)
+        self._numbers = itertools.count(1)  # names clients
+        self._messages = itertools.count(1)  # names messages
         self.last_number = 0  # of the newest message
         self.retained: dict[str, Message] = {}  # the last message of each type of this run
-        self._retained_bytes = 0
+        self._retained_bytes = 0  # of their payloads
         self.recent: collections.deque[Message] = collections.deque()  # for resuming streams, oldest first
-        self._recent_bytes = 0
+        self._recent_bytes = 0  # of their payloads
         self.remember = False  # whether `recent` is kept: from the first stream on
         self.sent_total = 0  # by clients that have left
         self.skipped_total = 0  # by clients that have left
-        self.cut_off_total = 0
+        self.cut_off_total = 0  # clients that did not keep up
         self.changes = 0  # grows whenever a client comes, goes, subscribes or misses something
 
     # -- Clients --
@@ -5865,14 +5936,14 @@ class Connection(asyncio.Protocol):
         self.app = app
         self._writer = writer  # kept: its finaliser closes the transport on newer Pythons
         self.transport: asyncio.Transport = writer.transport  # type: ignore[assignment]
-        self.address = peer_name(self.transport)
+        self.address = peer_name(self.transport)  # of the peer, as text
         self.mode = "http"  # http | websocket | stream | closing
         self.paused = False  # the transport is full
         self._eof = False  # the peer has half-closed
         # Deadlines, monotonic seconds.
         now = time.monotonic()
         self.heard_sec = now  # when the peer last sent anything
-        self._deadline_sec = now + HTTP_HEAD_TIMEOUT_SEC
+        self._deadline_sec = now + HTTP_HEAD_TIMEOUT_SEC  # when the mode at hand must have moved on
         self._moved_sec = now  # when the transport last sent anything that had waited
         self._buffered = 0  # bytes in the transport at the last look
         self._pinged_sec = now  # when the last keepalive went out
@@ -5881,7 +5952,7 @@ class Connection(asyncio.Protocol):
         self._in_head = False  # a head has begun: its deadline runs
         # WebSocket or stream.
         self._frames: FrameParser | None = None
-        self.subscriber: Subscriber | None = None
+        self.subscriber: Subscriber | None = None  # in the hub; None for HTTP
         self.number = 0  # the subscriber's in the hub
         self.transport.set_write_buffer_limits(high=CONNECTION_BUFFER_BYTES, low=CONNECTION_BUFFER_BYTES // 4)
 
@@ -6135,7 +6206,7 @@ def peer_name(transport: asyncio.BaseTransport) -> str:
 
 
 def connection_factory(app: Application) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], None]:
-    """The callback for asyncio.start_server: being no coroutine, it costs no task; the connection takes the transport."""
+    """The callback for asyncio.start_server: no coroutine, so it costs no task; the connection takes the transport."""
 
     def accept(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         connection = Connection(app, writer)
@@ -6161,7 +6232,7 @@ class Option(NamedTuple):
     metavar: str  # PORT; "" for a switch
     default: str  # as shown
     env: str  # variable that stands in for the flag; "" where there is none
-    help: str
+    help: str  # one sentence
 
 
 OPTIONS: tuple[Option, ...] = (
@@ -6274,15 +6345,15 @@ LIMITS: tuple[tuple[str, int, str, str], ...] = (
 class Settings(NamedTuple):
     """How a service runs; the command line fills it, and so do the arguments of APIService."""
 
-    host: str = "127.0.0.1"
+    host: str = "127.0.0.1"  # address to listen on
     port: int | None = 0  # None: no TCP
-    unix_path: str | None = None
-    token: str | None = None
-    allow_hosts: tuple[str, ...] = ()
-    cors_origins: tuple[str, ...] = ()
-    tls_cert: str | None = None
-    tls_key: str | None = None
-    ws_max_connections: int = WS_CONNECTIONS_MAX
+    unix_path: str | None = None  # of a Unix socket
+    token: str | None = None  # that clients must present; None: open
+    allow_hosts: tuple[str, ...] = ()  # names for the Host check
+    cors_origins: tuple[str, ...] = ()  # origins whose pages may read us; "*": all
+    tls_cert: str | None = None  # PEM file; None: plain
+    tls_key: str | None = None  # PEM file; None: in the same file
+    ws_max_connections: int = WS_CONNECTIONS_MAX  # WebSockets and streams at once
     linger_sec: float | None = None  # None: for ever
     secrets: tuple[str, ...] = ()  # literals that must show nowhere
 
@@ -6370,8 +6441,8 @@ _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct",
 def http_date(seconds: float) -> bytes:
     """IMF-fixdate (RFC 9110 section 5.6.7), whatever the locale."""
     t = time.gmtime(seconds)
-    text = f"{_DAYS[t.tm_wday]}, {t.tm_mday:02} {_MONTHS[t.tm_mon - 1]} {t.tm_year} {t.tm_hour:02}:{t.tm_min:02}:{t.tm_sec:02} GMT"
-    return text.encode()
+    day = f"{_DAYS[t.tm_wday]}, {t.tm_mday:02} {_MONTHS[t.tm_mon - 1]} {t.tm_year}"
+    return f"{day} {t.tm_hour:02}:{t.tm_min:02}:{t.tm_sec:02} GMT".encode()
 
 
 def _source_of(source: str | Source | None) -> Source:
@@ -6410,7 +6481,7 @@ class BusCounters:
 
     def __init__(self) -> None:
         self.messages = 0  # good ones
-        self.by_type: dict[str, int] = {}
+        self.by_type: dict[str, int] = {}  # message type -> good ones
         self.errors: dict[str, int] = {}  # kind -> bad ones
         self.last_ns = 0  # bus clock at the last message
 
@@ -6431,8 +6502,8 @@ class CachedText:
     """The text of /metrics in one format, for as long as it is true."""
 
     def __init__(self) -> None:
-        self.version: tuple[int, ...] = ()
-        self.response = Response(503)
+        self.version: tuple[int, ...] = ()  # of everything that the text is made from
+        self.response = Response(503)  # ready to send
 
 
 class APIService:
@@ -6466,36 +6537,38 @@ class APIService:
     ) -> None:
         # The server, from start to stop.
         self.settings = settings if settings is not None else Settings(host=host, port=port, **options)
-        self.source = _source_of(source)
-        self.router = Router(ROUTES)
-        self.static = static_table(read_static_files())
+        self.source = _source_of(source)  # where messages come from
+        self.router = Router(ROUTES)  # path -> route
+        self.static = static_table(read_static_files())  # name -> file
         self._pages: dict[str, Response] = {}  # made from `static` when first asked for
         self.url = ""  # of the bound socket, once started
         self.started_ns = 0  # wall clock
-        self._servers: list[asyncio.AbstractServer] = []
-        self._sweep_timer: asyncio.TimerHandle | None = None
-        self._recorder = Recorder(record) if record else None
+        self._servers: list[asyncio.AbstractServer] = []  # listening
+        self._sweep_timer: asyncio.TimerHandle | None = None  # the next sweep
+        self._recorder = Recorder(record) if record else None  # None: nothing is recorded
+        # only this machine can connect: the Host check is strict
         self._bound_to_loopback = _is_loopback(self.settings.host)
         # What the connections share (Application).
         self.memo: dict[bytes, Request] = {}
-        self.date = b""
-        self.message_bytes_max = WS_MESSAGE_BYTES_MAX
-        self.connections: set[Connection] = set()
+        self.date = b""  # IMF-fixdate, of this second
+        self.message_bytes_max = WS_MESSAGE_BYTES_MAX  # of one WebSocket message from a client
+        self.connections: set[Connection] = set()  # open ones of every kind
         self.requests: dict[tuple[str, int], int] = {}  # (route, status) -> answers
         # The benchmark.
         self.state = BenchmarkState()
         self.state_version = 0  # grows with every change
-        self.bus = BusCounters()
-        self.hub = Hub(self._on_wanted)
-        self._secrets_found: set[str] = set(self.settings.secrets)
-        self.secrets = secret_forms(self._secrets_found)
+        self.bus = BusCounters()  # counters
+        self.hub = Hub(self._on_wanted)  # streaming clients
+        self._secrets_found: set[str] = set(self.settings.secrets)  # literals that must show nowhere
+        self.secrets = secret_forms(self._secrets_found)  # the same in the forms in which they may stand
         self._types: dict[bytes, str] = {}  # topic -> message type
+        # media type -> the text of /metrics
         self._texts = {TEXT: CachedText() for TEXT in (CONTENT_TYPE_TEXT_0_0_4, CONTENT_TYPE_OPENMETRICS_1_0_0)}
-        self._complete: asyncio.Event | None = None
-        self._stopped: asyncio.Event | None = None
-        self._linger_timer: asyncio.TimerHandle | None = None
+        self._complete: asyncio.Event | None = None  # set while a run has ended
+        self._stopped: asyncio.Event | None = None  # set when stop() is done
+        self._emptied: asyncio.Event | None = None  # set when the last connection has gone, while stopping
         if config is not None:
-            self._configure(config, "file")
+            self.configure(config, "file")
 
     # -- Life --
 
@@ -6549,15 +6622,15 @@ class APIService:
         await self.source.stop()
         for connection in list(self.connections):
             connection.end()
-        deadline = time.monotonic() + STOP_TIMEOUT_SEC * 0.75
-        while self.connections and time.monotonic() < deadline:
-            await asyncio.sleep(0.01)
+        if self.connections:
+            self._emptied = asyncio.Event()
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._emptied.wait(), STOP_TIMEOUT_SEC * 0.75)
         for connection in list(self.connections):
             connection.transport.abort()
         await asyncio.sleep(0)  # lets connection_lost run
-        for timer in (self._sweep_timer, self._linger_timer):
-            if timer is not None:
-                timer.cancel()
+        if self._sweep_timer is not None:
+            self._sweep_timer.cancel()
         self._close_recorder()
         if self.settings.unix_path is not None and self._servers:
             _remove_socket(self.settings.unix_path)
@@ -6704,10 +6777,25 @@ class APIService:
             except OSError as error:
                 log.error("the recording is not complete: %s", error)
 
-    def _configure(self, config: Mapping[str, Any], origin: str) -> None:
+    def configure(self, config: Mapping[str, Any], origin: str) -> None:
+        """Take a configuration of the benchmark; `origin` is "file" or "command"."""
         self.state.configure(redact(config, self._secrets_found), origin)
         self.secrets = secret_forms(self._secrets_found)
         self.state_version += 1
+
+    def end_child(self, exit_text: str) -> None:
+        """Take note that the benchmark's process is gone; `exit_text` says how, "" if it ended well."""
+        change = self.state.end_child(exit_text, self.source.now_ns())
+        if change:
+            self._follow(change)
+
+    async def settle(self) -> None:
+        """Wait until the bus of a process that is gone has brought its last message."""
+        deadline = time.monotonic() + BUS_SETTLE_TIMEOUT_SEC
+        seen = -1
+        while self.bus.messages != seen and time.monotonic() < deadline:
+            seen = self.bus.messages
+            await asyncio.sleep(BUS_SETTLE_QUIET_SEC)
 
     def _on_wanted(self, message_type: str, wanted: bool) -> None:
         """The bus brings what clients want, besides what the state always needs."""
@@ -6733,6 +6821,8 @@ class APIService:
 
     def closed(self, connection: Connection) -> None:
         self.connections.discard(connection)
+        if self._emptied is not None and not self.connections:
+            self._emptied.set()
         if connection.subscriber is not None:
             if connection.subscriber.gone:
                 self.hub.cut_off_total += 1
@@ -6825,7 +6915,7 @@ class APIService:
         return subscriber
 
     def check_room(self) -> None:
-        """Refuse before the upgrade when all places are taken: a client that is let in and then dropped retries at once."""
+        """Refuse before the upgrade when all places are taken: who is let in and then dropped retries at once."""
         if len(self.hub.subscribers) >= self.settings.ws_max_connections:
             raise HTTPError(503, "all streaming connections are taken", (("Retry-After", "5"),))
 
@@ -7316,6 +7406,8 @@ class Arguments(NamedTuple):
 
     settings: Settings
     source: Source
+    backend: str  # what speaks ZMQ: auto, pyzmq or builtin
+    command: tuple[str, ...]  # the benchmark behind `--`, empty for none
     config: Mapping[str, Any] | None
     record: str | None
     log_level: str
@@ -7414,7 +7506,8 @@ def parse_arguments(argv: Sequence[str], environ: Mapping[str, str]) -> Argument
     Raises:
         UsageError: what is wrong with it, in one line.
     """
-    given = _Given(argv, environ)
+    own, command = _split_command(argv)
+    given = _Given(own, environ)
     port = given.number("--api-port", 0, 65535, whole=True)
     unix_path = given.text("--api-unix")
     if port is None and given.from_flag("--api-host"):
@@ -7432,17 +7525,39 @@ def parse_arguments(argv: Sequence[str], environ: Mapping[str, str]) -> Argument
         tls_key=_existing_file(given, "--tls-key"),
         ws_max_connections=int(given.number("--ws-max-connections", 0, 1_000_000, whole=True) or WS_CONNECTIONS_MAX),
         linger_sec=given.number("--linger", 0, 1e9, whole=False),
+        secrets=tuple(secrets_from_argv(command, environ)),
     )
     if settings.tls_key and not settings.tls_cert:
         raise UsageError("--tls-key needs --tls-cert")
+    backend = given.choice("--zmq-backend", "auto", ("auto", "pyzmq", "builtin"))
     return Arguments(
         settings,
-        _choose_source(given),
+        _no_source(given) if command else _choose_source(given, backend),
+        backend,
+        command,
         _read_config(given.text("--config")),
         given.text("--record"),
         given.choice("--log-level", "info", ("debug", "info", "warning", "error")),
         given.choice("--log-format", "text", ("text", "json")),
     )
+
+
+def _split_command(argv: Sequence[str]) -> tuple[Sequence[str], tuple[str, ...]]:
+    """(our own words, those of the benchmark behind the first `--`)."""
+    if "--" not in argv:
+        return argv, ()
+    place = list(argv).index("--")
+    if not argv[place + 1 :]:
+        raise UsageError("a command belongs behind --")
+    return argv[:place], tuple(argv[place + 1 :])
+
+
+def _no_source(given: _Given) -> Source:
+    """A command brings its own bus; a source that a variable names is for runs without one."""
+    flags = [flag for flag in _SOURCES if given.from_flag(flag)]
+    if flags:
+        raise UsageError(f"{flags[0]} and a command: only one source at a time")
+    return Source("child")
 
 
 def _existing_file(given: _Given, flag: str) -> str | None:
@@ -7452,13 +7567,12 @@ def _existing_file(given: _Given, flag: str) -> str | None:
     return path
 
 
-def _choose_source(given: _Given) -> Source:
+def _choose_source(given: _Given, backend: str) -> Source:
     """The one source that is asked for: a flag beats variables, and two of the same standing are a mistake."""
     flags = [flag for flag in _SOURCES if given.from_flag(flag)]
     chosen = flags or [flag for flag in _SOURCES if (given.switch(flag) if flag == "--demo" else given.text(flag))]
     if len(chosen) > 1:
         raise UsageError(f"{' and '.join(chosen)}: only one source at a time")
-    backend = given.choice("--zmq-backend", "auto", ("auto", "pyzmq", "builtin"))
     flag = chosen[0] if chosen else "--zmq-host"
     value = given.text(flag) or "127.0.0.1"
     if flag in ("--replay", "--demo"):
@@ -7506,8 +7620,37 @@ class _JSONFormatter(logging.Formatter):
         return json_bytes(line).decode()
 
 
-def _set_up_log(arguments: Arguments) -> None:
-    handler = logging.StreamHandler(sys.stderr)
+class _LogHandler(logging.StreamHandler):  # type: ignore[type-arg]  # its parameter is not there on 3.9 and 3.10
+    """The log on stderr, which can be held back while a child has the same terminal for its own display."""
+
+    def __init__(self) -> None:
+        super().__init__(sys.stderr)
+        self._held: collections.deque[logging.LogRecord] | None = None  # None: nothing is held back
+        self._left_out = 0  # records that were held back for too long
+
+    def hold(self) -> None:
+        """Keep back what comes from now on, if stderr is a terminal: a line would tear what is drawn there."""
+        if sys.stderr.isatty():
+            self._held = collections.deque(maxlen=LOG_LINES_HELD_MAX)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self._held is None:
+            super().emit(record)
+            return
+        self._left_out += len(self._held) == LOG_LINES_HELD_MAX
+        self._held.append(record)
+
+    def release(self) -> None:
+        """Write what was held back."""
+        held, self._held = self._held or (), None
+        for record in held:
+            super().emit(record)
+        if self._left_out:
+            log.warning("%d older lines of this log were left out", self._left_out)
+
+
+def _set_up_log(arguments: Arguments) -> _LogHandler:
+    handler = _LogHandler()
     if arguments.log_format == "json":
         handler.setFormatter(_JSONFormatter())
     else:
@@ -7515,6 +7658,7 @@ def _set_up_log(arguments: Arguments) -> None:
     log.addHandler(handler)
     log.propagate = False
     log.setLevel(arguments.log_level.upper())
+    return handler
 
 
 def start_lines(service: APIService) -> list[str]:
@@ -7525,6 +7669,7 @@ def start_lines(service: APIService) -> list[str]:
         "replay": f"replay of {source.address}",
         "bind": f"publishers connect to {source.address}",
         "none": "publish()",
+        "child": f"the benchmark, {source.address}" if source.address else "none: the benchmark's bus is not known",
     }.get(source.kind, f"the AIPerf event bus at {source.address}")
     lines = [f"aiperf-api {__version__} serves {service.url}"]
     if service.settings.port is not None:
@@ -7535,12 +7680,98 @@ def start_lines(service: APIService) -> list[str]:
     return lines
 
 
+class _Child:
+    """The benchmark behind `--`: how it is to be run, its process, and the signals that come meanwhile."""
+
+    def __init__(self, plan: ChildPlan, command: Sequence[str]) -> None:
+        self.plan = plan
+        self.process = ChildProcess(plan.argv, plan.environ)
+        self.command = command
+        self.started_sec = time.time()
+        self.signals = 0  # how many have come, also after its end
+        self.ended = asyncio.Event()  # the process is gone
+        self.hurried = asyncio.Event()  # a second signal, or one after the end: no lingering
+
+    def source(self, backend: str) -> Source:
+        if not self.plan.address:
+            source = Source("child")
+            source.connected = False
+            return source
+        return bus_source(self.plan.address, "child", bind=self.plan.bind, backend=backend)
+
+    def on_signal(self, number: int) -> None:
+        """The child's first; it is on us to go when it has gone."""
+        self.signals += 1
+        if not self.ended.is_set():
+            self.process.pass_on(number)
+        if self.signals > 1 or self.ended.is_set() or number != signal.SIGINT:
+            if self.hurried.is_set() and self.ended.is_set():
+                os._exit(128 + number)
+            self.hurried.set()
+
+    async def run(self, service: APIService) -> int:
+        """Run it to its end, and tell the service; returns the exit code."""
+        await self.process.start()
+        code = await self.process.wait()
+        self.ended.set()
+        await service.settle()
+        directory = self.plan.artifact_dir or service.state.artifact_dir()
+        config = load_artifact_config(directory, self.started_sec) if directory else {}
+        if config:
+            service.configure({**config, "command": redact_command(self.command)}, "command")
+        service.end_child(self.process.exit_text if code else "")
+        return code
+
+
+async def _serve_command(arguments: Arguments, environ: Mapping[str, str], handler: _LogHandler) -> int:
+    """Serve, run the benchmark behind `--`, go on serving for a while; returns the benchmark's exit code."""
+    check_command(arguments.command, environ)
+    with ipc_directory() as directory:
+        version = aiperf_version(arguments.command[0], environ.get("PATH"))
+        child = _Child(child_plan(arguments.command, environ, directory, version=version), arguments.command)
+        service = APIService(
+            source=child.source(arguments.backend),
+            config=arguments.config,
+            record=arguments.record,
+            settings=arguments.settings,
+        )
+        service.configure(config_from_argv(arguments.command), "command")
+        _watch_signals(child.on_signal)
+        await service.start()
+        try:
+            for line in [*start_lines(service), *(f"  note       {note}" for note in child.plan.notes)]:
+                print(line, file=sys.stderr, flush=True)
+            handler.hold()
+            try:
+                code = await child.run(service)
+            finally:
+                handler.release()
+            await _linger(service, child)
+        finally:
+            await service.stop()
+    return code
+
+
+async def _linger(service: APIService, child: _Child) -> None:
+    seconds = LINGER_SEC if service.settings.linger_sec is None else service.settings.linger_sec
+    if seconds and not child.hurried.is_set():
+        log.info("the benchmark ended (%s); serving its last state for %g s", child.process.exit_text, seconds)
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(child.hurried.wait(), seconds)
+
+
 async def _serve(arguments: Arguments) -> int:
     service = APIService(
         source=arguments.source, config=arguments.config, record=arguments.record, settings=arguments.settings
     )
     stop = asyncio.Event()
-    _watch_signals(stop)
+
+    def ask(number: int) -> None:  # the first signal asks for the end, a second one forces it
+        if stop.is_set():
+            os._exit(128 + number)
+        stop.set()
+
+    _watch_signals(ask)
     await service.start()
     for line in start_lines(service):
         print(line, file=sys.stderr, flush=True)
@@ -7552,16 +7783,14 @@ async def _serve(arguments: Arguments) -> int:
     return 0
 
 
-def _watch_signals(stop: asyncio.Event) -> None:
-    """The first SIGINT or SIGTERM asks for the end, a second one forces it."""
+def _watch_signals(ask: Callable[[int], None]) -> None:
+    """Have SIGINT, SIGTERM and SIGHUP (unless it is ignored, as under nohup) handled within the loop."""
     loop = asyncio.get_running_loop()
-
-    def ask(number: int) -> None:
-        if stop.is_set():
-            os._exit(128 + number)
-        stop.set()
-
-    for number in (signal.SIGINT, signal.SIGTERM):
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    hangup = getattr(signal, "SIGHUP", None)
+    if hangup is not None and signal.getsignal(hangup) != signal.SIG_IGN:
+        numbers.append(hangup)
+    for number in numbers:
         try:
             loop.add_signal_handler(number, ask, number)
         except NotImplementedError:  # Windows
@@ -7571,12 +7800,19 @@ def _watch_signals(stop: asyncio.Event) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """The program: serve until told to stop; returns the exit code."""
     try:
-        arguments = parse_arguments(sys.argv[1:] if argv is None else argv, os.environ)
-        _set_up_log(arguments)
+        words = sys.argv[1:] if argv is None else argv
+        arguments = parse_arguments(words, os.environ)
+        handler = _set_up_log(arguments)
+        hide_in_process_title(title_secrets(words))
+        if arguments.command:
+            return asyncio.run(_serve_command(arguments, os.environ, handler))
         return asyncio.run(_serve(arguments))
     except UsageError as error:
         print(f"aiperf-api: {error}", file=sys.stderr)
         return 2
+    except CommandError as error:
+        print(f"aiperf-api: {error}", file=sys.stderr)
+        return error.exit_code
     except StartError as error:
         print(f"aiperf-api: {error}", file=sys.stderr)
         return 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import pathlib
@@ -83,11 +84,11 @@ class InferenceServer:
     def _vllm(self) -> str:
         lines = [
             "# TYPE vllm:num_requests_running gauge",
-            'vllm:num_requests_running{model_name="mock"} %d' % self.running,
+            f'vllm:num_requests_running{{model_name="mock"}} {self.running}',
             "# TYPE vllm:kv_cache_usage_perc gauge",
-            'vllm:kv_cache_usage_perc{model_name="mock"} %.3f' % min(1.0, self.running / 64),
+            f'vllm:kv_cache_usage_perc{{model_name="mock"}} {min(1.0, self.running / 64):.3f}',
             "# TYPE vllm:prompt_tokens_total counter",
-            'vllm:prompt_tokens_total{model_name="mock"} %d' % (self.requests * 64),
+            f'vllm:prompt_tokens_total{{model_name="mock"}} {self.requests * 64}',
         ]
         return "\n".join(lines) + "\n"
 
@@ -108,7 +109,7 @@ class InferenceServer:
     async def _answer(self, number: int, asked: dict[str, Any], writer: asyncio.StreamWriter) -> None:
         tokens = int(asked.get("max_completion_tokens") or asked.get("max_tokens") or 8)
         tokens = max(2, min(tokens, 12) - number % 3)
-        base = {"id": "chatcmpl-%d" % number, "created": int(time.time()), "model": asked.get("model", "mock")}
+        base = {"id": f"chatcmpl-{number}", "created": int(time.time()), "model": asked.get("model", "mock")}
         usage = {"prompt_tokens": 64, "completion_tokens": tokens, "total_tokens": 64 + tokens}
         if not asked.get("stream"):
             await asyncio.sleep(self.ttft + self.itl * tokens)
@@ -123,7 +124,7 @@ class InferenceServer:
         )
         await asyncio.sleep(self.ttft * (0.9 + number % 5 * 0.05))
         for index in range(tokens):
-            delta = {"content": "word%d " % index}
+            delta = {"content": f"word{index} "}
             choice = {"index": 0, "delta": delta, "finish_reason": "stop" if index == tokens - 1 else None}
             _event(writer, json.dumps(dict(base, object="chat.completion.chunk", choices=[choice])))
             await writer.drain()
@@ -135,22 +136,22 @@ class InferenceServer:
 
 
 def _response(status: str, content_type: str, body: bytes) -> bytes:
-    head = "HTTP/1.1 %s\r\nContent-Type: %s\r\nContent-Length: %d\r\n\r\n" % (status, content_type, len(body))
+    head = f"HTTP/1.1 {status}\r\nContent-Type: {content_type}\r\nContent-Length: {len(body)}\r\n\r\n"
     return head.encode() + body
 
 
 def _event(writer: asyncio.StreamWriter, data: str) -> None:
-    event = ("data: %s\n\n" % data).encode()
+    event = f"data: {data}\n\n".encode()
     writer.write(b"%x\r\n%s\r\n" % (len(event), event))
 
 
 def _dcgm(requests: int) -> str:
     lines = []
     for field, value in DCGM_FIELDS:
-        lines.append("# TYPE %s gauge" % field)
+        lines.append(f"# TYPE {field} gauge")
         for gpu, uuid, model in GPUS:
-            labels = 'gpu="%s",UUID="%s",device="nvidia%s",modelName="%s",Hostname="node1"' % (gpu, uuid, gpu, model)
-            lines.append("%s{%s} %s" % (field, labels, value + requests % 7 + int(gpu)))
+            labels = f'gpu="{gpu}",UUID="{uuid}",device="nvidia{gpu}",modelName="{model}",Hostname="node1"'
+            lines.append(f"{field}{{{labels}}} {value + requests % 7 + int(gpu)}")
     return "\n".join(lines) + "\n"
 
 
@@ -263,13 +264,11 @@ def main() -> None:
     async def run() -> None:
         server = InferenceServer(options.ttft, options.itl, options.error_every)
         listener = await asyncio.start_server(server.serve, "127.0.0.1", options.port)
-        print("http://127.0.0.1:%d" % listener.sockets[0].getsockname()[1], flush=True)
+        print(f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}", flush=True)
         await listener.serve_forever()
 
-    try:
+    with contextlib.suppress(KeyboardInterrupt):
         asyncio.run(run())
-    except KeyboardInterrupt:
-        pass
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What watching costs the benchmark, as AIPerf itself reports it: `python3 .ci/watching_costs.py`.
 
-Pairs of equal runs, one watched and one not, in changing order; then one run whose watcher is stopped (SIGSTOP) for 30 s
-while the memory of AIPerf's main process, which holds the event bus, is followed.  Ten minutes; for a quiet machine.
+Pairs of equal runs, one watched and one not, in changing order; then one run whose watcher is stopped (SIGSTOP) for
+30 s while the memory of AIPerf's main process, which holds the event bus, is followed.  Ten minutes, on a quiet machine.
 """
 
 from __future__ import annotations
@@ -115,10 +115,9 @@ def stopped(bench: Bench, seconds: float) -> None:
     server.terminate()
     server.wait()
     export = json.loads((artifacts / "profile_export_aiperf.json").read_text())
-    print(
-        f"stopped for {seconds:.0f} s: exit code {run.returncode}, throughput {export['request_throughput']['avg']:.3f}/s,"
-        f" p99 {export['request_latency']['p99']:.3f} ms; AIPerf's main process {before:.1f} MiB before, {most:.1f} at most"
-    )
+    throughput, p99 = export["request_throughput"]["avg"], export["request_latency"]["p99"]
+    print(f"stopped for {seconds:.0f} s: exit code {run.returncode}, {throughput:.3f}/s, p99 {p99:.3f} ms")
+    print(f"AIPerf's main process: {before:.1f} MiB before, {most:.1f} MiB at most")
 
 
 def main() -> None:
