@@ -12,11 +12,16 @@ import contextlib
 import gzip
 import itertools
 import json
+import os
+import pathlib
 import re
+import shutil
+import signal
 import statistics
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import unittest
@@ -3333,6 +3338,432 @@ class StateFamiliesTests(unittest.TestCase):
 
 
 # == 11 == Sources =====================================================================================================
+
+
+# -- Child -------------------------------------------------------------------------------------------------------------
+
+
+def plan(*argv: str, environ: dict[str, str] | None = None, config: str | None = None, version: str = "") -> Any:
+    """A child_plan with the private directory /p; `config` is the text of any configuration file."""
+
+    def read(path: str) -> str:
+        if config is None:
+            raise FileNotFoundError(2, "No such file or directory", path)
+        return config
+
+    return aiperf_api.child_plan(argv, environ or {}, "/p", version=version, read=read)
+
+
+class ChildPlanDecidesWhereTheBusIs(unittest.TestCase):
+    PRIVATE = "ipc:///p/event_bus_proxy_backend.ipc"
+
+    def test_a_profile_gets_the_private_directory_and_live_metrics(self) -> None:
+        made = plan("aiperf", "profile", "--model", "m")
+        self.assertEqual(made.argv, ("aiperf", "profile", "--model", "m", "--zmq-ipc-path", "/p"))
+        self.assertEqual(made.address, self.PRIVATE)
+        self.assertEqual(made.environ["AIPERF_UI_REALTIME_METRICS_ENABLED"], "true")
+        self.assertEqual(made.environ["AIPERF_UI_REALTIME_METRICS_INTERVAL"], "1")
+        self.assertEqual((made.bind, made.is_aiperf, made.notes), (False, True, ()))
+
+    def test_an_interval_that_the_user_set_stays(self) -> None:
+        made = plan("aiperf", "profile", environ={"AIPERF_UI_REALTIME_METRICS_INTERVAL": "7", "HOME": "/h"})
+        self.assertEqual(made.environ["AIPERF_UI_REALTIME_METRICS_INTERVAL"], "7")
+        self.assertEqual(made.environ["HOME"], "/h")
+
+    def test_a_profile_is_found_behind_paths_modules_and_wrappers(self) -> None:
+        for line in (
+            "/opt/venv/bin/aiperf profile -m x",
+            "python -m aiperf profile -m x",
+            "/usr/bin/python3.11 -X dev -m aiperf profile -m x",
+            "python3 /opt/venv/bin/aiperf profile",
+            "uv run aiperf profile -m x",
+            "uv run python -m aiperf profile",
+            "env A=b aiperf profile",
+            "nice -n 5 aiperf profile",
+            "timeout 60 nice aiperf profile",
+        ):
+            made = plan(*line.split())
+            self.assertTrue(made.is_aiperf, line)
+            self.assertEqual(made.argv[-2:], ("--zmq-ipc-path", "/p"), line)
+
+    def test_any_other_command_finds_a_bound_bus_in_its_environment(self) -> None:
+        for line in ("python bench.py", "echo aiperf profile", "aiperf plot", "aiperf", "ssh host aiperf profile"):
+            made = plan(*line.split(), environ={"X": "y"})
+            self.assertEqual(made.argv, tuple(line.split()))
+            self.assertEqual(made.environ, {"X": "y", "AIPERF_API_ZMQ_ADDRESS": "ipc:///p/bus.ipc"}, line)
+            self.assertEqual((made.address, made.bind, made.is_aiperf), ("ipc:///p/bus.ipc", True, False))
+
+    def test_a_bus_on_the_command_line_is_followed_and_nothing_is_added(self) -> None:
+        for words, address in (
+            (["--zmq-host", "10.0.0.7"], "tcp://10.0.0.7:5664"),
+            (["--zmq-host=0.0.0.0"], "tcp://127.0.0.1:5664"),
+            (["--zmq_host", "h"], "tcp://h:5664"),
+            (["--zmq-ipc-path", "/run/x"], "ipc:///run/x/event_bus_proxy_backend.ipc"),
+            (["--zmq-ipc-path=/run/x", "--zmq-host", "h"], "ipc:///run/x/event_bus_proxy_backend.ipc"),
+            (["--zmq-dual-bind"], "ipc:///tmp/aiperf/event_bus_proxy_backend.ipc"),
+        ):
+            made = plan("aiperf", "profile", *words)
+            self.assertEqual(made.address, address)
+            self.assertEqual(made.argv, ("aiperf", "profile", *words))
+
+    def test_a_moved_tcp_port_is_followed(self) -> None:
+        made = plan("aiperf", "profile", "--zmq-host", "h", environ={"AIPERF_ZMQ_EVENT_BUS_PROXY_BACKEND_PORT": "7"})
+        self.assertEqual(made.address, "tcp://h:7")
+
+    def test_our_own_variables_do_not_reach_the_child(self) -> None:
+        ours = {"AIPERF_API_SERVER_PORT": "9090", "AIPERF_API_SERVER_HOST": "h", "AIPERF_API_TOKEN": "t"}
+        for command in (("aiperf", "profile"), ("true",)):
+            self.assertFalse(set(ours) & set(plan(*command, environ=ours).environ))
+
+    def test_the_artifact_directory_is_known_when_it_is_told(self) -> None:
+        self.assertEqual(plan("aiperf", "profile", "--artifact-dir=a").artifact_dir, "a")
+        self.assertEqual(plan("aiperf", "profile", "--output-artifact-dir", "b").artifact_dir, "b")
+        self.assertEqual(plan("aiperf", "profile").artifact_dir, "")
+
+    def test_a_version_without_live_metrics_is_said(self) -> None:
+        self.assertIn("--ui dashboard", plan("aiperf", "profile", "--ui", "none", version="0.3.0").notes[0])
+        self.assertEqual(plan("aiperf", "profile", "--ui", "dashboard", version="0.3.0").notes, ())
+        self.assertEqual(plan("aiperf", "profile", "--ui", "none", version="0.13.0").notes, ())
+
+    def test_a_configuration_file_without_a_bus_leaves_room_for_ours(self) -> None:
+        made = plan("aiperf", "profile", "--config", "c.yaml", config="benchmark:\n  model: m\n")
+        self.assertEqual(made.argv[-2:], ("--zmq-ipc-path", "/p"))
+        self.assertEqual(made.address, self.PRIVATE)
+
+    def test_a_configuration_file_with_a_bus_is_followed(self) -> None:
+        text = "benchmark:\n  runtime:\n    communication:\n      type: tcp\n      host: 0.0.0.0\n"
+        for words in (["-f", "c.yaml"], ["-fc.yaml"], ["--config=c.yaml"]):
+            made = plan("aiperf", "profile", *words, config=text)
+            self.assertEqual(made.address, "tcp://127.0.0.1:5664")
+            self.assertEqual(made.argv, ("aiperf", "profile", *words))
+
+    def test_a_flag_beats_the_configuration_file(self) -> None:
+        text = "runtime: {communication: broken}"
+        made = plan("aiperf", "profile", "-f", "c.yaml", "--zmq-ipc-path", "/x", config=text)
+        self.assertEqual(made.address, "ipc:///x/event_bus_proxy_backend.ipc")
+
+    def test_a_configuration_file_that_cannot_be_read_is_said_and_left_alone(self) -> None:
+        for config in (None, "benchmark: *base\n"):
+            made = plan("aiperf", "profile", "-f", "c.yaml", config=config)
+            self.assertEqual(made.address, "")
+            self.assertEqual(made.argv, ("aiperf", "profile", "-f", "c.yaml"))
+            self.assertIn("c.yaml", made.notes[0])
+
+    def test_variables_in_a_configuration_file_are_filled_in(self) -> None:
+        text = "runtime:\n  communication: {type: ipc, path: '${DIR:/dflt}'}\n"
+        plain = text.replace("'", "")
+        for written in ("runtime:\n  communication:\n    type: ipc\n    path: ${DIR:/dflt}\n",):
+            self.assertEqual(
+                plan("aiperf", "profile", "-f", "c", config=written, environ={"DIR": "/d"}).address,
+                "ipc:///d/event_bus_proxy_backend.ipc",
+            )
+            self.assertEqual(
+                plan("aiperf", "profile", "-f", "c", config=written).address,
+                "ipc:///dflt/event_bus_proxy_backend.ipc",
+            )
+        self.assertEqual(plan("aiperf", "profile", "-f", "c", config=plain).address, "")  # not read with certainty
+
+
+class TheBusOfAConfigurationFile(unittest.TestCase):
+    def test_block_style_in_both_spellings(self) -> None:
+        text = (
+            '---\n# a comment\nschemaVersion: "2.0"\nbenchmark:\n  model: "a # b"   # trailing\n'
+            "  system: |\n    runtime:\n      communication:\n        type: ipc\n"
+            "  phases:\n    - name: runtime\n      communication: x\n  runtime: &rt\n    ui: none\n"
+            "    communication:\n      type: 'tcp'\n      host: 10.1.2.3  # here\n      eventBusProxy:\n"
+            "        frontendPort: 1\n        backendPort: 7664\n    workers: 3\n"
+        )
+        self.assertEqual(
+            aiperf_api.bus_of_config(text),
+            {
+                "type": "tcp",
+                "host": "10.1.2.3",
+                "event_bus_proxy.frontend_port": "1",
+                "event_bus_proxy.backend_port": "7664",
+            },
+        )
+
+    def test_the_flat_shape_json_and_flow_mappings(self) -> None:
+        expected = {"type": "ipc", "path": "/x"}
+        for text in (
+            "runtime:\n  communication:\n    type: ipc\n    path: /x\n",
+            "runtime:\n  communication: {type: ipc, path: /x}\n",
+            '{"benchmark": {"runtime": {"communication": {"type": "ipc", "path": "/x"}}, "datasets": [1]}}',
+        ):
+            self.assertEqual(aiperf_api.bus_of_config(text), expected)
+
+    def test_a_file_that_names_no_bus(self) -> None:
+        for text in ("", "benchmark:\n  model: m\n", "# runtime:\n", '{"a": 1}', "other:\n  runtime:\n    x: 1\n"):
+            self.assertEqual(aiperf_api.bus_of_config(text), {})
+
+    def test_what_is_not_understood_is_refused_not_guessed(self) -> None:
+        for text in (
+            "benchmark: *common\n",
+            "benchmark:\n  runtime:\n    <<: *base\n",
+            "benchmark: {runtime: {communication: {type: ipc}}}\n",
+            "benchmark:\n  runtime:\n    communication: {\n      type: ipc }\n",
+            "runtime:\n  communication:\n    type: '{{ kind }}'\n",
+            "{not json",
+        ):
+            with self.assertRaises(ValueError, msg=text):
+                aiperf_api.bus_of_config(text)
+
+
+class TheConfigurationOfACommandLine(unittest.TestCase):
+    def test_every_spelling_of_a_flag(self) -> None:
+        line = (
+            "aiperf profile -m a --model b,c --url http://x:1 -u=http://y --endpoint-type completions --streaming"
+            " --concurrency 8 --request_rate 2.5 --num-requests=100 --benchmark-duration 30 --isl 128 --unknown 3"
+        )
+        config = aiperf_api.config_from_argv(line.split())
+        self.assertEqual(
+            config["endpoint"],
+            {
+                "type": "completions",
+                "streaming": True,
+                "model_names": ["a", "b", "c"],
+                "urls": ["http://x:1", "http://y"],
+            },
+        )
+        self.assertEqual(
+            config["loadgen"],
+            {"concurrency": 8, "request_rate": 2.5, "request_count": 100, "benchmark_duration": 30},
+        )
+        self.assertEqual(config["input"], {"prompt": {"input_tokens": {"mean": 128}}})
+        self.assertEqual(config["command"], line.split())
+
+    def test_defaults_stand_in_unless_a_configuration_file_may_speak(self) -> None:
+        self.assertEqual(
+            aiperf_api.config_from_argv(["aiperf", "profile"])["endpoint"], {"type": "chat", "streaming": False}
+        )
+        self.assertNotIn("endpoint", aiperf_api.config_from_argv(["aiperf", "profile", "-f", "c.yaml"]))
+
+    def test_numbers_that_are_none_stay_text(self) -> None:
+        for text in ("1,2,4", "inf", "nan", "1_0", "5 ", "\u0665", "1e999"):
+            config = aiperf_api.config_from_argv(["aiperf", "profile", "--concurrency", text])
+            self.assertEqual(config["loadgen"]["concurrency"], text)
+            aiperf_api.json_bytes(config)
+
+    def test_a_switch_that_is_off(self) -> None:
+        self.assertIs(
+            aiperf_api.config_from_argv(["aiperf", "profile", "--streaming=false"])["endpoint"]["streaming"], False
+        )
+
+    def test_other_commands_have_only_their_words(self) -> None:
+        self.assertEqual(
+            aiperf_api.config_from_argv(["./run", "--api-key", "k"]), {"command": ["./run", "--api-key", "***"]}
+        )
+
+    def test_a_flag_at_the_end_without_its_value(self) -> None:
+        self.assertEqual(aiperf_api.config_from_argv(["aiperf", "profile", "--model"])["endpoint"]["model_names"], [])
+
+
+class CredentialsOnACommandLineAreHidden(unittest.TestCase):
+    KEY = "sk-proj-4f9d8e7c6b5a"
+
+    def test_in_every_place_where_one_can_stand(self) -> None:
+        for words, shown in (
+            (["--api-key", self.KEY], ["--api-key", "***"]),
+            (["--api-key=" + self.KEY], ["--api-key=***"]),
+            (["--api_key", "-" + self.KEY], ["--api_key", "***"]),
+            (["-H", "Authorization: Bearer " + self.KEY], ["-H", "Authorization: ***"]),
+            (["-HX-Api-Key:" + self.KEY], ["-HX-Api-Key:***"]),
+            (["--header=X-Api-Key:" + self.KEY], ["--header=X-Api-Key:***"]),
+            (["--header", "A: b", "Cookie: " + self.KEY], ["--header", "A: ***", "Cookie: ***"]),
+            (["--header", json.dumps({"Authorization": "Bearer " + self.KEY})], ["--header", '{"Authorization": "***"}']),
+            (["--extra-inputs", "api_key:" + self.KEY], ["--extra-inputs", "api_key:***"]),
+            (["--extra-inputs", json.dumps({"token": self.KEY, "n": 1})], ["--extra-inputs", '{"token": "***", "n": 1}']),
+            (["--url", f"http://u:{self.KEY}@host/v1"], ["--url", "http://***@host/v1"]),
+            (["--url", f"host:80/v1?api_key={self.KEY}&n=1"], ["--url", "host:80/v1?api_key=***&n=1"]),
+            (["env", "OPENAI_API_KEY=" + self.KEY], ["env", "OPENAI_API_KEY=***"]),
+            (
+                ["sh", "-c", f"aiperf profile --api-key {self.KEY} -m x"],
+                ["sh", "-c", "aiperf profile --api-key *** -m x"],
+            ),
+            (["sh", "-c", f"HF_TOKEN='{self.KEY}' run"], ["sh", "-c", "HF_TOKEN=***"]),
+        ):
+            found: set[str] = set()
+            self.assertEqual(aiperf_api.redact_command(words, found), shown)
+            self.assertTrue(any(self.KEY in secret for secret in found), (words, found))
+
+    def test_innocent_words_stay(self) -> None:
+        line = "aiperf profile --tokenizer local/tok --use-server-token-count --url http://h:1/v1?n=1 -vv --osl 10 a@b"
+        found: set[str] = set()
+        self.assertEqual(aiperf_api.redact_command(line.split(), found), line.split())
+        self.assertEqual(found, set())
+
+    def test_harmless_header_values_are_hidden_but_not_hunted(self) -> None:
+        words = ["aiperf", "profile", "-H", "Accept: application/json"]
+        self.assertEqual(aiperf_api.redact_command(words)[-1], "Accept: ***")
+        self.assertEqual(aiperf_api.secrets_from_argv(words, {}), [])
+
+    def test_secrets_of_the_environment(self) -> None:
+        environ = {
+            "OPENAI_API_KEY": self.KEY,
+            "HF_TOKEN": "hf_abcdef",
+            "PATH": "/bin",
+            "TOKENIZERS_PARALLELISM": "false",
+            "AIPERF_INJECTED_HEADERS": '{"Authorization": "Bearer inj-123456"}',
+        }
+        self.assertEqual(
+            aiperf_api.secrets_from_argv(["aiperf", "profile"], environ),
+            sorted([self.KEY, "hf_abcdef", "Bearer inj-123456"]),
+        )
+
+    def test_the_configuration_holds_none(self) -> None:
+        words = ["aiperf", "profile", "-m", "m", "--api-key", self.KEY, "-u", f"http://u:{self.KEY}@h"]
+        words += ["--header", "Authorization:Bearer " + self.KEY]
+        config = aiperf_api.config_from_argv(words)
+        self.assertNotIn(self.KEY, str(config))
+        self.assertEqual(config["endpoint"]["api_key"], "***")
+
+
+class TheConfigurationInTheArtifacts(unittest.TestCase):
+    def setUp(self) -> None:
+        directory = tempfile.TemporaryDirectory()
+        self.addCleanup(directory.cleanup)
+        self.directory = pathlib.Path(directory.name)
+
+    def write(self, value: Any, name: str = "profile_export_aiperf.json") -> None:
+        (self.directory / name).write_text(json.dumps(value))
+
+    def test_there_is_none_before_the_export_is_there(self) -> None:
+        self.assertEqual(aiperf_api.load_artifact_config(str(self.directory)), {})
+        self.assertEqual(aiperf_api.load_artifact_config(str(self.directory / "missing")), {})
+
+    def test_the_shape_of_0_6(self) -> None:
+        config = {"endpoint": {"model_names": ["m"], "type": "chat"}, "loadgen": {"concurrency": 6}}
+        self.write({"input_config": config})
+        self.assertEqual(aiperf_api.load_artifact_config(str(self.directory)), config)
+
+    def test_an_export_with_a_name_of_its_own_is_found(self) -> None:
+        config = {"models": {"items": [{"name": "m"}]}, "phases": [{"kind": "profiling", "concurrency": 6}]}
+        self.write({"input_config": config}, "my_aiperf.json")
+        self.assertEqual(aiperf_api.load_artifact_config(str(self.directory)), config)
+
+    def test_an_export_of_an_earlier_run_or_without_sense_does_not_count(self) -> None:
+        self.write({"input_config": {"endpoint": {}}})
+        self.assertEqual(aiperf_api.load_artifact_config(str(self.directory), since_sec=4e9), {})
+        for text in ("", "[1]", '{"input_config": 3}', "\udcff"):
+            (self.directory / "profile_export_aiperf.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+            self.assertEqual(aiperf_api.load_artifact_config(str(self.directory)), {})
+
+
+class AChildProcess(unittest.IsolatedAsyncioTestCase):
+    async def run_child(self, *argv: str) -> Any:
+        child = aiperf_api.ChildProcess(argv, os.environ)
+        self.assertEqual((child.pid, child.exit_code, child.exit_text), (None, None, ""))
+        await child.start()
+        return child
+
+    async def test_exit_codes_as_a_shell_has_them(self) -> None:
+        for script, code, text in (
+            ("exit 0", 0, "exit status 0"),
+            ("exit 3", 3, "exit status 3"),
+            ("kill -KILL $$", 137, "killed by SIGKILL"),
+            ("kill -TERM $$", 143, "killed by SIGTERM"),
+        ):
+            child = await self.run_child("sh", "-c", script)
+            self.assertEqual(await child.wait(), code)
+            self.assertEqual((child.exit_code, child.exit_text), (code, text))
+
+    async def test_a_command_that_cannot_be_started_is_one_line_and_the_shells_code(self) -> None:
+        for command, code in (("no-such-command-4711", 127), ("/no/such/file", 127), (os.path.dirname(__file__), 126)):
+            with self.assertRaises(aiperf_api.CommandError) as caught:
+                await self.run_child(command)
+            self.assertEqual(caught.exception.exit_code, code)
+            self.assertTrue(str(caught.exception).startswith(command + ": "))
+            self.assertNotIn("\n", str(caught.exception))
+
+    async def test_it_stays_in_our_process_group(self) -> None:
+        child = await self.run_child("sleep", "60")
+        self.assertEqual(os.getpgid(child.pid), os.getpgrp())
+        child.pass_on(signal.SIGTERM)
+        self.assertEqual(await child.wait(), 143)
+
+    async def test_a_signal_that_the_terminal_did_not_send_is_passed_on(self) -> None:
+        child = await self.run_child("sleep", "60")
+        with unittest.mock.patch.object(child, "_hears_terminal", lambda: False):
+            child.pass_on(signal.SIGINT)
+        self.assertEqual(await child.wait(), 130)
+        child.pass_on(signal.SIGINT)  # after the end it is nobody's
+
+    async def test_a_sigint_of_the_terminal_is_not_sent_twice(self) -> None:
+        child = await self.run_child("sleep", "60")
+        with unittest.mock.patch.object(child, "_hears_terminal", lambda: True):
+            child.pass_on(signal.SIGINT)
+            self.assertIsNone(child.exit_code)
+            self.assertEqual(child.signals, 1)
+            child.pass_on(signal.SIGTERM)  # no key of the terminal sends this one
+        self.assertEqual(await child.wait(), 143)
+
+    async def test_a_third_signal_kills_a_child_that_does_not_listen(self) -> None:
+        with tempfile.TemporaryDirectory() as directory:
+            ready = os.path.join(directory, "ready")
+            os.mkfifo(ready)
+            script = "trap '' INT TERM; echo > \"$0\"; while :; do sleep 0.05; done"
+            child = await self.run_child("sh", "-c", script, ready)
+            await asyncio.get_running_loop().run_in_executor(None, pathlib.Path(ready).read_bytes)
+        for _ in range(3):
+            child.pass_on(signal.SIGTERM)
+        self.assertEqual(await child.wait(), 137)
+
+
+class ThePrivateDirectory(unittest.TestCase):
+    def test_it_is_ours_alone_and_its_path_fits_a_socket(self) -> None:
+        deep = os.path.join(tempfile.gettempdir(), "x" * 90)
+        os.makedirs(deep, exist_ok=True)
+        self.addCleanup(shutil.rmtree, deep)
+        for parent in (tempfile.gettempdir(), deep):
+            with unittest.mock.patch.object(tempfile, "tempdir", parent):
+                directory = aiperf_api.make_ipc_directory()
+            self.addCleanup(os.rmdir, directory)
+            self.assertEqual(os.stat(directory).st_mode & 0o777, 0o700)
+            self.assertLess(len(directory), 72)
+
+
+@unittest.skipUnless(sys.platform.startswith("linux"), "needs Linux's /proc")
+class TheProcessTitle(unittest.TestCase):
+    def test_secrets_disappear_from_the_command_line_that_ps_shows(self) -> None:
+        script = (
+            "import aiperf_api, sys; print(aiperf_api.hide_in_process_title(['s3cret-key']));"
+            "print(open('/proc/self/cmdline').read().split(chr(0))[-4:]); print(sys.argv)"
+        )
+        command = [sys.executable, "-c", script, "--", "--api-key", "s3cret-key", "-H=Bearer s3cret-key"]
+        result = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=os.path.dirname(os.path.abspath(aiperf_api.__file__)),
+        )
+        done, title, kept = result.stdout.splitlines()
+        self.assertEqual(done, "True")
+        self.assertEqual(title, "['--api-key', '**********', '-H=Bearer **********', '']")
+        self.assertIn("s3cret-key", kept)  # what the program works with is not touched
+
+    def test_nothing_is_touched_without_secrets(self) -> None:
+        with open("/proc/self/cmdline", "rb") as file:
+            before = file.read()
+        self.assertTrue(aiperf_api.hide_in_process_title([]))
+        with open("/proc/self/cmdline", "rb") as file:
+            self.assertEqual(file.read(), before)
+
+
+class TheVersionOfAnInstalledAIPerf(unittest.TestCase):
+    def test_it_is_read_beside_the_interpreter_of_the_script(self) -> None:
+        with tempfile.TemporaryDirectory() as directory:
+            root = pathlib.Path(directory)
+            (root / "bin").mkdir()
+            (root / "lib" / "python3.11" / "site-packages" / "aiperf-0.6.0.dist-info").mkdir(parents=True)
+            script = root / "bin" / "aiperf"
+            script.write_text(f"#!{root}/bin/python\nimport sys\n")
+            script.chmod(0o755)
+            self.assertEqual(aiperf_api.aiperf_version(str(script)), "0.6.0")
+            self.assertEqual(aiperf_api.aiperf_version("aiperf", search_path=str(root / "bin")), "0.6.0")
+            script.write_bytes(b"\x7fELF\xff")
+            self.assertEqual(aiperf_api.aiperf_version(str(script)), "")
+            self.assertEqual(aiperf_api.aiperf_version(str(root / "missing")), "")
 
 
 # == 12 == Hub =========================================================================================================
