@@ -406,7 +406,7 @@ _CAMEL_HUMP = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 _CREDENTIAL_ENDS = (
     "key keys authorization auth bearer token password passwd cookie secret secrets credential credentials headers"
 )
-_CREDENTIAL_HINTS = (*(end.encode() + b'"' for end in _CREDENTIAL_ENDS.split()), b"bearer ", b"\\u00")
+_CREDENTIAL_HINTS = tuple(end.encode() + b'"' for end in _CREDENTIAL_ENDS.split())
 _URL_USERINFO = re.compile(r'(://)[^/\s"@]+@')  # RFC 3986 section 3.2.1
 _BEARER_VALUE = re.compile(r"(bearer +)[\w.~+/=-]+", re.IGNORECASE)  # RFC 6750 section 2.1
 
@@ -498,10 +498,23 @@ def secret_forms(secrets: Iterable[str]) -> tuple[str, ...]:
     )
 
 
+def _ends_key(hint: bytes, text: bytes) -> bool:
+    """Whether a hint may end a key somewhere: behind a key there is a colon or white space, behind a value (the header
+    "Time to First Token" of every realtime_metrics) there is neither."""
+    end = text.find(hint) + len(hint)
+    while end >= len(hint):
+        if text[end : end + 1] in b": \t\r\n":
+            return True
+        end = text.find(hint, end) + len(hint)
+    return False
+
+
 def _may_hold_secret(payload: bytes, secrets: Sequence[str]) -> bool:
     lowered = payload.lower()
     return (
-        any(hint in lowered for hint in _CREDENTIAL_HINTS)
+        any(hint in lowered and _ends_key(hint, lowered) for hint in _CREDENTIAL_HINTS)
+        or b"bearer " in lowered
+        or b"\\u00" in lowered
         or (b"@" in payload and b"://" in payload)
         or any(json.dumps(secret)[1:-1].lower().encode() in lowered for secret in secrets)
     )
@@ -1970,7 +1983,14 @@ def display_rows(rows: Any) -> dict[str, dict[str, Any]]:
 def row_needs_change(row: Any) -> bool:
     """Tell whether a row differs from what clients are to see of it."""
     tag = _tag_of(row)
-    return not tag or not all(map(_is_shown, row, row.values())) or _conversion(tag, row.get("unit")) is not None
+    if not tag or not INTERNAL_FIELDS.isdisjoint(row) or _conversion(tag, row.get("unit")) is not None:
+        return True
+    # Nearly all fields are finite floats and integers, whatever their name: shown, and told apart without a call.
+    return any(
+        not _is_shown(key, value)
+        for key, value in row.items()
+        if not (type(value) is float and value - value == 0.0) and type(value) is not int
+    )
 
 
 def forwardable_realtime_metrics(payload: bytes) -> bytes:
