@@ -1950,8 +1950,8 @@ def _tag_of(row: Any) -> str:
 
 
 def _is_shown(key: str, value: Any) -> bool:
-    """Tell whether a field of a row is for clients: not internal, not null, and a number where one belongs."""
-    if value is None or key in INTERNAL_FIELDS:
+    """Tell whether a field of a row has a value for clients: not null, and a number where one belongs."""
+    if value is None:
         return False
     if key in STATISTICS or key == "count":
         return is_number(value)
@@ -1966,7 +1966,13 @@ def display_row(row: Any) -> Optional[dict[str, Any]]:
     tag = _tag_of(row)
     if not tag:
         return None
-    shown = {key: value for key, value in row.items() if _is_shown(key, value)}
+    shown = {
+        key: value
+        for key, value in row.items()
+        # Nearly all fields are integers and finite floats: shown, and told so without a call.
+        if (type(value) is int or (type(value) is float and value - value == 0.0) or _is_shown(key, value))
+        and key not in INTERNAL_FIELDS
+    }
     conversion = _conversion(tag, shown.get("unit"))
     if conversion is not None:
         factor, divisor, shown["unit"] = conversion
@@ -1980,19 +1986,6 @@ def display_rows(rows: Any) -> dict[str, dict[str, Any]]:
     return {row.pop("tag"): row for row in shown}
 
 
-def row_needs_change(row: Any) -> bool:
-    """Tell whether a row differs from what clients are to see of it."""
-    tag = _tag_of(row)
-    if not tag or not INTERNAL_FIELDS.isdisjoint(row) or _conversion(tag, row.get("unit")) is not None:
-        return True
-    # Nearly all fields are finite floats and integers, whatever their name: shown, and told apart without a call.
-    return any(
-        not _is_shown(key, value)
-        for key, value in row.items()
-        if not (type(value) is float and value - value == 0.0) and type(value) is not int
-    )
-
-
 def forwardable_realtime_metrics(payload: bytes) -> bytes:
     """Return a realtime_metrics message as clients get it: the very same object where nothing needs a change.
 
@@ -2001,9 +1994,12 @@ def forwardable_realtime_metrics(payload: bytes) -> bytes:
     """
     message = read_message(payload)
     rows = message.get("metrics")
-    if not isinstance(rows, list) or not any(map(row_needs_change, rows)):
+    if not isinstance(rows, list):
         return payload
-    return json_bytes({**message, "metrics": [row for row in map(display_row, rows) if row is not None]})
+    shown = list(map(display_row, rows))
+    if shown == rows:
+        return payload
+    return json_bytes({**message, "metrics": [row for row in shown if row is not None]})
 
 
 def read_message(payload: bytes) -> dict[str, Any]:

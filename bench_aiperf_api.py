@@ -106,7 +106,7 @@ QUICK = Effort(
 )
 
 PACE_SEC = 0.05  # the paced fan-out: 20 messages a second
-QUIET_SEC = 0.7  # a burst is over when the bus is done and nothing came for so long: what is missing was skipped
+QUIET_SEC = 2.0  # a burst is over when the bus is done and nothing came for so long: what is missing was skipped
 GIVE_UP_SEC = 60.0  # a run that makes no end by then is reported with what arrived
 RECV_BYTES = 1 << 20  # one read of a client
 SMALL_BYTES = 862  # a credit_phase_progress
