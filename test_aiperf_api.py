@@ -849,6 +849,16 @@ class RecordedRunTests(unittest.TestCase):
         self.assertIn("num_running", server["snapshot"])
         self.assertEqual(state.status(now_ns)["benchmark_id"], "b18be779b8d8")
 
+    def test_without_real_time_telemetry_the_final_one_shows(self) -> None:
+        run = recording("run_0_13_gpu_and_server_metrics")
+        state, now_ns = replayed(message for message in run if message[0] != "realtime_telemetry_metrics")
+        rows = state.metrics()["telemetry"]
+        series = [aiperf_api.gpu_series(tag, row["header"]) for tag, row in rows.items()]
+        self.assertEqual({dict(one.labels)["gpu"] for one in series}, {"0", "1"})
+        self.assertIn("power_usage", {one.metric for one in series})
+        names = {family.name for family in aiperf_api.state_families(state, now_ns)}
+        self.assertIn("aiperf_gpu_power_usage_w", names)
+
     def test_the_identity_is_found_in_each_generation(self) -> None:
         known = {"model": "mock", "endpoint_type": "chat", "streaming": "true", "concurrency": "6"}
         self.assertEqual(replayed(recording("run_0_3_success"))[0].labels(), known)
