@@ -31,15 +31,43 @@ Rooms 3 to 10 are pure: bytes and values in, bytes and values out; no loop, no s
 
 from __future__ import annotations
 
+import argparse
+import asyncio
+import base64
+import codecs
+import collections
+import contextlib
+import difflib
 import enum
+import glob
+import hashlib
+import hmac
+import io
+import ipaddress
+import itertools
 import json
+import logging
 import math
+import os
+import random
 import re
+import shlex
+import shutil
+import signal
+import socket
+import struct
+import sys
+import tempfile
+import time
+import zlib
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from stat import S_ISSOCK
 from types import MappingProxyType
-from typing import Any, Callable, NamedTuple, Optional
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn, Optional, Protocol, Union, cast
+from urllib.parse import unquote_to_bytes
 
 try:
     import orjson
@@ -51,11 +79,109 @@ try:
 except ImportError:  # room 11 has a subscriber of its own
     zmq = None  # type: ignore[assignment]
 
+if TYPE_CHECKING:
+    import ssl
+
 __version__ = "1.0.0"
 __all__ = ["APIService", "__version__", "main"]
 
 
 # == 1 == Constants and limits =========================================================================================
+#
+# Each limit: its unit in the name, a precedent, and what the peer sees past it.
+
+# HTTP requests
+HTTP_HEAD_BYTES_MAX = 16 * 1024  # request line and headers; nginx 8-32 KiB, Apache 8 KiB a line, node 16 KiB; 431
+HTTP_HEADERS_MAX = 64  # header lines; Apache 100, websockets 128, ours are read by eye; 431
+HTTP_TARGET_BYTES_MAX = 4 * 1024  # as sent, still percent-encoded; Apache 8190, uvicorn 64 KiB in all; 414
+HTTP_REQUEST_LINE_BYTES_MAX = HTTP_TARGET_BYTES_MAX + 64  # the target, a method and " HTTP/1.1"; 414
+HTTP_LEADING_CRLF_MAX = 4  # empty lines skipped before a request line; RFC 9112 2.2 asks for at least one; 400
+HTTP_CONTENT_LENGTH_DIGITS_MAX = 15  # h11 20; any length above 0 is refused anyway; 400
+HTTP_QUERY_FIELDS_MAX = 64  # parts between "&"; CPython's max_num_fields is off by default; 400
+HTTP_ACCEPT_MEMBERS_MAX = 32  # media types of one Accept header, codings of one Accept-Encoding; the rest are ignored
+HTTP_MEMO_HEADS_MAX = 64  # request heads remembered by one memo; the oldest is forgotten, nobody sees it
+HTTP_MEMO_HEAD_BYTES_MAX = 1024  # longer heads are parsed each time; curl sends 80, Prometheus 300, Chromium 700
+HTTP_SUGGEST_PATH_CHARS_MAX = 64  # an unknown path longer than this gets a 404 without "did you mean" (difflib is slow)
+
+HTTP_HEAD_TIMEOUT_SEC = 10  # for a whole head, from its first byte; nginx 60, Apache 20-40; 408
+HTTP_IDLE_TIMEOUT_SEC = 75  # of a kept-alive connection; nginx 75, uvicorn 5; closed
+HTTP_CONNECTIONS_MAX = 512  # beside the WebSocket limit, half-open ones included; nginx worker_connections 512; 503
+HTTP_GZIP_BYTES_MIN = 1024  # a smaller body is sent as it is; nginx gzip_min_length 20, client_python none
+LINGER_TIMEOUT_SEC = 2  # for the peer to end its side after our last words; nginx lingering_timeout 5
+CONNECTION_BUFFER_BYTES = 64 * 1024  # in a transport before it counts as full; asyncio 64 KiB
+LISTEN_BACKLOG = 128  # connections waiting to be accepted; asyncio 100; the peer's SYN is retried
+
+# WebSocket, from the client to us
+WS_MESSAGE_BYTES_MAX = 64 * 1024  # one message over all its fragments; websockets 1 MiB, websocat 64 KiB; Close 1009
+WS_CONTROL_BYTES_MAX = 125  # payload of a Close, Ping or Pong; RFC 6455 5.5; Close 1002
+WS_CLOSE_REASON_BYTES_MAX = 123  # what 125 leaves beside the code; a longer reason of ours is cut on a character
+WS_FRAGMENTS_MAX = 1024  # fragments of one message; an empty one costs the peer 6 bytes and us more; Close 1008
+WS_FRAGMENT_BYTES_MEAN = 64  # above 64 KiB the cap grows: one fragment for each 64 bytes that a message may have
+WS_CONNECTIONS_MAX = 1000  # WebSockets and streams, unless --ws-max-connections says otherwise; 503 before the upgrade
+WS_PING_INTERVAL_SEC = 20  # keepalive; websockets 20
+WS_SILENCE_TIMEOUT_SEC = 40  # without a byte either way; websockets 20 behind a ping; cut off
+CLIENT_TYPES_MAX = 256  # message types of one client; an error answer
+
+# WebSocket and streams, from us to the client
+CLIENT_WRITE_BYTES_MAX = 64 * 1024  # joined into one write; a longer message goes alone
+CLIENT_WRITE_MESSAGES_MAX = 256  # joined into one write
+CLIENT_SOFT_MARK_BYTES = 4 * 1024 * 1024  # behind by more, a client gets only the newest of each state message
+CLIENT_SOFT_MARK_SEC = 5  # behind for longer, the same
+CLIENT_QUEUE_EVENTS_MAX = 1000  # events that wait for a slow client; further ones are left out, and it is told
+CLIENT_QUEUE_BYTES_MAX = 6 * 1024 * 1024  # behind by more, events are left out as well
+CLIENT_HARD_MARK_BYTES = 16 * 1024 * 1024  # behind by more (one huge message, answers nobody reads), it is cut off
+CLIENT_STALL_SEC = 30  # bytes wait and none moves: cut off; nginx send_timeout 60
+STREAM_COMMENT_INTERVAL_SEC = 15  # ": keepalive" to an event stream; HTML standard, 9.2.7: "every 15 seconds or so"
+STREAM_RETRY_MS = 2000  # told to an event stream: when to come back
+RETAINED_TYPES_MAX = 256  # last messages kept for clients that come later
+RETAINED_BYTES_MAX = 16 * 1024 * 1024  # of these together
+RESUME_MESSAGES_MAX = 2000  # kept for streams that come back with Last-Event-ID; else they begin with a snapshot
+RESUME_BYTES_MAX = 4 * 1024 * 1024  # of these together
+
+# The bus
+BUS_MESSAGE_BYTES_MAX = 16 * 1024 * 1024  # a longer message is counted and dropped; AIPerf's longest are 0.3 MB
+BUS_TYPES_MAX = 256  # message types and topics that are told apart; the names come from outside
+BUS_TURN_MESSAGES_MAX = 256  # taken in one poll turn, before clients and requests have theirs
+BUS_TURN_BYTES_MAX = 1024 * 1024  # the same in bytes
+BUS_QUEUE_MESSAGES_MAX = 100_000  # ZMQ_RCVHWM; libzmq 1000; beyond it the bus itself has to keep them
+BUS_RECONNECT_MIN_MS, BUS_RECONNECT_MAX_MS = 100, 2000  # between attempts, doubling; libzmq 100 and no growth
+BUS_HEARTBEAT_INTERVAL_MS, BUS_HEARTBEAT_TIMEOUT_MS = 5000, 15000  # ZMTP pings; libzmq none
+BUS_POLL_INTERVAL_SEC = 0.02  # where the loop cannot watch a descriptor (Windows)
+REPLAY_PAUSE_SEC = 5  # between two rounds of a looped replay, so that the end can be looked at
+SECRETS_MAX = 64  # literals that are scrubbed wherever they turn up
+
+# The bus.  What libzmq does where nothing is configured is the precedent, except that libzmq bounds no message.
+BUS_FRAME_MAX = 256 * 1024 * 1024  # bytes of one frame, and of all frames of a message; beyond: error and reconnect
+BUS_PARTS_MAX = 64  # frames of one message (the bus sends 2); beyond: error and reconnect
+BUS_COMMAND_MAX = 64 * 1024  # bytes of one ZMTP command (READY is the longest, about 50); beyond: error and reconnect
+BUS_BATCH_MAX = 256  # messages handed over in one turn of the loop; the rest waits for the next turn
+BUS_PEERS_MAX = 1024  # publishers connected to a bound source; a further one is cut off
+BUS_SEND_MAX = 1024 * 1024  # bytes that a peer has left unread before it is cut off
+BUS_CONNECT_SEC = 10.0  # for the name and the connection; then the next attempt
+BUS_HANDSHAKE_SEC = 30.0  # from connection to READY (ZMQ_HANDSHAKE_IVL); then error and reconnect
+BUS_HEARTBEAT_SEC = 10.0  # of silence before a PING
+BUS_HEARTBEAT_MISSES = 3  # PINGs in a row that nothing followed; then error and reconnect
+BUS_RETRY_MIN_SEC = 0.1  # before the first reconnect (ZMQ_RECONNECT_IVL); doubled each time, a quarter of jitter
+BUS_RETRY_MAX_SEC = 2.0  # between reconnects at most
+BUS_PROVEN_SEC = 2.0  # a connection that lasted so long starts the back-off and the log lines afresh
+BUS_IPC_PATH_MAX = 107 if sys.platform.startswith("linux") else 103  # bytes of an ipc:// path: sun_path less its NUL
+
+# After the end of a child
+LINGER_SEC = 5  # the last state is served for so long, unless --linger says otherwise
+
+# The end of a child: what its bus still has to say is waited for
+BUS_SETTLE_QUIET_SEC = 0.2  # without a message: then it has said everything
+BUS_SETTLE_TIMEOUT_SEC = 3  # at most, for a bus that outlives its benchmark
+
+# Log lines that wait while a child has the terminal
+LOG_LINES_HELD_MAX = 1000  # older ones are left out, and counted
+
+# Stopping
+STOP_TIMEOUT_SEC = 2  # in all, from the signal to the exit
+
+# Log lines
+LOG_LINE_CHARS_MAX = 1000  # of a line about the bus
+LOG_QUOTE_CHARS_MAX = 200  # a quoted string of a peer; websockets 75; cut with "..."
 
 
 # == 2 == Errors =======================================================================================================
@@ -63,8 +189,10 @@ __all__ = ["APIService", "__version__", "main"]
 #   AIPerfAPIError            everything this module raises on purpose
 #   ├── UsageError            the command line or an argument of APIService is wrong      exit code 2
 #   ├── StartError            the machine says no: port in use, file unreadable           exit code 1
+#   ├── CommandError          the command behind `--` cannot be started                   exit code 126 or 127
 #   ├── JSONError             bytes that are not JSON
 #   ├── BusMessageError       a bus message that cannot be used                           counted, logged once a kind
+#   ├── ClientMessageError    a WebSocket message that cannot be obeyed                   an error answer
 #   ├── HTTPError             carries the HTTP status of its answer
 #   └── WebSocketError        carries the close code of its answer
 
@@ -98,6 +226,23 @@ class BusMessageError(AIPerfAPIError):
         self.kind = kind
 
 
+class ClientMessageError(AIPerfAPIError):
+    """A WebSocket message that cannot be obeyed; the client is told, the connection stays."""
+
+
+class ZMTPError(AIPerfAPIError):
+    """A peer on the bus that broke the protocol, or speaks a form of it that is not spoken here.
+
+    Args:
+        kind: a short, fixed word for logging each kind once (`not_zmtp`, `mechanism`, `malformed`, ...).
+        message: what the peer did, in one line, its bytes quoted safely.
+    """
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
 class HTTPError(AIPerfAPIError):
     """A request that gets an error answer.
 
@@ -117,6 +262,14 @@ class HTTPError(AIPerfAPIError):
         self.message = message
         self.headers = headers
         self.close = close
+
+
+class CommandError(AIPerfAPIError):
+    """The command behind `--` cannot be started; `exit_code` is 127 (not found) or 126, as a shell has it."""
+
+    def __init__(self, exit_code: int, message: str) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 class WebSocketError(AIPerfAPIError):
@@ -179,7 +332,7 @@ def _load_with_orjson(data: bytes) -> JSONValue:
 
 
 def _dump_with_json(value: JSONValue, pretty: bool) -> bytes:
-    """What `orjson.dumps` does, with the standard library alone, and what it refuses: huge integers, lone surrogates."""
+    """What `orjson.dumps` does with the standard library alone, and what it refuses: huge integers, lone surrogates."""
     separators = (",", ": ") if pretty else (",", ":")
     indent = 2 if pretty else None
     try:
@@ -192,7 +345,7 @@ def _dump_with_json(value: JSONValue, pretty: bool) -> bytes:
 
 def _dump_with_orjson(value: JSONValue, pretty: bool) -> bytes:
     try:
-        return orjson.dumps(value, option=_ORJSON_PRETTY if pretty else _ORJSON_COMPACT)
+        return orjson.dumps(value, option=orjson.OPT_NON_STR_KEYS | (orjson.OPT_INDENT_2 if pretty else 0))
     except TypeError:  # integers beyond 64 bits, lone surrogates, nesting over 254: json knows how
         return _dump_with_json(value, pretty)
 
@@ -210,12 +363,8 @@ def _clean(value: JSONValue) -> JSONValue:
     return value
 
 
-if orjson is not None:
-    _ORJSON_COMPACT = orjson.OPT_NON_STR_KEYS
-    _ORJSON_PRETTY = orjson.OPT_NON_STR_KEYS | orjson.OPT_INDENT_2
-    _load, _dump = _load_with_orjson, _dump_with_orjson
-else:
-    _load, _dump = _load_with_json, _dump_with_json
+_load = _load_with_json if orjson is None else _load_with_orjson
+_dump = _dump_with_json if orjson is None else _dump_with_orjson
 
 
 def json_load(data: bytes) -> JSONValue:
@@ -253,12 +402,11 @@ _CREDENTIAL_KEY = re.compile(  # of a key in snake_case: api_key, x_api_key, hf_
 )
 _HEADERS_KEY = re.compile(r"(?:.*_)?headers")
 _CAMEL_HUMP = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
-# Ends of such keys, lower-cased: a payload with none of them, and without an escape that could hide one, needs no parsing.
-_CREDENTIAL_HINTS = tuple(
-    hint.encode() + b'"'
-    for hint in ("key", "keys", "authorization", "auth", "bearer", "token", "password", "passwd", "cookie", "secret")
-    + ("secrets", "credential", "credentials", "headers")
-) + (b"bearer ", b"\\u00")
+# Ends of such keys, lower-cased: a payload with none of them, nor an escape that could hide one, needs no parsing.
+_CREDENTIAL_ENDS = (
+    "key keys authorization auth bearer token password passwd cookie secret secrets credential credentials headers"
+)
+_CREDENTIAL_HINTS = (*(end.encode() + b'"' for end in _CREDENTIAL_ENDS.split()), b"bearer ", b"\\u00")
 _URL_USERINFO = re.compile(r'(://)[^/\s"@]+@')  # RFC 3986 section 3.2.1
 _BEARER_VALUE = re.compile(r"(bearer +)[\w.~+/=-]+", re.IGNORECASE)  # RFC 6750 section 2.1
 
@@ -343,7 +491,7 @@ def _scrub_strings(value: JSONValue, secrets: Sequence[str]) -> JSONValue:
 
 
 def secret_forms(secrets: Iterable[str]) -> tuple[str, ...]:
-    """The literals to look for: a secret as it is, and what stands behind its scheme (`Bearer sk-...`), longest first."""
+    """The literals to look for: a secret as it is, and what stands behind its scheme (`Bearer x`), longest first."""
     forms = {form for secret in secrets for form in (secret, secret.rpartition(" ")[2])}
     return tuple(
         sorted((form for form in forms if len(form) >= _SECRET_LENGTH_MIN), key=lambda form: (-len(form), form))
@@ -377,16 +525,1206 @@ def scrub_json(payload: bytes, secrets: Sequence[str] = (), found: set[str] | No
     return payload if clean == value else json_bytes(clean)
 
 
+# What must not be logged: the token in a query (its name may be percent-encoded), in a header, in a subprotocol
+_SECRET_IN_TEXT = re.compile(
+    r"([?&](?:t|%74)(?:o|%6f)(?:k|%6b)(?:e|%65)(?:n|%6e)=|aiperf\.token\.|bearer +)[^\s&]+", re.IGNORECASE
+)
+
+
+def printable(text: str | bytes, limit: int = LOG_QUOTE_CHARS_MAX) -> str:
+    """A peer's string for a log line: one line of ASCII, at most `limit` characters and "...", tokens as `***`."""
+    raw = text.decode("latin-1") if isinstance(text, bytes) else text
+    shown = _SECRET_IN_TEXT.sub(r"\1***", raw[: 4 * limit]).encode("unicode_escape").decode("ascii")
+    return shown if len(shown) <= limit and len(raw) <= 4 * limit else shown[:limit] + "..."
+
+
 # == 4 == WebSocket codec ==============================================================================================
+#
+# RFC 6455 as a server needs it, without a socket: bytes in, events out, and frames as bytes.
+#
+# What is not here, on purpose: extensions (RSV bits are refused, so permessage-deflate never runs), masking of our own
+# frames (5.1: a server must not), fragmenting our own messages (one frame may be as long as the message).
+#
+# A fault is found at the byte that commits it, not when its frame is complete: what a peer declares is checked before
+# a byte of it is kept, and text is checked while its frame is still arriving.  After a fault or a Close nothing more is
+# looked at (7.1.7), so no later byte can be taken for a message.
+
+OP_CONT, OP_TEXT, OP_BINARY = 0x0, 0x1, 0x2
+OP_CLOSE, OP_PING, OP_PONG = 0x8, 0x9, 0xA
+
+# RFC 6455 7.4.1 and the IANA registry.  1004, 1005, 1006 and 1015 are never on the wire, so they have no name here.
+CLOSE_NORMAL = 1000
+CLOSE_GOING_AWAY = 1001
+CLOSE_PROTOCOL_ERROR = 1002
+CLOSE_UNSUPPORTED_DATA = 1003
+CLOSE_INVALID_DATA = 1007
+CLOSE_POLICY_VIOLATION = 1008
+CLOSE_MESSAGE_TOO_BIG = 1009
+CLOSE_INTERNAL_ERROR = 1011
+CLOSE_TRY_AGAIN_LATER = 1013
+
+_CLOSE_CODES_OF_THE_PROTOCOL = frozenset((1000, 1001, 1002, 1003, *range(1007, 1015)))
+_ACCEPT_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455 1.3
+
+
+@dataclass
+class TextMessage:
+    """A whole text message, of one frame or many."""
+
+    __slots__ = ("text",)
+    text: str
+
+
+@dataclass
+class BinaryMessage:
+    """A whole binary message, of one frame or many."""
+
+    __slots__ = ("data",)
+    data: bytes
+
+
+@dataclass
+class Ping:
+    """To be answered by a Pong with the same data (RFC 6455 5.5.2)."""
+
+    __slots__ = ("data",)
+    data: bytes
+
+
+@dataclass
+class Pong:
+    """An answer to a Ping, or unasked for (RFC 6455 5.5.3)."""
+
+    __slots__ = ("data",)
+    data: bytes
+
+
+@dataclass
+class Close:
+    """The peer closes.  `code` is None when it gave none; echo `payload`, for it is what was sent, byte for byte."""
+
+    __slots__ = ("code", "payload", "reason")
+    code: int | None
+    reason: str
+    payload: bytes
+
+
+@dataclass
+class Failure:
+    """The peer broke the protocol: send a Close with `code` and `reason`, then drop the connection (7.1.7)."""
+
+    __slots__ = ("code", "reason")
+    code: int
+    reason: str
+
+
+Event = Union[TextMessage, BinaryMessage, Ping, Pong, Close, Failure]
+
+
+def websocket_accept(key: str) -> str:
+    """`Sec-WebSocket-Accept` for a `Sec-WebSocket-Key` (RFC 6455 4.2.2, step 5.4)."""
+    return base64.b64encode(hashlib.sha1(key.encode("ascii") + _ACCEPT_GUID).digest()).decode("ascii")
+
+
+def encode_frame(opcode: int, payload: bytes, fin: bool = True) -> bytes:
+    """One unmasked frame, as a server sends it.  The same bytes serve every client (RFC 6455 5.2)."""
+    first, size = (0x80 | opcode) if fin else opcode, len(payload)
+    if size <= 125:
+        return bytes((first, size)) + payload
+    if size <= 0xFFFF:
+        return struct.pack("!BBH", first, 126, size) + payload
+    return struct.pack("!BBQ", first, 127, size) + payload
+
+
+def encode_close(code: int, reason: str = "") -> bytes:
+    """A whole Close frame; a reason over 123 bytes of UTF-8 is cut on a character (RFC 6455 5.5.1)."""
+    raw = reason.encode("utf-8", "replace")
+    if len(raw) > WS_CLOSE_REASON_BYTES_MAX:
+        raw = raw[:WS_CLOSE_REASON_BYTES_MAX].decode("utf-8", "ignore").encode("utf-8")
+    return encode_frame(OP_CLOSE, struct.pack("!H", code) + raw)
+
+
+def _unmask(data: bytes, mask: bytes) -> bytes:
+    """RFC 6455 5.3, as one XOR of two long integers: linear, and no loop in Python."""
+    size = len(data)
+    key = (mask * (size // 4 + 1))[:size]
+    return (int.from_bytes(data, "little") ^ int.from_bytes(key, "little")).to_bytes(size, "little")
+
+
+def _read_close(payload: bytes) -> Close:
+    """The event of a Close frame's payload; raises WebSocketError."""
+    if not payload:
+        return Close(None, "", payload)
+    # 5.5.1: "If there is a body, the first two bytes of the body MUST be a 2-byte unsigned integer".
+    if len(payload) == 1:
+        raise WebSocketError(CLOSE_PROTOCOL_ERROR, "close payload of one byte")
+    code = int.from_bytes(payload[:2], "big")
+    # 7.4.2: below 1000 unused, 1000-2999 only as registered, 3000-4999 free, above that undefined.
+    if code not in _CLOSE_CODES_OF_THE_PROTOCOL and not 3000 <= code <= 4999:
+        raise WebSocketError(CLOSE_PROTOCOL_ERROR, f"close code {code} is not allowed")
+    try:
+        return Close(code, payload[2:].decode("utf-8"), payload)
+    except UnicodeDecodeError:
+        raise WebSocketError(CLOSE_INVALID_DATA, "close reason is not UTF-8") from None
+
+
+class FrameParser:
+    """Reads the frames of one client.
+
+    Args:
+        max_message: bytes that one message may have over all its fragments; past it, Failure 1009.
+
+    Holds at most `max_message` bytes of a message, one control payload and one incomplete head.
+    """
+
+    __slots__ = (
+        "_control",
+        "_done",
+        "_fin",
+        "_fragments",
+        "_head",
+        "_kind",
+        "_left",
+        "_mask",
+        "_max_fragments",
+        "_max_message",
+        "_message",
+        "_opcode",
+        "_utf8_tail",
+    )
+
+    def __init__(self, max_message: int = WS_MESSAGE_BYTES_MAX) -> None:
+        # Limits
+        self._max_message = max_message  # bytes
+        self._max_fragments = max(WS_FRAGMENTS_MAX, max_message // WS_FRAGMENT_BYTES_MEAN)  # data frames of a message
+        # The connection
+        self._done = False  # a Close or a fault was seen: nothing more is read
+        self._head = b""  # an incomplete frame head: 0-13 bytes
+        # The frame
+        self._opcode = 0
+        self._fin = True
+        self._mask = b""  # 4 bytes, turned so that the next payload byte meets its first
+        self._left = -1  # payload bytes to come; -1 while the head is being read
+        self._control = b""  # payload so far of a control frame: 0-125 bytes
+        # The message
+        self._kind = 0  # OP_TEXT or OP_BINARY; 0 between messages
+        self._fragments = 0  # data frames begun, this message
+        self._message = bytearray()  # payload so far, unmasked
+        self._utf8_tail = b""  # bytes at the end of it that begin a character: 0-3 bytes
+
+    def feed(self, data: bytes) -> list[Event]:
+        """The events that `data` completes, in order.  Never raises; [] for ever after a Close or a Failure."""
+        events: list[Event] = []
+        try:
+            self._read(data, events)
+        except WebSocketError as error:
+            events.append(Failure(error.close_code, error.reason))
+            self._stop()
+        return events
+
+    def _stop(self) -> None:
+        """Forget what was held and read no more (7.1.7)."""
+        self._done = True
+        self._head = self._control = b""
+        self._message = bytearray()
+
+    def _read(self, data: bytes, events: list[Event]) -> None:
+        if self._head:
+            data, self._head = self._head + data, b""
+        at, end = 0, len(data)
+        while not self._done:
+            if self._left < 0:
+                body = self._read_head(data, at)
+                if body < 0:
+                    self._head = data[at:]
+                    return
+                at = body
+            stop = min(at + self._left, end)
+            if at < stop:
+                self._take_payload(data[at:stop])
+                at = stop
+            if self._left:
+                return
+            self._end_frame(events)
+
+    def _read_head(self, data: bytes, at: int) -> int:
+        """Read a frame head (5.2) at `at`; where its payload begins, or -1 if bytes are missing.
+
+        Changes nothing until the head is complete, so an incomplete one is simply read again with more bytes.
+        """
+        have = len(data) - at
+        if not have:
+            return -1
+        first = data[at]
+        self._check_first_byte(first)
+        if have < 2:
+            return -1
+        second = data[at + 1]
+        # 5.1: "The server MUST close the connection upon receiving a frame that is not masked."
+        if second < 0x80:
+            raise WebSocketError(CLOSE_PROTOCOL_ERROR, "frame is not masked")
+        length, key = second & 0x7F, at + 2
+        # 5.5: "All control frames MUST have a payload length of 125 bytes or less".
+        if length > WS_CONTROL_BYTES_MAX:
+            if first & 0x08:
+                raise WebSocketError(CLOSE_PROTOCOL_ERROR, "control frame over 125 bytes")
+            key += 2 if length == 126 else 8
+            length = self._long_length(data[at + 2 : key], key - at - 2)
+        if length < 0:
+            return -1
+        # 10.4: an implementation-specific limit "after reassembly", on what is declared, before it is kept.
+        if not first & 0x08 and len(self._message) + length > self._max_message:
+            raise WebSocketError(CLOSE_MESSAGE_TOO_BIG, f"message over {self._max_message} bytes")
+        if len(data) < key + 4:
+            return -1
+        self._begin_frame(first, length, data[key : key + 4])
+        return key + 4
+
+    def _check_first_byte(self, first: int) -> None:
+        # 5.2: RSV1-3 "MUST be 0 unless an extension is negotiated": none ever is.
+        if first & 0x70:
+            raise WebSocketError(CLOSE_PROTOCOL_ERROR, "reserved bits are set")
+        opcode = first & 0x0F
+        if opcode in (OP_TEXT, OP_BINARY):
+            # 5.4: fragments of one message may not be interleaved with those of another.
+            if self._kind:
+                raise WebSocketError(CLOSE_PROTOCOL_ERROR, "new message inside a fragmented one")
+        elif opcode == OP_CONT:
+            self._check_continuation()
+        elif opcode not in (OP_CLOSE, OP_PING, OP_PONG):
+            raise WebSocketError(CLOSE_PROTOCOL_ERROR, f"reserved opcode {opcode}")
+        elif first < 0x80:  # 5.5: control frames "MUST NOT be fragmented"
+            raise WebSocketError(CLOSE_PROTOCOL_ERROR, "fragmented control frame")
+
+    def _check_continuation(self) -> None:
+        if not self._kind:
+            raise WebSocketError(CLOSE_PROTOCOL_ERROR, "continuation without a message")
+        if self._fragments >= self._max_fragments:
+            raise WebSocketError(CLOSE_POLICY_VIOLATION, f"message in over {self._max_fragments} fragments")
+
+    @staticmethod
+    def _long_length(field: bytes, size: int) -> int:
+        """The value of an extended length field of `size` bytes, or -1 if some are missing."""
+        # 5.2: "the most significant bit MUST be 0"
+        if size == 8 and field[:1] >= b"\x80":
+            raise WebSocketError(CLOSE_PROTOCOL_ERROR, "frame length with the top bit set")
+        if len(field) < size:
+            return -1
+        length = int.from_bytes(field, "big")
+        # 5.2: "the minimal number of bytes MUST be used to encode the length"
+        if length <= (125 if size == 2 else 0xFFFF):
+            raise WebSocketError(CLOSE_PROTOCOL_ERROR, "frame length in too many bytes")
+        return length
+
+    def _begin_frame(self, first: int, length: int, mask: bytes) -> None:
+        self._opcode = opcode = first & 0x0F
+        self._fin = first >= 0x80
+        self._left = length
+        self._mask = mask
+        if not opcode & 0x08:
+            self._fragments += 1
+            self._kind = opcode or self._kind
+
+    def _take_payload(self, masked: bytes) -> None:
+        piece = _unmask(masked, self._mask)
+        self._left -= len(piece)
+        turn = len(piece) % 4
+        self._mask = self._mask[turn:] + self._mask[:turn]
+        if self._opcode & 0x08:
+            self._control += piece
+            return
+        self._message += piece
+        if self._kind == OP_TEXT and (self._utf8_tail or not piece.isascii()):
+            self._check_text(piece)
+
+    def _check_text(self, piece: bytes) -> None:
+        """8.1: invalid UTF-8 fails the connection; here at once, not at the end of the message."""
+        piece = self._utf8_tail + piece
+        try:
+            tail = piece[codecs.utf_8_decode(piece, "strict", False)[1] :]
+        except UnicodeDecodeError:
+            raise WebSocketError(CLOSE_INVALID_DATA, "text is not UTF-8") from None
+        # CPython holds back half a surrogate (ED A0..BF) for its error handler "surrogatepass"; it can never be valid.
+        if len(tail) == 2 and tail[0] == 0xED and tail[1] >= 0xA0:
+            raise WebSocketError(CLOSE_INVALID_DATA, "text is not UTF-8")
+        self._utf8_tail = tail
+
+    def _end_frame(self, events: list[Event]) -> None:
+        self._left = -1
+        if self._opcode & 0x08:
+            payload, self._control = self._control, b""
+            self._end_control(payload, events)
+        elif self._fin:
+            self._end_message(events)
+
+    def _end_control(self, payload: bytes, events: list[Event]) -> None:
+        if self._opcode == OP_PING:
+            events.append(Ping(payload))
+        elif self._opcode == OP_PONG:
+            events.append(Pong(payload))
+        else:
+            events.append(_read_close(payload))
+            # 5.5.1: nothing may follow a Close, so nothing after it is read.
+            self._stop()
+
+    def _end_message(self, events: list[Event]) -> None:
+        if self._utf8_tail:
+            raise WebSocketError(CLOSE_INVALID_DATA, "text ends inside a character")
+        message, self._message = self._message, bytearray()
+        # decode() cannot fail: _check_text has seen every byte that is not ASCII.
+        events.append(TextMessage(message.decode("utf-8")) if self._kind == OP_TEXT else BinaryMessage(bytes(message)))
+        self._kind = self._fragments = 0
 
 
 # == 5 == HTTP messages ================================================================================================
+#
+# HTTP/1.1 (RFC 9110, RFC 9112) as strict as h11, without a socket.
+#
+# What is not here, on purpose, and what a client sees instead:
+#
+#   request bodies      Content-Length above 0: 413.  Transfer-Encoding: 501, and 400 with a Content-Length beside it
+#   HTTP/1.0 keep-alive one answer, then the connection ends
+#   HTTP/2, HTTP/0.9    505; 400
+#   obs-fold, bare LF   400
+#   CONNECT             400 (authority-form); absolute-form is understood
+#   Range, TRACE        ignored; 405
+#
+# Every fault of a head ends the connection after its answer: what follows a fault cannot be told from a body, and
+# guessing is how requests are smuggled.
+
+HeaderList = Sequence[tuple[str, str]]
+
+# RFC 9110 5.6.2: token = 1*tchar
+_TOKEN = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
+# RFC 9112 3: request-line = method SP request-target SP HTTP-version; the target in visible ASCII (RFC 3986 2)
+_REQUEST_LINE = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
+# RFC 9112 5: field-line = field-name ":" OWS field-value OWS; RFC 9110 5.5: field-value of VCHAR, obs-text, SP, HTAB
+_FIELD_LINE = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):([\t\x20-\x7e\x80-\xff]*)")
+_FIELD_VALUE = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")
+# RFC 9112 3.2.1: origin-form = absolute-path [ "?" query ]; a fragment ("#") is never sent (RFC 9110 7.1)
+_ORIGIN_FORM = re.compile(rb"(/[^?#]*)(?:\?([^#]*))?")
+# RFC 9112 3.2.2: absolute-form = absolute-URI; the authority without userinfo (RFC 9110 4.2.4)
+_ABSOLUTE_FORM = re.compile(rb"(?i:https?)://([^/?#]+)(/[^?#]*)?(?:\?([^#]*))?")
+# RFC 9110 7.2: Host = uri-host [ ":" port ]; names as DNS and containers have them, addresses as IP-literal (RFC 3986 3.2.2)
+_HOST = re.compile(r"(?:([A-Za-z0-9._~-]*)|\[([0-9A-Fa-f:.]+)\])(?::([0-9]{0,5}))?")
+# RFC 9110 8.6: Content-Length = 1*DIGIT
+_CONTENT_LENGTH = re.compile(rf"[0-9]{{1,{HTTP_CONTENT_LENGTH_DIGITS_MAX}}}")
+# RFC 3986 2.1: pct-encoded = "%" HEXDIG HEXDIG
+_BAD_PERCENT = re.compile(rb"%(?![0-9A-Fa-f]{2})")
+# RFC 9110 12.4.2: qvalue
+_QVALUE = re.compile(r"0(?:\.[0-9]{0,3})?|1(?:\.0{0,3})?")
+# RFC 9110 8.8.3: entity-tag, its opaque part
+_ENTITY_TAG = re.compile(r'(?:W/)?("[\x21\x23-\x7e\x80-\xff]*")')
+# RFC 6455 4.1: base64 of 16 bytes; its last digit holds 2 bits of data and 4 zeros
+_WEBSOCKET_KEY = re.compile(r"[A-Za-z0-9+/]{21}[AQgw]==")
+
+# Headers of which a second one is a fault: "last wins" in one program and "first wins" in another is how they disagree.
+# A second of any other header is joined to the first with ", " (RFC 9110 5.3).
+_SINGLE_HEADERS = frozenset(
+    (
+        "authorization",
+        "content-length",
+        "host",
+        "if-modified-since",
+        "origin",
+        "sec-websocket-key",
+        "sec-websocket-version",
+        "transfer-encoding",
+    )
+)
+
+_REASONS: Mapping[int, str] = MappingProxyType({
+    101: "Switching Protocols", 200: "OK", 204: "No Content", 304: "Not Modified", 400: "Bad Request",
+    401: "Unauthorized", 403: "Forbidden", 404: "Not Found", 405: "Method Not Allowed", 408: "Request Timeout",
+    413: "Content Too Large", 414: "URI Too Long", 417: "Expectation Failed", 421: "Misdirected Request",
+    426: "Upgrade Required", 429: "Too Many Requests", 431: "Request Header Fields Too Large", 500: "Internal Server Error",
+    501: "Not Implemented", 503: "Service Unavailable", 505: "HTTP Version Not Supported",
+})  # fmt: skip
+
+# For pages: everything from here and nothing inline, so that a metric's name can never become a script.
+_PAGE_POLICY = (
+    "default-src 'self'; img-src 'self' data:; object-src 'none'; base-uri 'none'; form-action 'self'; "
+    "frame-ancestors 'none'"
+)
+_PAGE_HEADERS = (
+    ("Content-Security-Policy", _PAGE_POLICY),
+    ("Referrer-Policy", "no-referrer"),  # the address may hold ?token=
+)
+
+
+# -- Reading requests
+
+
+class Request(NamedTuple):
+    """One request.  Immutable and free of connection state, so that equal heads may share one."""
+
+    method: str  # as sent: methods are case-sensitive
+    target: str  # as sent, still percent-encoded; for logs, through printable()
+    path: str  # percent-decoded once; begins with "/", or is "*" for OPTIONS *
+    query: tuple[tuple[str, str], ...]  # decoded names and values, in order; "" where there is no "="
+    headers: Mapping[str, str]  # names in lower case, values as latin-1
+    version: tuple[int, int]  # (1, 0) or (1, 1)
+    keep_alive: bool  # a next request may follow on the connection; never behind one that asks for an upgrade
+    wants_upgrade: bool  # asks for a WebSocket; check_upgrade() says whether rightly
+
+    def arg(self, name: str, default: str | None = None) -> str | None:
+        """The first value of a query argument; `?pretty` has the value ""."""
+        return next((value for key, value in self.query if key == name), default)
+
+    def args(self, name: str) -> list[str]:
+        """All values of a query argument, in order."""
+        return [value for key, value in self.query if key == name]
+
+
+def _bad(message: str, status: int = 400) -> HTTPError:
+    """A fault of the head."""
+    return HTTPError(status, message, close=True)
+
+
+def _percent_decode(raw: bytes) -> str:
+    """Decode once, strictly: "%zz", bytes that are not UTF-8, and NUL are 400."""
+    if b"%" in raw:
+        if _BAD_PERCENT.search(raw):
+            raise _bad("bad percent-encoding in the target")
+        raw = unquote_to_bytes(raw)
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError:
+        raise _bad("the target is not UTF-8") from None
+    if "\0" in text:
+        raise _bad("NUL in the target")
+    return text
+
+
+def _parse_query(raw: bytes) -> tuple[tuple[str, str], ...]:
+    """Only "&" separates, never ";": proxies that cache know only "&" (CVE-2020-28473)."""
+    if not raw:
+        return ()
+    fields = raw.split(b"&", HTTP_QUERY_FIELDS_MAX)
+    if len(fields) > HTTP_QUERY_FIELDS_MAX:
+        raise _bad(f"over {HTTP_QUERY_FIELDS_MAX} query arguments")
+    pairs = (field.replace(b"+", b" ").partition(b"=") for field in fields if field)
+    return tuple((_percent_decode(name), _percent_decode(value)) for name, _, value in pairs)
+
+
+class _RequestLine(NamedTuple):
+    method: str
+    target: str
+    path: str
+    query: tuple[tuple[str, str], ...]
+    authority: str | None  # of an absolute-form target: it replaces Host
+    version: tuple[int, int]
+
+
+def _parse_request_line(line: bytes) -> _RequestLine:
+    """RFC 9112 section 3; raises HTTPError 400, 414 or 505."""
+    match = _REQUEST_LINE.fullmatch(line)
+    if match is None:
+        raise _bad("malformed request line")
+    method, target, major, minor = match.groups()
+    # 505 also for "PRI * HTTP/2.0", the preface of HTTP/2 (RFC 9113 3.4).
+    if major != b"1":
+        raise _bad("HTTP/1.1 is spoken here", 505)
+    if len(target) > HTTP_TARGET_BYTES_MAX:
+        raise _bad(f"target over {HTTP_TARGET_BYTES_MAX} bytes", 414)
+    path, query, authority = _parse_target(method, target)
+    # RFC 9110 2.5: a higher minor version is answered as the highest that we know.
+    version = (1, 0) if minor == b"0" else (1, 1)
+    return _RequestLine(method.decode("ascii"), target.decode("ascii"), path, query, authority, version)
+
+
+def _parse_target(method: bytes, target: bytes) -> tuple[str, tuple[tuple[str, str], ...], str | None]:
+    """Path, query and authority of a request target (RFC 9112 3.2).  ".." and "//" stay as they are: nothing is built
+    from a path, it is only looked up."""
+    match = _ORIGIN_FORM.fullmatch(target)
+    if match:
+        return _percent_decode(match[1]), _parse_query(match[2]), None
+    match = _ABSOLUTE_FORM.fullmatch(target)
+    if match:
+        authority = match[1].decode("ascii")
+        split_host(authority)
+        return _percent_decode(match[2] or b"/"), _parse_query(match[3]), authority
+    # 3.2.4: asterisk-form "is only used for a server-wide OPTIONS request".
+    if target == b"*" and method == b"OPTIONS":
+        return "*", (), None
+    # 3.2.3: authority-form is only for CONNECT, which asks for a proxy.
+    raise _bad("the target must be a path or an http(s) URL")
+
+
+def split_host(host: str) -> tuple[str, str]:
+    """Name or address in lower case (an IPv6 address without its brackets) and port ("" if none); raises HTTPError 400.
+
+    >>> split_host("[::1]:8080")
+    ('::1', '8080')
+    """
+    match = _HOST.fullmatch(host)
+    if match is None:
+        raise _bad("malformed Host")
+    return (match[1] or match[2] or "").lower(), match[3] or ""
+
+
+def _tokens(header: str | None) -> list[str]:
+    """The members of a comma-separated list in lower case (RFC 9110 5.6.1); empty ones do not count."""
+    return [item for item in (part.strip(" \t").lower() for part in header.split(",")) if item] if header else []
+
+
+def _join_headers(fields: list[tuple[str, str]]) -> dict[str, str]:
+    """Repeated headers joined; HTTPError 400 for a second of those that must stand alone."""
+    headers: dict[str, str] = {}
+    for name, value in fields:
+        if name not in headers:
+            headers[name] = value
+        elif name in _SINGLE_HEADERS:
+            raise _bad(f"two {name} headers")
+        else:
+            headers[name] += ("; " if name == "cookie" else ", ") + value
+    return headers
+
+
+def _refuse_body(headers: Mapping[str, str], version: tuple[int, int]) -> None:
+    """The one decision on where a body ends (RFC 9112 section 6.3): there is none, or the request is refused."""
+    length = headers.get("content-length")
+    if length is not None and not _CONTENT_LENGTH.fullmatch(length):
+        raise _bad("malformed Content-Length")
+    if "transfer-encoding" in headers:
+        # 6.1: with a Content-Length, or from HTTP/1.0, it "ought to be handled as an error": both are smuggling.
+        if length is not None or version == (1, 0):
+            raise _bad("Transfer-Encoding beside Content-Length or in HTTP/1.0")
+        raise _bad("request bodies are not read here", 501)
+    if length is not None and int(length):
+        raise _bad("request bodies are not read here", 413)
+
+
+def _check_expect(headers: Mapping[str, str], version: tuple[int, int]) -> None:
+    """RFC 9110 10.1.1.  `100-continue` needs no 100 here: there is no body to wait for."""
+    expect = headers.get("expect")
+    if expect is not None and version != (1, 0) and expect.lower() != "100-continue":
+        raise _bad("unknown expectation", 417)
+
+
+def _build_request(line: _RequestLine, fields: list[tuple[str, str]]) -> Request:
+    """The checks that need the whole head; raises HTTPError."""
+    headers = _join_headers(fields)
+    # RFC 9112 3.2: 400 for any HTTP/1.1 request that lacks Host, or has a malformed one.
+    if "host" in headers:
+        split_host(headers["host"])
+    elif line.version == (1, 1):
+        raise _bad("no Host header")
+    _refuse_body(headers, line.version)
+    _check_expect(headers, line.version)
+    if line.authority is not None:
+        # RFC 9112 3.2.2: "MUST ignore the received Host header field (if any) and instead replace it".
+        headers["host"] = line.authority
+    connection = _tokens(headers.get("connection"))
+    # RFC 9110 7.8: Upgrade is ignored in HTTP/1.0; 7.6.1: and without "upgrade" in Connection.
+    upgrade = line.version == (1, 1) and "upgrade" in connection and "websocket" in _tokens(headers.get("upgrade"))
+    return Request(
+        method=line.method,
+        target=line.target,
+        path=line.path,
+        query=line.query,
+        headers=MappingProxyType(headers),
+        version=line.version,
+        keep_alive=line.version == (1, 1) and "close" not in connection and not upgrade,
+        wants_upgrade=upgrade,
+    )
+
+
+class RequestParser:
+    """Reads the requests of one connection.
+
+    Args:
+        memo: heads already parsed, to share between connections; a keep-alive client repeats its head byte for byte,
+            so a scrape costs a dict lookup.  Bounded by HTTP_MEMO_HEADS_MAX.
+
+    What it answers depends on the bytes alone, not on how they were cut: each line is judged when its LF is there,
+    and limits on bytes are judged by position.  Between requests it holds what feed() gave it, unread.
+    """
+
+    __slots__ = ("_buffer", "_deaf", "_done", "_fields", "_line", "_line_at", "_memo", "_scanned", "_skipped")
+
+    def __init__(self, memo: dict[bytes, Request] | None = None) -> None:
+        # The connection
+        self._memo = {} if memo is None else memo
+        self._buffer = bytearray()  # unread bytes; the head being read stands at its front
+        self._done = False  # after a fault or the last request: nothing more is parsed
+        self._deaf = False  # and, but for an upgrade, nothing more is kept
+        # The head
+        self._start_head()
+
+    def _start_head(self) -> None:
+        self._line: _RequestLine | None = None
+        self._fields: list[tuple[str, str]] = []
+        self._line_at = 0  # where the line being read begins, in bytes from the head's first
+        self._scanned = 0  # bytes known to hold no further LF
+        self._skipped = 0  # empty lines before the request line
+
+    @property
+    def started(self) -> bool:
+        """Whether bytes of a next request are there."""
+        return bool(self._buffer)
+
+    def feed(self, data: bytes) -> None:
+        """Take bytes off the wire."""
+        if not self._deaf:
+            self._buffer += data
+
+    def take_rest(self) -> bytes:
+        """Hand over the unread bytes, such as frames that came right behind an upgrade."""
+        rest = bytes(self._buffer)
+        self._buffer.clear()
+        return rest
+
+    def next_request(self) -> Request | None:
+        """The next request, or None until there are more bytes.
+
+        Raises HTTPError (with close=True) for a fault.  After that, and after a request that is not keep_alive, it
+        answers None for ever (RFC 9112 9.6).
+        """
+        if self._done:
+            return None
+        try:
+            request = self._advance()
+        except HTTPError:
+            self._end(deaf=True)
+            raise
+        if request is not None and not request.keep_alive:
+            self._end(deaf=not request.wants_upgrade)
+        return request
+
+    def _end(self, *, deaf: bool) -> None:
+        self._done, self._deaf = True, deaf
+        if deaf:
+            self._buffer.clear()
+
+    def _advance(self) -> Request | None:
+        buffer = self._buffer
+        while True:
+            if self._line is None:
+                self._check_first_byte()
+            lf = buffer.find(b"\n", self._scanned)
+            self._check_size(lf)
+            if lf < 0:
+                self._scanned = len(buffer)
+                return None
+            request = self._recall() if self._line is None else None
+            if request is not None:
+                return request
+            # RFC 9112 2.2 lets a bare LF end a line; those that differ about it can be played against each other.
+            if not buffer.startswith(b"\r", max(lf - 1, self._line_at), lf):
+                raise _bad("line ends without CR")
+            line = bytes(buffer[self._line_at : lf - 1])
+            self._line_at = self._scanned = lf + 1
+            if not self._take_line(line):
+                return self._finish()
+
+    def _check_first_byte(self) -> None:
+        """Refuse at once what can never become a request line, rather than at the deadline."""
+        if not self._buffer:
+            return
+        first = self._buffer[0]
+        if first == 0x16:  # a TLS record of type handshake (RFC 8446 5.1)
+            raise _bad("this port speaks plain HTTP, not TLS")
+        if first != 0x0D and not 0x21 <= first <= 0x7E:
+            raise _bad("malformed request line")
+
+    def _check_size(self, lf: int) -> None:
+        """Limits on the line that ends at `lf`, or on as much of it as there is."""
+        end = lf if lf >= 0 else len(self._buffer)
+        if self._line is None and end > HTTP_REQUEST_LINE_BYTES_MAX + 1:
+            raise _bad(f"request line over {HTTP_REQUEST_LINE_BYTES_MAX} bytes", 414)
+        if end >= HTTP_HEAD_BYTES_MAX:
+            raise _bad(f"request head over {HTTP_HEAD_BYTES_MAX} bytes", 431)
+
+    def _recall(self) -> Request | None:
+        """The request of a head seen before, taken off the buffer."""
+        end = self._buffer.find(b"\r\n\r\n", 0, HTTP_MEMO_HEAD_BYTES_MAX) + 4
+        request = self._memo.get(bytes(self._buffer[:end])) if end > 3 else None
+        if request is not None:
+            del self._buffer[:end]
+            self._start_head()
+        return request
+
+    def _take_line(self, line: bytes) -> bool:
+        """Take one line without its CRLF; False for the empty line that ends the head."""
+        if self._line is None:
+            if line:
+                self._line = _parse_request_line(line)
+            else:
+                self._skip_empty_line()
+            return True
+        if not line:
+            return False
+        if len(self._fields) >= HTTP_HEADERS_MAX:
+            raise _bad(f"over {HTTP_HEADERS_MAX} headers", 431)
+        # Refuses control characters, a space before the colon (5.1) and obs-fold (5.2), each a way to smuggle.
+        match = _FIELD_LINE.fullmatch(line)
+        if match is None:
+            raise _bad("malformed header line")
+        self._fields.append((match[1].decode("ascii").lower(), match[2].strip(b" \t").decode("latin-1")))
+        return True
+
+    def _skip_empty_line(self) -> None:
+        """RFC 9112 2.2: a server "SHOULD ignore at least one empty line (CRLF) received prior to the request-line"."""
+        if self._skipped >= HTTP_LEADING_CRLF_MAX:
+            raise _bad("empty lines before the request line")
+        self._skipped += 1
+        del self._buffer[: self._line_at]
+        self._line_at = self._scanned = 0
+
+    def _finish(self) -> Request:
+        """The head is complete: take it off the buffer and remember it."""
+        assert self._line is not None  # _take_line() ends a head only behind a request line
+        request = _build_request(self._line, self._fields)
+        # An upgrade carries a random key: it will not come again.
+        if self._line_at <= HTTP_MEMO_HEAD_BYTES_MAX and not request.wants_upgrade:
+            if len(self._memo) >= HTTP_MEMO_HEADS_MAX:
+                del self._memo[next(iter(self._memo))]
+            self._memo[bytes(self._buffer[: self._line_at])] = request
+        del self._buffer[: self._line_at]
+        self._start_head()
+        return request
+
+
+# -- Checks of a request
+
+
+def _is_ip_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
+def check_host(host: str | None, *, allowed: frozenset[str], bound_to_loopback: bool) -> None:
+    """Refuse a foreign Host with 421: a page that rebinds its DNS name to us still sends its own name.
+
+    Args:
+        host: the header, or None (HTTP/1.0 only: the parser refuses HTTP/1.1 without it).
+        allowed: names in lower case, with or without a port.
+        bound_to_loopback: an IP address, "localhost" and the allowed names pass; bound wider, every name passes unless
+            there is a list, and then only the list does.
+    """
+    if host is None or (not bound_to_loopback and not allowed):
+        return
+    name = split_host(host)[0]
+    if name in allowed or host.lower() in allowed:
+        return
+    # Exact names and strict addresses: "localhost.evil", "localhost6" and "127.1" are names like any other.
+    if bound_to_loopback and (name == "localhost" or _is_ip_address(name)):
+        return
+    raise HTTPError(421, "this Host is not served here; see --allow-host")
+
+
+def check_origin(origin: str | None, *, host: str | None, allowed: frozenset[str]) -> None:
+    """Refuse a browser's foreign Origin with 403 (RFC 6455 10.2): CORS does not cover WebSockets.
+
+    Args:
+        origin: the header, or None (curl, websocat): fine.
+        host: the Host header, already checked; an Origin of the same host and port is our own.  The scheme is not
+            compared, because a proxy may end TLS before us.
+        allowed: origins in lower case as browsers send them, or "*" for any.
+    """
+    if origin is None or "*" in allowed or origin.lower() in allowed:
+        return
+    scheme, _, authority = origin.lower().partition("://")
+    # "null" (a sandboxed frame, a file) has no authority and is foreign like any other.
+    if scheme in ("http", "https") and authority and host is not None and authority == host.lower():
+        return
+    raise HTTPError(403, "this Origin is not allowed here; see --cors-origin")
+
+
+def check_upgrade(request: Request) -> str:
+    """The Sec-WebSocket-Key of a right opening handshake (RFC 6455 4.2.1); raises HTTPError 400, 405 or 426."""
+    if request.method != "GET":
+        raise HTTPError(405, "a WebSocket is opened by GET", (("Allow", "GET"),))
+    if not request.wants_upgrade:
+        hint = "this is a WebSocket: try websocat, or a browser's `new WebSocket(url)`"
+        raise HTTPError(426, hint, (("Upgrade", "websocket"), ("Connection", "Upgrade")))
+    # 4.4: "MUST abort … and send an appropriate HTTP error code (such as 426) and a |Sec-WebSocket-Version| header"
+    if request.headers.get("sec-websocket-version") != "13":
+        raise HTTPError(426, "only WebSocket version 13", (("Sec-WebSocket-Version", "13"),), close=True)
+    key = request.headers.get("sec-websocket-key", "")
+    if not _WEBSOCKET_KEY.fullmatch(key):
+        raise _bad("Sec-WebSocket-Key is not the base64 of 16 bytes")
+    return key
+
+
+def subprotocols(request: Request) -> list[str]:
+    """The subprotocols that the client offers, in order; HTTPError 400 for one that is no token (RFC 6455 4.1)."""
+    offered = [item.strip(" \t") for item in request.headers.get("sec-websocket-protocol", "").split(",")]
+    names = [name for name in offered if name]
+    if not all(_TOKEN.fullmatch(name.encode("latin-1")) for name in names):
+        raise _bad("malformed Sec-WebSocket-Protocol")
+    return names
+
+
+def choose_subprotocol(request: Request) -> str | None:
+    """The offered subprotocol to echo, or None.  A browser drops the connection when it offered some and gets none
+    (RFC 6455 4.1); one that carries no token is preferred, so that the token need not travel back."""
+    ours = [name for name in subprotocols(request) if name.startswith("aiperf.")]
+    return next((name for name in ours if not name.startswith("aiperf.token.")), ours[0] if ours else None)
+
+
+def check_token(request: Request, token: bytes) -> None:
+    """Refuse with 401 a request that presents the token in none of the three ways that clients can.
+
+    `Authorization: Bearer` is for tools, `?token=` and the subprotocol `aiperf.token.<token>` are for browsers, which
+    cannot set headers on a WebSocket.
+    """
+    scheme, _, credentials = request.headers.get("authorization", "").partition(" ")
+    given = [credentials.strip(" ").encode("latin-1")] if scheme.lower() == "bearer" else []
+    given += [value.encode("utf-8") for value in request.args("token")]
+    prefix = "aiperf.token."
+    given += [name[len(prefix) :].encode("latin-1") for name in subprotocols(request) if name.startswith(prefix)]
+    # Constant time, on bytes (str with non-ASCII raises), and never stopping at the first that fits.
+    if not sum([hmac.compare_digest(candidate, token) for candidate in given]):
+        raise HTTPError(401, "a token is needed", (("WWW-Authenticate", 'Bearer realm="aiperf-api"'),))
+
+
+# -- Negotiation
+
+
+def _weighted(header: str) -> list[tuple[str, dict[str, str], float]]:
+    """(value, parameters, q) of each member of an Accept or Accept-Encoding header; malformed ones are left out.
+
+    Commas and semicolons inside quoted parameters are not expected: such a member is misread and then fits nothing.
+    """
+    members = []
+    for item in header.lower().split(",", HTTP_ACCEPT_MEMBERS_MAX)[:HTTP_ACCEPT_MEMBERS_MAX]:
+        value, *rest = (part.strip(" \t") for part in item.split(";"))
+        params = {name.strip(" \t"): text.strip(' \t"') for name, _, text in (part.partition("=") for part in rest)}
+        q = params.pop("q", "1")
+        if value and _QVALUE.fullmatch(q):
+            members.append((value, params, float(q)))
+    return members
+
+
+def _fit(offer: str, ranges: list[tuple[str, dict[str, str], float]]) -> float:
+    """The q of the most specific media range that covers an offered media type; 0 if none does (RFC 9110 12.5.1)."""
+    [(kind, params, _)] = _weighted(offer)
+    best, best_q = -1, 0.0
+    for value, wanted, q in ranges:
+        # A parameter that the offer does not have does not exclude it: Prometheus adds `escaping=…` to each range.
+        if any(params.get(name, text) != text for name, text in wanted.items()):
+            continue
+        rank = {"*/*": 0, kind.partition("/")[0] + "/*": 1, kind: 2 + len(wanted)}.get(value, -1)
+        if rank > best:
+            best, best_q = rank, q
+    return best_q
+
+
+def accepts(header: str | None, offered: Sequence[str]) -> str | None:
+    """The offered media type that an Accept header likes best, the earlier of equals; None if it takes none of them.
+
+    >>> accepts("text/*;q=0.5, application/json", ["text/plain; charset=utf-8", "application/json"])
+    'application/json'
+    """
+    if not header:
+        return offered[0]
+    ranges = _weighted(header)
+    weights = [_fit(offer, ranges) for offer in offered]
+    best = max(weights)
+    return offered[weights.index(best)] if best else None
+
+
+def accepts_gzip(header: str | None) -> bool:
+    """Whether an Accept-Encoding header takes gzip (RFC 9110 12.5.3)."""
+    codings = {value: q for value, _, q in _weighted(header or "")}
+    return codings.get("gzip", codings.get("x-gzip", codings.get("*", 0.0))) > 0
+
+
+def etag_matches(header: str | None, etag: str) -> bool:
+    """Whether an If-None-Match header names `etag`, by weak comparison (RFC 9110 13.1.2): the answer is then 304.
+
+    Args:
+        etag: with its quotes, and `W/` if it is weak.
+    """
+    if not header or not etag:
+        return False
+    return header.strip() == "*" or etag[etag.index('"') :] in _ENTITY_TAG.findall(header)
+
+
+# -- Writing responses
+
+
+def _header_bytes(headers: HeaderList) -> bytes:
+    """Header lines; ValueError for what would split a response (CVE-2016-9964, CVE-2020-7695)."""
+    lines = []
+    for name, value in headers:
+        raw_name, raw_value = name.encode("latin-1"), value.encode("latin-1")
+        if not _TOKEN.fullmatch(raw_name) or not _FIELD_VALUE.fullmatch(raw_value):
+            raise ValueError(f"not a header: {printable(name)}: {printable(value)}")
+        lines.append(b"%b: %b\r\n" % (raw_name, raw_value))
+    return b"".join(lines)
+
+
+class Response:
+    """One answer, made once and sent to any number of requests: what does not differ between them is already bytes.
+
+    Args:
+        status: of the table of reasons.
+        body: None for a stream that ends with the connection; encode() then gives the head alone.
+        content_type: with its charset; `text/html` gets the headers of a page.
+        headers: further ones; ValueError for CR, LF or NUL in them.  Without a Cache-Control it is `no-store`.
+
+    A body of HTTP_GZIP_BYTES_MIN or more goes out compressed to clients that take it; an ETag beside it must be weak
+    (`W/"…"`), because one tag then stands for both forms.
+    """
+
+    __slots__ = ("_gzip_body", "_gzip_head", "_head", "body", "headers", "is_compressible", "status")
+
+    def __init__(
+        self,
+        status: int = 200,
+        body: bytes | None = b"",
+        content_type: str = "application/json",
+        headers: HeaderList = (),
+    ) -> None:
+        self.status = status
+        self.body = body
+        self.headers = tuple(headers)
+        self.is_compressible = body is not None and status == 200 and len(body) >= HTTP_GZIP_BYTES_MIN
+        self._head = self._fixed_head(content_type)
+        self._gzip_head, self._gzip_body = b"", b""  # made when a client first takes it
+
+    def _fixed_head(self, content_type: str) -> bytes:
+        names = {name.lower() for name, _ in self.headers}
+        added = [("Content-Type", content_type)] if self.status not in (204, 304) else []
+        added.append(("X-Content-Type-Options", "nosniff"))
+        if "cache-control" not in names:
+            added.append(("Cache-Control", "no-store"))
+        if self.is_compressible:
+            added.append(("Vary", "Accept-Encoding"))
+        if content_type.startswith("text/html"):
+            added.extend(_PAGE_HEADERS)
+        status_line = f"HTTP/1.1 {self.status} {_REASONS[self.status]}\r\n".encode("ascii")
+        return status_line + _header_bytes((*added, *self.headers))
+
+    def _compress(self) -> None:
+        """RFC 1952, once for all requests; level 6 gives a tenth of the bytes for a few milliseconds."""
+        packer = zlib.compressobj(6, zlib.DEFLATED, 16 + zlib.MAX_WBITS)
+        self._gzip_body = packer.compress(self.body or b"") + packer.flush()
+        self._gzip_head = self._head + b"Content-Encoding: gzip\r\n"
+
+    def encode(
+        self, *, date: bytes, head_only: bool = False, close: bool = False, gzip: bool = False, extra: HeaderList = ()
+    ) -> bytes:
+        """The bytes of the answer.
+
+        Args:
+            date: IMF-fixdate (RFC 9110 5.6.7), such as b"Mon, 23 Nov 2026 00:00:00 GMT".
+            head_only: the request is a HEAD: same head, no body.
+            close: the connection ends after this answer; implied by a body of None.
+            gzip: the client takes gzip (accepts_gzip); used if the body is worth it.
+            extra: headers of this one answer, such as CORS.
+        """
+        head, body = self._head, self.body
+        if gzip and self.is_compressible:
+            if not self._gzip_body:
+                self._compress()
+            head, body = self._gzip_head, self._gzip_body
+        # RFC 9110 8.6: no Content-Length with 204; with 304 it would have to be that of the 200.
+        has_length = body is not None and self.status not in (204, 304)
+        length = b"Content-Length: %d\r\n" % len(body or b"") if has_length else b""
+        end = b"\r\n" + _header_bytes(extra) if extra else b"\r\n"
+        if close or body is None:
+            end += b"Connection: close\r\n"
+        return b"".join((head, length, b"Date: ", date, end, b"\r\n", b"" if head_only or body is None else body))
+
+
+def json_response(value: JSONValue, status: int = 200, pretty: bool = False, headers: HeaderList = ()) -> Response:
+    """A JSON answer; `pretty` indents it for people and ends it with a newline for their terminals."""
+    body = json_bytes(value, pretty=pretty)
+    return Response(status, body + b"\n" if pretty else body, headers=headers)
+
+
+def error_response(error: HTTPError, pretty: bool = False) -> Response:
+    """`{"error": …}` with the status and headers of the error."""
+    return json_response({"error": error.message}, error.status, pretty, error.headers)
+
+
+def not_modified(response: Response) -> Response:
+    """The 304 for a response whose ETag the client already has (RFC 9110 15.4.5)."""
+    kept = [pair for pair in response.headers if pair[0].lower() in ("cache-control", "etag", "vary")]
+    if response.is_compressible:
+        kept.append(("Vary", "Accept-Encoding"))
+    return Response(304, b"", "", kept)
+
+
+def upgrade_response(key: str, subprotocol: str | None = None) -> bytes:
+    """The 101 that opens a WebSocket (RFC 6455 4.2.2).  No Sec-WebSocket-Extensions: every offer is declined."""
+    headers = [("Upgrade", "websocket"), ("Connection", "Upgrade"), ("Sec-WebSocket-Accept", websocket_accept(key))]
+    if subprotocol is not None:
+        headers.append(("Sec-WebSocket-Protocol", subprotocol))
+    return b"HTTP/1.1 101 Switching Protocols\r\n" + _header_bytes(headers) + b"\r\n"
 
 
 # == 6 == Router =======================================================================================================
+#
+# A dict of exact paths.  No patterns, no redirects: "//host" and "/metrics/" are simply unknown, so no Location header
+# is ever made from a request (CVE-2021-28861).
+
+
+@dataclass(frozen=True)
+class Param:
+    """A query argument, as the documentation shows it."""
+
+    name: str
+    summary: str
+    example: str = ""
+    required: bool = False
+
+
+@dataclass(frozen=True)
+class Route:
+    """One endpoint: how it is found, who answers, and what the documentation says of it."""
+
+    path: str  # exact
+    name: str  # a word, unique; operationId in OpenAPI
+    summary: str  # one sentence
+    handler: Any = None  # Callable[[service, Request], Response]; called in room 13, never here
+    methods: tuple[str, ...] = ("GET", "HEAD")
+    params: tuple[Param, ...] = ()
+    media_types: tuple[str, ...] = ("application/json",)  # the first is what a client gets that does not say
+    example: Any = None  # an answer, as a value for JSON or as text
+    schema: Mapping[str, Any] | None = None  # JSON Schema of the answer
+    needs_token: bool = True  # false for health checks
+    websocket: bool = False
+
+
+class Router:
+    """The table of routes; ValueError if two share a path or a name."""
+
+    def __init__(self, routes: Sequence[Route]) -> None:
+        self.routes = tuple(routes)
+        self._by_path = {route.path: route for route in self.routes}
+        if len({route.name for route in self.routes}) != len(self.routes) or len(self._by_path) != len(self.routes):
+            raise ValueError("two routes share a path or a name")
+
+    def match(self, method: str, path: str) -> Route:
+        """The route of a request; raises HTTPError 404, or 405 with Allow."""
+        route = self._by_path.get(path)
+        if route is None:
+            raise HTTPError(404, self._not_found(path))
+        if method not in route.methods:
+            # RFC 9110 15.5.6: "MUST generate an Allow header field"
+            raise HTTPError(405, "method not allowed", (("Allow", ", ".join(route.methods)),))
+        return route
+
+    def _not_found(self, path: str) -> str:
+        """What to tell the client: names only paths of ours, so that nothing of the request comes back in the answer."""
+        if len(path) <= HTTP_SUGGEST_PATH_CHARS_MAX:
+            near = difflib.get_close_matches(path, self._by_path, n=1)
+            if near:
+                return f"not found; did you mean {near[0]}?"
+        return "not found; GET / lists what there is"
+
+    def openapi(self, title: str, version: str) -> dict[str, Any]:
+        """The table as an OpenAPI 3.1 document, ready for json_bytes."""
+        paths = {route.path: {"get": _operation(route)} for route in self.routes}
+        return {"openapi": "3.1.0", "info": {"title": title, "version": version}, "paths": paths}
+
+
+def _operation(route: Route) -> dict[str, Any]:
+    media: dict[str, Any] = {}
+    if route.schema is not None:
+        media["schema"] = route.schema
+    if route.example is not None:
+        media["example"] = route.example
+    answer: dict[str, Any] = {"description": route.summary}
+    if not route.websocket:
+        answer["content"] = dict.fromkeys(route.media_types, media)
+    operation: dict[str, Any] = {
+        "operationId": route.name,
+        "summary": route.summary,
+        "responses": {"101" if route.websocket else "200": answer},
+    }
+    if route.params:
+        operation["parameters"] = [_parameter(param) for param in route.params]
+    return operation
+
+
+def _parameter(param: Param) -> dict[str, Any]:
+    described = {"name": param.name, "in": "query", "description": param.summary, "required": param.required}
+    return {**described, "schema": {"type": "string"}, **({"example": param.example} if param.example else {})}
 
 
 # == 7 == Static files =================================================================================================
+#
+# Everything under static/ is read once, at start, into a dict: a request path is only ever looked up in it, so there is
+# no path to traverse and no link to follow out of the folder.
+
+STATIC_FOLDERS = ("static", "aiperf_api_static")  # beside a copied module; beside an installed one
+DEMO_RECORDING = "demo.jsonl.gz"
+_CONTENT_TYPES: Mapping[str, str] = MappingProxyType(
+    {
+        ".html": "text/html; charset=utf-8",
+        ".css": "text/css; charset=utf-8",
+        ".js": "text/javascript; charset=utf-8",
+        ".mjs": "text/javascript; charset=utf-8",
+        ".json": "application/json",
+        ".svg": "image/svg+xml",
+        ".png": "image/png",
+        ".ico": "image/x-icon",
+        ".txt": "text/plain; charset=utf-8",
+        ".md": "text/plain; charset=utf-8",
+        "": "text/plain; charset=utf-8",  # LICENSE
+    }
+)
+
+
+class StaticFile(NamedTuple):
+    """A file as it is served: its bytes and its media type."""
+
+    body: bytes
+    content_type: str
+
+
+def _module_file() -> str:
+    return os.path.abspath(__file__)
+
+
+def _read_folder(folder: str) -> dict[str, bytes]:
+    files: dict[str, bytes] = {}
+    for parent, _, names in os.walk(folder):  # does not follow links to folders
+        for name in names:
+            path = os.path.join(parent, name)
+            if os.path.isfile(path) and not os.path.islink(path):
+                with open(path, "rb") as file:
+                    files[os.path.relpath(path, folder).replace(os.sep, "/")] = file.read()
+    return files
+
+
+def _read_archive(archive: str) -> dict[str, bytes]:
+    """The files under static/ of the zip archive (`python3 -m zipapp`) that this module runs from."""
+    import zipfile  # only a zipapp needs it
+
+    with zipfile.ZipFile(archive) as package:
+        names = [name for name in package.namelist() if name.startswith("static/") and not name.endswith("/")]
+        return {name[len("static/") :]: package.read(name) for name in names}
+
+
+def read_static_files() -> dict[str, bytes]:
+    """Every file that ships beside the module, by its path under static/; empty where only the module was copied."""
+    here = os.path.dirname(_module_file())
+    if os.path.isfile(here):  # the "folder" is the archive itself
+        return _read_archive(here)
+    for folder in STATIC_FOLDERS:
+        if any(os.path.isfile(os.path.join(here, folder, name)) for name in ("dashboard.html", DEMO_RECORDING)):
+            return _read_folder(os.path.join(here, folder))
+    return {}
+
+
+def static_table(files: Mapping[str, bytes]) -> dict[str, StaticFile]:
+    """What is served, by path under `/static/`: files of a known type (recordings are not)."""
+    table = {}
+    for name, body in files.items():
+        extension = os.path.splitext(name)[1].lower()
+        if extension in _CONTENT_TYPES:
+            table[name] = StaticFile(body, _CONTENT_TYPES[extension])
+    return table
 
 
 # == 8 == Metric catalogue =============================================================================================
@@ -1579,6 +2917,16 @@ def _config_sections(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [_plain_keys(section) for section in sections if section]
 
 
+def _find_text(value: Any, keys: Sequence[str], depth: int) -> Optional[str]:
+    """Return the first text that stands under one of the keys, however deep (but not deeper than `depth`)."""
+    plain = _plain_keys(value) if isinstance(value, dict) else {}
+    inner = plain.values() if plain else value if isinstance(value, list) else ()
+    here = next((text for key in keys if (text := _text(plain.get(key)))), None)
+    if here is not None or depth == 0:
+        return here
+    return next((text for item in inner if (text := _find_text(item, keys, depth - 1))), None)
+
+
 def _first_profiling_phase(section: Mapping[str, Any]) -> dict[str, Any]:
     """Return the phase that AIPerf takes concurrency and rate from: the first that profiles."""
     phases = section.get("phases")
@@ -2296,6 +3644,11 @@ class BenchmarkState:
         found = self._run.server_metrics.get()
         return found or {"endpoint_summaries": {}, "message": "No server metrics available yet"}
 
+    def artifact_dir(self) -> str:
+        """Return where AIPerf writes its export, as the bus or a configuration tells; "" if none does."""
+        found = _find_text(self._known_configs(), ("artifactdir", "artifactdirectory"), depth=6)
+        return found or ""
+
     def results(self) -> dict[str, Any]:
         """Return how the run ended, with AIPerf's results. "running" while no end is known, also before the start."""
         return {"status": self._run.end or "running", "results": self._run.results}
@@ -2438,15 +3791,4060 @@ def state_families(state: BenchmarkState, now_ns: int) -> list[Family]:
 
 
 # == 11 == Sources =====================================================================================================
+#
+# Where bus messages come from.  A source yields batches: what one poll turn found, each message a list of frames as they
+# came off the wire, normally [topic, payload].  It knows nothing of state, HTTP or clients; `deliver` never waits.
+
+log = logging.getLogger("aiperf_api")
+
+Batch = list[list[bytes]]
+Deliver = Callable[[Batch], None]
+Notify = Callable[[str], None]
+
+BUS_FRONTEND_PORT, BUS_BACKEND_PORT = 5663, 5664  # AIPerf's event bus proxy: publishers, subscribers
+BUS_IPC_NAME = "event_bus_proxy_backend.ipc"
+
+
+class Source:
+    """One place where bus messages come from; the base is the source of a server that only `publish()` feeds."""
+
+    def __init__(self, kind: str = "none", address: str = "") -> None:
+        self.kind = kind  # tcp | ipc | zmq | bind | replay | demo | child | none
+        self.address = address  # endpoint or file
+        self.backend = ""  # pyzmq | builtin | "" where no ZMQ is involved
+        self.connected = True  # whether there is a bus at the other end now
+
+    def start(self, deliver: Deliver, notify: Notify) -> None:
+        """Begin to deliver, within the running event loop; `notify` takes a line that is worth a place in the log."""
+
+    def subscribe(self, prefix: bytes) -> None:
+        """Ask the bus for topics that begin with these bytes."""
+
+    def unsubscribe(self, prefix: bytes) -> None:
+        """Stop asking for topics that begin with these bytes."""
+
+    async def stop(self) -> None:
+        """Free sockets, files and timers; nothing is delivered afterwards."""
+
+    def now_ns(self) -> int:
+        """The clock of the bus, ns since the epoch: the present, or for a replay the time it has come to."""
+        return time.time_ns()
+
+
+def backend_address(host: str) -> str:
+    """The subscriber endpoint of AIPerf's event bus on a host."""
+    return f"tcp://[{host}]:{BUS_BACKEND_PORT}" if ":" in host else f"tcp://{host}:{BUS_BACKEND_PORT}"
+
+
+def ipc_address(folder: str) -> str:
+    """The subscriber endpoint of AIPerf's event bus in an IPC directory."""
+    return "ipc://" + os.path.join(folder, BUS_IPC_NAME)
+
+
+# -- The bus through pyzmq ---------------------------------------------------------------------------------------------
+
+
+class PyzmqBusSource(Source):
+    """A SUB socket, polled through its file descriptor by the event loop.
+
+    The descriptor is edge-triggered: it says that something changed, once.  So every turn drains the socket until it
+    says "again", and a turn that stops at its budget schedules the next one itself.
+    """
+
+    def __init__(self, address: str, kind: str, *, bind: bool = False) -> None:
+        super().__init__(kind, address)
+        self.backend = "pyzmq"  # what speaks ZMQ
+        self.connected = False  # a handshake with a peer is done
+        self._bind = bind  # publishers connect to us
+        self._peers = 0  # connections whose handshake is done
+        self._scheduled = False  # a further drain is on the loop already
+        self._prefixes: set[bytes] = set()  # of topics that are asked for
+        self._context: Any = None  # zmq.Context; None before start
+        self._socket: Any = None  # zmq SUB; None before start and after stop
+        self._monitor: Any = None  # zmq PAIR that tells of connections
+
+    def start(self, deliver: Deliver, notify: Notify) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._deliver, self._notify = deliver, notify
+        self._context = zmq.Context(io_threads=1)
+        self._socket = self._context.socket(zmq.SUB)
+        self._configure()
+        self._monitor = self._socket.get_monitor_socket(
+            zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+        )
+        try:
+            (self._socket.bind if self._bind else self._socket.connect)(self.address)
+        except zmq.ZMQError as error:
+            self._close()
+            raise StartError(f"cannot {'bind' if self._bind else 'connect to'} {self.address}: {error}") from None
+        if self._bind:
+            self.address = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        for prefix in self._prefixes:
+            self._socket.setsockopt(zmq.SUBSCRIBE, prefix)
+        self._watch(self._socket, self._drain)
+        self._watch(self._monitor, self._drain_monitor)
+
+    def _configure(self) -> None:
+        options = {
+            zmq.LINGER: 0,
+            zmq.IPV6: 1,
+            zmq.RCVHWM: BUS_QUEUE_MESSAGES_MAX,  # before connecting: it has no effect afterwards
+            zmq.RECONNECT_IVL: BUS_RECONNECT_MIN_MS,
+            zmq.RECONNECT_IVL_MAX: BUS_RECONNECT_MAX_MS,
+            zmq.HEARTBEAT_IVL: BUS_HEARTBEAT_INTERVAL_MS,  # so that a host that vanished is noticed
+            zmq.HEARTBEAT_TIMEOUT: BUS_HEARTBEAT_TIMEOUT_MS,
+        }
+        for option, value in options.items():
+            self._socket.setsockopt(option, value)
+
+    def _watch(self, socket: Any, drain: Callable[[], None]) -> None:
+        try:
+            self._loop.add_reader(socket.getsockopt(zmq.FD), drain)
+        except NotImplementedError:  # Windows' proactor loop cannot watch a descriptor
+            self._poll(drain)
+        self._loop.call_soon(drain)  # what came before we watched
+
+    def _poll(self, drain: Callable[[], None]) -> None:
+        if self._socket is not None:
+            drain()
+            self._loop.call_later(BUS_POLL_INTERVAL_SEC, self._poll, drain)
+
+    def subscribe(self, prefix: bytes) -> None:
+        self._prefixes.add(prefix)
+        self._set(zmq.SUBSCRIBE, prefix)
+
+    def unsubscribe(self, prefix: bytes) -> None:
+        self._prefixes.discard(prefix)
+        self._set(zmq.UNSUBSCRIBE, prefix)
+
+    def _set(self, option: int, prefix: bytes) -> None:
+        if self._socket is not None:
+            self._socket.setsockopt(option, prefix)
+            self._again()  # setting an option may have eaten the descriptor's edge
+
+    def _again(self) -> None:
+        if not self._scheduled:
+            self._scheduled = True
+            self._loop.call_soon(self._drain_again)
+
+    def _drain_again(self) -> None:
+        self._scheduled = False
+        self._drain()
+
+    def _drain(self) -> None:
+        """One turn: everything that is there, up to the budget, delivered at once."""
+        if self._socket is None:
+            return
+        receive, more, again = self._socket.recv, zmq.RCVMORE, zmq.Again
+        getsockopt = self._socket.getsockopt
+        batch: Batch = []
+        size = 0
+        try:
+            while len(batch) < BUS_TURN_MESSAGES_MAX and size < BUS_TURN_BYTES_MAX:
+                frames = [receive(zmq.NOBLOCK)]
+                while getsockopt(more):
+                    frames.append(receive(zmq.NOBLOCK))  # the frames of one message arrive together
+                batch.append(frames)
+                size += len(frames[-1])
+            self._again()
+        except again:
+            pass  # drained: the descriptor tells of the next one
+        if batch:
+            self._deliver(batch)
+
+    def _drain_monitor(self) -> None:
+        while self._monitor is not None:
+            try:
+                event = struct.unpack_from("=HI", self._monitor.recv_multipart(zmq.NOBLOCK)[0])[0]
+            except zmq.Again:
+                return
+            if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                self._peers += 1
+            elif event == zmq.EVENT_DISCONNECTED:
+                self._peers = max(0, self._peers - 1)
+            else:
+                self._notify(f"the peer at {self.address} does not speak ZMTP")
+            if self.connected != (self._peers > 0):
+                self.connected = self._peers > 0
+                self._notify(f"{'connected to' if self.connected else 'lost'} the bus at {self.address}")
+
+    async def stop(self) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self._socket is None:
+            return
+        for watched in (self._socket, self._monitor):
+            with contextlib.suppress(NotImplementedError):  # then it was polled
+                self._loop.remove_reader(watched.getsockopt(zmq.FD))
+        self._socket.disable_monitor()
+        self._monitor.close(linger=0)
+        self._socket.close(linger=0)
+        self._socket = self._monitor = None
+        self._context.term()
+
+
+# -- ZMTP: the bus without pyzmq ---------------------------------------------------------------------------------------
+#
+# A SUB socket in the standard library: https://rfc.zeromq.org/spec/23/ (ZMTP 3.0) and 37 (ZMTP 3.1), and where those
+# leave a choice, what libzmq does on the wire:
+#
+#   - A peer of 3.1 (libzmq 4.3.3 and later) gets SUBSCRIBE and CANCEL commands, one of 3.0 gets messages that begin
+#     with 1 or 0.  4.1 and 4.2 drop the commands.
+#   - PING goes to peers of 3.1 only: 4.1 hands a PING on as if it were a message.  Those that PING get their PONG.
+#   - A command may stand between the parts of a message: libzmq sends its PING when the timer says so.
+#   - Older peers (ZMTP 1 and 2: libzmq 2 and 3), to which libzmq would stoop, are refused.
+
+_MORE, _LONG, _COMMAND = 1, 2, 4  # the bits of a frame's first byte (23/ZMTP "Framing"); the others must be zero
+_MECHANISM = b"NULL".ljust(20, b"\0")
+_GREETING = b"\xff" + bytes(8) + b"\x7f" + b"\x03\x01" + _MECHANISM + bytes(32)  # signature, 3.1, NULL, client, filler
+_READ_LENGTH = struct.Struct(">Q").unpack_from
+
+
+def _encode_frame(flags: int, body: bytes) -> bytes:
+    if len(body) > 255:
+        return struct.pack(">BQ", flags | _LONG, len(body)) + body
+    return bytes((flags, len(body))) + body
+
+
+def _encode_command(name: bytes, body: bytes = b"") -> bytes:
+    return _encode_frame(_COMMAND, bytes((len(name),)) + name + body)
+
+
+def _parse_command(body: bytes) -> tuple[bytes, bytes]:
+    """Take a command apart into its name and its data."""
+    name = body[1 : 1 + body[0]] if body else b""
+    if not name or len(name) != body[0]:
+        raise ZMTPError("malformed", f"a command that does not hold its own name: {body[:40]!r}")
+    return name, body[1 + len(name) :]
+
+
+def _parse_metadata(data: bytes) -> dict[str, bytes]:
+    """Read the properties of READY; names come out in lower case (23/ZMTP: they are case-insensitive)."""
+    properties: dict[str, bytes] = {}
+    pos = 0
+    while pos < len(data):
+        name_end = pos + 1 + data[pos]
+        start = name_end + 4
+        end = start + int.from_bytes(data[name_end:start], "big")
+        if name_end == pos + 1 or start > len(data) or end > len(data):
+            raise ZMTPError("malformed", f"READY with metadata that ends too early: {data[pos : pos + 40]!r}")
+        properties[data[pos + 1 : name_end].decode("latin-1").lower()] = data[start:end]
+        pos = end
+    return properties
+
+
+class ZMTPSubscriber:
+    """The subscriber's side of one ZMTP connection: bytes in, messages and bytes to send out (sans-IO).
+
+    Write `take_output()` first (our greeting) and after every `feed()`.  Send subscriptions once `ready` is true.
+    """
+
+    def __init__(self) -> None:
+        # connection
+        self.minor: int | None = None  # of the version that both sides speak: 0 or 1; None before the greeting
+        self.metadata: dict[str, bytes] = {}  # what READY said, names in lower case
+        self.ready = False  # the handshake is over: messages may come, subscriptions may go
+        self.error: ZMTPError | None = None  # why nothing more will come out
+        # unread input: the head of a frame, or a frame as far as it has come (it grows with what really arrives)
+        self._held = bytearray()
+        self._need = 0  # bytes that _held must reach before reading on is of use
+        # message under way
+        self._parts: list[bytes] = []
+        self._room = BUS_FRAME_MAX  # bytes that its further frames may have
+        # output
+        self._output: list[bytes] = [_GREETING]
+        self._ttl_sec = 0.0
+
+    @property
+    def socket_type(self) -> str:
+        """The peer's socket type, `PUB` or `XPUB`; empty before READY."""
+        return self.metadata.get("socket-type", b"").decode("latin-1")
+
+    def feed(self, data: bytes) -> Batch:
+        """Take bytes from the peer and return the messages that they complete.
+
+        Never raises: a fault sets `error`, the messages before it are still returned, and from then on nothing is.
+        How the bytes are cut into calls makes no difference.
+        """
+        messages: Batch = []
+        if self.error is not None:
+            return messages
+        held = self._held
+        if held:
+            if len(held) + len(data) < self._need:
+                held += data
+                return messages
+            data = b"".join((held, data))
+            self._held = held = bytearray()  # the old one is freed before a large frame is cut out of `data`
+        try:
+            start = 0 if self.minor is not None else self._read_greeting(data)
+            if self.minor is not None:
+                self._read_frames(data, start, messages)
+        except ZMTPError as error:
+            self.error = error
+            self._held, self._parts = bytearray(), []
+        return messages
+
+    def take_output(self) -> bytes:
+        """Return what is to be written to the peer now, and forget it."""
+        if not self._output:
+            return b""
+        output = b"".join(self._output)
+        self._output.clear()
+        return output
+
+    def take_ttl(self) -> float:
+        """Return the seconds of silence after which the peer's latest PING wants to be given up, else 0; forget it."""
+        ttl, self._ttl_sec = self._ttl_sec, 0.0
+        return ttl
+
+    def encode_subscription(self, prefix: bytes, wanted: bool = True) -> bytes:
+        """Encode a subscription, or its end, in the form that this peer reads; only when `ready`."""
+        if self.minor:
+            return _encode_command(b"SUBSCRIBE" if wanted else b"CANCEL", prefix)
+        return _encode_frame(0, (b"\x01" if wanted else b"\x00") + prefix)
+
+    def encode_ping(self) -> bytes:
+        """Encode a heartbeat, or nothing where the peer would not know it; only when `ready`.
+
+        Its TTL is 0, "no limit": we PING only when nothing comes in, so silence on our side means nothing.
+        """
+        return _encode_command(b"PING", b"\0\0") if self.minor else b""
+
+    def _read_greeting(self, data: bytes) -> int:
+        """Check a greeting as far as it has come; return where the frames begin, or hold what there is."""
+        if data[:1] not in (b"", b"\xff"):
+            raise ZMTPError("not_zmtp", f"it does not speak ZMTP: it began with {data[:20]!r}")
+        if len(data) > 9 and not data[9] & 1:
+            raise ZMTPError("old_zmtp", "it speaks ZMTP 1 (libzmq 2); at least ZMTP 3.0 is needed (libzmq 4)")
+        if len(data) > 10 and data[10] < 3:
+            raise ZMTPError("old_zmtp", "it speaks ZMTP 2 (libzmq 3); at least ZMTP 3.0 is needed (libzmq 4)")
+        mechanism = data[12:32]
+        if mechanism != _MECHANISM[: len(mechanism)]:
+            name = bytes(mechanism).rstrip(b"\0")
+            raise ZMTPError("mechanism", f"it wants the security mechanism {name!r}; only NULL is spoken here")
+        if len(data) < len(_GREETING):
+            self._held = bytearray(data)
+            return len(data)
+        self.minor = 1 if data[10] > 3 or data[11] else 0
+        self._output.append(_encode_command(b"READY", b"\x0bSocket-Type" + struct.pack(">I", 3) + b"SUB"))
+        return len(_GREETING)
+
+    def _read_frames(self, data: bytes, pos: int, messages: Batch) -> None:
+        """Read all whole frames from `pos` on, and hold the rest.  The loop that the speed of the source hangs on."""
+        size, parts, room, ready = len(data), self._parts, self._room, self.ready
+        while pos < size:
+            flags = data[pos]
+            if flags > 3 and flags not in (_COMMAND, _COMMAND | _LONG):
+                raise ZMTPError("malformed", f"a frame with the flags 0x{flags:02x}")
+            start = pos + (9 if flags & _LONG else 2)
+            if start > size:
+                self._need = start - pos
+                break
+            length: int = _READ_LENGTH(data, pos + 1)[0] if flags & _LONG else data[pos + 1]
+            if length > room or (flags > 3 and length > BUS_COMMAND_MAX):
+                raise ZMTPError("too_large", f"a {'command' if flags > 3 else 'message'} of {length:,} bytes or more")
+            end = start + length
+            if end > size:
+                self._need = end - pos
+                break
+            frame = data[start:end]
+            pos = end
+            if flags > 3:
+                self._take_command(frame)
+                ready = self.ready
+            elif not ready:
+                raise ZMTPError("malformed", "a message before READY")
+            elif flags & _MORE:
+                parts.append(frame)
+                room -= length
+                if len(parts) >= BUS_PARTS_MAX:
+                    raise ZMTPError("too_large", f"a message of more than {BUS_PARTS_MAX} frames")
+            else:
+                parts.append(frame)
+                messages.append(parts)
+                parts, room = [], BUS_FRAME_MAX
+        self._parts, self._room = parts, room
+        if pos < size:
+            self._held += memoryview(data)[pos:]
+
+    def _take_command(self, body: bytes) -> None:
+        name, data = _parse_command(body)
+        if name == b"ERROR":  # the peer refuses us; a length byte stands before its reason
+            raise ZMTPError("refused", f"it refuses the connection: {data[1:101]!r}")
+        if not self.ready:
+            self._take_ready(name, data)
+        elif name == b"PING":
+            if len(data) < 2:
+                raise ZMTPError("malformed", "a PING without its TTL")
+            self._ttl_sec = int.from_bytes(data[:2], "big") / 10  # tenths of a second on the wire
+            self._output.append(_encode_command(b"PONG", data[2:18]))  # 37/ZMTP: a context has 16 bytes at most
+        # Other commands are let pass, as libzmq does: PONG has done its work by arriving.
+
+    def _take_ready(self, name: bytes, data: bytes) -> None:
+        if name != b"READY":
+            raise ZMTPError("malformed", f"the command {name[:40]!r} in place of READY")
+        self.metadata = _parse_metadata(data)
+        if self.socket_type not in ("PUB", "XPUB"):
+            kind = self.metadata.get("socket-type", b"")[:40]
+            raise ZMTPError("socket_type", f"it is a socket of type {kind!r}; a subscriber needs PUB or XPUB")
+        self.ready = True
+
+
+class Endpoint(NamedTuple):
+    """A ZMQ endpoint, taken apart."""
+
+    host: str  # of tcp://, without brackets; empty for every interface (bind only)
+    port: int  # of tcp://; 0 for any free one (bind only)
+    path: str  # of ipc://; begins with NUL for an abstract name; empty for tcp://
+
+
+def parse_endpoint(text: str, *, bind: bool = False) -> Endpoint:
+    """Take a ZMQ endpoint apart: `tcp://HOST:PORT`, `tcp://[IPV6]:PORT`, `ipc://PATH`, `ipc://@NAME`.
+
+    Args:
+        bind: whether to listen there: then HOST may be `*`, and PORT `*` or 0.
+
+    Raises:
+        UsageError: it is none of these; the message says what is wrong with it.
+    """
+    scheme, separator, rest = text.partition("://")
+    if not separator or scheme not in ("tcp", "ipc"):
+        raise UsageError(f"not a bus address: {text!r} (tcp://HOST:PORT or ipc://PATH)")
+    if not rest or re.search(r"[\x00-\x20\x7f]" if scheme == "tcp" else r"\x00", rest):
+        raise UsageError(f"not a bus address: {text!r} ({'a blank or control character' if rest else 'nothing'} in it)")
+    return _parse_ipc(text, rest) if scheme == "ipc" else _parse_tcp(text, rest, bind)
+
+
+def _parse_ipc(text: str, path: str) -> Endpoint:
+    if not hasattr(socket, "AF_UNIX"):
+        raise UsageError(f"no ipc:// on this system: {text!r}")
+    if path in ("@", "*"):
+        raise UsageError(f"not a bus address: {text!r} (a path, or a name after @, is needed)")
+    size = len(os.fsencode(path))
+    if size > BUS_IPC_PATH_MAX:  # libzmq counts the @ of an abstract name too
+        raise UsageError(
+            f"the path of {text!r} is {size} bytes long; the system's limit for a socket is {BUS_IPC_PATH_MAX}"
+        )
+    return Endpoint("", 0, "\0" + path[1:] if path[0] == "@" else path)
+
+
+def _may_be_ipv6(name: str, bracketed: bool) -> bool:
+    """Whether a host is IPv6 if it looks like it; libzmq takes that without brackets too."""
+    if not bracketed and ":" not in name:
+        return True
+    try:
+        socket.inet_pton(socket.AF_INET6, name.partition("%")[0])
+    except OSError:
+        return False
+    return True
+
+
+def _parse_tcp(text: str, rest: str, bind: bool) -> Endpoint:
+    host, _, port = rest.rpartition(":")
+    bracketed = host.startswith("[") and host.endswith("]")
+    name = host[1:-1] if bracketed else host
+    wanted = "a port from 1 to 65535, * for any" if bind else "a port from 1 to 65535"
+    if bind and port == "*":
+        port = "0"
+    if not re.fullmatch("[0-9]{1,5}", port) or int(port) > 65535 or not (int(port) or bind):
+        raise UsageError(f"not a bus address: {text!r} ({wanted} is needed)")
+    if re.search(r"[\[\]/;@]", name) or not name or (name == "*" and not bind) or not _may_be_ipv6(name, bracketed):
+        raise UsageError(f"not a bus address: {text!r} (a host name, an IPv4 address or an [IPv6] address is needed)")
+    return Endpoint("" if name == "*" else name, int(port), "")
+
+
+def _listen(endpoint: Endpoint) -> socket.socket:
+    """Open a listening socket, as libzmq's bind does; raises OSError."""
+    if endpoint.path:
+        return _listen_ipc(endpoint.path)
+    if not endpoint.host:
+        dual = socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if dual else socket.AF_INET
+        return socket.create_server(("", endpoint.port), family=family, dualstack_ipv6=dual)
+    found = socket.getaddrinfo(endpoint.host, endpoint.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    return socket.create_server(found[0][4], family=found[0][0])
+
+
+def _listen_ipc(path: str) -> socket.socket:
+    """Listen on a path.  A socket left over there is removed, as libzmq does, but not one that somebody serves."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        if path[0] != "\0" and os.path.exists(path) and S_ISSOCK(os.stat(path).st_mode):
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+                if probe.connect_ex(path):
+                    os.unlink(path)
+        listener.bind(path)
+        listener.listen()
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def _keep_alive(sock: Any) -> None:
+    """Let the system notice that the host of a peer has gone: the only means with a peer of ZMTP 3.0."""
+    for level, name, value in (
+        (socket.SOL_SOCKET, "SO_KEEPALIVE", 1),
+        (socket.IPPROTO_TCP, "TCP_KEEPIDLE", 30),
+        (socket.IPPROTO_TCP, "TCP_KEEPINTVL", 10),
+        (socket.IPPROTO_TCP, "TCP_KEEPCNT", 3),
+    ):
+        if hasattr(socket, name):
+            sock.setsockopt(level, getattr(socket, name), value)
+
+
+class _BusPeer(asyncio.Protocol):
+    """One connection of a BuiltinBusSource: what comes in goes through the codec to the source, turn by turn.
+
+    Nothing is buffered beyond one read: while messages wait for the next turn of the loop, reading is paused, and TCP
+    slows the publisher down.
+    """
+
+    def __init__(self, source: BuiltinBusSource) -> None:
+        self._source = source
+        self._loop = asyncio.get_running_loop()
+        self.codec = ZMTPSubscriber()
+        self.gone: asyncio.Future[None] = self._loop.create_future()  # done when the connection is over
+        self._transport: Any = None
+        self._backlog: Batch = []  # messages for the next turns; while it holds any, reading is paused
+        self._deadline: asyncio.TimerHandle | None = None  # of the handshake, then of the next heartbeat
+        self._ttl: asyncio.TimerHandle | None = None  # when the peer's own PING gives it up
+        self._proof: asyncio.TimerHandle | None = None  # when the connection has lasted BUS_PROVEN_SEC
+        self._heard = False  # whether bytes came since the last heartbeat
+        self._misses = 0  # heartbeats in a row before which no byte came
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport
+        sock = transport.get_extra_info("socket")
+        if sock is not None and sock.family != getattr(socket, "AF_UNIX", None):
+            _keep_alive(sock)
+            # A connect to a free port of the own host can meet itself (TCP's simultaneous open), and would then keep
+            # that port from the publisher whom we wait for.
+            if transport.get_extra_info("sockname") == transport.get_extra_info("peername"):
+                self._transport.abort()
+                return
+        if not self._source.peer_made(self):
+            self._transport.abort()
+            return
+        self._deadline = self._loop.call_later(BUS_HANDSHAKE_SEC, self._give_up_handshake)
+        self.send(self.codec.take_output())
+
+    def data_received(self, data: bytes) -> None:
+        self._heard = True
+        if self._ttl is not None:
+            self._ttl.cancel()
+            self._ttl = None
+        codec = self.codec
+        was_ready = codec.ready
+        messages = codec.feed(data)
+        if codec.ready and not was_ready:
+            self._become_ready()
+        self.send(codec.take_output())
+        if messages:
+            if len(messages) <= BUS_BATCH_MAX and not self._backlog:
+                self._source.take(messages)
+            else:
+                self._start_backlog(messages)
+        if codec.error is not None:
+            self.fail(codec.error)
+        elif ttl := codec.take_ttl():
+            silent = ZMTPError("silent", f"silent for {ttl:g} s, the time its PING names")
+            self._ttl = self._loop.call_later(ttl, self.fail, silent)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        for timer in (self._deadline, self._ttl, self._proof):
+            if timer is not None:
+                timer.cancel()
+        if not self.gone.done():
+            self.gone.set_result(None)
+        self._source.peer_lost(self, exc)
+
+    def send(self, data: bytes) -> None:
+        """Write to the peer; one that does not read what it is sent is cut off."""
+        if data and not self._transport.is_closing():
+            self._transport.write(data)
+            if self._transport.get_write_buffer_size() > BUS_SEND_MAX:
+                self.fail(ZMTPError("not_reading", "it does not read what it is sent"))
+
+    def fail(self, error: ZMTPError) -> None:
+        """End the connection because of the peer."""
+        if not self._transport.is_closing():
+            self._source.peer_failed(error)
+            self._transport.abort()
+
+    def abort(self) -> None:
+        """End the connection at once and say nothing."""
+        self._backlog.clear()
+        self._transport.abort()
+
+    def _become_ready(self) -> None:
+        assert self._deadline is not None
+        self._deadline.cancel()
+        self._deadline = self._loop.call_later(BUS_HEARTBEAT_SEC, self._beat)
+        self._proof = self._loop.call_later(BUS_PROVEN_SEC, self._source.peer_proven, self)
+        output = [self.codec.take_output()]  # our READY stands before the subscriptions
+        output += map(self.codec.encode_subscription, self._source.prefixes)
+        self.send(b"".join(output))
+        self._source.peer_ready(self)
+
+    def _start_backlog(self, messages: Batch) -> None:
+        if not self._backlog:
+            self._transport.pause_reading()
+            self._loop.call_soon(self._work_off)
+        self._backlog += messages
+
+    def _work_off(self) -> None:
+        batch = self._backlog[:BUS_BATCH_MAX]
+        del self._backlog[:BUS_BATCH_MAX]
+        if self._backlog:
+            self._loop.call_soon(self._work_off)
+        else:
+            self._transport.resume_reading()
+        self._source.take(batch)
+
+    def _give_up_handshake(self) -> None:
+        self.fail(ZMTPError("silent", f"it did not finish the handshake in {BUS_HANDSHAKE_SEC:g} s"))
+
+    def _beat(self) -> None:
+        """Send a PING when nothing came; counted in beats, not on the clock, so that our own pauses harm nobody."""
+        self._misses = 0 if self._heard or not self.codec.minor else self._misses + 1
+        if self._misses > BUS_HEARTBEAT_MISSES:
+            self.fail(ZMTPError("silent", f"it left {BUS_HEARTBEAT_MISSES} PINGs without an answer"))
+            return
+        if not self._heard:
+            self.send(self.codec.encode_ping())
+        self._heard = False
+        self._deadline = self._loop.call_later(BUS_HEARTBEAT_SEC, self._beat)
+
+
+class BuiltinBusSource(Source):
+    """A ZMQ SUB socket in the standard library: connected to one publisher or proxy, or bound for any number of them.
+
+    Args:
+        address: a ZMQ endpoint, see `parse_endpoint`.  Once bound, the attribute `address` names the real port.
+        kind: what the source calls itself in answers.
+        bind: listen there, so that publishers connect to us.
+
+    Raises:
+        UsageError: the address is not one.
+    """
+
+    backend = "builtin"
+
+    def __init__(self, address: str, kind: str = "zmq", *, bind: bool = False) -> None:
+        # source
+        self.address = address
+        self.kind = kind
+        self._endpoint = parse_endpoint(address, bind=bind)
+        self._bind = bind
+        self._subscriptions: collections.Counter[bytes] = (
+            collections.Counter()
+        )  # prefix -> how often subscribed, as a SUB socket counts
+        self.prefixes: tuple[bytes, ...] = ()  # those subscribed at all: told to every peer, and filtered by
+        # run
+        self._deliver: Callable[[Batch], None] = lambda batch: None
+        self._notify: Callable[[str], None] = lambda line: None
+        self._task: asyncio.Task[None] | None = None
+        self._listener: socket.socket | None = None
+        self._server: asyncio.AbstractServer | None = None
+        self._file: tuple[str, int] | None = None  # path and inode of the socket that we bound
+        self._stopped = False
+        # connections
+        self._peers: set[_BusPeer] = set()
+        self._ready: set[_BusPeer] = set()  # those whose handshake is over
+        self._retry_sec = BUS_RETRY_MIN_SEC
+        self._said: set[str] = set()  # kinds of line that are not to be said again
+        self._said_up = False  # whether the last word on the connection was that it stands
+
+    def start(self, deliver: Callable[[Batch], None], notify: Callable[[str], None]) -> None:
+        """Connect, again and again, or bind.  Call it inside the running loop.
+
+        Args:
+            deliver: called with messages in their order, at most BUS_BATCH_MAX in one turn of the loop.
+            notify: called with a line that is worth logging; each kind of trouble is told once.
+
+        Raises:
+            StartError: the address cannot be bound.
+        """
+        self._deliver, self._notify = deliver, notify
+        loop = asyncio.get_running_loop()
+        self._task = loop.create_task(self._serve(self._open_listener()) if self._bind else self._keep_connected())
+
+    def subscribe(self, prefix: bytes) -> None:
+        """Ask for the messages whose topic begins with `prefix`; asked twice, it must be ended twice."""
+        self._subscriptions[prefix] += 1
+        if self._subscriptions[prefix] == 1:
+            self._change(prefix, True)
+
+    def unsubscribe(self, prefix: bytes) -> None:
+        """End a subscription; one that is not there is let pass.  Messages on their way are dropped here."""
+        if prefix in self._subscriptions:
+            self._subscriptions[prefix] -= 1
+            if not self._subscriptions[prefix]:
+                del self._subscriptions[prefix]
+                self._change(prefix, False)
+
+    async def stop(self) -> None:
+        """Close everything; nothing is delivered afterwards."""
+        self._stopped = True
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        if self._server is not None:
+            self._server.close()
+        elif self._listener is not None:
+            self._listener.close()
+        for peer in list(self._peers):
+            peer.abort()
+        self._remove_file()
+        await asyncio.sleep(0)  # lets the transports close their sockets
+
+    # What a peer reports.
+
+    def peer_made(self, peer: _BusPeer) -> bool:
+        """Take a new connection in; false when it must not be."""
+        if self._stopped or len(self._peers) >= BUS_PEERS_MAX:
+            return False
+        self._peers.add(peer)
+        return True
+
+    def peer_ready(self, peer: _BusPeer) -> None:
+        """The handshake is over."""
+        self._ready.add(peer)
+        self.connected = True
+        if len(self._ready) == 1:
+            self._say_up(peer)
+
+    def peer_proven(self, peer: _BusPeer) -> None:
+        """The connection lasts: the next loss is news, and is followed by a quick attempt again."""
+        self._retry_sec = BUS_RETRY_MIN_SEC
+        self._said -= {"up", "down"}
+        if not self._said_up:
+            self._say_up(peer)
+
+    def peer_failed(self, error: ZMTPError) -> None:
+        """The peer is at fault; its connection is about to be lost."""
+        retry = "" if self._bind else "; connecting again"
+        self._say(error.kind, f"{'a peer' if self._bind else 'the peer'} at {self.address}: {error}{retry}")
+
+    def peer_lost(self, peer: _BusPeer, exc: Exception | None) -> None:
+        """The connection is over."""
+        self._peers.discard(peer)
+        if peer in self._ready:
+            self._ready.discard(peer)
+            self.connected = bool(self._ready)
+            if not self.connected and not self._stopped:
+                what = "the last publisher at {} left" if self._bind else "the bus at {} is gone"
+                self._say_down(what, exc, "waiting for the next" if self._bind else "trying until it is back")
+
+    def take(self, messages: Batch) -> None:
+        """Deliver what is subscribed: as a SUB socket does, for a publisher learns of an unsubscription later."""
+        prefixes = self.prefixes
+        if b"" not in prefixes:
+            messages = [message for message in messages if message[0].startswith(prefixes)]
+        if messages and not self._stopped:
+            self._deliver(messages)
+
+    # Inside.
+
+    def _change(self, prefix: bytes, wanted: bool) -> None:
+        self.prefixes = tuple(self._subscriptions)
+        for peer in list(self._ready):
+            peer.send(peer.codec.encode_subscription(prefix, wanted))
+
+    def _say(self, kind: str, line: str) -> None:
+        if kind not in self._said and not self._stopped:
+            self._said.add(kind)
+            self._notify(line)
+
+    def _say_up(self, peer: _BusPeer) -> None:
+        if "up" not in self._said:
+            self._said_up = True
+            how = f"ZMTP 3.{peer.codec.minor}, {peer.codec.socket_type}"
+            self._say("up", f"{'a publisher connected to' if self._bind else 'connected to'} {self.address} ({how})")
+
+    def _say_down(self, what: str, why: BaseException | None, then: str) -> None:
+        if "down" not in self._said:
+            self._said_up = False
+            reason = f" ({str(why) or type(why).__name__})" if why else ""
+            self._say("down", f"{what.format(self.address)}{reason}; {then}")
+
+    async def _keep_connected(self) -> None:
+        while True:
+            try:
+                peer = await asyncio.wait_for(self._connect(), BUS_CONNECT_SEC)
+            except (OSError, UnicodeError, asyncio.TimeoutError) as error:  # UnicodeError: a name that IDNA refuses
+                self._say_down("no bus at {} yet", error, "trying until there is one")
+            else:
+                await peer.gone
+            await asyncio.sleep(self._retry_sec * random.uniform(0.75, 1.25))
+            self._retry_sec = min(self._retry_sec * 2, BUS_RETRY_MAX_SEC)
+
+    async def _connect(self) -> _BusPeer:
+        loop, (host, port, path) = asyncio.get_running_loop(), self._endpoint
+        if path:
+            return (await loop.create_unix_connection(lambda: _BusPeer(self), path))[1]
+        # All addresses of the name are tried, 0.25 s apart (RFC 8305): a `localhost` that is ::1 too does no harm.
+        return (await loop.create_connection(lambda: _BusPeer(self), host, port, happy_eyeballs_delay=0.25))[1]
+
+    def _open_listener(self) -> socket.socket:
+        host, _, path = self._endpoint
+        try:
+            listener = self._listener = _listen(self._endpoint)
+        except (OSError, UnicodeError) as error:
+            raise StartError(f"cannot bind {self.address}: {error}") from error
+        if not path:
+            shown = f"[{host}]" if ":" in host else host or "*"
+            self.address = f"tcp://{shown}:{listener.getsockname()[1]}"
+        elif path[0] != "\0":
+            self._file = path, os.stat(path).st_ino
+        return listener
+
+    async def _serve(self, listener: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        if self._endpoint.path:
+            self._server = await loop.create_unix_server(lambda: _BusPeer(self), sock=listener)
+        else:
+            self._server = await loop.create_server(lambda: _BusPeer(self), sock=listener)
+
+    def _remove_file(self) -> None:
+        """Remove the socket's file, unless somebody else has put theirs in its place."""
+        if self._file is not None:
+            path, inode = self._file
+            self._file = None
+            try:
+                if os.stat(path).st_ino == inode:
+                    os.unlink(path)
+            except OSError:
+                pass  # gone already: Python 3.13 removes it with the server
+
+
+def bus_source(address: str, kind: str, *, bind: bool = False, backend: str = "auto") -> Source:
+    """The source for a ZMQ endpoint.
+
+    Args:
+        address: tcp://HOST:PORT or ipc://PATH.
+        kind: how the user named it: tcp, ipc, zmq, bind or child.
+        bind: whether publishers connect to us, instead of us to the bus.
+        backend: auto, pyzmq or builtin.
+    """
+    parse_endpoint(address, bind=bind)  # says now what is wrong with it, whichever backend it is for
+    if backend == "pyzmq" and zmq is None:
+        raise UsageError("--zmq-backend pyzmq: pyzmq is not installed (builtin needs nothing)")
+    if zmq is not None and backend != "builtin":
+        return PyzmqBusSource(address, kind, bind=bind)
+    return BuiltinBusSource(address, kind, bind=bind)
+
+
+# -- Recordings --------------------------------------------------------------------------------------------------------
+#
+# One JSON object a line: {"t": ns of the epoch, "topic": "realtime_metrics$", "payload": "{...}"}; gzip by extension.
+
+
+def open_recording(path: str) -> IO[bytes]:
+    """A recording, for reading.
+
+    Raises:
+        UsageError: it is not there, or it is not readable.
+    """
+    try:
+        file = open(path, "rb")  # noqa: SIM115 - the caller closes it
+    except OSError as error:
+        raise UsageError(f"{printable(path)}: {error.strerror}") from None
+    return _unzipped(file) if path.endswith(".gz") else file
+
+
+def _unzipped(file: IO[bytes]) -> IO[bytes]:
+    import gzip  # only recordings need it
+
+    return cast(IO[bytes], gzip.GzipFile(fileobj=file, mode="rb"))
+
+
+class ReplaySource(Source):
+    """Plays a recording at its own pace, `speed` times as fast, or (speed 0) at once; once or in a loop.
+
+    The clock of the bus is the recording's: it stands at the last message's time and runs on from there.
+    """
+
+    def __init__(
+        self, path: str, kind: str = "replay", *, speed: float = 1.0, loop: bool = False, data: bytes | None = None
+    ) -> None:
+        super().__init__(kind, path)
+        # Opens the recording from its first line.
+        self._open: Callable[[], IO[bytes]] = lambda: open_recording(path)
+        if data is not None:
+            self._open = lambda: _unzipped(io.BytesIO(data))
+        self._speed = speed  # bus seconds a second; 0: at once
+        self._repeat = loop  # begin again at the end
+        self._timer: asyncio.Handle | None = None  # the next turn
+        self._bus_ns = 0  # bus time ...
+        self._at_ns = 0  # ... and the monotonic time at which it was that late
+        self._rate = speed  # bus seconds a second: how fast the clock runs on
+        self._file: IO[bytes] | None = None  # open while it plays
+
+    def now_ns(self) -> int:
+        if not self._bus_ns:
+            return time.time_ns()
+        return self._bus_ns + int((time.monotonic_ns() - self._at_ns) * self._rate)
+
+    def _set_clock(self, bus_ns: int, rate: float) -> None:
+        self._bus_ns, self._at_ns, self._rate = bus_ns, time.monotonic_ns(), rate
+
+    def start(self, deliver: Deliver, notify: Notify) -> None:
+        self._deliver, self._notify = deliver, notify
+        self._event_loop = asyncio.get_running_loop()
+        self._begin()
+
+    def _begin(self) -> None:
+        self._file = self._open()
+        self._lines = self._read(self._file)
+        self._next = next(self._lines, None)
+        if self._next is not None:
+            self._set_clock(self._next[0], self._speed)
+            self._timer = self._event_loop.call_soon(self._turn)
+
+    def _read(self, file: IO[bytes]) -> Iterator[tuple[int, list[bytes]]]:
+        """(time in ns, frames) of each line; a line that is none ends the recording with a word in the log."""
+        number = 1
+        try:
+            for line in file:
+                record = json_load(line)
+                number += 1
+                yield int(record["t"]), [record["topic"].encode(), record["payload"].encode()]
+        except (JSONError, LookupError, TypeError, ValueError, AttributeError, OSError, EOFError, zlib.error) as error:
+            self._notify(f"{self.address}: line {number} cannot be read, the replay ends there: {error}")
+
+    def _turn(self) -> None:
+        """Deliver all that is due, then sleep until the next message is."""
+        batch: Batch = []
+        size = 0
+        while self._next is not None and len(batch) < BUS_TURN_MESSAGES_MAX and size < BUS_TURN_BYTES_MAX:
+            due_ns, frames = self._next
+            if self._speed and due_ns > self.now_ns():
+                break
+            batch.append(frames)
+            size += len(frames[1])
+            if not self._speed:
+                self._set_clock(due_ns, 0.0)
+            self._next = next(self._lines, None)
+        if self._next is None:
+            self._set_clock(max(self.now_ns(), self._bus_ns), 1.0)  # from here on time passes as it does
+        if batch:
+            self._deliver(batch)
+        self._schedule()
+
+    def _schedule(self) -> None:
+        if self._next is None:
+            self._end()
+            return
+        wait_sec = (self._next[0] - self.now_ns()) / 1e9 / self._speed if self._speed else 0.0
+        self._timer = self._event_loop.call_later(max(0.0, wait_sec), self._turn)
+
+    def _end(self) -> None:
+        self._close()
+        if self._repeat:
+            self._timer = self._event_loop.call_later(REPLAY_PAUSE_SEC, self._begin)
+        else:
+            self.connected = False
+            self._notify(f"the replay of {self.address} has ended")
+
+    async def stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._close()
+
+    def _close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+class Recorder:
+    """Writes bus messages to a recording, as they come; the lines reach the disk once a second and at the end."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path  # where it goes
+        self.messages = 0  # written so far
+        try:
+            self._raw = open(path, "wb")  # noqa: SIM115 - close() closes it
+        except OSError as error:
+            raise UsageError(f"--record {printable(path)}: {error.strerror}") from None
+        # what lines are written to: the file, or gzip over it
+        self._file: IO[bytes] = self._zipped(self._raw) if path.endswith(".gz") else self._raw
+
+    @staticmethod
+    def _zipped(raw: IO[bytes]) -> IO[bytes]:
+        import gzip
+
+        return gzip.GzipFile(fileobj=raw, mode="wb", compresslevel=6, mtime=0, filename="")  # type: ignore[return-value]
+
+    def write(self, t_ns: int, topic: str, payload: bytes) -> None:
+        """One message. Raises OSError when the disk refuses, and UnicodeDecodeError for what is no text."""
+        line = json_bytes({"t": t_ns, "topic": topic, "payload": payload.decode("utf-8")})
+        self._file.write(line + b"\n")
+        self.messages += 1
+
+    def flush(self) -> None:
+        self._file.flush()
+        self._raw.flush()
+
+    def close(self) -> None:
+        try:
+            self._file.close()
+        finally:
+            self._raw.close()
+
+
+def resident_bytes() -> int | None:
+    """Resident memory of this process; None where /proc does not tell."""
+    try:
+        with open("/proc/self/statm", "rb") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+# -- A child and its bus -----------------------------------------------------------------------------------------------
+#
+# `-- COMMAND` runs a benchmark under our eyes.  What it is decides where its bus is:
+#
+#   aiperf profile    gets a private IPC directory and live metrics, unless its command line or its configuration
+#                     file chooses a bus: that one is followed, and nothing about it is changed
+#   anything else     finds an address to publish to in AIPERF_API_ZMQ_ADDRESS; we bind it
+#
+# The plan is made by pure functions on the words of the command line; only then does a process start.  A command line
+# holds credentials, so nothing of it is shown that has not gone through `redact_command`.
+
+CHILD_ADDRESS_VARIABLE = "AIPERF_API_ZMQ_ADDRESS"
+_AIPERF_EVENT_BUS_PORT_VARIABLE = "AIPERF_ZMQ_EVENT_BUS_PROXY_BACKEND_PORT"  # moves it, since 0.13
+_AIPERF_IPC_PATH = "/tmp/aiperf"  # where a configuration file puts the sockets if it says `type: ipc` and no path
+_AIPERF_EXPORT = "profile_export_aiperf.json"
+_ARTIFACT_BYTES_MAX = 16 * 1024 * 1024  # an export file larger than this is not read for its configuration
+_CHILD_CONFIG_BYTES_MAX = 1024 * 1024  # a configuration file larger than this is not searched for its bus
+_SHEBANG_BYTES_MAX = 512  # of the first line of a script; Linux itself reads 256
+_COMMAND_NOT_FOUND, _COMMAND_NOT_EXECUTABLE = 127, 126  # POSIX.1-2017 XCU 2.8.2
+_SIGNALS_BEFORE_KILL = 2  # signals that the child may answer in its own way; the next one is SIGKILL
+_LIVE_METRICS = (  # both since AIPerf 0.5; without them a run without dashboard publishes no live metrics
+    ("AIPERF_UI_REALTIME_METRICS_ENABLED", "true"),
+    ("AIPERF_UI_REALTIME_METRICS_INTERVAL", "1"),  # s, the least that 0.5 and 0.6 accept
+)
+# Ours by contract, read by AIPerf too: left in the child's environment, its own API would want our port.
+_OUR_VARIABLES = (
+    "AIPERF_API_SERVER_HOST",
+    "AIPERF_API_SERVER_PORT",
+    "AIPERF_API_SERVER_CORS_ORIGINS",
+    "AIPERF_API_TOKEN",
+)
+# Programs that run the rest of their command line in this environment and on this machine.
+_WRAPPERS = frozenset(
+    (
+        "chrt",
+        "conda",
+        "env",
+        "hatch",
+        "ionice",
+        "nice",
+        "nohup",
+        "numactl",
+        "pdm",
+        "pipenv",
+        "pixi",
+        "poetry",
+        "prlimit",
+    )
+    + (
+        "rye",
+        "setarch",
+        "setpriv",
+        "stdbuf",
+        "strace",
+        "taskset",
+        "time",
+        "timeout",
+        "unbuffer",
+        "uv",
+        "uvx",
+        "xvfb-run",
+    )
+)
+_PYTHON_NAME = re.compile(r"(?:python|pypy)[\d.]*")
+
+# Where AIPerf's flags stand in its configuration, with all their spellings of 0.3 to 0.13.
+_AIPERF_FLAGS_TABLE = """
+endpoint.model_names               list    --model-names --model -m
+endpoint.model_selection_strategy  text    --model-selection-strategy
+endpoint.type                      text    --endpoint-type
+endpoint.custom_endpoint           text    --custom-endpoint --endpoint
+endpoint.streaming                 switch  --streaming
+endpoint.urls                      list    --url -u
+endpoint.url_strategy              text    --url-strategy
+endpoint.timeout_seconds           number  --request-timeout-seconds
+endpoint.api_key                   text    --api-key
+endpoint.transport                 text    --transport --transport-type
+endpoint.use_server_token_count    switch  --use-server-token-count
+loadgen.concurrency                number  --concurrency
+loadgen.prefill_concurrency        number  --prefill-concurrency
+loadgen.request_rate               number  --request-rate
+loadgen.arrival_pattern            text    --arrival-pattern --request-rate-mode
+loadgen.arrival_smoothness         number  --arrival-smoothness --vllm-burstiness
+loadgen.request_count              number  --request-count --num-requests
+loadgen.benchmark_duration         number  --benchmark-duration
+loadgen.benchmark_grace_period     number  --benchmark-grace-period
+loadgen.concurrency_ramp_duration  number  --concurrency-ramp-duration
+loadgen.request_rate_ramp_duration number  --request-rate-ramp-duration
+loadgen.request_cancellation_rate  number  --request-cancellation-rate
+loadgen.request_cancellation_delay number  --request-cancellation-delay
+loadgen.user_centric_rate          number  --user-centric-rate
+loadgen.num_users                  number  --num-users
+loadgen.warmup_request_count       number  --warmup-request-count --num-warmup-requests
+loadgen.warmup_duration            number  --warmup-duration
+loadgen.warmup_concurrency         number  --warmup-concurrency
+loadgen.warmup_request_rate        number  --warmup-request-rate
+loadgen.num_warmup_sessions        number  --num-warmup-sessions
+input.file                         text    --input-file
+input.public_dataset               text    --public-dataset
+input.custom_dataset_type          text    --custom-dataset-type
+input.fixed_schedule               switch  --fixed-schedule
+input.random_seed                  number  --random-seed
+input.goodput                      text    --goodput
+input.conversation.num             number  --conversation-num --num-conversations --num-sessions
+input.conversation.num_dataset_entries number --num-dataset-entries --num-prompts
+input.conversation.turn.mean       number  --conversation-turn-mean --session-turns-mean
+input.prompt.input_tokens.mean     number  --prompt-input-tokens-mean --synthetic-input-tokens-mean --isl
+input.prompt.input_tokens.stddev   number  --prompt-input-tokens-stddev --synthetic-input-tokens-stddev --isl-stddev
+input.prompt.output_tokens.mean    number  --prompt-output-tokens-mean --output-tokens-mean --osl
+input.prompt.output_tokens.stddev  number  --prompt-output-tokens-stddev --output-tokens-stddev --osl-stddev
+output.artifact_directory          text    --output-artifact-dir --artifact-dir
+output.profile_export_prefix       text    --profile-export-prefix --profile-export-file
+tokenizer.name                     text    --tokenizer
+tokenizer.revision                 text    --tokenizer-revision
+tokenizer.trust_remote_code        switch  --tokenizer-trust-remote-code
+service.ui_type                    text    --ui-type --ui
+service.workers_max                number  --workers-max --max-workers
+service.zmq_host                   text    --zmq-host
+service.zmq_ipc_path               text    --zmq-ipc-path
+service.zmq_dual_bind              switch  --zmq-dual-bind
+config_file                        text    --config -f
+"""
+_AIPERF_FLAGS: Mapping[str, tuple[str, str]] = MappingProxyType(
+    {
+        flag: (path, kind)
+        for path, kind, *flags in map(str.split, _AIPERF_FLAGS_TABLE.splitlines()[1:])
+        for flag in flags
+    }
+)
+
+
+class ChildPlan(NamedTuple):
+    """How a command is run and where its bus is; made by `child_plan`."""
+
+    argv: tuple[str, ...]  # the command to run, with what had to be added
+    environ: dict[str, str]  # its whole environment
+    address: str  # ZMQ endpoint to listen at; "" when the command's bus could not be found out
+    bind: bool  # whether we bind that endpoint and the child connects, or the other way round
+    is_aiperf: bool  # whether it is an `aiperf profile`
+    artifact_dir: str  # where it was told to write its export; "" = it decides
+    notes: tuple[str, ...]  # lines for the log
+
+
+def child_plan(
+    argv: Sequence[str],
+    environ: Mapping[str, str],
+    ipc_dir: str,
+    *,
+    version: str = "",
+    read: Callable[[str], str] | None = None,
+) -> ChildPlan:
+    """Decide how to run a command so that its event bus can be heard. Starts nothing.
+
+    Args:
+        argv: the command line behind `--`, not empty.
+        environ: the environment that the child would inherit.
+        ipc_dir: an empty private directory, for the child's sockets if it has not chosen a bus itself.
+        version: the version of the child's AIPerf if it is known (`aiperf_version`); for the notes only.
+        read: reads the text of the child's configuration file; OSError and ValueError are noted, not raised.
+    """
+    start = _find_profile(argv)
+    inherited = {name: value for name, value in environ.items() if name not in _OUR_VARIABLES}
+    if start is None:
+        address = "ipc://" + os.path.join(ipc_dir, "bus.ipc")
+        inherited[CHILD_ADDRESS_VARIABLE] = address
+        return ChildPlan(tuple(argv), inherited, address, True, False, "", ())
+    flags = dict(_read_flags(argv[start:]))
+    address, note = _chosen_bus(flags, environ, read or _read_config_text)
+    added = () if address or note else ("--zmq-ipc-path", ipc_dir)
+    notes = [note] if note else []
+    if _publishes_no_live_metrics(version, flags):
+        notes.append(
+            f"AIPerf {version} publishes live metrics only with --ui dashboard; progress, workers and the final"
+            " results come all the same"
+        )
+    return ChildPlan(
+        (*argv, *added),
+        {**dict(_LIVE_METRICS), **inherited},
+        address or ("" if note else ipc_address(ipc_dir)),
+        False,
+        True,
+        str(flags.get("output.artifact_directory", "")),
+        tuple(notes),
+    )
+
+
+def _find_profile(argv: Sequence[str]) -> int | None:
+    """Where the flags of an `aiperf profile` begin in a command line, behind wrappers; None if it is none."""
+    for index, word in enumerate(argv[:-1]):
+        name = os.path.basename(word)
+        module = name == "aiperf" and index >= 2 and argv[index - 1] == "-m"
+        if name in ("aiperf", "aiperf.exe") and argv[index + 1] == "profile":
+            return index + 2 if module or index == 0 or _is_wrapper(argv[0]) else None
+    return None
+
+
+def _is_wrapper(word: str) -> bool:
+    name = os.path.basename(word)
+    return name in _WRAPPERS or _PYTHON_NAME.fullmatch(name) is not None
+
+
+def _publishes_no_live_metrics(version: str, flags: Mapping[str, JSONValue]) -> bool:
+    return version.startswith(("0.3.", "0.4.")) and flags.get("service.ui_type", "dashboard") != "dashboard"
+
+
+def _tcp_address(host: str, port: JSONValue) -> str:
+    # A host to bind is not always a host to connect to.
+    return f"tcp://{'127.0.0.1' if host in ('0.0.0.0', '*') else host}:{port}"
+
+
+def _chosen_bus(
+    flags: Mapping[str, JSONValue], environ: Mapping[str, str], read: Callable[[str], str]
+) -> tuple[str, str]:
+    """(address, note) of the bus that a command line chooses; ("", "") if it chooses none.
+
+    A note without an address: there is a choice, but it cannot be told from here.
+    """
+    port = environ.get(_AIPERF_EVENT_BUS_PORT_VARIABLE) or str(BUS_BACKEND_PORT)
+    # In AIPerf's own order of precedence.
+    if "service.zmq_ipc_path" in flags:
+        return ipc_address(str(flags["service.zmq_ipc_path"])), ""
+    if "service.zmq_host" in flags:
+        return _tcp_address(str(flags["service.zmq_host"]), port), ""
+    if flags.get("service.zmq_dual_bind"):
+        return ipc_address(_AIPERF_IPC_PATH), ""
+    if "config_file" not in flags:
+        return "", ""
+    path = str(flags["config_file"])
+    try:
+        communication = bus_of_config(read(path))
+    except (OSError, ValueError) as error:
+        return "", f"the event bus of {path} could not be told ({error}): nothing will be seen of this run"
+    return _address_of_communication(communication, environ, port), ""
+
+
+def _address_of_communication(communication: Mapping[str, str], environ: Mapping[str, str], port: str) -> str:
+    """The subscriber endpoint of a `runtime.communication` section; "" for an empty one."""
+    values = {name: _substitute(value, environ) for name, value in communication.items()}
+    kind = values.get("type", "")
+    if kind == "tcp":
+        return _tcp_address(values.get("host", "127.0.0.1"), values.get("event_bus_proxy.backend_port", port))
+    if kind == "ipc":
+        return ipc_address(values.get("path", _AIPERF_IPC_PATH))
+    return ipc_address(values.get("ipc_path", _AIPERF_IPC_PATH)) if kind == "dual" else ""
+
+
+def _substitute(value: str, environ: Mapping[str, str]) -> str:
+    """`${NAME}` and `${NAME:default}` as AIPerf's configuration files have them."""
+    return re.sub(r"\$\{(\w+)(?::([^}]*))?\}", lambda match: environ.get(match[1], match[2] or ""), value)
+
+
+def _read_config_text(path: str) -> str:
+    with open(path, encoding="utf-8") as file:
+        return file.read(_CHILD_CONFIG_BYTES_MAX)
+
+
+def aiperf_version(command: str, search_path: str | None = None) -> str:
+    """The version of the AIPerf behind a command name, read from its installation; "" if it cannot be told.
+
+    Args:
+        command: the name or path of an `aiperf` console script. Its first line names the interpreter, next to which
+            the package's metadata directory carries the version: no process is started to ask.
+        search_path: the PATH to look it up in; None is that of this process.
+    """
+    try:
+        with open(shutil.which(command, path=search_path) or command, "rb") as file:
+            first = file.readline(_SHEBANG_BYTES_MAX).decode().strip()
+    except (OSError, ValueError):
+        return ""
+    root = os.path.dirname(os.path.dirname(first[2:].strip()))
+    found = glob.glob(os.path.join(glob.escape(root), "lib", "python3*", "site-packages", "aiperf-*.dist-info"))
+    return os.path.basename(found[0])[len("aiperf-") : -len(".dist-info")] if first.startswith("#!") and found else ""
+
+
+# Just enough YAML to find one section of block mappings: AIPerf's configuration files are YAML, and a parser for all of
+# it would be a dependency.  What this cannot read with certainty it refuses.
+
+_YAML_KEY = re.compile(r"""(?P<key>"[^"]*"|'[^']*'|[^\s"'#\[\]{}&*!|>%@`,?-][^:#]*?)\s*:(?:\s+(?P<value>.*))?""")
+_YAML_PROPERTIES = re.compile(r"\A(?:[&!]\S*\s*)+")  # an anchor or a tag before a value
+_BUS_SECTIONS = (("benchmark", "runtime", "communication"), ("runtime", "communication"))
+
+
+def bus_of_config(text: str) -> dict[str, str]:
+    """The `runtime.communication` section of an AIPerf configuration file, as flat text; {} if there is none.
+
+    Args:
+        text: JSON, or YAML in block style. Keys may be in camelCase or snake_case, and come back in snake_case;
+            nested ones are joined by a dot (`event_bus_proxy.backend_port`).
+
+    Raises:
+        ValueError: the section may be there in a form that is not understood (aliases, merges, templates).
+    """
+    scalars = _json_scalars(text) if text.lstrip().startswith("{") else dict(_yaml_scalars(text))
+    section: dict[str, str] = {}
+    for path, value in scalars.items():
+        for prefix in _BUS_SECTIONS:
+            place = path[:-1] if path[-1] == "<<" else path  # a merge may bring in whatever stands beside it
+            if place[: len(prefix)] == prefix[: len(place)]:
+                _refuse_unreadable(path, value)
+            if path[: len(prefix)] == prefix and len(path) > len(prefix):
+                section[".".join(path[len(prefix) :])] = value
+    return section
+
+
+def _refuse_unreadable(path: tuple[str, ...], value: str) -> None:
+    if value.startswith(("*", "{", "[")) or "{{" in value or "{%" in value:
+        raise ValueError(f"{'.'.join(path)} is not plain text")
+
+
+def _json_scalars(text: str) -> dict[tuple[str, ...], str]:
+    try:
+        return dict(_flatten(json_load(text.encode()), ()))
+    except JSONError as error:
+        raise ValueError(str(error)) from error
+
+
+def _flatten(value: JSONValue, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], str]]:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _flatten(item, (*path, _snake_case(str(key))))
+    else:
+        yield path, str(value)
+
+
+def _snake_case(key: str) -> str:
+    return _CAMEL_HUMP.sub("_", key).lower()
+
+
+def _yaml_scalars(text: str) -> Iterator[tuple[tuple[str, ...], str]]:
+    """(path of keys, text of the value) of every entry of a block mapping, in order; lists are passed over."""
+    stack: list[tuple[int, str]] = []  # (indent, key) of the mappings that are open
+    block = -1  # indent of the key of an open block scalar, -1 = none
+    for line in text.splitlines():
+        content = _without_comment(line).strip()
+        indent = len(line) - len(line.lstrip(" "))
+        if not content or content in ("---", "...") or content.startswith("%") or (0 <= block < indent):
+            continue
+        block = -1
+        while stack and stack[-1][0] >= indent:
+            stack.pop()
+        match = _YAML_KEY.fullmatch(content)
+        if match is None:
+            stack.append((indent, "-"))  # a list item or a continued scalar: nothing below it is a mapping of ours
+            continue
+        stack.append((indent, _snake_case(match["key"].strip("\"'"))))
+        value = _YAML_PROPERTIES.sub("", match["value"] or "")
+        if value[:1] in ("|", ">"):
+            block = indent
+        elif value:
+            path = tuple(key for _, key in stack)
+            yield from _yaml_value(path, value)
+
+
+def _yaml_value(path: tuple[str, ...], value: str) -> Iterator[tuple[tuple[str, ...], str]]:
+    """The entries of a value: itself, or those of a flow mapping without nesting (`{type: ipc, path: /run/x}`)."""
+    if re.fullmatch(r"\{[^{}\[\]\"'&*]*\}", value):
+        for part in value[1:-1].split(","):
+            key, _, item = part.partition(":")
+            if key.strip():
+                yield (*path, _snake_case(key.strip())), item.strip()
+    else:
+        yield path, value[1:-1] if value[:1] in "\"'" and value[-1:] == value[:1] else value
+
+
+def _without_comment(line: str) -> str:
+    """The line without `# ...`, which begins a comment at the start and after white space, outside of quotes."""
+    quote = ""
+    for index, character in enumerate(line):
+        if quote:
+            quote = "" if character == quote else quote
+        elif character in "\"'" and line[:index].rstrip()[-1:] in ("", ":", "-", "{", ","):
+            quote = character
+        elif character == "#" and (index == 0 or line[index - 1] in " \t"):
+            return line[:index]
+    return line
+
+
+# Reading a command line: configuration and secrets.
+
+
+def config_from_argv(argv: Sequence[str]) -> dict[str, JSONValue]:
+    """The benchmark's configuration as its command line tells it, nested as AIPerf nests it, without credentials.
+
+    `{"endpoint": {"model_names": [...], "type", "streaming", "urls": [...]}, "loadgen": {...}, ..., "command": [...]}`.
+    AIPerf's defaults for type and streaming stand in where neither a flag nor a configuration file speaks. Of a
+    command that is not an `aiperf profile`, only the words are known.
+    """
+    config: dict[str, JSONValue] = {}
+    start = _find_profile(argv)
+    if start is not None:
+        flags = dict(_read_flags(argv[start:]))
+        if "config_file" not in flags:
+            flags = {"endpoint.type": "chat", "endpoint.streaming": False, **flags}
+        for path, value in flags.items():
+            *sections, name = path.split(".")
+            section = config
+            for key in sections:
+                section = section.setdefault(key, {})
+            section[name] = value
+    config = redact(_scrub_strings(config, ()))
+    config["command"] = redact_command(argv)
+    return config
+
+
+def _read_flags(words: Sequence[str]) -> Iterator[tuple[str, JSONValue]]:
+    """(configuration path, value) of every flag that the table knows; of a list, all so far."""
+    lists: dict[str, list[str]] = {}
+    for index, word in enumerate(words):
+        flag, equals, value = _split_flag(word)
+        path, kind = _AIPERF_FLAGS.get(flag, ("", ""))
+        if kind == "switch":
+            yield path, value.lower() not in ("false", "no", "0", "n", "f")
+            continue
+        if not equals:
+            value = words[index + 1] if index + 1 < len(words) else ""
+        if kind == "list":
+            lists.setdefault(path, []).extend(item.strip() for item in value.split(",") if item.strip())
+            yield path, lists[path]
+        elif kind:
+            yield path, _number(value) if kind == "number" else value
+
+
+def _split_flag(word: str) -> tuple[str, str, str]:
+    """(flag, "=" or "", value): `--flag=v`, `--flag_name`, `-mv` and `-m=v`, as AIPerf's parser takes them."""
+    if word.startswith("--"):
+        name, equals, value = word.partition("=")
+        return name.replace("_", "-"), equals, value
+    if word.startswith("-") and len(word) > 2:
+        return word[:2], "=", word[2:].lstrip("=")
+    return word, "", ""
+
+
+def _number(text: str) -> JSONValue:
+    """A finite number as int or float; any other text as it is (`1,2,4` is a sweep, `inf` no JSON)."""
+    if re.fullmatch(r"[+-]?[0-9]+", text):
+        return int(text)
+    return float(text) if re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,2})?", text) else text
+
+
+def secrets_from_argv(argv: Sequence[str], environ: Mapping[str, str]) -> list[str]:
+    """The literal credentials of a command line and an environment, sorted, to be scrubbed wherever they turn up."""
+    found: set[str] = set()
+    redact_command(argv, found)
+    for name, value in environ.items():
+        if _is_headers_key(name.lower()) or is_credential_key(name):
+            _redact_credential_text(value, found)
+    return sorted(found - {"", REDACTED})
+
+
+def _redact_credential_text(text: str, found: set[str]) -> None:
+    try:
+        value = json_load(text.encode("utf-8", "replace"))
+    except JSONError:
+        value = text
+    _hide(value if isinstance(value, (dict, list)) else text, found)
+
+
+def redact_command(words: Sequence[str], found: set[str] | None = None) -> list[str]:
+    """A command line with `***` for every credential; `found` takes the secrets that were met.
+
+    Hidden are the values of flags and variables whose names say so (`--api-key K`, `--api-key=K`, `HF_TOKEN=K`), of
+    all headers (`-H "Name: value"`, also as JSON), of such members in JSON and `key:value` words, of user information
+    and such parameters in URLs, and the same inside words that are command lines themselves (`sh -c "..."`).
+    """
+    clean, expected = [], ""
+    for word in words:
+        text, expected = _redact_word(word, expected, set() if found is None else found)
+        clean.append(text)
+    return clean
+
+
+def _redact_word(word: str, expected: str, found: set[str]) -> tuple[str, str]:
+    """(the word, redacted; what the next word is expected to be: "secret", "header" or "")."""
+    if expected == "secret" and not word.startswith("--"):
+        return str(_hide(word, found)), ""
+    if expected == "header" and not word.startswith("-"):
+        return _redact_header_word(word, found), "header"
+    if not word.startswith("-"):
+        return _redact_plain_word(word, found), ""
+    flag, equals, value = _split_flag(word)
+    if flag == "-H" or flag in ("--header", "--headers"):
+        kind = "header"
+    else:
+        kind = "secret" if is_credential_key(flag.lstrip("-")) else ""
+    if not equals:
+        return word, kind
+    prefix = word[: len(word) - len(value)]
+    if kind == "secret":
+        return prefix + str(_hide(value, found)), ""
+    return prefix + (_redact_header_word(value, found) if kind else _redact_plain_word(value, found)), kind
+
+
+def _redact_header_word(word: str, found: set[str]) -> str:
+    """`Name: value` or {"Name": "value"} with the values hidden; those that are surely secret are remembered."""
+    if word.lstrip().startswith("{"):
+        try:
+            headers = json_load(word.encode("utf-8", "replace"))
+        except JSONError:
+            return str(_hide(word, found))
+        for name, value in headers.items():
+            _remember_header(name, str(value), found)
+        return json.dumps(dict.fromkeys(headers, REDACTED))
+    name, colon, value = word.partition(":")
+    if not colon:
+        return str(_hide(word, found))
+    _remember_header(name, value.strip(), found)
+    return name + ":" + " " * (len(value) - len(value.lstrip())) + REDACTED
+
+
+def _remember_header(name: str, value: str, found: set[str]) -> None:
+    # Remembering `application/json` would hide it all over the bus: an innocent name needs a value that looks random.
+    random = re.fullmatch(r"\S{16,}", value) and re.search(r"[0-9]", value) and re.search(r"[A-Za-z]", value)
+    if value and (is_credential_key(name) or random or value.lower().startswith(("bearer ", "basic "))):
+        found.add(value)
+
+
+def _redact_plain_word(word: str, found: set[str]) -> str:
+    if word[:1] in ("{", "["):
+        try:
+            value = json_load(word.encode("utf-8", "replace"))
+        except JSONError:
+            return _redact_urls(word, found)
+        clean = redact(value, found)
+        return word if clean == value else json.dumps(clean)
+    assigned = re.fullmatch(r"([\w.-]+)([:=])(.+)", word, re.DOTALL)
+    if assigned and is_credential_key(assigned[1]):
+        _redact_script(word, found)  # `sh -c "HF_TOKEN=... run"`: the token alone is to be known too
+        return assigned[1] + assigned[2] + str(_hide(assigned[3], found))
+    if any(character.isspace() for character in word):
+        return _redact_script(word, found)
+    return _redact_urls(word, found)
+
+
+def _redact_script(word: str, found: set[str]) -> str:
+    """A word that may be a command line of its own: what is secret in it as such is replaced by value."""
+    inside: set[str] = set()
+    try:
+        parts = shlex.split(word)
+    except ValueError:  # an open quote: then it is text
+        parts = word.split()
+    if len(parts) > 1:
+        redact_command(parts, inside)
+    found |= inside
+    for secret in sorted(inside, key=len, reverse=True):
+        word = word.replace(secret, REDACTED)
+    return _redact_urls(word, found)
+
+
+_URL_PASSWORD = re.compile(r"(?:(?<=//)|(?<![^\s=]))([^\s/@:]*:)([^\s/@]+)(?=@)")
+_URL_PARAMETER = re.compile(r"(?<=[?&])([\w.-]+)=([^&#\s]*)")
+
+
+def _redact_urls(text: str, found: set[str]) -> str:
+    def password(match: re.Match[str]) -> str:
+        return match[1] + str(_hide(match[2], found))
+
+    def parameter(match: re.Match[str]) -> str:
+        return match[1] + "=" + (str(_hide(match[2], found)) if is_credential_key(match[1]) else match[2])
+
+    return scrub_text(_URL_PARAMETER.sub(parameter, _URL_PASSWORD.sub(password, text)))
+
+
+def load_artifact_config(directory: str, since_sec: float = 0.0) -> dict[str, JSONValue]:
+    """The `input_config` of the export that AIPerf wrote to an artifact directory; {} while there is none.
+
+    Args:
+        directory: the artifact directory.
+        since_sec: seconds since the epoch; an export older than this is of an earlier run and does not count.
+
+    The caller redacts: what AIPerf hides in its exports differs from version to version.
+    """
+    paths = [os.path.join(directory, _AIPERF_EXPORT)]
+    paths += sorted(glob.glob(os.path.join(glob.escape(directory), "*_aiperf.json")))
+    for path in paths:
+        try:
+            status = os.stat(path)
+            if status.st_mtime < since_sec or status.st_size > _ARTIFACT_BYTES_MAX:
+                continue
+            with open(path, "rb") as file:
+                export = json_load(file.read())
+        except (OSError, JSONError):
+            continue
+        if isinstance(export, dict) and isinstance(export.get("input_config"), dict):
+            return cast(dict[str, JSONValue], export["input_config"])
+    return {}
+
+
+# The process.
+
+
+def make_ipc_directory() -> str:
+    """A new directory that only this user can enter (mode 0700), with a path short enough for a Unix socket."""
+    directory = tempfile.mkdtemp(prefix="aiperf-api-")
+    if len(os.fsencode(os.path.join(directory, BUS_IPC_NAME))) <= BUS_IPC_PATH_MAX:
+        return directory
+    os.rmdir(directory)
+    return tempfile.mkdtemp(prefix="aiperf-api-", dir="/tmp")
+
+
+@contextlib.contextmanager
+def ipc_directory() -> Iterator[str]:
+    """A directory for a child's sockets, for as long as the context lasts."""
+    directory = make_ipc_directory()
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def check_command(argv: Sequence[str], environ: Mapping[str, str]) -> None:
+    """Find out before anything is started whether a command can be; raises CommandError if it is not found (127)."""
+    command = argv[0]
+    is_path = os.sep in command
+    if shutil.which(command, path=environ.get("PATH")) is None and not (is_path and os.path.exists(command)):
+        raise CommandError(_COMMAND_NOT_FOUND, f"{command}: {'no such file' if is_path else 'command not found'}")
+
+
+class ChildProcess:
+    """A command that runs on our terminal: it keeps stdin, stdout, stderr and the process group.
+
+    Because of the shared group, Ctrl-C reaches it without us. A SIGINT that was sent to us alone (`kill -INT`, or no
+    terminal at all) is passed on; so is every SIGTERM. The child answers the first two signals in its own way (AIPerf:
+    finish and export, then quit at once); a third one kills it.
+
+    Args:
+        argv: the command line.
+        environ: its whole environment.
+    """
+
+    def __init__(self, argv: Sequence[str], environ: Mapping[str, str]) -> None:
+        self.argv = tuple(argv)
+        self.environment = dict(environ)
+        self.signals = 0  # how many ending signals have come while it ran
+        self._process: asyncio.subprocess.Process | None = None  # None until it is started
+
+    @property
+    def pid(self) -> int | None:
+        """The process id; None before the start."""
+        return None if self._process is None else self._process.pid
+
+    @property
+    def exit_code(self) -> int | None:
+        """The exit code as a shell has it, 128+n for signal n; None while it runs or before the start."""
+        code = None if self._process is None else self._process.returncode
+        return code if code is None or code >= 0 else 128 - code
+
+    @property
+    def exit_text(self) -> str:
+        """How it ended, for people: `exit status 3`, `killed by SIGKILL`; "" while it runs."""
+        code = self.exit_code
+        if code is None or self._process is None or self._process.returncode is None:
+            return ""
+        if self._process.returncode >= 0:
+            return f"exit status {code}"
+        try:
+            return "killed by " + signal.Signals(-self._process.returncode).name
+        except ValueError:
+            return f"killed by signal {-self._process.returncode}"
+
+    async def start(self) -> None:
+        """Start it; raises CommandError if it is not found (127) or cannot be executed (126)."""
+        try:
+            self._process = await asyncio.create_subprocess_exec(*self.argv, env=self.environment)
+        except FileNotFoundError:
+            raise CommandError(_COMMAND_NOT_FOUND, f"{self.argv[0]}: command not found") from None
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            raise CommandError(_COMMAND_NOT_EXECUTABLE, f"{self.argv[0]}: {reason.lower()}") from None
+
+    async def wait(self) -> int:
+        """Wait for its end; returns `exit_code`."""
+        assert self._process is not None
+        await self._process.wait()
+        return self.exit_code or 0
+
+    def pass_on(self, number: int) -> None:
+        """Hand on a signal that this process got, unless the child got it too."""
+        if self._process is None or self._process.returncode is not None:
+            return
+        self.signals += 1
+        if self.signals > _SIGNALS_BEFORE_KILL:
+            number = signal.SIGKILL
+        elif number == signal.SIGINT and self._hears_terminal():
+            return
+        with contextlib.suppress(ProcessLookupError):  # it ended a moment ago
+            self._process.send_signal(number)
+
+    def _hears_terminal(self) -> bool:
+        """Whether Ctrl-C on the controlling terminal signals the child: its process group is in the foreground."""
+        try:
+            terminal = os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY)
+        except OSError:  # ENXIO: no controlling terminal
+            return False
+        try:
+            return self.pid is not None and os.tcgetpgrp(terminal) == os.getpgid(self.pid)
+        except OSError:
+            return False
+        finally:
+            os.close(terminal)
+
+
+def title_secrets(argv: Sequence[str]) -> list[str]:
+    """What has to be hidden of a command line that is shown as it is: its secrets, else the words that hold them."""
+    found: set[str] = set()
+    shown = redact_command(argv, found)
+    words = {word for word, clean in zip(argv, shown) if word != clean and not any(one in word for one in found)}
+    return sorted(found | words)
+
+
+def hide_in_process_title(secrets: Sequence[str]) -> bool:
+    """Overwrite the given secrets in this process's command line, as `ps` shows it; whether it could be done.
+
+    A child's command line stands in ours, credentials included, and every user of the machine can read it. The
+    kernel shows the memory that the arguments were laid in (proc(5), fields arg_start and arg_end of
+    /proc/self/stat), so replacing them there, in place and by the same number of bytes, replaces them in `ps`.
+    Linux only, and only if what stands there is what the kernel says. The child's own command line is the child's.
+    """
+    literals = [os.fsencode(secret) for secret in sorted(secrets, key=len, reverse=True) if secret]
+    try:
+        with open("/proc/self/cmdline", "rb") as file:
+            shown = file.read()
+        with open("/proc/self/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+        start, end = int(fields[45]), int(fields[46])  # fields 48 and 49; what is left of ")" holds the first two
+    except (OSError, ValueError, IndexError):
+        return False
+    hidden = shown
+    for literal in literals:
+        hidden = hidden.replace(literal, b"*" * len(literal))
+    if hidden == shown:
+        return True
+    import ctypes  # here: only a child with credentials needs it, and it is slow to load
+
+    if start == 0 or end - start != len(shown) or ctypes.string_at(start, len(shown)) != shown:
+        return False
+    ctypes.memmove(start, hidden, len(hidden))
+    return True
 
 
 # == 12 == Hub =========================================================================================================
+#
+# Who listens to what, and what becomes of a client that does not keep up.  A broadcast never waits: a batch of messages
+# is encoded once for all clients that take the same ones in the same form, and goes out in one write per client.
+#
+# The slow.  While a client's transport is full, its messages queue here, by reference: the bytes are shared with every
+# other client.  One that is behind by more than the soft mark, in bytes or in seconds, gets of each state message (the
+# latest replaces the one before) only the newest, and of the events as many as fit; it is told what it missed.  Above
+# the hard mark, or when nothing has moved for a while, it is cut off with abort(), for close() would keep the bytes.
+
+
+class Message(NamedTuple):
+    """A bus message on its way to the clients."""
+
+    number: int  # counts all messages of this server, from 1
+    type: str  # message type
+    payload: bytes  # one JSON text, one line
+    replaceable: bool  # a state message: the next of its type replaces it
+
+
+class Encoded(NamedTuple):
+    """A message in the form in which a kind of client takes it."""
+
+    type: str  # message type; "" for an answer to one client
+    data: bytes  # a whole frame, event or line
+    replaceable: bool  # a state message: the next of its type replaces it
+
+
+Encoder = Callable[[Message], bytes]
+Chunk = tuple[bytes, list[Encoded]]  # what one write sends, and the messages it is made of
+
+
+class Transport(Protocol):
+    """What the hub needs of an asyncio transport."""
+
+    def write(self, data: bytes) -> None: ...
+    def abort(self) -> None: ...
+    def get_write_buffer_size(self) -> int: ...
+
+
+class Subscriber:
+    """One client that listens: a WebSocket or a stream."""
+
+    def __init__(
+        self, transport: Transport, kind: str, address: str, encode: Encoder, now_sec: float, connected_ns: int = 0
+    ) -> None:
+        # The connection's, for as long as it lasts.
+        self.transport = transport
+        self.kind = kind  # websocket | sse | ndjson
+        self.address = address  # of the peer, as text
+        self.encode = encode  # makes of a message what this kind of client takes
+        self.connected_ns = connected_ns  # when it came, ns since the epoch
+        self.asked: set[str] = set()  # message types as it named them, "*" among them
+        self.types: frozenset[str] | None = frozenset()  # what it takes; None: everything
+        self.paused = False  # the transport is full: messages queue here
+        self.gone = False  # cut off or closed: nothing more is written
+        # Counters for /api/clients.
+        self.sent = 0  # messages written
+        self.skipped = 0  # messages left out, ever
+        # The backlog, oldest first.
+        self.backlog: dict[int, Encoded] = {}  # by a number that grows
+        self.queued = 0  # the last such number
+        self.newest: dict[str, int] = {}  # state type -> number of its newest in the backlog
+        self.backlog_bytes = 0  # of all messages in it
+        self.backlog_events = 0  # messages that nothing replaces
+        self.backlog_since_sec = 0.0  # monotonic: since when there has been one without a break
+        self.compacted = False  # superseded state messages are out of it
+        self.missed: dict[str, int] = {}  # type -> left out since the last notice
+        # Stall detection.
+        self.moved_sec = now_sec  # monotonic: when the transport last took or sent anything
+        self.buffered = 0  # bytes in the transport at the last look
+
+    @property
+    def outstanding(self) -> int:
+        """Bytes that wait for this client, here and in the transport."""
+        return self.backlog_bytes + self.transport.get_write_buffer_size()
+
+    def send(self, chunks: Sequence[Chunk], now_sec: float) -> None:
+        """Take a batch: written while the transport has room, queued from the first chunk on that finds it full."""
+        for data, messages in chunks:
+            if self.paused or self.backlog:
+                for message in messages:
+                    self._queue(message, now_sec)
+            else:
+                self.transport.write(data)
+                self.sent += len(messages)
+
+    def reply(self, data: bytes, now_sec: float) -> None:
+        """Take an answer to this client alone, behind what waits for it; it is never left out."""
+        if self.gone:
+            return
+        if self.paused or self.backlog:
+            self._append(Encoded("", data, False), now_sec)
+            self._cut_off_if_above_hard_mark()
+        else:
+            self.transport.write(data)
+
+    def is_slow(self, now_sec: float) -> bool:
+        """Whether it is behind by more than the soft mark allows."""
+        return bool(self.backlog) and (
+            self.backlog_bytes > CLIENT_SOFT_MARK_BYTES or now_sec - self.backlog_since_sec > CLIENT_SOFT_MARK_SEC
+        )
+
+    def _queue(self, message: Encoded, now_sec: float) -> None:
+        if self.gone:
+            return
+        if self.is_slow(now_sec):
+            self._make_room(message)
+            if not message.replaceable and not self._has_room_for_event(message):
+                self._miss(message.type)
+                return
+        self._append(message, now_sec)
+        self._cut_off_if_above_hard_mark()
+
+    def _has_room_for_event(self, message: Encoded) -> bool:
+        return (
+            self.backlog_events < CLIENT_QUEUE_EVENTS_MAX
+            and self.backlog_bytes + len(message.data) <= CLIENT_QUEUE_BYTES_MAX
+        )
+
+    def _append(self, message: Encoded, now_sec: float) -> None:
+        if not self.backlog:
+            self.backlog_since_sec = now_sec
+        self.queued += 1
+        self.backlog[self.queued] = message
+        self.backlog_bytes += len(message.data)
+        if message.replaceable:
+            self.newest[message.type] = self.queued
+        else:
+            self.backlog_events += 1
+
+    def _make_room(self, message: Encoded) -> None:
+        """Leave out the state messages that a later one replaces: first all, then one for each that comes."""
+        if not self.compacted:
+            self.compacted = True
+            for number in [n for n, m in self.backlog.items() if m.replaceable and self.newest[m.type] != n]:
+                self._leave_out(number)
+        if message.replaceable and message.type in self.newest:
+            self._leave_out(self.newest.pop(message.type))
+
+    def _leave_out(self, number: int) -> None:
+        message = self.backlog.pop(number)
+        self.backlog_bytes -= len(message.data)
+        self._miss(message.type)
+
+    def _miss(self, message_type: str) -> None:
+        self.missed[message_type] = self.missed.get(message_type, 0) + 1
+        self.skipped += 1
+
+    def flush(self) -> None:
+        """The transport has room again: say what was left out, then send what waits, oldest first."""
+        if self.missed and not self.gone:
+            notice = json_bytes({"type": "skipped", "counts": self.missed})
+            self.missed = {}
+            self.transport.write(self.encode(Message(0, "skipped", notice, False)))
+        while self.backlog and not self.paused and not self.gone:
+            self.transport.write(self._take_chunk())
+        if not self.backlog:
+            self._forget_backlog()
+
+    def _take_chunk(self) -> bytes:
+        """The oldest of the backlog, as much as makes one write."""
+        parts: list[bytes] = []
+        size = 0
+        for number in list(itertools.islice(self.backlog, CLIENT_WRITE_MESSAGES_MAX)):
+            message = self.backlog[number]
+            if parts and size + len(message.data) > CLIENT_WRITE_BYTES_MAX:
+                break
+            del self.backlog[number]
+            if message.replaceable and self.newest.get(message.type) == number:
+                del self.newest[message.type]
+            self.backlog_events -= not message.replaceable
+            self.sent += bool(message.type)  # an answer is no bus message
+            parts.append(message.data)
+            size += len(message.data)
+        self.backlog_bytes -= size
+        return b"".join(parts)
+
+    def _forget_backlog(self) -> None:
+        self.backlog.clear()
+        self.newest.clear()
+        self.backlog_bytes = self.backlog_events = 0
+        self.compacted = False
+
+    def _cut_off_if_above_hard_mark(self) -> None:
+        if self.outstanding > CLIENT_HARD_MARK_BYTES:
+            self.cut_off()
+
+    def cut_off(self) -> None:
+        """End the connection at once and free all that waits; close() would wait for the peer to take it."""
+        self.gone = True
+        self._forget_backlog()
+        self.transport.abort()
+
+    def has_stalled(self, now_sec: float) -> bool:
+        """Whether bytes wait for it and none has moved for too long; to be asked about once a second."""
+        buffered = self.transport.get_write_buffer_size()
+        if buffered < self.buffered or not buffered:
+            self.moved_sec = now_sec
+        self.buffered = buffered
+        return now_sec - self.moved_sec > CLIENT_STALL_SEC
+
+
+class Hub:
+    """All subscribers, what they take, the last message of each type, and a short memory for streams that resume."""
+
+    def __init__(self, on_wanted: Callable[[str, bool], None]) -> None:
+        """`on_wanted(type, wanted)` hears of the first client that takes a type (`*`: everything) and of the last."""
+        self._on_wanted = on_wanted  # hears of the first client of a type, and of the last
+        self.subscribers: dict[int, Subscriber] = {}  # by a number of their own, in the order they came
+        # clients that take the same messages in the same form
+        self._groups: dict[tuple[Encoder, frozenset[str] | None], dict[int, Subscriber]] = {}
+        self._wanted: dict[str, int] = {}  # type -> clients that take it; "*" -> that take everything
+        self._numbers = itertools.count(1)  # names clients
+        self._messages = itertools.count(1)  # names messages
+        self.last_number = 0  # of the newest message
+        self.retained: dict[str, Message] = {}  # the last message of each type of this run
+        self._retained_bytes = 0  # of their payloads
+        self.recent: collections.deque[Message] = collections.deque()  # for resuming streams, oldest first
+        self._recent_bytes = 0  # of their payloads
+        self.remember = False  # whether `recent` is kept: from the first stream on
+        self.sent_total = 0  # by clients that have left
+        self.skipped_total = 0  # by clients that have left
+        self.cut_off_total = 0  # clients that did not keep up
+        self.changes = 0  # grows whenever a client comes, goes, subscribes or misses something
+
+    # -- Clients --
+
+    def add(self, subscriber: Subscriber) -> int:
+        """Take in a client that listens to nothing yet; its number is for the other methods."""
+        number = next(self._numbers)
+        self.subscribers[number] = subscriber
+        self.changes += 1
+        return number
+
+    def remove(self, number: int) -> None:
+        """Forget a client; whoever was cut off or has left is removed once."""
+        subscriber = self.subscribers.pop(number, None)
+        if subscriber is None:
+            return
+        self._leave(number, subscriber)
+        subscriber.gone = True
+        self.sent_total += subscriber.sent
+        self.skipped_total += subscriber.skipped
+        self.changes += 1
+
+    def subscribe(self, number: int, types: frozenset[str] | None) -> None:
+        """Set what a client takes from now on; None is everything."""
+        subscriber = self.subscribers[number]
+        before = subscriber.types
+        self._join(number, subscriber, types)  # first in, then out: a type in both is never dropped by the bus
+        self._count(before, -1)
+        self.changes += 1
+
+    def _join(self, number: int, subscriber: Subscriber, types: frozenset[str] | None) -> None:
+        self._ungroup(number, subscriber)
+        subscriber.types = types
+        if types is None or types:
+            self._groups.setdefault((subscriber.encode, types), {})[number] = subscriber
+        self._count(types, +1)
+
+    def _leave(self, number: int, subscriber: Subscriber) -> None:
+        self._ungroup(number, subscriber)
+        self._count(subscriber.types, -1)
+        subscriber.types = frozenset()
+
+    def _ungroup(self, number: int, subscriber: Subscriber) -> None:
+        key = (subscriber.encode, subscriber.types)
+        group = self._groups.get(key)
+        if group is not None:
+            group.pop(number, None)
+            if not group:
+                del self._groups[key]
+
+    def _count(self, types: frozenset[str] | None, step: int) -> None:
+        for message_type in ("*",) if types is None else types:
+            count = self._wanted.get(message_type, 0) + step
+            if count > 0:
+                self._wanted[message_type] = count
+            else:
+                self._wanted.pop(message_type, None)
+            if count == 0 or (count == 1 and step == 1):
+                self._on_wanted(message_type, count > 0)
+
+    def wants(self, message_type: str) -> bool:
+        """Whether any client takes this type now."""
+        return message_type in self._wanted or "*" in self._wanted
+
+    # -- Messages --
+
+    def broadcast(self, batch: Sequence[tuple[str, bytes, bool]], now_sec: float) -> None:
+        """Send (type, payload, replaceable) messages to whoever takes them, in order, without ever waiting."""
+        messages = [Message(next(self._messages), *item) for item in batch]
+        for message in messages:
+            self._retain(message)
+            if self.remember:
+                self._remember(message)
+        self.last_number = messages[-1].number if messages else self.last_number
+        for (encode, types), group in self._groups.items():
+            taken = messages if types is None else [message for message in messages if message.type in types]
+            if taken:
+                chunks = _chunks(encode, taken)
+                for subscriber in list(group.values()):
+                    subscriber.send(chunks, now_sec)
+
+    def _retain(self, message: Message) -> None:
+        before = self.retained.pop(message.type, None)
+        if before is not None:
+            self._retained_bytes -= len(before.payload)
+        if len(self.retained) < RETAINED_TYPES_MAX and (
+            self._retained_bytes + len(message.payload) <= RETAINED_BYTES_MAX
+        ):
+            self.retained[message.type] = message
+            self._retained_bytes += len(message.payload)
+
+    def _remember(self, message: Message) -> None:
+        self.recent.append(message)
+        self._recent_bytes += len(message.payload)
+        while len(self.recent) > RESUME_MESSAGES_MAX or self._recent_bytes > RESUME_BYTES_MAX:
+            self._recent_bytes -= len(self.recent.popleft().payload)
+
+    def forget_run(self) -> None:
+        """A new run begins: what the last one said last is no longer the present state."""
+        self.retained.clear()
+        self._retained_bytes = 0
+
+    def snapshot(self, types: frozenset[str] | None) -> list[Message]:
+        """The last message of each of these types, in bus order."""
+        found = [message for message in self.retained.values() if types is None or message.type in types]
+        return sorted(found)  # by number
+
+    # -- The sweep --
+
+    def cut_off_stalled(self, now_sec: float) -> list[Subscriber]:
+        """Cut off the clients for whom nothing has moved; to be called once a second."""
+        stalled = [s for s in self.subscribers.values() if not s.gone and s.has_stalled(now_sec)]
+        for subscriber in stalled:
+            subscriber.cut_off()
+        return stalled
+
+    def totals(self) -> tuple[int, int]:
+        """(messages sent, messages skipped) over all clients, present and past."""
+        present = self.subscribers.values()
+        return self.sent_total + sum(s.sent for s in present), self.skipped_total + sum(s.skipped for s in present)
+
+
+def _chunks(encode: Encoder, messages: Sequence[Message]) -> list[Chunk]:
+    """The messages encoded and joined into writes of moderate size, once for all clients of a group."""
+    chunks: list[Chunk] = []
+    parts: list[Encoded] = []
+    size = 0
+    for message in messages:
+        encoded = Encoded(message.type, encode(message), message.replaceable)
+        if parts and size + len(encoded.data) > CLIENT_WRITE_BYTES_MAX:
+            chunks.append((b"".join(part.data for part in parts), parts))
+            parts, size = [], 0
+        parts.append(encoded)
+        size += len(encoded.data)
+    chunks.append((parts[0].data if len(parts) == 1 else b"".join(part.data for part in parts), parts))
+    return chunks
 
 
 # == 13 == Connection ==================================================================================================
+#
+# One TCP (or Unix) connection: deadline -> parse -> route -> respond -> keep alive, or -> upgrade -> frames.
+#
+# It is an asyncio.Protocol, not a coroutine: no handler ever waits for anything, so a request is answered within the
+# callback that brought its last byte.  That gives order to pipelined requests for free, no task per connection, and
+# nothing to cancel at the end.  Deadlines are looked at by a sweep once a second (`check`), not by timers.
+
+
+class Application(Protocol):
+    """What a connection needs of the program behind it."""
+
+    memo: dict[bytes, Request]  # heads already parsed, shared by all connections
+    date: bytes  # the Date header, kept up to date by the sweep
+    message_bytes_max: int  # of a WebSocket message from a client
+
+    def opened(self, connection: Connection) -> Response | None:
+        """A connection was accepted; a response refuses it."""
+
+    def closed(self, connection: Connection) -> None:
+        """It is gone, whatever the reason."""
+
+    def respond(self, connection: Connection, request: Request) -> Response | None:
+        """The answer to a request; None when the application has switched the connection to a WebSocket or stream."""
+
+    def headers_for(self, request: Request) -> HeaderList:
+        """Further headers of the answer, by what the request says of itself (CORS)."""
+
+    def received(self, connection: Connection, message: TextMessage | BinaryMessage) -> None:
+        """A WebSocket message came."""
+
+    def failed(self, connection: Connection, error: Exception) -> None:
+        """One of the above raised what it should not: the place to log it."""
+
+
+class Connection(asyncio.Protocol):
+    """One client, from accept to the last byte."""
+
+    def __init__(self, app: Application, writer: asyncio.StreamWriter) -> None:
+        # The connection.
+        self.app = app
+        self._writer = writer  # kept: its finaliser closes the transport on newer Pythons
+        self.transport: asyncio.Transport = writer.transport  # type: ignore[assignment]
+        self.address = peer_name(self.transport)  # of the peer, as text
+        self.mode = "http"  # http | websocket | stream | closing
+        self.paused = False  # the transport is full
+        self._eof = False  # the peer has half-closed
+        # Deadlines, monotonic seconds.
+        now = time.monotonic()
+        self.heard_sec = now  # when the peer last sent anything
+        self._deadline_sec = now + HTTP_HEAD_TIMEOUT_SEC  # when the mode at hand must have moved on
+        self._moved_sec = now  # when the transport last sent anything that had waited
+        self._buffered = 0  # bytes in the transport at the last look
+        self._pinged_sec = now  # when the last keepalive went out
+        # HTTP.
+        self._requests: RequestParser | None = RequestParser(app.memo)
+        self._in_head = False  # a head has begun: its deadline runs
+        # WebSocket or stream.
+        self._frames: FrameParser | None = None
+        self.subscriber: Subscriber | None = None  # in the hub; None for HTTP
+        self.number = 0  # the subscriber's in the hub
+        self.transport.set_write_buffer_limits(high=CONNECTION_BUFFER_BYTES, low=CONNECTION_BUFFER_BYTES // 4)
+
+    # -- Called by the transport --
+
+    def data_received(self, data: bytes) -> None:
+        self.heard_sec = time.monotonic()
+        try:
+            if self.mode == "http" and self._requests is not None:
+                self._requests.feed(data)
+                self._serve()
+            elif self.mode == "websocket":
+                self._read_frames(data)
+        except Exception as error:  # a fault of ours must not leave the client hanging, nor take the server along
+            self.app.failed(self, error)
+            self._fail()
+
+    def eof_received(self) -> bool:
+        """The peer will send no more; True keeps the connection open for what it is still owed."""
+        self._eof = True
+        if self.mode == "http" and self.paused:
+            return True  # answers to pipelined requests are on their way
+        if self.mode == "websocket":
+            self._drop_if_abandoned()
+        return self.mode == "stream"  # curl and nc may half-close and go on reading
+
+    def pause_writing(self) -> None:
+        self.paused = True
+        if self.subscriber is not None:
+            self.subscriber.paused = True
+        else:
+            self._set_reading(False)  # no answers to be had: no further requests
+
+    def resume_writing(self) -> None:
+        self.paused = False
+        if self.subscriber is not None:
+            self.subscriber.paused = False
+            self.subscriber.flush()
+            return
+        self._set_reading(True)
+        if self.mode == "http":
+            self.data_received(b"")
+            if self._eof and not self.paused:
+                self.transport.close()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.mode = "closing"
+        self.app.closed(self)
+
+    def _set_reading(self, on: bool) -> None:
+        if not self.transport.is_closing() and self.transport.is_reading() != on:
+            (self.transport.resume_reading if on else self.transport.pause_reading)()
+
+    # -- HTTP --
+
+    def _serve(self) -> None:
+        """Answer the requests that are complete, in order, while the answers find room."""
+        requests = self._requests
+        while requests is not None and self.mode == "http" and not self.paused:
+            try:
+                request = requests.next_request()
+            except HTTPError as error:
+                self.refuse(error_response(error))
+                return
+            if request is None:
+                self._await_head(requests.started)
+                return
+            self._answer(request)
+
+    def _await_head(self, begun: bool) -> None:
+        """Set the deadline: one for a whole head, however slowly it trickles, and one for an idle connection."""
+        if not begun:
+            self._deadline_sec = self.heard_sec + HTTP_IDLE_TIMEOUT_SEC
+        elif not self._in_head:
+            self._deadline_sec = self.heard_sec + HTTP_HEAD_TIMEOUT_SEC
+        self._in_head = begun
+
+    def _answer(self, request: Request) -> None:
+        self._in_head = False
+        try:
+            response = self.app.respond(self, request)
+        except HTTPError as error:
+            if error.close:
+                self.refuse(error_response(error))
+                return
+            response = error_response(error, request.arg("pretty") is not None)
+        if response is not None:
+            self.send(response, request)
+
+    def send(self, response: Response, request: Request) -> None:
+        """Write an answer, and end the connection behind it when the request or the answer says so."""
+        close = not request.keep_alive or response.body is None
+        self.transport.write(
+            response.encode(
+                date=self.app.date,
+                head_only=request.method == "HEAD",
+                close=close,
+                gzip=response.is_compressible and accepts_gzip(request.headers.get("accept-encoding")),
+                extra=self.app.headers_for(request),
+            )
+        )
+        if close:
+            self.mode = "closing"
+            self.transport.close()
+
+    def refuse(self, response: Response) -> None:
+        """Write a last answer; what the peer sends from now on is thrown away."""
+        self.transport.write(response.encode(date=self.app.date, close=True))
+        self.linger()
+
+    def linger(self) -> None:
+        """End our side and wait a moment for the peer to end its own: closing with unread bytes would reset the
+        connection, and the peer would lose our last words (RFC 9112 section 9.6)."""
+        self.mode = "closing"
+        self._deadline_sec = time.monotonic() + LINGER_TIMEOUT_SEC
+        if self.transport.is_closing():
+            return
+        if self._eof or not self.transport.can_write_eof():  # TLS cannot half-close
+            self.transport.close()
+            return
+        try:
+            self.transport.write_eof()
+            self._set_reading(True)
+        except OSError:  # the peer has reset the connection already, and the loop has not seen it yet
+            self.transport.abort()
+
+    def _fail(self) -> None:
+        """After a fault of ours: say so without detail, which may be sensitive, and end."""
+        if self.mode == "http":
+            self.refuse(error_response(HTTPError(500, "internal server error")))
+        elif self.mode == "websocket":
+            self.close_websocket(CLOSE_INTERNAL_ERROR)
+        else:
+            self.transport.abort()
+
+    # -- WebSocket and streams --
+
+    def open_websocket(self, key: str, subprotocol: str | None) -> None:
+        """Switch protocols; frames that came right behind the request are read, too."""
+        self.mode = "websocket"
+        self._frames = FrameParser(self.app.message_bytes_max)
+        self.transport.write(upgrade_response(key, subprotocol))
+        early = self._requests.take_rest() if self._requests is not None else b""
+        self._requests = None
+        if early:
+            asyncio.get_running_loop().call_soon(self.data_received, early)
+
+    def open_stream(self, head: bytes) -> None:
+        """Switch to an endless body."""
+        self.mode = "stream"
+        self._requests = None
+        self.transport.write(head)
+
+    def _read_frames(self, data: bytes) -> None:
+        ping: Ping | None = None
+        for event in self._frames.feed(data) if self._frames is not None else ():
+            if isinstance(event, (TextMessage, BinaryMessage)):
+                self.app.received(self, event)
+            elif isinstance(event, Ping):
+                ping = event
+            elif isinstance(event, Close):
+                self._echo_close(event)
+            elif isinstance(event, Failure):
+                self.close_websocket(event.code, event.reason)
+        # RFC 6455 5.5.3: of several pings a peer "MAY elect to send a Pong frame for only the most recently processed".
+        if ping is not None and self.mode == "websocket" and not self.paused:
+            self.transport.write(encode_frame(OP_PONG, ping.data))
+
+    def _echo_close(self, event: Close) -> None:
+        """RFC 6455 5.5.1: the answer to a Close is a Close; 7.1.1: then the server closes the connection first."""
+        self._drop_if_abandoned()
+        if self.mode == "websocket":
+            self.transport.write(encode_frame(OP_CLOSE, event.payload))
+            self.linger()
+
+    def _drop_if_abandoned(self) -> None:
+        """A peer that is leaving takes nothing more: what still waits for it is dropped."""
+        if self.subscriber is not None and self.subscriber.outstanding:
+            self.subscriber.cut_off()
+            self.mode = "closing"
+
+    def close_websocket(self, code: int, reason: str = "") -> None:
+        """Send a Close and end; the peer's own is not waited for (some never send it)."""
+        if self.mode == "websocket":
+            self.transport.write(encode_close(code, reason))
+            self.linger()
+
+    def send_frame(self, frame: bytes) -> None:
+        """Write a frame to this client alone, behind what waits for it."""
+        if self.subscriber is not None:
+            self.subscriber.reply(frame, time.monotonic())
+        elif not self.transport.is_closing():
+            self.transport.write(frame)
+
+    # -- The sweep --
+
+    def check(self, now_sec: float) -> None:
+        """Keep the deadlines; called about once a second."""
+        waiting = self.transport.get_write_buffer_size()
+        if waiting < self._buffered or not waiting:
+            self._moved_sec = now_sec
+        self._buffered = waiting
+        if now_sec - self._moved_sec > CLIENT_STALL_SEC:
+            self._cut_off()
+        elif self.mode == "http" and not waiting and now_sec > self._deadline_sec:
+            self._time_out()
+        elif self.mode == "closing" and not waiting and now_sec > self._deadline_sec:
+            self.transport.abort()
+        elif self.mode in ("websocket", "stream"):
+            self._keep_alive(now_sec)
+
+    def _time_out(self) -> None:
+        if self._in_head:
+            self.refuse(error_response(HTTPError(408, "the request head did not arrive in time")))
+        else:
+            self.transport.close()
+
+    def _keep_alive(self, now_sec: float) -> None:
+        """Ping a WebSocket, comment to a stream; a WebSocket that neither speaks nor takes anything is cut off."""
+        is_websocket = self.mode == "websocket"
+        interval = WS_PING_INTERVAL_SEC if is_websocket else STREAM_COMMENT_INTERVAL_SEC
+        moved_sec = self._moved_sec if self._buffered else 0.0
+        if is_websocket and now_sec - max(self.heard_sec, moved_sec) > WS_SILENCE_TIMEOUT_SEC:
+            self._cut_off()
+        elif now_sec - self._pinged_sec >= interval and not self.paused:
+            self._pinged_sec = now_sec
+            if is_websocket:
+                self.transport.write(encode_frame(OP_PING, b""))
+            elif self.subscriber is not None and self.subscriber.kind == "sse":
+                self.transport.write(b": keepalive\n\n")
+
+    def _cut_off(self) -> None:
+        if self.subscriber is not None:
+            self.subscriber.cut_off()
+        else:
+            self.transport.abort()
+
+    def end(self) -> None:
+        """The server stops: say goodbye in the way of the mode, without waiting."""
+        if self.mode == "websocket":
+            if self.subscriber is not None and self.subscriber.outstanding:
+                self.subscriber.cut_off()  # it does not take what it has; it will not take a Close
+            else:
+                self.close_websocket(CLOSE_GOING_AWAY, "the server stops")
+        elif self.mode != "closing":
+            self.transport.close()
+
+
+def peer_name(transport: asyncio.BaseTransport) -> str:
+    """The address of the peer, for logs and /api/clients."""
+    peer = transport.get_extra_info("peername")
+    if isinstance(peer, tuple) and len(peer) >= 2:
+        return f"[{peer[0]}]:{peer[1]}" if ":" in peer[0] else f"{peer[0]}:{peer[1]}"
+    return "unix"
+
+
+def connection_factory(app: Application) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], None]:
+    """The callback for asyncio.start_server: no coroutine, so it costs no task; the connection takes the transport."""
+
+    def accept(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connection = Connection(app, writer)
+        writer.transport.set_protocol(connection)
+        refusal = app.opened(connection)
+        if refusal is not None:
+            connection.refuse(refusal)
+
+    return accept
 
 
 # == 14 == Endpoints and service =======================================================================================
 
 
+BUS_MESSAGE_TYPE = re.compile("[A-Za-z0-9_:-]{1,128}")  # what stands before the target and the `$` of a topic
+CLIENT_MESSAGE_TYPE = re.compile(r"[^\x00-\x20$\x7f]{1,128}")  # what a client may ask for; most of it never comes
+
+
+class Option(NamedTuple):
+    """A setting of the command line, as `--help`, the environment and the documentation page know it."""
+
+    flag: str  # --api-port
+    metavar: str  # PORT; "" for a switch
+    default: str  # as shown
+    env: str  # variable that stands in for the flag; "" where there is none
+    help: str  # one sentence
+
+
+OPTIONS: tuple[Option, ...] = (
+    Option(
+        "--api-port",
+        "PORT",
+        "",
+        "AIPERF_API_SERVER_PORT",
+        "serve HTTP and WebSocket on this port; 0 is any free one, and the bound URL is printed",
+    ),
+    Option(
+        "--api-host",
+        "HOST",
+        "127.0.0.1",
+        "AIPERF_API_SERVER_HOST",
+        "address to listen on, IPv4 or IPv6; needs --api-port; :: listens on both",
+    ),
+    Option(
+        "--api-unix", "PATH", "", "AIPERF_API_UNIX", "listen on a Unix socket, too or instead of a port (mode 0600)"
+    ),
+    Option(
+        "--zmq-host",
+        "HOST",
+        "127.0.0.1",
+        "AIPERF_API_ZMQ_HOST",
+        "watch the bus at tcp://HOST:5664; this is the default source",
+    ),
+    Option("--zmq-ipc-path", "DIR", "", "AIPERF_API_ZMQ_IPC_PATH", "watch the bus in this IPC directory"),
+    Option("--zmq-address", "ADDR", "", "AIPERF_API_ZMQ_ADDRESS", "watch the bus at any subscriber endpoint"),
+    Option("--zmq-bind", "ADDR", "", "AIPERF_API_ZMQ_BIND", "bind this endpoint, so that publishers connect to us"),
+    Option("--zmq-backend", "NAME", "auto", "AIPERF_API_ZMQ_BACKEND", "auto, pyzmq or builtin: what speaks ZMQ"),
+    Option("--replay", "FILE", "", "AIPERF_API_REPLAY", "play a recording (.jsonl or .jsonl.gz)"),
+    Option("--replay-speed", "X", "1", "AIPERF_API_REPLAY_SPEED", "play X times as fast; 0 is at once"),
+    Option("--replay-loop", "", "", "AIPERF_API_REPLAY_LOOP", "play it again and again"),
+    Option("--demo", "", "", "AIPERF_API_DEMO", "replay the real run that ships with the module, in a loop"),
+    Option("--record", "FILE", "", "AIPERF_API_RECORD", "write every bus message to a recording while serving"),
+    Option(
+        "--config",
+        "FILE",
+        "",
+        "AIPERF_API_CONFIG",
+        "benchmark configuration (JSON) for /api/config when the bus does not carry it",
+    ),
+    Option(
+        "--linger",
+        "SEC",
+        "5 with a child, else for ever",
+        "AIPERF_API_LINGER",
+        "how long to serve after the end of the run",
+    ),
+    Option(
+        "--api-token",
+        "TOKEN",
+        "",
+        "AIPERF_API_TOKEN",
+        "clients must present this token; better given in the environment",
+    ),
+    Option(
+        "--allow-host",
+        "NAME",
+        "",
+        "AIPERF_API_ALLOW_HOST",
+        "accept this Host header; repeatable, in the environment with commas",
+    ),
+    Option(
+        "--cors-origin",
+        "ORIGIN",
+        "",
+        "AIPERF_API_SERVER_CORS_ORIGINS",
+        "let pages of this origin read the API; repeatable, in the environment with commas or as a JSON list",
+    ),
+    Option("--tls-cert", "FILE", "", "AIPERF_API_TLS_CERT", "serve https and wss with this certificate chain (PEM)"),
+    Option("--tls-key", "FILE", "", "AIPERF_API_TLS_KEY", "its private key (PEM), if it is not in the same file"),
+    Option(
+        "--ws-max-connections",
+        "N",
+        "1000",
+        "AIPERF_API_WS_MAX_CONNECTIONS",
+        "WebSockets and streams at once; more are refused with 503",
+    ),
+    Option("--log-level", "LEVEL", "info", "AIPERF_API_LOG_LEVEL", "debug, info, warning or error"),
+    Option("--log-format", "FORMAT", "text", "AIPERF_API_LOG_FORMAT", "text or json"),
+)
+
+
+LIMITS: tuple[tuple[str, int, str, str], ...] = (
+    # (name, value, unit, what happens past it)
+    ("request head", HTTP_HEAD_BYTES_MAX, "bytes", "431, connection closed"),
+    ("request headers", HTTP_HEADERS_MAX, "lines", "431, connection closed"),
+    ("request target", HTTP_TARGET_BYTES_MAX, "bytes", "414, connection closed"),
+    ("time for a head", HTTP_HEAD_TIMEOUT_SEC, "seconds", "408, connection closed"),
+    ("idle keep-alive", HTTP_IDLE_TIMEOUT_SEC, "seconds", "connection closed"),
+    ("request body", 0, "bytes", "413 or 501, connection closed"),
+    ("connections beside the WebSocket limit", HTTP_CONNECTIONS_MAX, "connections", "503"),
+    ("WebSockets and streams", WS_CONNECTIONS_MAX, "connections", "503 before the upgrade"),
+    ("message from a client", WS_MESSAGE_BYTES_MAX, "bytes", "Close 1009"),
+    ("silence of a WebSocket client", WS_SILENCE_TIMEOUT_SEC, "seconds", "cut off"),
+    ("message types of a client", CLIENT_TYPES_MAX, "names", "error answer"),
+    ("soft mark of a slow client", CLIENT_SOFT_MARK_BYTES, "bytes", "only the newest of each state message"),
+    ("soft mark of a slow client, in time", CLIENT_SOFT_MARK_SEC, "seconds", "the same"),
+    ("events waiting for a slow client", CLIENT_QUEUE_EVENTS_MAX, "messages", "left out and counted"),
+    ("bytes waiting for a slow client", CLIENT_QUEUE_BYTES_MAX, "bytes", "events left out and counted"),
+    ("hard mark of a slow client", CLIENT_HARD_MARK_BYTES, "bytes", "cut off"),
+    ("time without a byte taken", CLIENT_STALL_SEC, "seconds", "cut off"),
+    ("bus message", BUS_MESSAGE_BYTES_MAX, "bytes", "dropped and counted"),
+    ("messages kept for streams that resume", RESUME_MESSAGES_MAX, "messages", "a snapshot instead"),
+)
+
+
+class Settings(NamedTuple):
+    """How a service runs; the command line fills it, and so do the arguments of APIService."""
+
+    host: str = "127.0.0.1"  # address to listen on
+    port: int | None = 0  # None: no TCP
+    unix_path: str | None = None  # of a Unix socket
+    token: str | None = None  # that clients must present; None: open
+    allow_hosts: tuple[str, ...] = ()  # names for the Host check
+    cors_origins: tuple[str, ...] = ()  # origins whose pages may read us; "*": all
+    tls_cert: str | None = None  # PEM file; None: plain
+    tls_key: str | None = None  # PEM file; None: in the same file
+    ws_max_connections: int = WS_CONNECTIONS_MAX  # WebSockets and streams at once
+    linger_sec: float | None = None  # None: for ever
+    secrets: tuple[str, ...] = ()  # literals that must show nowhere
+
+
+def _is_loopback(host: str) -> bool:
+    """Whether nobody but this machine can connect."""
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _url(scheme: str, host: str, port: int) -> str:
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+
+
+def _tcp_socket(host: str, port: int) -> socket.socket:
+    """A listening socket; StartError when the machine says no. `::` takes IPv4, too."""
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        both = family == socket.AF_INET6 and host == "::" and socket.has_dualstack_ipv6()
+        return socket.create_server(address[:2], family=family, backlog=LISTEN_BACKLOG, dualstack_ipv6=both)
+    except (OSError, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a host name"
+        raise StartError(f"cannot listen on {printable(host)} port {port}: {reason}") from None
+
+
+def _unix_socket(path: str) -> socket.socket:
+    """A listening Unix socket of mode 0600; one that a live server listens on is never taken away from it."""
+    if os.path.lexists(path):
+        _remove_dead_socket(path)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    before = os.umask(0o177)  # bind() makes the file: no moment in which others could connect
+    try:
+        listener.bind(path)
+        listener.listen(LISTEN_BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise StartError(f"cannot listen on {printable(path)}: {error.strerror or error}") from None
+    finally:
+        os.umask(before)
+    return listener
+
+
+def _remove_dead_socket(path: str) -> None:
+    if not S_ISSOCK(os.lstat(path).st_mode):
+        raise StartError(f"{printable(path)} is there and is not a socket")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            os.unlink(path)  # left behind by a server that is gone
+            return
+        except OSError as error:
+            raise StartError(f"cannot listen on {printable(path)}: {error.strerror or error}") from None
+    raise StartError(f"{printable(path)}: another server listens there")
+
+
+def _remove_socket(path: str) -> None:
+    with contextlib.suppress(FileNotFoundError):  # somebody tidied up before us
+        os.unlink(path)
+
+
+def _tls_context(certificate: str, key: str | None) -> ssl.SSLContext:
+    """Room for https and wss; UsageError, in one line, for files that do not fit."""
+    import ssl  # costs 10 ms that only TLS needs
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    try:
+        context.load_cert_chain(certificate, key)
+    except (OSError, ssl.SSLError) as error:
+        reason = error.strerror or str(error)
+        raise UsageError(f"--tls-cert {printable(certificate)}: {reason}") from None
+    return context
+
+
+_DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
+_MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
+
+
+def http_date(seconds: float) -> bytes:
+    """IMF-fixdate (RFC 9110 section 5.6.7), whatever the locale."""
+    t = time.gmtime(seconds)
+    day = f"{_DAYS[t.tm_wday]}, {t.tm_mday:02} {_MONTHS[t.tm_mon - 1]} {t.tm_year}"
+    return f"{day} {t.tm_hour:02}:{t.tm_min:02}:{t.tm_sec:02} GMT".encode()
+
+
+def _source_of(source: str | Source | None) -> Source:
+    if source is None:
+        return Source()
+    if isinstance(source, str):
+        return bus_source(source, source.partition("://")[0])
+    return source
+
+
+def check_bus_json(payload: bytes) -> None:
+    """BusMessageError unless the payload is a JSON object: what nobody else has looked at does not go to clients."""
+    try:
+        value = json_load(payload)
+    except JSONError as error:
+        raise BusMessageError("not_json", str(error)) from None
+    if not isinstance(value, dict):
+        raise BusMessageError("not_an_object", "a JSON value that is not an object")
+
+
+def _describe(route: Route) -> dict[str, Any]:
+    """A route as the documentation page shows it."""
+    return {
+        "path": route.path,
+        "methods": list(route.methods),
+        "summary": route.summary,
+        "params": [{"name": p.name, "description": p.summary, "example": p.example} for p in route.params],
+        "media": list(route.media_types),
+        "websocket": route.websocket,
+        "example": route.example,
+    }
+
+
+class BusCounters:
+    """What came from the bus, for /api/status and /metrics."""
+
+    def __init__(self) -> None:
+        self.messages = 0  # good ones
+        self.by_type: dict[str, int] = {}  # message type -> good ones
+        self.errors: dict[str, int] = {}  # kind -> bad ones
+        self.last_ns = 0  # bus clock at the last message
+
+    def count(self, message_type: str, now_ns: int) -> None:
+        self.messages += 1
+        self.last_ns = now_ns
+        if message_type not in self.by_type and len(self.by_type) >= BUS_TYPES_MAX:
+            message_type = "other"  # names come from outside: they must not fill the memory
+        self.by_type[message_type] = self.by_type.get(message_type, 0) + 1
+
+    def count_error(self, kind: str) -> bool:
+        """Whether it is the first of its kind."""
+        self.errors[kind] = self.errors.get(kind, 0) + 1
+        return self.errors[kind] == 1
+
+
+class CachedText:
+    """The text of /metrics in one format, for as long as it is true."""
+
+    def __init__(self) -> None:
+        self.version: tuple[int, ...] = ()  # of everything that the text is made from
+        self.response = Response(503)  # ready to send
+
+
+class APIService:
+    """The server: owns state, source, hub and connections, and is what the endpoints answer from.
+
+    Use it as an async context manager, or call start() and stop().
+
+    Args:
+        port: TCP port, 0 for any free one.
+        host: address to listen on.
+        source: a ZMQ subscriber endpoint (`tcp://127.0.0.1:5664`), a Source, or None for publish() alone.
+        config: the benchmark's configuration for /api/config and the identity labels.
+        record: a file to record the bus to.
+        settings: everything else; host and port above are put into it.
+
+    Raises:
+        UsageError: an argument is wrong.
+        StartError: from start(): the machine says no.
+    """
+
+    def __init__(
+        self,
+        port: int = 0,
+        *,
+        host: str = "127.0.0.1",
+        source: str | Source | None = None,
+        config: Mapping[str, Any] | None = None,
+        record: str | None = None,
+        settings: Settings | None = None,
+        **options: Any,
+    ) -> None:
+        # The server, from start to stop.
+        self.settings = settings if settings is not None else Settings(host=host, port=port, **options)
+        self.source = _source_of(source)  # where messages come from
+        self.router = Router(ROUTES)  # path -> route
+        self.static = static_table(read_static_files())  # name -> file
+        self._pages: dict[str, Response] = {}  # made from `static` when first asked for
+        self.url = ""  # of the bound socket, once started
+        self.started_ns = 0  # wall clock
+        self._servers: list[asyncio.AbstractServer] = []  # listening
+        self._sweep_timer: asyncio.TimerHandle | None = None  # the next sweep
+        self._recorder = Recorder(record) if record else None  # None: nothing is recorded
+        # only this machine can connect: the Host check is strict
+        self._bound_to_loopback = _is_loopback(self.settings.host)
+        # What the connections share (Application).
+        self.memo: dict[bytes, Request] = {}
+        self.date = b""  # IMF-fixdate, of this second
+        self.message_bytes_max = WS_MESSAGE_BYTES_MAX  # of one WebSocket message from a client
+        self.connections: set[Connection] = set()  # open ones of every kind
+        self.requests: dict[tuple[str, int], int] = {}  # (route, status) -> answers
+        # The benchmark.
+        self.state = BenchmarkState()
+        self.state_version = 0  # grows with every change
+        self.bus = BusCounters()  # counters
+        self.hub = Hub(self._on_wanted)  # streaming clients
+        self._secrets_found: set[str] = set(self.settings.secrets)  # literals that must show nowhere
+        self.secrets = secret_forms(self._secrets_found)  # the same in the forms in which they may stand
+        self._types: dict[bytes, str] = {}  # topic -> message type
+        # media type -> the text of /metrics
+        self._texts = {TEXT: CachedText() for TEXT in (CONTENT_TYPE_TEXT_0_0_4, CONTENT_TYPE_OPENMETRICS_1_0_0)}
+        self._complete: asyncio.Event | None = None  # set while a run has ended
+        self._stopped: asyncio.Event | None = None  # set when stop() is done
+        self._emptied: asyncio.Event | None = None  # set when the last connection has gone, while stopping
+        if config is not None:
+            self.configure(config, "file")
+
+    # -- Life --
+
+    async def __aenter__(self) -> APIService:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.stop()
+
+    async def start(self) -> None:
+        """Listen, then begin to take messages: whoever asks early gets an answer, and nothing is missed."""
+        self._loop = asyncio.get_running_loop()
+        self._complete, self._stopped = asyncio.Event(), asyncio.Event()
+        self.started_ns = time.time_ns()
+        self._sweep()
+        try:
+            await self._listen()
+            self._start_source()
+        except BaseException:
+            await self.stop()
+            raise
+
+    async def _listen(self) -> None:
+        settings = self.settings
+        tls = _tls_context(settings.tls_cert, settings.tls_key) if settings.tls_cert else None
+        accept = connection_factory(self)
+        if settings.unix_path is not None:
+            unix = await asyncio.start_unix_server(accept, sock=_unix_socket(settings.unix_path), ssl=tls)
+            self._servers.append(unix)
+            self.url = f"unix:{settings.unix_path}"
+        if settings.port is not None:
+            listener = _tcp_socket(settings.host, settings.port)
+            self._servers.append(await asyncio.start_server(accept, sock=listener, ssl=tls, backlog=LISTEN_BACKLOG))
+            self.url = _url("https" if tls else "http", settings.host, listener.getsockname()[1])
+
+    def _start_source(self) -> None:
+        topics = (b"",) if self._recorder else CORE_TOPICS
+        for prefix in topics:
+            self.source.subscribe(prefix)
+        self.source.start(self._deliver, self._notify)
+
+    async def stop(self) -> None:
+        """End within STOP_TIMEOUT_SEC, whatever the clients do.
+
+        1. stop listening; 2. stop the source; 3. Close 1001 to WebSockets, end streams and idle connections; 4. let
+        what is being sent go out, for a common moment; 5. abort the rest; 6. close the recording.
+        """
+        for server in self._servers:
+            server.close()  # never wait_closed(): on 3.12 and later it waits for the clients
+        await self.source.stop()
+        for connection in list(self.connections):
+            connection.end()
+        if self.connections:
+            self._emptied = asyncio.Event()
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._emptied.wait(), STOP_TIMEOUT_SEC * 0.75)
+        for connection in list(self.connections):
+            connection.transport.abort()
+        await asyncio.sleep(0)  # lets connection_lost run
+        if self._sweep_timer is not None:
+            self._sweep_timer.cancel()
+        self._close_recorder()
+        if self.settings.unix_path is not None and self._servers:
+            _remove_socket(self.settings.unix_path)
+        self._servers.clear()
+        if self._stopped is not None:
+            self._stopped.set()
+
+    async def wait_complete(self) -> str:
+        """Wait for the end of a run; its state: complete, cancelled or failed."""
+        assert self._complete is not None, "start() comes first"
+        await self._complete.wait()
+        return str(self.state.status(self.source.now_ns())["state"])
+
+    async def wait_lingered(self) -> None:
+        """Wait until the end of a run has been served for `linger_sec`; for ever when that is None."""
+        assert self._complete is not None, "start() comes first"
+        while True:
+            await self._complete.wait()
+            if self.settings.linger_sec is None:
+                await asyncio.Event().wait()
+            await asyncio.sleep(self.settings.linger_sec or 0.0)
+            if self._complete.is_set():  # no new run has begun meanwhile
+                return
+
+    def _sweep(self) -> None:
+        """Once a second: the Date header, deadlines, stalled clients, the recording."""
+        now_sec = time.monotonic()
+        self.date = http_date(time.time())
+        for connection in list(self.connections):
+            connection.check(now_sec)
+        if self._recorder is not None:
+            self._record_safely(self._recorder.flush)
+        self._sweep_timer = self._loop.call_later(1.0, self._sweep)
+
+    # -- From the bus --
+
+    def publish(self, message: Mapping[str, Any]) -> None:
+        """Feed a message as if the bus had brought it; to be called in the event loop's thread.
+
+        Raises:
+            ValueError: it has no `message_type`.
+        """
+        message_type = message.get("message_type")
+        if not isinstance(message_type, str) or not message_type:
+            raise ValueError("a message needs a message_type")
+        self._deliver([[message_type.encode() + b"$", json_bytes(message)]])
+
+    def _deliver(self, batch: Batch) -> None:
+        """Take one poll turn's messages: into the state, the recording, and out to the clients in one go."""
+        now_ns = self.source.now_ns()
+        taken = []
+        for frames in batch:
+            try:
+                taken.append(self._take(frames, now_ns))
+            except BusMessageError as error:
+                self._count_bad(error)
+            except Exception as error:  # a fault of ours must not stop the bus
+                log.error("a bus message was dropped: %s", printable(repr(error)), exc_info=error)
+                self._count_bad(BusMessageError("internal", "internal error"))
+        if taken:
+            self.hub.broadcast(taken, time.monotonic())
+
+    def _take(self, frames: list[bytes], now_ns: int) -> tuple[str, bytes, bool]:
+        """One message: (type, payload as it goes to clients, whether the next of its type replaces it)."""
+        if len(frames) != 2:
+            raise BusMessageError("frames", f"{len(frames)} frames instead of topic and payload")
+        topic, payload = frames
+        if len(payload) > BUS_MESSAGE_BYTES_MAX:
+            raise BusMessageError("too_large", f"{len(payload)} bytes")
+        message_type = self._types.get(topic) or self._type_of(topic)
+        is_wanted = self.hub.wants(message_type)
+        if is_wanted or self._recorder is not None or message_type not in METRICS_MESSAGE_TYPES:
+            payload = self._scrub(payload)
+        change = self.state.apply(message_type, payload, now_ns)
+        self.bus.count(message_type, now_ns)
+        if change:
+            self._follow(change)
+        if self._recorder is not None:
+            self._record(now_ns, topic, payload)
+        if is_wanted:
+            payload = self._prepare(message_type, payload)
+        return message_type, payload, message_type in STATE_MESSAGE_TYPES
+
+    def _type_of(self, topic: bytes) -> str:
+        """The message type of a topic: what stands before the `$`, less the target of a targeted message."""
+        try:
+            message_type = topic.decode("ascii").rstrip("$").partition(".")[0]
+        except UnicodeDecodeError:
+            message_type = ""
+        if not BUS_MESSAGE_TYPE.fullmatch(message_type):
+            raise BusMessageError("topic", f"not a topic: {printable(topic)}")
+        if len(self._types) < BUS_TYPES_MAX:
+            self._types[topic] = message_type
+        return message_type
+
+    def _scrub(self, payload: bytes) -> bytes:
+        found: set[str] = set()
+        payload = scrub_json(payload, self.secrets, found)
+        if found - self._secrets_found and len(self._secrets_found) < SECRETS_MAX:
+            self._secrets_found |= found
+            self.secrets = secret_forms(self._secrets_found)
+        return payload
+
+    def _prepare(self, message_type: str, payload: bytes) -> bytes:
+        """The payload as clients get it: one JSON object on one line, hidden metrics out."""
+        if message_type == "realtime_metrics":
+            payload = forwardable_realtime_metrics(payload)
+        elif message_type not in CORE_MESSAGE_TYPES or message_type in METRICS_MESSAGE_TYPES:
+            check_bus_json(payload)
+        return json_bytes(json_load(payload)) if b"\n" in payload or b"\r" in payload else payload
+
+    def _follow(self, change: Change) -> None:
+        """What a change of state means for the rest of the server."""
+        self.state_version += 1
+        assert self._complete is not None
+        if change & Change.NEW_RUN:
+            self.hub.forget_run()
+            self._complete.clear()
+        if change & Change.ENDED:
+            self._complete.set()
+
+    def _count_bad(self, error: BusMessageError) -> None:
+        if self.bus.count_error(error.kind):
+            log.warning("bad bus message (%s), further ones are only counted: %s", error.kind, printable(str(error)))
+
+    def _record(self, now_ns: int, topic: bytes, payload: bytes) -> None:
+        recorder = self._recorder
+        if recorder is not None:
+            self._record_safely(lambda: recorder.write(now_ns, topic.decode(), payload))
+
+    def _record_safely(self, write: Callable[[], None]) -> None:
+        """A full disk ends the recording, not the server."""
+        try:
+            write()
+        except OSError as error:
+            log.error("the recording ends here: %s", error)
+            self._close_recorder()
+
+    def _close_recorder(self) -> None:
+        recorder, self._recorder = self._recorder, None
+        if recorder is not None:
+            try:
+                recorder.close()
+            except OSError as error:
+                log.error("the recording is not complete: %s", error)
+
+    def configure(self, config: Mapping[str, Any], origin: str) -> None:
+        """Take a configuration of the benchmark; `origin` is "file" or "command"."""
+        self.state.configure(redact(config, self._secrets_found), origin)
+        self.secrets = secret_forms(self._secrets_found)
+        self.state_version += 1
+
+    def end_child(self, exit_text: str) -> None:
+        """Take note that the benchmark's process is gone; `exit_text` says how, "" if it ended well."""
+        change = self.state.end_child(exit_text, self.source.now_ns())
+        if change:
+            self._follow(change)
+
+    async def settle(self) -> None:
+        """Wait until the bus of a process that is gone has brought its last message."""
+        deadline = time.monotonic() + BUS_SETTLE_TIMEOUT_SEC
+        seen = -1
+        while self.bus.messages != seen and time.monotonic() < deadline:
+            seen = self.bus.messages
+            await asyncio.sleep(BUS_SETTLE_QUIET_SEC)
+
+    def _on_wanted(self, message_type: str, wanted: bool) -> None:
+        """The bus brings what clients want, besides what the state always needs."""
+        act = self.source.subscribe if wanted else self.source.unsubscribe
+        if self._recorder is not None:
+            return  # everything is subscribed to already
+        if message_type == "*":
+            act(b"")
+        elif message_type not in CORE_MESSAGE_TYPES:
+            act(message_type.encode() + b"$")
+            act(message_type.encode() + b".")
+
+    def _notify(self, line: str) -> None:
+        log.info("%s", printable(line, LOG_LINE_CHARS_MAX))
+
+    # -- From the connections (Application) --
+
+    def opened(self, connection: Connection) -> Response | None:
+        self.connections.add(connection)
+        if len(self.connections) > HTTP_CONNECTIONS_MAX + self.settings.ws_max_connections:
+            return error_response(HTTPError(503, "too many connections", (("Retry-After", "5"),)))
+        return None
+
+    def closed(self, connection: Connection) -> None:
+        self.connections.discard(connection)
+        if self._emptied is not None and not self.connections:
+            self._emptied.set()
+        if connection.subscriber is not None:
+            if connection.subscriber.gone:
+                self.hub.cut_off_total += 1
+                log.warning("cut off %s, which did not keep up", connection.address)
+            self.hub.remove(connection.number)
+
+    def respond(self, connection: Connection, request: Request) -> Response | None:
+        """Check, route, answer; errors are answers, too."""
+        route: Route | None = None
+        try:
+            self._check(request)
+            if request.method == "OPTIONS":
+                return self.preflight(request)
+            route = self.router.match(request.method, self._routed_path(request))
+            if route.needs_token and self.settings.token is not None:
+                check_token(request, self.settings.token.encode())
+            response = route.handler(self, connection, request)
+        except HTTPError as error:
+            response = error_response(error, request.arg("pretty") is not None)
+        self._log_access(connection, request, route, 101 if response is None else response.status)
+        return self._finish(request, response)
+
+    def received(self, connection: Connection, message: TextMessage | BinaryMessage) -> None:
+        """A message of the /ws protocol: subscribe, unsubscribe or ping."""
+        try:
+            self._obey(connection, message)
+        except ClientMessageError as error:
+            connection.send_frame(encode_frame(OP_TEXT, json_bytes({"type": "error", "message": str(error)})))
+
+    def failed(self, connection: Connection, error: Exception) -> None:
+        log.error("a fault of this server while serving %s", connection.address, exc_info=error)
+
+    # -- Requests --
+
+    def _check(self, request: Request) -> None:
+        if self.settings.port is not None:
+            allowed = frozenset(name.lower() for name in self.settings.allow_hosts)
+            check_host(request.headers.get("host"), allowed=allowed, bound_to_loopback=self._bound_to_loopback)
+
+    @staticmethod
+    def _routed_path(request: Request) -> str:
+        """Files share one route; their names are looked up in the table, nowhere else."""
+        return STATIC_ROUTE if request.path.startswith("/static/") else request.path
+
+    def _finish(self, request: Request, response: Response | None) -> Response | None:
+        """304 for what the client already has (RFC 9110 section 13.1.2)."""
+        wanted = request.headers.get("if-none-match")
+        if wanted is None or response is None or response.status != 200:
+            return response
+        etag = dict(response.headers).get("ETag", "")
+        return not_modified(response) if etag_matches(wanted, etag) else response
+
+    def headers_for(self, request: Request) -> HeaderList:
+        """CORS headers for a listed origin (Fetch standard, 3.2); none unless asked for on the command line."""
+        origin = request.headers.get("origin")
+        if origin is None or not self.settings.cors_origins:
+            return ()
+        listed = {item.lower() for item in self.settings.cors_origins}
+        if origin.lower() not in listed and "*" not in listed:
+            return (("Vary", "Origin"),)
+        return (("Access-Control-Allow-Origin", origin), ("Vary", "Origin"), ("Access-Control-Expose-Headers", "ETag"))
+
+    def preflight(self, request: Request) -> Response:
+        """The answer to OPTIONS: which methods there are, and for a listed origin that it may use them."""
+        allow = [("Allow", "GET, HEAD, OPTIONS")]
+        asks = "access-control-request-method" in request.headers
+        if asks and dict(self.headers_for(request)).get("Access-Control-Allow-Origin"):
+            allow += [
+                ("Access-Control-Allow-Methods", "GET, HEAD"),
+                ("Access-Control-Allow-Headers", "Authorization, If-None-Match, Last-Event-ID"),
+                ("Access-Control-Max-Age", "600"),
+            ]
+        return Response(204, headers=allow)
+
+    def _log_access(self, connection: Connection, request: Request, route: Route | None, status: int) -> None:
+        key = (route.name if route is not None else "none", status)
+        self.requests[key] = self.requests.get(key, 0) + 1
+        if log.isEnabledFor(logging.DEBUG):
+            agent = printable(request.headers.get("user-agent", "-"))
+            target = printable(request.target)
+            log.debug("%s %s %s %d %s", connection.address, printable(request.method, 16), target, status, agent)
+
+    # -- Streaming clients --
+
+    def add_client(self, connection: Connection, kind: str, encode: Encoder) -> Subscriber:
+        """Take a connection into the hub; it must have switched to its mode already."""
+        subscriber = Subscriber(
+            connection.transport, kind, connection.address, encode, time.monotonic(), time.time_ns()
+        )
+        subscriber.paused = connection.paused
+        connection.subscriber = subscriber
+        connection.number = self.hub.add(subscriber)
+        return subscriber
+
+    def check_room(self) -> None:
+        """Refuse before the upgrade when all places are taken: who is let in and then dropped retries at once."""
+        if len(self.hub.subscribers) >= self.settings.ws_max_connections:
+            raise HTTPError(503, "all streaming connections are taken", (("Retry-After", "5"),))
+
+    def _obey(self, connection: Connection, message: TextMessage | BinaryMessage) -> None:
+        request = _read_client_message(message)
+        if request["type"] == "ping":
+            connection.send_frame(encode_frame(OP_TEXT, b'{"type":"pong"}'))
+        elif request["type"] == "subscribe":
+            self._subscribe(connection, _message_types(request), _flag(request, "snapshot", True))
+        elif request["type"] == "unsubscribe":
+            self._unsubscribe(connection, _message_types(request))
+        else:
+            raise ClientMessageError("unknown type; there are subscribe, unsubscribe and ping")
+
+    def _subscribe(self, connection: Connection, types: list[str], snapshot: bool) -> None:
+        client = connection.subscriber
+        assert client is not None
+        if len(client.asked | set(types)) > CLIENT_TYPES_MAX:
+            raise ClientMessageError(f"at most {CLIENT_TYPES_MAX} message types")
+        client.asked |= set(types)
+        self.hub.subscribe(connection.number, _as_filter(client.asked))
+        answer: dict[str, Any] = {"type": "subscribed", "message_types": types}
+        unknown = [name for name in types if name != "*" and name not in KNOWN_MESSAGE_TYPES]
+        if unknown:
+            answer["unknown"] = unknown
+        connection.send_frame(encode_frame(OP_TEXT, json_bytes(answer)))
+        if snapshot:
+            self.send_snapshot(client, _as_filter(set(types)))
+
+    def _unsubscribe(self, connection: Connection, types: list[str]) -> None:
+        client = connection.subscriber
+        assert client is not None
+        client.asked -= set(types)
+        self.hub.subscribe(connection.number, _as_filter(client.asked))
+        answer = {"type": "unsubscribed", "message_types": types}
+        connection.send_frame(encode_frame(OP_TEXT, json_bytes(answer)))
+
+    def send_snapshot(self, client: Subscriber, types: frozenset[str] | None) -> None:
+        """The present state, for a client that has just come: the last message of each of these types."""
+        for message in self.hub.snapshot(types):
+            try:
+                payload = self._prepare(message.type, self._scrub(message.payload))
+            except BusMessageError as error:
+                self._count_bad(error)  # nobody had looked at it before
+                continue
+            client.reply(client.encode(message._replace(payload=payload)), time.monotonic())
+
+    def encode_event(self, message: Message) -> bytes:
+        """A message as a Server-Sent Event; the id lets a client resume where it was cut off."""
+        event_id = b"id: %x-%d\n" % (self.started_ns, message.number) if message.number else b""
+        return b"%sevent: %s\ndata: %s\n\n" % (event_id, message.type.encode(), message.payload)
+
+    def messages_after(self, event_id: str, types: frozenset[str] | None) -> list[Message] | None:
+        """What came behind the message of this id, None when that is no longer known: a snapshot is due then."""
+        epoch, _, number = event_id.partition("-")
+        if epoch != f"{self.started_ns:x}" or not re.fullmatch("[0-9]{1,18}", number):
+            return None
+        recent = self.hub.recent
+        first = recent[0].number if recent else self.hub.last_number + 1
+        if int(number) + 1 < first or int(number) > self.hub.last_number:
+            return None
+        return [m for m in recent if m.number > int(number) and (types is None or m.type in types)]
+
+    # -- What the endpoints say --
+
+    def file(self, name: str) -> Response:
+        """A file of static/, by its path there; HTTPError 404 if there is none, with a word on what is missing."""
+        cached = self._pages.get(name)
+        if cached is not None:
+            return cached
+        file = self.static.get(name)
+        if file is None:
+            if self.static:
+                raise HTTPError(404, "no such file")
+            raise HTTPError(
+                404, "the pages are not here: copy the folder static/ beside aiperf_api.py; the API works without"
+            )
+        response = Response(200, file.body, file.content_type, (_etag(file.body), ("Cache-Control", "no-cache")))
+        self._pages[name] = response
+        return response
+
+    def documentation(self) -> dict[str, Any]:
+        """What the documentation page shows: the tables that the server itself works from."""
+        return {
+            "version": __version__,
+            "url": self.url,
+            "source": {"kind": self.source.kind, "address": self.source.address},
+            "routes": [_describe(route) for route in ROUTES if route.path != STATIC_ROUTE],
+            "options": [option._asdict() for option in OPTIONS],
+            "limits": [{"name": n, "value": v, "unit": u, "meaning": m} for n, v, u, m in LIMITS],
+            "message_types": {"builtin": sorted(BUILTIN_MESSAGE_TYPES), "known": sorted(KNOWN_MESSAGE_TYPES)},
+        }
+
+    def now_ns(self) -> int:
+        """The clock of the bus."""
+        return self.source.now_ns()
+
+    def status(self) -> dict[str, Any]:
+        """The state of the run, and of the source it is heard from."""
+        now_ns = self.now_ns()
+        age_sec = (now_ns - self.bus.last_ns) / 1e9 if self.bus.messages else None
+        source = {
+            "kind": self.source.kind,
+            "address": self.source.address,
+            "backend": self.source.backend,
+            "connected": self.source.connected,
+            "messages": self.bus.messages,
+            "last_message_age_sec": None if age_sec is None else max(0.0, round(age_sec, 3)),
+        }
+        return {**self.state.status(now_ns), "source": source}
+
+    def exposition(self, content_type: str) -> Response:
+        """/metrics in one format, built when something has changed (the clock counts, once a second)."""
+        text = self._texts[content_type]
+        version = (self.state_version, self.hub.changes, int(time.monotonic()))
+        if text.version != version:
+            families = unique_families([*state_families(self.state, self.now_ns()), *self._health_families()])
+            render = render_openmetrics if content_type == CONTENT_TYPE_OPENMETRICS_1_0_0 else render_text
+            text.response = Response(200, render(families), content_type)
+            text.version = version
+        return text.response
+
+    def _health_families(self) -> list[Family]:
+        """How this server does: its bus, its clients, its process."""
+        found = FamilySet()
+        for message_type, count in self.bus.by_type.items():
+            found.add(_HEALTH["bus_messages"], (("type", message_type),), count, "_total")
+        for kind, count in self.bus.errors.items():
+            found.add(_HEALTH["bus_errors"], (("kind", kind),), count, "_total")
+        found.add(_HEALTH["connected"], (), int(self.source.connected))
+        for kind in ("websocket", "sse", "ndjson"):
+            clients = [client for client in self.hub.subscribers.values() if client.kind == kind]
+            found.add(_HEALTH["clients"], (("kind", kind),), len(clients))
+        sent, skipped = self.hub.totals()
+        found.add(_HEALTH["sent"], (), sent, "_total")
+        found.add(_HEALTH["skipped"], (), skipped, "_total")
+        found.add(_HEALTH["cut_off"], (), self.hub.cut_off_total, "_total")
+        found.add(_HEALTH["connections"], (), len(self.connections))
+        for (route, status), count in sorted(self.requests.items()):
+            found.add(_HEALTH["requests"], (("route", route), ("status", str(status))), count, "_total")
+        times = os.times()
+        found.add(_HEALTH["cpu"], (), times.user + times.system, "_total")
+        found.add(_HEALTH["start"], (), self.started_ns / 1e9)
+        found.add(_HEALTH["memory"], (), resident_bytes())
+        return list(found.families.values())
+
+
+_HEALTH: Mapping[str, tuple[str, str, str, str]] = MappingProxyType(
+    {  # (name, kind, help, unit), as FamilySet takes them
+        "bus_messages": ("aiperf_api_bus_messages", "counter", "Bus messages taken, by type", ""),
+        "bus_errors": ("aiperf_api_bus_errors", "counter", "Bus messages refused, by kind of fault", ""),
+        "connected": ("aiperf_api_source_connected", "gauge", "Whether the bus is connected", ""),
+        "clients": ("aiperf_api_clients", "gauge", "Streaming clients, by kind", ""),
+        "sent": ("aiperf_api_messages_sent", "counter", "Messages sent to streaming clients", ""),
+        "skipped": ("aiperf_api_messages_skipped", "counter", "Messages left out for slow clients", ""),
+        "cut_off": ("aiperf_api_clients_cut_off", "counter", "Clients cut off because they did not keep up", ""),
+        "connections": ("aiperf_api_connections", "gauge", "Open connections of every kind", ""),
+        "requests": ("aiperf_api_http_requests", "counter", "HTTP requests answered, by route and status", ""),
+        "cpu": ("aiperf_api_process_cpu_seconds", "counter", "CPU time of this server", "seconds"),
+        "start": ("aiperf_api_process_start_time_seconds", "gauge", "When this server started", "seconds"),
+        "memory": ("aiperf_api_process_resident_memory_bytes", "gauge", "Resident memory of this server", "bytes"),
+    }
+)
+
+
+# -- Reading what WebSocket clients say --------------------------------------------------------------------------------
+
+
+def _read_client_message(message: TextMessage | BinaryMessage) -> dict[str, Any]:
+    if isinstance(message, BinaryMessage):
+        raise ClientMessageError("send text, not binary")
+    try:
+        value = json_load(message.text.encode())
+    except JSONError as error:
+        raise ClientMessageError(f"not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ClientMessageError("send a JSON object")
+    if not isinstance(value.get("type"), str):
+        raise ClientMessageError("type must be a string: subscribe, unsubscribe or ping")
+    return value
+
+
+def _message_types(request: Mapping[str, Any]) -> list[str]:
+    types = request.get("message_types")
+    if not isinstance(types, list) or not types:
+        raise ClientMessageError('message_types must be a list of names, such as ["realtime_metrics"] or ["*"]')
+    for name in types:
+        if not isinstance(name, str) or not (name == "*" or CLIENT_MESSAGE_TYPE.fullmatch(name)):
+            raise ClientMessageError("message_types holds something that is not the name of a message type")
+    return types
+
+
+def _flag(request: Mapping[str, Any], name: str, default: bool) -> bool:
+    value = request.get(name, default)
+    if not isinstance(value, bool):
+        raise ClientMessageError(f"{name} must be true or false")
+    return value
+
+
+def _as_filter(asked: set[str]) -> frozenset[str] | None:
+    return None if "*" in asked else frozenset(asked)
+
+
+def encode_text_frame(message: Message) -> bytes:
+    """A message as a WebSocket client gets it."""
+    return encode_frame(OP_TEXT, message.payload)
+
+
+def encode_line(message: Message) -> bytes:
+    """A message as NDJSON."""
+    return message.payload + b"\n"
+
+
+# -- The endpoints -----------------------------------------------------------------------------------------------------
+
+Handler = Callable[[APIService, Connection, Request], Optional[Response]]
+
+
+def _etag(body: bytes) -> tuple[str, str]:
+    """Weak, because the same text may go out compressed (RFC 9110 section 8.8.1)."""
+    return ("ETag", f'W/"{hashlib.blake2b(body, digest_size=8).hexdigest()}"')
+
+
+def _json(request: Request, value: JSONValue) -> Response:
+    """A JSON answer, indented with ?pretty; one that is worth it can be asked for again by its ETag."""
+    pretty = request.arg("pretty") is not None
+    body = json_bytes(value, pretty=pretty) + (b"\n" if pretty else b"")
+    if len(body) < HTTP_GZIP_BYTES_MIN:
+        return Response(200, body)
+    return Response(200, body, headers=(_etag(body), ("Cache-Control", "no-cache")))
+
+
+def _plain_text(text: str, status: int = 200) -> Response:
+    return Response(status, text.encode(), "text/plain; charset=utf-8")
+
+
+def _get_page(name: str) -> Handler:
+    def get_page(service: APIService, _: Connection, request: Request) -> Response:
+        return service.file(name)
+
+    return get_page
+
+
+def _get_static(service: APIService, _: Connection, request: Request) -> Response:
+    return service.file(request.path[len("/static/") :])
+
+
+def _get_metrics_text(service: APIService, _: Connection, request: Request) -> Response:
+    # Never 406: a scraper that names neither format gets the plain one (Prometheus sends */*, too).
+    offered = (CONTENT_TYPE_TEXT_0_0_4, CONTENT_TYPE_OPENMETRICS_1_0_0)
+    return service.exposition(accepts(request.headers.get("accept"), offered) or CONTENT_TYPE_TEXT_0_0_4)
+
+
+def _get_metrics(service: APIService, _: Connection, request: Request) -> Response:
+    return _json(request, service.state.metrics())
+
+
+def _get_status(service: APIService, _: Connection, request: Request) -> Response:
+    return _json(request, service.status())
+
+
+def _get_progress(service: APIService, _: Connection, request: Request) -> Response:
+    return _json(request, service.state.progress(service.now_ns()))
+
+
+def _get_workers(service: APIService, _: Connection, request: Request) -> Response:
+    return _json(request, service.state.workers())
+
+
+def _get_config(service: APIService, _: Connection, request: Request) -> Response:
+    return _json(request, service.state.config_answer())
+
+
+def _get_server_metrics(service: APIService, _: Connection, request: Request) -> Response:
+    return _json(request, service.state.server_metrics())
+
+
+def _get_results(service: APIService, _: Connection, request: Request) -> Response:
+    return _json(request, service.state.results())
+
+
+def _split_args(request: Request, name: str) -> list[str]:
+    """Values of an argument that may come several times, or once with commas."""
+    return [item for value in request.args(name) for item in value.split(",") if item]
+
+
+def _get_history(service: APIService, _: Connection, request: Request) -> Response:
+    since = request.arg("since")
+    if since is not None and not re.fullmatch("[0-9]{1,19}", since):
+        raise HTTPError(400, "since must be a time in ns since the epoch")
+    answer = service.state.history(
+        _split_tags(request), _split_args(request, "stat"), None if since is None else int(since)
+    )
+    if answer is None:
+        raise HTTPError(404, "no history of that; /api/history lists the tags and their statistics")
+    return _json(request, answer)
+
+
+def _split_tags(request: Request) -> list[str]:
+    """Like _split_args, but a tag of a server metric has commas of its own, within braces."""
+    return [tag for value in request.args("tag") for tag in re.findall(r"(?:[^,{]|\{[^}]*\})+", value)]
+
+
+def _get_clients(service: APIService, _: Connection, request: Request) -> Response:
+    clients = [
+        {
+            "address": client.address,
+            "kind": client.kind,
+            "subscriptions": sorted(client.asked),
+            "connected_ns": client.connected_ns,
+            "sent": client.sent,
+            "skipped": client.skipped,
+            "waiting_bytes": client.outstanding,
+        }
+        for client in service.hub.subscribers.values()
+    ]
+    return _json(request, {"total": len(clients), "clients": clients})
+
+
+def _get_websocket(service: APIService, connection: Connection, request: Request) -> None:
+    host = request.headers.get("host")
+    check_origin(
+        request.headers.get("origin"), host=host, allowed=frozenset(o.lower() for o in service.settings.cors_origins)
+    )
+    key = check_upgrade(request)
+    service.check_room()
+    connection.open_websocket(key, choose_subprotocol(request))
+    service.add_client(connection, "websocket", encode_text_frame)
+
+
+def _get_stream(service: APIService, connection: Connection, request: Request) -> Response | None:
+    wanted = _stream_format(request)
+    asked = set(_split_args(request, "types")) or {"*"}
+    if len(asked) > CLIENT_TYPES_MAX or not all(name == "*" or CLIENT_MESSAGE_TYPE.fullmatch(name) for name in asked):
+        raise HTTPError(400, "types must be names of message types, separated by commas")
+    head = Response(200, None, wanted, (("X-Accel-Buffering", "no"),))
+    if request.method == "HEAD":
+        return head
+    service.check_room()
+    extra = service.headers_for(request)
+    connection.open_stream(head.encode(date=service.date, extra=extra))
+    is_sse = wanted == SSE
+    client = service.add_client(
+        connection, "sse" if is_sse else "ndjson", service.encode_event if is_sse else encode_line
+    )
+    client.asked = asked
+    _begin_stream(service, connection, client, request)
+    return None
+
+
+def _stream_format(request: Request) -> str:
+    named = request.arg("format")
+    if named not in (None, "sse", "ndjson"):
+        raise HTTPError(400, "format must be sse or ndjson")
+    if named is None:
+        return accepts(request.headers.get("accept"), (SSE, NDJSON)) or SSE
+    return NDJSON if named == "ndjson" else SSE
+
+
+def _begin_stream(service: APIService, connection: Connection, client: Subscriber, request: Request) -> None:
+    """What a stream begins with: what it missed since `Last-Event-ID`, else the present state."""
+    service.hub.remember = True
+    types = _as_filter(client.asked)
+    last_id = request.headers.get("last-event-id") or request.arg("last_event_id")
+    missed = service.messages_after(last_id, types) if last_id else None
+    service.hub.subscribe(connection.number, types)
+    if client.kind == "sse":
+        client.reply(b"retry: %d\n\n" % STREAM_RETRY_MS, time.monotonic())
+    if missed is not None:
+        for message in missed:
+            client.reply(client.encode(message), time.monotonic())
+    elif request.arg("snapshot") not in ("0", "false"):
+        service.send_snapshot(client, types)
+
+
+def _get_docs(service: APIService, _: Connection, request: Request) -> Response:
+    return _json(request, service.documentation())
+
+
+def _get_openapi(service: APIService, _: Connection, request: Request) -> Response:
+    return _json(request, service.router.openapi("aiperf-api", __version__))
+
+
+def _get_health(_: APIService, __: Connection, request: Request) -> Response:
+    return _plain_text("ok\n")
+
+
+def _get_ready(service: APIService, _: Connection, request: Request) -> Response:
+    if service.source.connected:
+        return _plain_text("ok\n")
+    return _plain_text(f"not connected to the bus at {printable(service.source.address)}\n", 503)
+
+
+STATIC_ROUTE = "/static/{file}"
+SSE, NDJSON = "text/event-stream", "application/x-ndjson"
+_HTML = ("text/html",)
+_PRETTY = Param("pretty", "indent the answer, for people")
+_TAG = Param("tag", "a metric's tag; repeatable, or separated by commas", "request_latency")
+_STAT = Param("stat", "a statistic of it, such as avg, p50 or p99; repeatable", "p99")
+_SINCE = Param("since", "only points later than this time, in ns since the epoch")
+_TYPES = Param("types", "message types, separated by commas; all without it", "realtime_metrics,worker_status_summary")
+_FORMAT = Param("format", "sse or ndjson; otherwise the Accept header says", "ndjson")
+_SNAPSHOT = Param("snapshot", "0: begin with the next message instead of the present state")
+
+ROUTES: tuple[Route, ...] = (
+    Route(
+        "/",
+        "documentation",
+        "This documentation, with lines to copy and a live try-out",
+        _get_page("index.html"),
+        media_types=_HTML,
+    ),
+    Route("/dashboard", "dashboard", "The run, live", _get_page("dashboard.html"), media_types=_HTML),
+    Route(
+        "/metrics",
+        "metrics_text",
+        "Everything for Prometheus: text 0.0.4, or OpenMetrics 1.0.0 when asked for",
+        _get_metrics_text,
+        media_types=("text/plain", "application/openmetrics-text"),
+    ),
+    Route(
+        "/api/metrics",
+        "metrics",
+        "The benchmark's metrics: the latest, at the end the final ones",
+        _get_metrics,
+        params=(_PRETTY,),
+    ),
+    Route(
+        "/api/status",
+        "status",
+        "State and phase of the run, and the source it is heard from",
+        _get_status,
+        params=(_PRETTY,),
+    ),
+    Route("/api/progress", "progress", "How far the run is, by phase", _get_progress, params=(_PRETTY,)),
+    Route("/api/workers", "workers", "The workers: status, tasks, CPU and memory", _get_workers, params=(_PRETTY,)),
+    Route("/api/config", "config", "The benchmark's configuration, secrets redacted", _get_config, params=(_PRETTY,)),
+    Route(
+        "/api/server-metrics",
+        "server_metrics",
+        "The latest metrics of the inference server",
+        _get_server_metrics,
+        params=(_PRETTY,),
+    ),
+    Route("/api/results", "results", "The final results, once there are some", _get_results, params=(_PRETTY,)),
+    Route(
+        "/api/history",
+        "history",
+        "Time series since the run began; without a tag, what there is",
+        _get_history,
+        params=(_TAG, _STAT, _SINCE, _PRETTY),
+    ),
+    Route(
+        "/api/stream",
+        "stream",
+        "Bus messages as Server-Sent Events or NDJSON, for curl -N",
+        _get_stream,
+        params=(_TYPES, _FORMAT, _SNAPSHOT),
+        media_types=(SSE, NDJSON),
+    ),
+    Route(
+        "/api/clients",
+        "clients",
+        "Who is connected, what they take, and what they missed",
+        _get_clients,
+        params=(_PRETTY,),
+    ),
+    Route("/api/docs", "docs", "The tables behind the documentation page", _get_docs, params=(_PRETTY,)),
+    Route("/openapi.json", "openapi", "This API as OpenAPI 3.1", _get_openapi),
+    Route("/ws", "websocket", "Bus messages over a WebSocket", _get_websocket, methods=("GET",), websocket=True),
+    Route("/health", "health", "The server answers", _get_health, media_types=("text/plain",), needs_token=False),
+    Route("/healthz", "healthz", "The server answers", _get_health, media_types=("text/plain",), needs_token=False),
+    Route(
+        "/readyz",
+        "readyz",
+        "The source is connected; 503 until it is",
+        _get_ready,
+        media_types=("text/plain",),
+        needs_token=False,
+    ),
+    Route(STATIC_ROUTE, "static", "The files of the pages", _get_static, media_types=("text/css", "text/javascript")),
+)
 # == 15 == Command line ================================================================================================
+
+
+class Arguments(NamedTuple):
+    """A command line that makes sense, with the environment behind it."""
+
+    settings: Settings
+    source: Source
+    backend: str  # what speaks ZMQ: auto, pyzmq or builtin
+    command: tuple[str, ...]  # the benchmark behind `--`, empty for none
+    config: Mapping[str, Any] | None
+    record: str | None
+    log_level: str
+    log_format: str
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
+_DESCRIPTION = "Watch an AIPerf benchmark over its ZMQ event bus and serve its metrics over HTTP and WebSocket."
+_EPILOG = "Everything after -- is run as the benchmark: aiperf-api --api-port 9090 -- aiperf profile --model ..."
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="aiperf-api", description=_DESCRIPTION, epilog=_EPILOG, allow_abbrev=False, add_help=False)
+    for option in OPTIONS:
+        text = option.help + (f" (default: {option.default})" if option.default else "") + f" [{option.env}]"
+        if not option.metavar:
+            parser.add_argument(option.flag, action="store_const", const="true", help=text)
+        elif option.flag in _REPEATABLE:
+            parser.add_argument(option.flag, metavar=option.metavar, action="append", help=text)
+        else:
+            parser.add_argument(option.flag, metavar=option.metavar, help=text)
+    parser.add_argument("--version", action="version", version=f"aiperf-api {__version__}")
+    parser.add_argument("--help", "-h", action="help", help="show this and exit")
+    return parser
+
+
+_REPEATABLE = frozenset(("--allow-host", "--cors-origin"))
+_SOURCES = ("--zmq-host", "--zmq-ipc-path", "--zmq-address", "--zmq-bind", "--replay", "--demo")
+
+
+class _Given:
+    """The values of the options: the flag's, else its variable's, else None."""
+
+    def __init__(self, argv: Sequence[str], environ: Mapping[str, str]) -> None:
+        self._flags = vars(_parser().parse_args(argv))
+        self._environ = environ
+
+    def from_flag(self, flag: str) -> bool:
+        return self._flags[flag[2:].replace("-", "_")] is not None
+
+    def text(self, flag: str) -> str | None:
+        value = self._flags[flag[2:].replace("-", "_")]
+        if value is None:
+            value = self._environ.get(_ENV_OF[flag]) or None
+        return value  # type: ignore[no-any-return]
+
+    def switch(self, flag: str) -> bool:
+        value = self.text(flag)
+        if value is None or value.lower() in ("0", "false", "no", "off"):
+            return False
+        if value.lower() in ("1", "true", "yes", "on"):
+            return True
+        raise UsageError(f"{_ENV_OF[flag]}: true or false, not {printable(value)}")
+
+    def texts(self, flag: str) -> tuple[str, ...]:
+        """A repeatable option; its variable is a list with commas, or (AIPerf's way) a JSON list."""
+        value = self._flags[flag[2:].replace("-", "_")]
+        if value is not None:
+            return tuple(value)
+        text = self._environ.get(_ENV_OF[flag], "").strip()
+        if text.startswith("["):
+            try:
+                items = json_load(text.encode())
+            except JSONError as error:
+                raise UsageError(f"{_ENV_OF[flag]}: {error}") from None
+            return tuple(str(item) for item in items)
+        return tuple(item.strip() for item in text.split(",") if item.strip())
+
+    def number(self, flag: str, least: float, most: float, *, whole: bool) -> float | None:
+        text = self.text(flag)
+        if text is None:
+            return None
+        pattern = "[0-9]{1,9}" if whole else r"[0-9]{1,9}(\.[0-9]{1,9})?"
+        if not re.fullmatch(pattern, text) or not least <= float(text) <= most:
+            kind = "a whole number" if whole else "a number"
+            raise UsageError(f"{flag}: {kind} from {least:g} to {most:g}, not {printable(text)}")
+        return int(text) if whole else float(text)
+
+    def choice(self, flag: str, default: str, choices: Sequence[str]) -> str:
+        value = (self.text(flag) or default).lower()
+        if value not in choices:
+            raise UsageError(f"{flag}: one of {', '.join(choices)}, not {printable(value)}")
+        return value
+
+
+_ENV_OF: Mapping[str, str] = MappingProxyType({option.flag: option.env for option in OPTIONS})
+
+
+def parse_arguments(argv: Sequence[str], environ: Mapping[str, str]) -> Arguments:
+    """Make sense of a command line.
+
+    Raises:
+        UsageError: what is wrong with it, in one line.
+    """
+    own, command = _split_command(argv)
+    given = _Given(own, environ)
+    port = given.number("--api-port", 0, 65535, whole=True)
+    unix_path = given.text("--api-unix")
+    if port is None and given.from_flag("--api-host"):
+        raise UsageError("--api-host needs --api-port")
+    if port is None and unix_path is None:
+        raise UsageError("nothing to serve on: give --api-port PORT (or --api-unix PATH); --help lists everything")
+    settings = Settings(
+        host=(given.text("--api-host") or "127.0.0.1").strip("[]"),
+        port=None if port is None else int(port),
+        unix_path=unix_path,
+        token=given.text("--api-token"),
+        allow_hosts=given.texts("--allow-host"),
+        cors_origins=given.texts("--cors-origin"),
+        tls_cert=_existing_file(given, "--tls-cert"),
+        tls_key=_existing_file(given, "--tls-key"),
+        ws_max_connections=int(given.number("--ws-max-connections", 0, 1_000_000, whole=True) or WS_CONNECTIONS_MAX),
+        linger_sec=given.number("--linger", 0, 1e9, whole=False),
+        secrets=tuple(secrets_from_argv(command, environ)),
+    )
+    if settings.tls_key and not settings.tls_cert:
+        raise UsageError("--tls-key needs --tls-cert")
+    backend = given.choice("--zmq-backend", "auto", ("auto", "pyzmq", "builtin"))
+    return Arguments(
+        settings,
+        _no_source(given) if command else _choose_source(given, backend),
+        backend,
+        command,
+        _read_config(given.text("--config")),
+        given.text("--record"),
+        given.choice("--log-level", "info", ("debug", "info", "warning", "error")),
+        given.choice("--log-format", "text", ("text", "json")),
+    )
+
+
+def _split_command(argv: Sequence[str]) -> tuple[Sequence[str], tuple[str, ...]]:
+    """(our own words, those of the benchmark behind the first `--`)."""
+    if "--" not in argv:
+        return argv, ()
+    place = list(argv).index("--")
+    if not argv[place + 1 :]:
+        raise UsageError("a command belongs behind --")
+    return argv[:place], tuple(argv[place + 1 :])
+
+
+def _no_source(given: _Given) -> Source:
+    """A command brings its own bus; a source that a variable names is for runs without one."""
+    flags = [flag for flag in _SOURCES if given.from_flag(flag)]
+    if flags:
+        raise UsageError(f"{flags[0]} and a command: only one source at a time")
+    return Source("child")
+
+
+def _existing_file(given: _Given, flag: str) -> str | None:
+    path = given.text(flag)
+    if path is not None and not os.path.isfile(path):
+        raise UsageError(f"{flag} {printable(path)}: no such file")
+    return path
+
+
+def _choose_source(given: _Given, backend: str) -> Source:
+    """The one source that is asked for: a flag beats variables, and two of the same standing are a mistake."""
+    flags = [flag for flag in _SOURCES if given.from_flag(flag)]
+    chosen = flags or [flag for flag in _SOURCES if (given.switch(flag) if flag == "--demo" else given.text(flag))]
+    if len(chosen) > 1:
+        raise UsageError(f"{' and '.join(chosen)}: only one source at a time")
+    flag = chosen[0] if chosen else "--zmq-host"
+    value = given.text(flag) or "127.0.0.1"
+    if flag in ("--replay", "--demo"):
+        return _replay_source(given, flag, value)
+    if flag == "--zmq-host":
+        return bus_source(backend_address(value.strip("[]")), "tcp", backend=backend)
+    if flag == "--zmq-ipc-path":
+        return bus_source(ipc_address(value), "ipc", backend=backend)
+    return bus_source(value, "bind" if flag == "--zmq-bind" else "zmq", bind=flag == "--zmq-bind", backend=backend)
+
+
+def _replay_source(given: _Given, flag: str, path: str) -> Source:
+    speed = given.number("--replay-speed", 0, 1e6, whole=False)
+    speed = 1.0 if speed is None else speed
+    if flag == "--replay":
+        open_recording(path).close()  # says now what is wrong with it
+        return ReplaySource(path, speed=speed, loop=given.switch("--replay-loop"))
+    data = read_static_files().get(DEMO_RECORDING)
+    if data is None:
+        raise UsageError("--demo: the recording is not here; copy the folder static/ beside aiperf_api.py")
+    return ReplaySource(DEMO_RECORDING, "demo", speed=speed, loop=True, data=data)
+
+
+def _read_config(path: str | None) -> Mapping[str, Any] | None:
+    if path is None:
+        return None
+    try:
+        with open(path, "rb") as file:
+            value = json_load(file.read())
+    except (OSError, JSONError) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"not JSON: {error}"
+        raise UsageError(f"--config {printable(path)}: {reason}") from None
+    if not isinstance(value, dict):
+        raise UsageError(f"--config {printable(path)}: not a JSON object")
+    return value
+
+
+class _JSONFormatter(logging.Formatter):
+    """A log line as one JSON object."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {"time": record.created, "level": record.levelname.lower(), "message": record.getMessage()}
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json_bytes(line).decode()
+
+
+class _LogHandler(logging.StreamHandler):  # type: ignore[type-arg]  # its parameter is not there on 3.9 and 3.10
+    """The log on stderr, which can be held back while a child has the same terminal for its own display."""
+
+    def __init__(self) -> None:
+        super().__init__(sys.stderr)
+        self._held: collections.deque[logging.LogRecord] | None = None  # None: nothing is held back
+        self._left_out = 0  # records that were held back for too long
+
+    def hold(self) -> None:
+        """Keep back what comes from now on, if stderr is a terminal: a line would tear what is drawn there."""
+        if sys.stderr.isatty():
+            self._held = collections.deque(maxlen=LOG_LINES_HELD_MAX)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self._held is None:
+            super().emit(record)
+            return
+        self._left_out += len(self._held) == LOG_LINES_HELD_MAX
+        self._held.append(record)
+
+    def release(self) -> None:
+        """Write what was held back."""
+        held, self._held = self._held or (), None
+        for record in held:
+            super().emit(record)
+        if self._left_out:
+            log.warning("%d older lines of this log were left out", self._left_out)
+
+
+def _set_up_log(arguments: Arguments) -> _LogHandler:
+    handler = _LogHandler()
+    if arguments.log_format == "json":
+        handler.setFormatter(_JSONFormatter())
+    else:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+    log.addHandler(handler)
+    log.propagate = False
+    log.setLevel(arguments.log_level.upper())
+    return handler
+
+
+def start_lines(service: APIService) -> list[str]:
+    """What somebody who starts the server wants to know first."""
+    source = service.source
+    what = {
+        "demo": f"demo: a replay of a recorded run ({source.address}), in a loop",
+        "replay": f"replay of {source.address}",
+        "bind": f"publishers connect to {source.address}",
+        "none": "publish()",
+        "child": f"the benchmark, {source.address}" if source.address else "none: the benchmark's bus is not known",
+    }.get(source.kind, f"the AIPerf event bus at {source.address}")
+    lines = [f"aiperf-api {__version__} serves {service.url}"]
+    if service.settings.port is not None:
+        lines.append(f"  dashboard  {service.url}/dashboard")
+    lines.append(f"  source     {what}")
+    if service.settings.port is not None and not _is_loopback(service.settings.host) and not service.settings.token:
+        lines.append("  warning    open to the network without a token; see --api-token")
+    return lines
+
+
+class _Child:
+    """The benchmark behind `--`: how it is to be run, its process, and the signals that come meanwhile."""
+
+    def __init__(self, plan: ChildPlan, command: Sequence[str]) -> None:
+        self.plan = plan
+        self.process = ChildProcess(plan.argv, plan.environ)
+        self.command = command
+        self.started_sec = time.time()
+        self.signals = 0  # how many have come, also after its end
+        self.ended = asyncio.Event()  # the process is gone
+        self.hurried = asyncio.Event()  # a second signal, or one after the end: no lingering
+
+    def source(self, backend: str) -> Source:
+        if not self.plan.address:
+            source = Source("child")
+            source.connected = False
+            return source
+        return bus_source(self.plan.address, "child", bind=self.plan.bind, backend=backend)
+
+    def on_signal(self, number: int) -> None:
+        """The child's first; it is on us to go when it has gone."""
+        self.signals += 1
+        if not self.ended.is_set():
+            self.process.pass_on(number)
+        if self.signals > 1 or self.ended.is_set() or number != signal.SIGINT:
+            if self.hurried.is_set() and self.ended.is_set():
+                os._exit(128 + number)
+            self.hurried.set()
+
+    async def run(self, service: APIService) -> int:
+        """Run it to its end, and tell the service; returns the exit code."""
+        await self.process.start()
+        code = await self.process.wait()
+        self.ended.set()
+        await service.settle()
+        directory = self.plan.artifact_dir or service.state.artifact_dir()
+        config = load_artifact_config(directory, self.started_sec) if directory else {}
+        if config:
+            service.configure({**config, "command": redact_command(self.command)}, "command")
+        service.end_child(self.process.exit_text if code else "")
+        return code
+
+
+async def _serve_command(arguments: Arguments, environ: Mapping[str, str], handler: _LogHandler) -> int:
+    """Serve, run the benchmark behind `--`, go on serving for a while; returns the benchmark's exit code."""
+    check_command(arguments.command, environ)
+    with ipc_directory() as directory:
+        version = aiperf_version(arguments.command[0], environ.get("PATH"))
+        child = _Child(child_plan(arguments.command, environ, directory, version=version), arguments.command)
+        service = APIService(
+            source=child.source(arguments.backend),
+            config=arguments.config,
+            record=arguments.record,
+            settings=arguments.settings,
+        )
+        service.configure(config_from_argv(arguments.command), "command")
+        _watch_signals(child.on_signal)
+        await service.start()
+        try:
+            for line in [*start_lines(service), *(f"  note       {note}" for note in child.plan.notes)]:
+                print(line, file=sys.stderr, flush=True)
+            handler.hold()
+            try:
+                code = await child.run(service)
+            finally:
+                handler.release()
+            await _linger(service, child)
+        finally:
+            await service.stop()
+    return code
+
+
+async def _linger(service: APIService, child: _Child) -> None:
+    seconds = LINGER_SEC if service.settings.linger_sec is None else service.settings.linger_sec
+    if seconds and not child.hurried.is_set():
+        log.info("the benchmark ended (%s); serving its last state for %g s", child.process.exit_text, seconds)
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(child.hurried.wait(), seconds)
+
+
+async def _serve(arguments: Arguments) -> int:
+    service = APIService(
+        source=arguments.source, config=arguments.config, record=arguments.record, settings=arguments.settings
+    )
+    stop = asyncio.Event()
+
+    def ask(number: int) -> None:  # the first signal asks for the end, a second one forces it
+        if stop.is_set():
+            os._exit(128 + number)
+        stop.set()
+
+    _watch_signals(ask)
+    await service.start()
+    for line in start_lines(service):
+        print(line, file=sys.stderr, flush=True)
+    ends = {asyncio.ensure_future(stop.wait()), asyncio.ensure_future(service.wait_lingered())}
+    await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+    for end in ends:
+        end.cancel()
+    await service.stop()
+    return 0
+
+
+def _watch_signals(ask: Callable[[int], None]) -> None:
+    """Have SIGINT, SIGTERM and SIGHUP (unless it is ignored, as under nohup) handled within the loop."""
+    loop = asyncio.get_running_loop()
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    hangup = getattr(signal, "SIGHUP", None)
+    if hangup is not None and signal.getsignal(hangup) != signal.SIG_IGN:
+        numbers.append(hangup)
+    for number in numbers:
+        try:
+            loop.add_signal_handler(number, ask, number)
+        except NotImplementedError:  # Windows
+            signal.signal(number, lambda n, _: loop.call_soon_threadsafe(ask, n))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The program: serve until told to stop; returns the exit code."""
+    try:
+        words = sys.argv[1:] if argv is None else argv
+        arguments = parse_arguments(words, os.environ)
+        handler = _set_up_log(arguments)
+        hide_in_process_title(title_secrets(words))
+        if arguments.command:
+            return asyncio.run(_serve_command(arguments, os.environ, handler))
+        return asyncio.run(_serve(arguments))
+    except UsageError as error:
+        print(f"aiperf-api: {error}", file=sys.stderr)
+        return 2
+    except CommandError as error:
+        print(f"aiperf-api: {error}", file=sys.stderr)
+        return error.exit_code
+    except StartError as error:
+        print(f"aiperf-api: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def run() -> NoReturn:
+    """`main()` for launchers that ignore what it returns (zipapp)."""
+    sys.exit(main())
+
+
+if __name__ == "__main__":
+    run()
