@@ -2332,6 +2332,8 @@ PHASE_MESSAGE_TYPES = frozenset(
 )
 # What may be large and frequent: kept as bytes until somebody asks.
 METRICS_MESSAGE_TYPES = frozenset({"realtime_metrics", "realtime_telemetry_metrics", "realtime_server_metrics"})
+# What only a benchmark under load sends: after it, silence was no end.
+_SIGNS_OF_LOAD = frozenset({*PHASE_MESSAGE_TYPES, *METRICS_MESSAGE_TYPES, "processing_stats"})
 # What the reducer itself has to hear.
 CORE_MESSAGE_TYPES = frozenset(
     {
@@ -3002,6 +3004,7 @@ class Run:
         self.state = "waiting"  # one of STATES, as far as it was announced or follows from what happens
         self.end: Optional[str] = None  # one of ENDS
         self.error: Optional[str] = None  # what went wrong, in a line
+        self.fell_silent = False  # it was silent for so long that a registration is another run's
         self.announces_states = False  # system_state_changed was heard (0.13)
         self.failed_to_configure = False  # a service or the data set could not be configured
         self.stopped_early = False  # AIPerf began to stop while requests were due
@@ -3457,7 +3460,8 @@ def _read_known(message_type: str, payload: bytes) -> dict[str, Any]:
     """
     message = read_message(payload)
     field, wanted = _HANDLERS[message_type][1:]
-    if field and not (isinstance(message.get(field), wanted) and message[field]) and message.get(field) != {}:
+    value = message.get(field)
+    if field and (not isinstance(value, wanted) or value in (None, "")):
         raise BusMessageError("bad_shape", f"{message_type} without a usable {field}")
     message["message_type"] = message_type  # the topic decides
     if message_type in PHASE_MESSAGE_TYPES:
@@ -3509,6 +3513,7 @@ class BenchmarkState:
             BusMessageError: it cannot be used; the state is as before. A metrics message that arrives within 100 ms
                 of the one before is judged when somebody asks for it; if it is bad, `late_errors` grows.
         """
+        self._run.fell_silent = self._run.fell_silent or self._run.is_stale(now_ns)
         if message_type in METRICS_MESSAGE_TYPES:
             change = self._run.take_metrics(message_type, payload, now_ns)
         elif message_type in _HANDLERS:
@@ -3519,12 +3524,14 @@ class BenchmarkState:
         if run.first_ns is None:
             run.first_ns = now_ns
             change |= run.advance("initializing")
+        if message_type in _SIGNS_OF_LOAD:
+            run.fell_silent = False
         run.last_ns = now_ns
         return change
 
     def _apply_known(self, message_type: str, message: dict[str, Any], now_ns: int) -> Change:
         change = Change.NONE
-        if self._begins_run(message_type, message, now_ns):
+        if self._begins_run(message_type, message):
             self._late_errors_before = self.late_errors
             self._run = Run()
             change = ~Change.ENDED & _ALL_CHANGES
@@ -3533,10 +3540,10 @@ class BenchmarkState:
         change |= _HANDLERS[message_type][0](run, message, now_ns)
         return change | run.settle(now_ns)
 
-    def _begins_run(self, message_type: str, message: dict[str, Any], now_ns: int) -> bool:
+    def _begins_run(self, message_type: str, message: dict[str, Any]) -> bool:
         """Tell whether a message can only come from another run than the one at hand."""
         run = self._run
-        is_over = run.end is not None or run.is_stale(now_ns)
+        is_over = run.end is not None or run.fell_silent
         if message_type == "system_state_changed":
             state = message["state"]
             early = state in ("initializing", "configuring") and (run.has_gone_far or is_over)

@@ -64,7 +64,7 @@ try:
     from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
     from prometheus_client.parser import text_string_to_metric_families as parse_text
 except ImportError:
-    prometheus_client = None
+    prometheus_client = None  # type: ignore[assignment]
 
 
 try:
@@ -2290,7 +2290,8 @@ class MetricCatalogueTests(unittest.TestCase):
         self.assertEqual(aiperf_api.display_rows([row]), {"t": {"unit": "ms", "note": {"a": [1]}}})
 
     def test_what_is_no_row_is_passed_over(self) -> None:
-        for rows in (None, {}, "x", 7, [None, 1, "x", [], {}, {"tag": None}, {"tag": ""}, {"tag": 7}]):
+        cases: tuple[Any, ...] = (None, {}, "x", 7, [None, 1, "x", [], {}, {"tag": None}, {"tag": ""}, {"tag": 7}])
+        for rows in cases:
             self.assertEqual(aiperf_api.display_rows(rows), {})
 
     def test_rows_keep_their_order(self) -> None:
@@ -2337,7 +2338,8 @@ class MetricCatalogueTests(unittest.TestCase):
 
 GOLDEN_METRICS = {
     "request_latency": {
-        "header": "Request Latency", "unit": "ms", "avg": 275.5, "p50": 275.25, "p99": 334.0, "count": 791, "sum": 217920.5,
+        "header": "Request Latency", "unit": "ms", "avg": 275.5, "p50": 275.25, "p99": 334.0, "count": 791,
+        "sum": 217920.5,
     },
     "output_token_throughput_per_user": {"header": "Per User", "unit": "tokens/sec/user", "avg": 1.5, "std": 0.5},
     "request_error_rate": {"header": 'Rate\\ of\n"errors"', "unit": "%", "avg": 2.0, "count": 1},
@@ -2436,11 +2438,8 @@ class PrometheusTextTests(unittest.TestCase):
     def test_a_hostile_tag_is_a_name_like_any_other(self) -> None:
         tag = '"}<script>\n'
         families = aiperf_api.metric_families({tag: {"header": tag, "unit": tag, "p50": 1.0}}, (("model", tag),))
-        self.assertEqual(
-            sample_lines(aiperf_api.render_text(families)),
-            ['aiperf____script____"}<script>\n'.replace('"}<script>\n', "___script__")
-             + '{model="\\"}<script>\\n",quantile="0.5"} 1.0'],
-        )  # fmt: skip
+        line = 'aiperf____script______script__{model="\\"}<script>\\n",quantile="0.5"} 1.0'
+        self.assertEqual(sample_lines(aiperf_api.render_text(families)), [line])
 
     def test_control_characters_do_not_reach_a_terminal(self) -> None:
         families = aiperf_api.metric_families({"t": {"header": "a\x1b[2J\rb", "avg": 1}}, (("model", "\x9bx\x00"),))
@@ -2513,7 +2512,7 @@ class PrometheusTextTests(unittest.TestCase):
     def test_server_metrics_have_labels_instead_of_names(self) -> None:
         stats = {"count": 2, "sum": 0.5, "avg": 0.25, "p50_estimate": 0.2, "count_rate": 1.5, "buckets": {}}
         metrics = {
-            "vllm:time_to_first_token_seconds": {
+            "vllm:ttft_seconds": {
                 "type": "histogram",
                 "series": [{"labels": {"engine": "0"}, "stats": stats}],
             },
@@ -2521,7 +2520,7 @@ class PrometheusTextTests(unittest.TestCase):
                 "type": "counter",
                 "series": [{"labels": None, "stats": {"total": 5.0, "rate": 0.5}}],
             },
-            "vllm:kv_cache": {
+            "vllm:kv": {
                 "type": "gauge",
                 "series": [{"labels": {"endpoint": "own", "model": 7}, "stats": {"avg": 1.0}}],
             },
@@ -2530,21 +2529,28 @@ class PrometheusTextTests(unittest.TestCase):
         self.assertEqual(
             sample_lines(aiperf_api.render_text(families)),
             [
-                'aiperf_server_vllm_time_to_first_token_seconds_count{model="m",endpoint="h:1",engine="0"} 2',
-                'aiperf_server_vllm_time_to_first_token_seconds_sum{model="m",endpoint="h:1",engine="0"} 0.5',
-                'aiperf_server_vllm_time_to_first_token_seconds{model="m",endpoint="h:1",engine="0",quantile="0.5"} 0.2',
-                'aiperf_server_vllm_time_to_first_token_avg_seconds{model="m",endpoint="h:1",engine="0"} 0.25',
-                'aiperf_server_vllm_time_to_first_token_seconds_count_rate{model="m",endpoint="h:1",engine="0"} 1.5',
+                'aiperf_server_vllm_ttft_seconds_count{model="m",endpoint="h:1",engine="0"} 2',
+                'aiperf_server_vllm_ttft_seconds_sum{model="m",endpoint="h:1",engine="0"} 0.5',
+                'aiperf_server_vllm_ttft_seconds{model="m",endpoint="h:1",engine="0",quantile="0.5"} 0.2',
+                'aiperf_server_vllm_ttft_avg_seconds{model="m",endpoint="h:1",engine="0"} 0.25',
+                'aiperf_server_vllm_ttft_seconds_count_rate{model="m",endpoint="h:1",engine="0"} 1.5',
                 'aiperf_server_vllm_prompt_tokens_total{model="m",endpoint="h:1"} 5.0',
                 'aiperf_server_vllm_prompt_tokens_rate{model="m",endpoint="h:1"} 0.5',
-                'aiperf_server_vllm_kv_cache_avg{model="m",endpoint="h:1",exported_endpoint="own",exported_model="7"} 1.0',
+                'aiperf_server_vllm_kv_avg{model="m",endpoint="h:1",exported_endpoint="own",exported_model="7"} 1.0',
             ],
         )
 
     def test_malformed_server_metrics_are_passed_over(self) -> None:
-        for summaries in (None, [], {"e": None}, {"e": {"metrics": []}}, {"e": {"metrics": {"m": {"series": {}}}}}):
+        cases: tuple[Any, ...] = (
+            None,
+            [],
+            {"e": None},
+            {"e": {"metrics": []}},
+            {"e": {"metrics": {"m": {"series": 1}}}},
+        )
+        for summaries in cases:
             self.assertEqual(aiperf_api.server_families(summaries), [])
-        series = [
+        series: list[Any] = [
             None,
             {},
             {"stats": []},
@@ -2602,14 +2608,17 @@ def answers(state: aiperf_api.BenchmarkState, now_ns: int) -> dict[str, Any]:
     return cast("dict[str, Any]", json.loads(aiperf_api.json_bytes(found)))
 
 
-def send(state: aiperf_api.BenchmarkState, now_ns: int, message_type: str, **fields: Any) -> aiperf_api.Change:
+def send(target: aiperf_api.BenchmarkState, now_ns: int, message_type: str, /, **fields: Any) -> aiperf_api.Change:
     """Apply a message made on the spot."""
     payload = json.dumps({"message_type": message_type, "service_id": "s", **fields}).encode()
-    return state.apply(message_type, payload, now_ns)
+    return target.apply(message_type, payload, now_ns)
 
 
-def send_phase(state: aiperf_api.BenchmarkState, now_ns: int, kind: str, phase: str, **stats: Any) -> aiperf_api.Change:
-    return send(state, now_ns, f"credit_phase_{kind}", stats={"phase": phase, **stats})
+def send_phase(
+    target: aiperf_api.BenchmarkState, now_ns: int, kind: str, phase: str, /, **stats: Any
+) -> aiperf_api.Change:
+    """Apply a credit_phase_* message made on the spot."""
+    return send(target, now_ns, f"credit_phase_{kind}", stats={"phase": phase, **stats})
 
 
 class EndState(NamedTuple):
@@ -2641,7 +2650,9 @@ END_STATES = {
     "run_0_3_success": EndState("complete", 300, 300, 5, True, 270.1859, 100, RUN_STATES),
     "run_0_12_failed_configure": EndState("failed", None, 0, 0, False, None, 0, "initializing configuring failed"),
     "run_0_13_no_realtime_metrics": EndState("complete", 800, 800, 14, True, 297.6002, 100, RUN_STATES),
-    "run_0_13_killed": EndState("profiling", 800, 76, 1, False, 292.5429, 9.5, "initializing configuring ready profiling"),
+    "run_0_13_killed": EndState(
+        "profiling", 800, 76, 1, False, 292.5429, 9.5, "initializing configuring ready profiling"
+    ),
 }  # fmt: skip
 
 
@@ -2710,6 +2721,16 @@ class RecordedRunTests(unittest.TestCase):
         self.assertIn("num_running", server["snapshot"])
         self.assertEqual(state.status(now_ns)["benchmark_id"], "b18be779b8d8")
 
+    def test_without_real_time_telemetry_the_final_one_shows(self) -> None:
+        run = recording("run_0_13_gpu_and_server_metrics")
+        state, now_ns = replayed(message for message in run if message[0] != "realtime_telemetry_metrics")
+        rows = state.metrics()["telemetry"]
+        series = [aiperf_api.gpu_series(tag, row["header"]) for tag, row in rows.items()]
+        self.assertEqual({dict(one.labels)["gpu"] for one in series}, {"0", "1"})
+        self.assertIn("power_usage", {one.metric for one in series})
+        names = {family.name for family in aiperf_api.state_families(state, now_ns)}
+        self.assertIn("aiperf_gpu_power_usage_w", names)
+
     def test_the_identity_is_found_in_each_generation(self) -> None:
         known = {"model": "mock", "endpoint_type": "chat", "streaming": "true", "concurrency": "6"}
         self.assertEqual(replayed(recording("run_0_3_success"))[0].labels(), known)
@@ -2720,11 +2741,21 @@ class RecordedRunTests(unittest.TestCase):
     def test_nothing_of_one_run_is_left_in_the_next(self) -> None:
         later_ns = BASE_NS + 3600 * SECOND
         runs = {name: recording(name) for name in RECORDING_NAMES}
-        alone = {name: answers(*replayed(run, base_ns=later_ns)) for name, run in runs.items()}
+        alone = {name: self.lasting(*replayed(run, base_ns=later_ns)) for name, run in runs.items()}
         for first, second in itertools.product(runs, runs):
             with self.subTest(f"{second} after {first}"):
                 state, _ = replayed(runs[first], base_ns=BASE_NS)
-                self.assertEqual(answers(*replayed(runs[second], state, later_ns)), alone[second])
+                found = self.lasting(*replayed(runs[second], state, later_ns))
+                for key, answer in alone[second].items():
+                    self.assertTrue(found[key] == answer, f"{key} differs")  # a diff of these would take a minute
+
+    def lasting(self, state: aiperf_api.BenchmarkState, now_ns: int) -> dict[str, Any]:
+        """Return the answers without the moment of the first message: those before a run's sign are the last run's."""
+        found = answers(state, now_ns)
+        del found["history"]["start_ns"]
+        if not found["progress"]["phases"]:
+            del found["status"]["started_ns"], found["status"]["elapsed_sec"]
+        return found
 
     def test_a_run_that_follows_at_once_replaces_a_killed_one(self) -> None:
         """The bus is not silent for 10 s in between, so that only the messages tell of the new run."""
@@ -2895,20 +2926,19 @@ class LifeOfARunTests(unittest.TestCase):
     def test_trailing_messages_do_not_reset_an_ended_run(self) -> None:
         records = [{"tag": "t", "avg": 1}]
         send(self.state, 1, "process_all_results", results={"results": {"records": records}})
-        for now_ns, (kind, fields) in enumerate(
-            (
-                ("system_state_changed", {"state": "stopping"}),
-                ("system_state_changed", {"state": "shutdown"}),
-                ("worker_startup_state", {"startup_state": "shutting_down"}),
-                ("results_exported", {}),
-                ("benchmark_complete", {}),
-                ("heartbeat", {}),
-                ("command", {"command": "shutdown"}),
-                ("command_response", {"command": "shutdown", "status": "failure"}),
-                ("worker_status_summary", {"worker_statuses": {}}),
-                ("process_records_result", {"results": {"results": {"records": []}}}),
-            )
-        ):
+        trailing: tuple[tuple[str, dict[str, Any]], ...] = (
+            ("system_state_changed", {"state": "stopping"}),
+            ("system_state_changed", {"state": "shutdown"}),
+            ("worker_startup_state", {"startup_state": "shutting_down"}),
+            ("results_exported", {}),
+            ("benchmark_complete", {}),
+            ("heartbeat", {}),
+            ("command", {"command": "shutdown"}),
+            ("command_response", {"command": "shutdown", "status": "failure"}),
+            ("worker_status_summary", {"worker_statuses": {}}),
+            ("process_records_result", {"results": {"results": {"records": []}}}),
+        )
+        for now_ns, (kind, fields) in enumerate(trailing):
             self.assertNotIn(aiperf_api.Change.NEW_RUN, send(self.state, now_ns, kind, **fields), kind)
         self.assertEqual(self.state.metrics()["metrics"], {"t": {"avg": 1}})
 
@@ -2942,8 +2972,15 @@ class LifeOfARunTests(unittest.TestCase):
         send_phase(self.state, 1, "start", "profiling", start_ns=5)
         change = send(self.state, 5 * SECOND, "worker_startup_state", startup_state="starting")
         self.assertNotIn(aiperf_api.Change.NEW_RUN, change)
+        send(self.state, 20 * SECOND, "worker_status_summary", worker_statuses={})  # of the other run already
         change = send(self.state, 20 * SECOND, "worker_startup_state", startup_state="starting")
         self.assertIn(aiperf_api.Change.NEW_RUN, change)
+
+    def test_a_run_that_goes_on_after_a_silence_is_still_the_same(self) -> None:
+        send_phase(self.state, 1, "start", "profiling", start_ns=5)
+        send_phase(self.state, 60 * SECOND, "progress", "profiling", start_ns=5, requests_sent=1)
+        change = send(self.state, 61 * SECOND, "worker_startup_state", startup_state="starting")
+        self.assertNotIn(aiperf_api.Change.NEW_RUN, change)
 
 
 class ProgressTests(unittest.TestCase):
@@ -3040,9 +3077,10 @@ class ProgressTests(unittest.TestCase):
         send(flat, 5, "credit_phase_start", **common)
         send(flat, 6, "credit_phase_progress", phase="profiling", sent=5, completed=4)
         send(flat, 7, "credit_phase_complete", phase="profiling", completed=9, end_ns=7, final_request_count=9)
-        send_phase(nested, 5, "start", **common)
+        send_phase(nested, 5, "start", "profiling", **common)
         send_phase(nested, 6, "progress", "profiling", requests_sent=5, requests_completed=4)
-        send_phase(nested, 7, "complete", "profiling", requests_completed=9, requests_end_ns=7)
+        done = {"requests_completed": 9, "final_requests_completed": 9, "requests_end_ns": 7}
+        send_phase(nested, 7, "complete", "profiling", **done)
         self.assertEqual(flat.progress(8), nested.progress(8))
 
     def test_what_a_later_version_adds_to_a_phase_passes_through(self) -> None:
@@ -3270,11 +3308,8 @@ class HistoryTests(unittest.TestCase):
             if group.is_due(index * SECOND):
                 group.sample(index * SECOND, {"t": {"avg": index}})
             self.assertLess(len(group.times), aiperf_api.HISTORY_MAX_POINTS)
-        self.assertEqual(group.interval_ns, 8 * SECOND)
+        self.assertEqual(group.interval_ns, 4 * SECOND)
         times = list(group.times)
-        self.assertEqual(
-            times, list(range(0, times[-1] + 1, 4 * SECOND))[: len(times)] if group.interval_ns == 4 * SECOND else times
-        )
         self.assertEqual({after - before for before, after in zip(times, times[1:])}, {group.interval_ns})
         self.assertEqual(group.points("t", "avg", None), [[time, time / SECOND] for time in times])
 
@@ -3319,7 +3354,21 @@ class HistoryTests(unittest.TestCase):
 
 
 class BadMessageTests(unittest.TestCase):
-    WRONG = (None, [], {}, "text", -1, 0.5, True, [[]], [None], [{"tag": None}], {"a": {"b": None}}, 2**64, "\ud83d")
+    WRONG: tuple[Any, ...] = (
+        None,
+        [],
+        {},
+        "text",
+        -1,
+        0.5,
+        True,
+        [[]],
+        [None],
+        [{"tag": None}],
+        {"a": {"b": None}},
+        2**64,
+        "\ud83d",
+    )
 
     def examples(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield the first message of each type of each generation, its lists cut to what is quick to go through."""
