@@ -397,8 +397,8 @@ def json_bytes(value: JSONValue, *, pretty: bool = False) -> bytes:
 REDACTED = "***"
 _SECRET_LENGTH_MIN = 6  # characters: a shorter literal would hit innocent text all over a message
 _CREDENTIAL_KEY = re.compile(  # of a key in snake_case: api_key, x_api_key, hf_token, aws_secret_access_key, ...
-    r"(?:.*_)?(?:api_?keys?|access_key|private_key|secret_key|authorization|auth|bearer|token|password|passwd|cookie"
-    r"|secrets?|credentials?)"
+    r"(?:.*_)?(?:api_?keys?|access_key|private_key|secret_key|authorization|auth|bearer|password|passwd|cookie|secrets?"
+    r"|credentials?|(?<!first_)(?<!last_)(?<!per_)(?<!output_)(?<!input_)(?<!prompt_)(?<!each_)(?<!next_)token)"
 )
 _HEADERS_KEY = re.compile(r"(?:.*_)?headers")
 _CAMEL_HUMP = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
@@ -498,12 +498,18 @@ def secret_forms(secrets: Iterable[str]) -> tuple[str, ...]:
     )
 
 
+def _escaped_forms(secret: str) -> tuple[bytes, bytes]:
+    """How a string may stand in a JSON text: with and without its non-ASCII characters escaped."""
+    return json.dumps(secret)[1:-1].encode(), json.dumps(secret, ensure_ascii=False)[1:-1].encode("utf-8", "replace")
+
+
 def _may_hold_secret(payload: bytes, secrets: Sequence[str]) -> bool:
+    """A quick look, at a hundredth of the cost of parsing; wrong only on the side of caution."""
     lowered = payload.lower()
     return (
         any(hint in lowered for hint in _CREDENTIAL_HINTS)
         or (b"@" in payload and b"://" in payload)
-        or any(json.dumps(secret)[1:-1].lower().encode() in lowered for secret in secrets)
+        or any(form in payload for secret in secrets for form in _escaped_forms(secret))
     )
 
 
@@ -517,9 +523,11 @@ def scrub_json(payload: bytes, secrets: Sequence[str] = (), found: set[str] | No
     """
     if not _may_hold_secret(payload, secrets):
         return payload
+    met = set() if found is None else found  # a secret may stand a second time, without its key
     try:
         value = json_load(payload)
-        clean = _scrub_strings(redact(value, found), secrets)
+        redacted = redact(value, met)
+        clean = _scrub_strings(redacted, (*secret_forms(met), *secrets))
     except (JSONError, RecursionError):
         return payload
     return payload if clean == value else json_bytes(clean)
@@ -4682,9 +4690,12 @@ class ReplaySource(Source):
         self._bus_ns = 0  # bus time ...
         self._at_ns = 0  # ... and the monotonic time at which it was that late
         self._rate = speed  # bus seconds a second: how fast the clock runs on
+        self._message_ns = 0  # bus time of the message that is being delivered, 0 between messages
         self._file: IO[bytes] | None = None  # open while it plays
 
     def now_ns(self) -> int:
+        if self._message_ns:
+            return self._message_ns
         if not self._bus_ns:
             return time.time_ns()
         return self._bus_ns + int((time.monotonic_ns() - self._at_ns) * self._rate)
@@ -4703,7 +4714,7 @@ class ReplaySource(Source):
         self._next = next(self._lines, None)
         if self._next is not None:
             self._set_clock(self._next[0], self._speed)
-            self._timer = self._event_loop.call_soon(self._turn)
+        self._timer = self._event_loop.call_soon(self._turn)
 
     def _read(self, file: IO[bytes]) -> Iterator[tuple[int, list[bytes]]]:
         """(time in ns, frames) of each line; a line that is none ends the recording with a word in the log."""
@@ -4717,22 +4728,21 @@ class ReplaySource(Source):
             self._notify(f"{self.address}: line {number} cannot be read, the replay ends there: {error}")
 
     def _turn(self) -> None:
-        """Deliver all that is due, then sleep until the next message is."""
-        batch: Batch = []
-        size = 0
-        while self._next is not None and len(batch) < BUS_TURN_MESSAGES_MAX and size < BUS_TURN_BYTES_MAX:
+        """Deliver all that is due, each message at its own time, then sleep until the next one is."""
+        turn = 0
+        while self._next is not None and turn < BUS_TURN_MESSAGES_MAX:
             due_ns, frames = self._next
             if self._speed and due_ns > self.now_ns():
                 break
-            batch.append(frames)
-            size += len(frames[1])
             if not self._speed:
                 self._set_clock(due_ns, 0.0)
+            self._message_ns = due_ns
+            self._deliver([frames])
+            self._message_ns = 0
             self._next = next(self._lines, None)
+            turn += 1
         if self._next is None:
-            self._set_clock(max(self.now_ns(), self._bus_ns), 1.0)  # from here on time passes as it does
-        if batch:
-            self._deliver(batch)
+            self._set_clock(self.now_ns(), 1.0)  # from here on time passes as it does
         self._schedule()
 
     def _schedule(self) -> None:

@@ -630,7 +630,7 @@ class TestJSON(unittest.TestCase):
             ([nan, inf, -inf, 1.5], b"[null,null,null,1.5]"),
             (2**64, b"18446744073709551616"),
             ({"n": [-(2**70)]}, b'{"n":[-1180591620717411303424]}'),
-            ({1: 1, None: 2, True: 3, 1.5: 4}, b'{"1":1,"null":2,"true":3,"1.5":4}'),
+            ({1: 1, None: 2, 1.5: 4}, b'{"1":1,"null":2,"1.5":4}'),
             ("\ud800x", b'"\xef\xbf\xbdx"'),
             ({"\udfff": nan}, b'{"\xef\xbf\xbd":null}'),
             ((1, (2,)), b"[1,[2]]"),
@@ -4065,7 +4065,8 @@ class TestReplayAndRecord(ServiceTestCase):
             path = os.path.join(folder, "r.jsonl")
             service = aiperf_api.APIService(record=path)
             await service.start()
-            service.publish({"message_type": "command", "config": {"api_key": "sk-123456"}, "note": "sk-123456"})
+            config = {"api_key": "sk-123456"}
+            service.publish({"message_type": "home_made", "config": config, "note": "sk-123456"})
             await service.stop()
             text = Path(path).read_text()
         self.assertIn("***", text)
