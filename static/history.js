@@ -1,0 +1,225 @@
+// SPDX-License-Identifier: Apache-2.0
+// The time series of the run, as the server sampled them: asked for once in full, then followed with `since`.
+//
+// All charts live from /api/history alone. Its times are the server's, so a page that comes late, reloads, lost the
+// line for a minute or watches a recording draws the same picture as one that was there from the start.
+
+import { getJSON } from "./api.js";
+import { known } from "./format.js";
+
+const MAX_POINTS = 7200; // as the server: past it every second point goes
+const STATS = ["p50", "p90", "p99", "avg", "count", "sum", "current",
+  "sent", "completed", "errors", "cancelled", "in_flight"];
+
+/** One statistic of one tag: `t` in seconds since the epoch, `v` beside it. */
+class Series {
+  constructor() {
+    this.t = [];
+    this.v = [];
+  }
+
+  /** Adds what is newer than the last point; returns whether anything was. */
+  add(points) {
+    let last = this.t.length ? this.t[this.t.length - 1] : -Infinity;
+    const before = this.t.length;
+    for (const [ns, value] of points) {
+      const t = ns / 1e9;
+      if (t <= last || !known(value)) continue;
+      this.t.push(t);
+      this.v.push(value);
+      last = t;
+    }
+    if (this.t.length > MAX_POINTS) this.thin();
+    return this.t.length !== before;
+  }
+
+  /** Drops every second point, never the last. */
+  thin() {
+    const odd = (this.t.length - 1) % 2;
+    const keep = (_, index) => index % 2 === odd;
+    this.t = this.t.filter(keep);
+    this.v = this.v.filter(keep);
+  }
+}
+
+const NOTHING = { t: [], v: [] };
+
+export class RunHistory {
+  constructor() {
+    this.wanted = new Set(); // tags somebody draws
+    this.onlyStats = new Map(); // server tags: the one or two statistics somebody draws
+    this.reset();
+  }
+
+  /** Forgets the run, not what is wanted. */
+  reset() {
+    this.index = {}; // tag -> {unit, header, group, stats}
+    this.loaded = new Set(); // tags whose past we have
+    this.series = new Map(); // tag -> stat -> Series
+    this.origin = null; // seconds since the epoch at which the run began
+    this.last = 0; // the newest point of all, in ns as the server wrote it
+    this.generation = (this.generation ?? 0) + 1;
+  }
+
+  want(tags) {
+    for (const tag of tags) this.wanted.add(tag);
+  }
+
+  /** What /api/history has. Called at load, at phase changes and when a new tag shows up. */
+  async refreshIndex() {
+    const generation = this.generation;
+    const answer = await getJSON("api/history");
+    if (generation !== this.generation) return;
+    this.index = answer.tags ?? {};
+    if (known(answer.start_ns)) {
+      const start = answer.start_ns / 1e9;
+      // A server that was restarted mid-run began later than the run.
+      this.origin = this.origin === null ? start : Math.min(this.origin, start);
+    }
+  }
+
+  /** Gets what is new for every wanted tag; returns whether anything was. */
+  async poll() {
+    const have = [...this.wanted].filter((tag) => Object.hasOwn(this.index, tag));
+    const fresh = have.filter((tag) => !this.loaded.has(tag));
+    const following = have.filter((tag) => this.loaded.has(tag));
+    const answers = await Promise.all([this.fetch(following, this.last), this.fetch(fresh, 0)]);
+    return answers.some(Boolean);
+  }
+
+  async fetch(tags, since) {
+    let changed = false;
+    // Long lists of GPUs would not fit into one request line.
+    for (let at = 0; at < tags.length; at += 24) changed = (await this.fetchSome(tags.slice(at, at + 24), since)) || changed;
+    return changed;
+  }
+
+  async fetchSome(tags, since) {
+    const generation = this.generation;
+    const query = new URLSearchParams();
+    for (const tag of tags) query.append("tag", tag);
+    query.append("stat", this.statsFor(tags).join(","));
+    if (since) query.append("since", String(since));
+    const answer = await getJSON(`api/history?${query}`);
+    if (generation !== this.generation) return false;
+    let changed = false;
+    // One tag with one statistic comes without the list around it.
+    for (const one of answer.series ?? [answer]) changed = this.take(one) || changed;
+    for (const tag of tags) this.loaded.add(tag);
+    return changed;
+  }
+
+  /** The statistics that are drawn; for server metrics whatever they have, since theirs have other names. */
+  statsFor(tags) {
+    const own = tags.filter((tag) => tag.startsWith("server:")).flatMap((tag) => this.index[tag]?.stats ?? []);
+    return [...new Set([...STATS, ...own])];
+  }
+
+  take({ tag, stat, points }) {
+    if (!points?.length) return false;
+    let stats = this.series.get(tag);
+    if (!stats) this.series.set(tag, (stats = new Map()));
+    let series = stats.get(stat);
+    if (!series) stats.set(stat, (series = new Series()));
+    this.last = Math.max(this.last, points[points.length - 1][0]);
+    return series.add(points);
+  }
+
+  get(tag, stat) {
+    return this.series.get(tag)?.get(stat) ?? NOTHING;
+  }
+
+  /** The whole of a metric's statistic that AIPerf leaves out before 0.7: sum = avg × count. */
+  sum(tag) {
+    const sum = this.get(tag, "sum");
+    if (sum.t.length) return sum;
+    return combine(this.get(tag, "avg"), this.get(tag, "count"), (avg, count) => avg * count);
+  }
+
+  /** Δcount/Δt: what was finished per second between two messages. */
+  rate(series) {
+    return differences(series, (dv, dt) => dv / dt);
+  }
+
+  /** Δsum/Δcount: the mean of the requests that finished between two messages; nothing finished, no value. */
+  meanNow(tag) {
+    const pairs = join([this.sum(tag), this.get(tag, "count")]);
+    const [t, sums, counts] = pairs;
+    const out = { t: [], v: [] };
+    let before = -1;
+    for (let i = 0; i < t.length; i++) {
+      if (sums[i] === null || counts[i] === null) continue;
+      if (before >= 0 && counts[i] >= counts[before]) {
+        const done = counts[i] - counts[before];
+        out.t.push(t[i]);
+        out.v.push(done > 0 ? (sums[i] - sums[before]) / done : null);
+      }
+      before = i;
+    }
+    return out;
+  }
+
+  /** [{name, start, end}] of the phases, in seconds since the epoch, in the order they began. */
+  phases() {
+    const out = [];
+    for (const [tag, stats] of this.series) {
+      if (!tag.startsWith("phase:")) continue;
+      const { t } = stats.get("sent") ?? stats.get("completed") ?? NOTHING;
+      if (t.length) out.push({ name: tag.slice(6), start: t[0], end: t[t.length - 1] });
+    }
+    return out.sort((a, b) => a.start - b.start);
+  }
+}
+
+/** Point-wise differences; a value that falls (a new phase counts from zero) begins anew. */
+function differences({ t, v }, of) {
+  const out = { t: [], v: [] };
+  for (let i = 1; i < t.length; i++) {
+    if (v[i] < v[i - 1]) continue;
+    out.t.push(t[i]);
+    out.v.push(of(v[i] - v[i - 1], t[i] - t[i - 1]));
+  }
+  return out;
+}
+
+function combine(a, b, of) {
+  const [t, va, vb] = join([a, b]);
+  const out = { t: [], v: [] };
+  t.forEach((at, i) => {
+    if (va[i] === null || vb[i] === null) return;
+    out.t.push(at);
+    out.v.push(of(va[i], vb[i]));
+  });
+  return out;
+}
+
+/** Several series over one time column; null where a series has no point. */
+export function join(all) {
+  const longest = all.reduce((best, one) => (one.t.length > best.t.length ? one : best), NOTHING);
+  const n = longest.t.length;
+  if (all.every(({ t }) => t.length === n && t[0] === longest.t[0] && t[n - 1] === longest.t[n - 1])) {
+    return [longest.t, ...all.map(({ v }) => v)];
+  }
+  const times = Float64Array.from(new Set(all.flatMap(({ t }) => t))).sort();
+  const columns = all.map(({ t, v }) => {
+    const column = new Array(times.length).fill(null);
+    for (let i = 0, at = 0; i < t.length; i++) {
+      while (times[at] < t[i]) at++;
+      column[at] = v[i];
+    }
+    return column;
+  });
+  return [times, ...columns];
+}
+
+/** Series one after the other in time (the phases of a run), as one. */
+export function chain(all) {
+  const points = all.flatMap(({ t, v }) => t.map((at, i) => [at, v[i]])).sort((a, b) => a[0] - b[0]);
+  return { t: points.map(([at]) => at), v: points.map(([, value]) => value) };
+}
+
+/** The last value of a series. */
+export function latest({ v }) {
+  for (let i = v.length - 1; i >= 0; i--) if (v[i] !== null) return v[i];
+  return null;
+}

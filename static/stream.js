@@ -1,0 +1,126 @@
+// SPDX-License-Identifier: Apache-2.0
+// The raw stream: bus messages as they come, over a socket of its own, and the lines that do the same in a shell.
+
+import { Feed, getJSON, hasToken, root, socketURL } from "./api.js";
+import { h, setText, snippet } from "./dom.js";
+
+const TYPES = ["realtime_metrics", "realtime_telemetry_metrics", "realtime_server_metrics", "credit_phase_start", "credit_phase_progress",
+  "credit_phase_complete", "worker_status_summary", "worker_health", "processing_stats", "all_records_received",
+  "system_state_changed", "process_all_results", "process_records_result", "results_exported", "benchmark_complete", "heartbeat"];
+const MAX_LINES = 200;
+const MAX_LENGTH = 4000;
+
+/** What a shell needs around a word. */
+export const quoted = (text) => `'${String(text).replaceAll("'", "'\\''")}'`;
+
+/** The same subscription from a terminal. */
+export function shellLines(types) {
+  const asked = JSON.stringify({ type: "subscribe", message_types: types });
+  const header = hasToken() ? ' -H "Authorization: Bearer $AIPERF_API_TOKEN"' : "";
+  const wsHeader = hasToken() ? ' -H="Authorization: Bearer $AIPERF_API_TOKEN"' : "";
+  const stream = new URL("api/stream", root);
+  const query = types.includes("*") ? "" : `?types=${types.map(encodeURIComponent).join(",")}`;
+  return {
+    websocat: `echo ${quoted(asked)} | websocat -n${wsHeader} ${quoted(socketURL().href)}`,
+    curl: `curl -N${header} ${quoted(stream.href + query)}`,
+  };
+}
+
+export class StreamPanel {
+  constructor(pane) {
+    this.feed = null;
+    this.paused = false;
+    this.held = []; // [type, text] that came since the last frame
+    this.count = 0;
+    this.boxes = new Map();
+    this.list = h("div", { class: "types" });
+    this.addTypes(["*", ...TYPES]);
+    this.messages = h("div", { class: "messages", tabindex: "0", role: "log", "aria-live": "off", "aria-label": "Messages" });
+    this.tally = h("span", { class: "muted" });
+    this.pauseButton = h("button", { class: "button", type: "button", "aria-pressed": "false" }, "Pause");
+    this.pauseButton.addEventListener("click", () => this.pause(!this.paused));
+    const clear = h("button", { class: "button", type: "button" }, "Clear");
+    clear.addEventListener("click", () => { this.messages.replaceChildren(); this.count = 0; this.tell(); });
+    this.websocat = snippet("", "websocat line");
+    this.curl = snippet("", "curl line");
+    pane.append(h("div", { class: "stream" },
+      h("fieldset", {}, h("legend", {}, "Message types"), this.list),
+      h("div", { class: "right" }, h("div", { class: "tools" }, this.pauseButton, clear, this.tally), this.messages, this.websocat, this.curl)));
+    this.lines();
+    this.tell();
+  }
+
+  addTypes(types) {
+    for (const type of types) {
+      if (this.boxes.has(type)) continue;
+      const box = h("input", { type: "checkbox" });
+      box.addEventListener("change", () => this.subscribe());
+      this.boxes.set(type, box);
+      this.list.append(h("label", {}, box, h("span", { class: "mono" }, type === "*" ? "* (everything)" : type)));
+    }
+  }
+
+  /** The tab was opened: take the names that the server knows. */
+  async open() {
+    if (this.opened) return;
+    this.opened = true;
+    const docs = await getJSON("api/docs").catch(() => null);
+    this.addTypes([...(docs?.message_types?.builtin ?? []), ...(docs?.message_types?.known ?? [])]);
+  }
+
+  chosen() {
+    return [...this.boxes].filter(([, box]) => box.checked).map(([type]) => type);
+  }
+
+  lines() {
+    const types = this.chosen();
+    const { websocat, curl } = shellLines(types.length ? types : ["realtime_metrics"]);
+    this.websocat.setLine(websocat);
+    this.curl.setLine(curl);
+  }
+
+  subscribe() {
+    this.feed?.stop();
+    this.feed = null;
+    const types = this.chosen();
+    this.lines();
+    if (types.length) {
+      this.feed = new Feed({
+        types,
+        onMessage: (type, text) => this.hold(text),
+        onControl: (object) => { if (object.type !== "subscribed") this.hold(JSON.stringify(object)); },
+      });
+    }
+    this.tell();
+  }
+
+  pause(paused) {
+    this.paused = paused;
+    this.pauseButton.setAttribute("aria-pressed", String(paused));
+    this.pauseButton.textContent = paused ? "Resume" : "Pause";
+    this.tell();
+  }
+
+  hold(text) {
+    this.count++;
+    if (this.paused) return;
+    this.held.push(text);
+    if (this.held.length > MAX_LINES) this.held.shift();
+    this.frame ??= requestAnimationFrame(() => this.flush());
+  }
+
+  flush() {
+    this.frame = undefined;
+    const box = this.messages;
+    const atEnd = box.scrollHeight - box.scrollTop - box.clientHeight < 24;
+    box.append(...this.held.splice(0).map((text) => h("div", {}, text.length > MAX_LENGTH ? `${text.slice(0, MAX_LENGTH)} … (${text.length} characters)` : text)));
+    while (box.childElementCount > MAX_LINES) box.firstChild.remove();
+    if (atEnd) box.scrollTop = box.scrollHeight;
+    this.tell();
+  }
+
+  tell() {
+    const types = this.chosen().length;
+    setText(this.tally, types ? `${this.count.toLocaleString("en-US")} messages${this.paused ? ", paused" : ""}` : "Choose a type to watch it.");
+  }
+}
