@@ -2966,16 +2966,16 @@ class Run:
         self.end: Optional[str] = None  # one of ENDS
         self.error: Optional[str] = None  # what went wrong, in a line
         self.announces_states = False  # system_state_changed was heard (0.13)
-        self.failed_to_configure = False  # a service said that it could not
+        self.failed_to_configure = False
         self.stopped_early = False  # AIPerf began to stop while requests were due
         self.was_cancelled = False  # a command or a result says so
-        self.is_shut_down = False  # the controller said so
+        self.is_shut_down = False
         self.is_exported = False  # results_exported was heard
         self.is_complete = False  # benchmark_complete was heard
         self.child_exit: Optional[str] = None  # how the child ended; "" when it ended well
         # Identity
         self.benchmark_id: Optional[str] = None
-        self.profile_id: Optional[str] = None  # of the run, if a message carries one
+        self.profile_id: Optional[str] = None
         self.config: dict[str, Any] = {}  # what profile_configure carried (up to 0.6)
         self.phase_configs: dict[str, dict[str, Any]] = {}  # credit_phase_start.config by phase
         # Progress
@@ -2989,7 +2989,7 @@ class Run:
         self.metrics = Latest(_read_rows)  # rows by tag, in display units
         self.telemetry = Latest(_read_rows)  # rows by tag
         self.server_metrics = Latest(_read_server_metrics)  # realtime_server_metrics without its envelope
-        self.history = History()  # series of figures over time
+        self.history = History()
         # Results
         self.final_rows: dict[str, dict[str, Any]] = {}  # the final metrics by tag, in display units
         self.results: Optional[dict[str, Any]] = None  # AIPerf's results object, its records in display units
@@ -3631,14 +3631,11 @@ class BenchmarkState:
         """Return the identity as labels for Prometheus, as far as it is known, written as AIPerf's exporter does."""
         identity = self._identity()
         shown = {field: identity[field] for field in _IDENTITY_FIELDS if field in identity}
-        return {
-            field: str(value).lower()
-            if isinstance(value, bool)
-            else str(float(value))
-            if field == "request_rate"
-            else str(value)
-            for field, value in shown.items()
-        }
+        if "streaming" in shown:
+            shown["streaming"] = str(shown["streaming"]).lower()
+        if "request_rate" in shown:
+            shown["request_rate"] = float(shown["request_rate"])
+        return {field: str(value) for field, value in shown.items()}
 
     def history(
         self, tags: Sequence[str] = (), stats: Sequence[str] = (), since_ns: Optional[int] = None
