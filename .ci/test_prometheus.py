@@ -105,9 +105,11 @@ class ExpositionTests(unittest.TestCase):
     def test_both_parsers_accept_both_formats_all_through_every_recording(self) -> None:
         for recording in RECORDINGS:
             options = ("--replay", str(recording), "--replay-speed", "20")
-            with self.subTest(recording.name), tempfile.TemporaryDirectory() as folder:
-                with serving(Path(folder), *options) as url:
-                    self.assertGreater(self._parse_until_the_end(url), 3)
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(self.subTest(recording.name))
+                folder = stack.enter_context(tempfile.TemporaryDirectory())
+                url = stack.enter_context(serving(Path(folder), *options))
+                self.assertGreater(self._parse_until_the_end(url), 3)
 
     def _parse_until_the_end(self, url: str) -> int:
         """Parse again and again, the end included; returns how often."""
