@@ -94,6 +94,7 @@ HTTP_REQUEST_LINE_BYTES_MAX = HTTP_TARGET_BYTES_MAX + 64  # the target, a method
 HTTP_LEADING_CRLF_MAX = 4  # empty lines skipped before a request line; RFC 9112 2.2 asks for at least one; 400
 HTTP_CONTENT_LENGTH_DIGITS_MAX = 15  # h11 20; any length above 0 is refused anyway; 400
 HTTP_QUERY_FIELDS_MAX = 64  # parts between "&"; CPython's max_num_fields is off by default; 400
+HTTP_ACCEPT_MEMBERS_MAX = 32  # media types of one Accept header, codings of one Accept-Encoding; the rest are ignored
 HTTP_MEMO_HEADS_MAX = 64  # request heads remembered by one memo; the oldest is forgotten, nobody sees it
 HTTP_MEMO_HEAD_BYTES_MAX = 1024  # longer heads are parsed each time; curl sends 80, Prometheus 300, Chromium 700
 HTTP_SUGGEST_PATH_CHARS_MAX = 64  # an unknown path longer than this gets a 404 without "did you mean" (difflib is slow)
@@ -1368,7 +1369,7 @@ def _weighted(header: str) -> list[tuple[str, dict[str, str], float]]:
     Commas and semicolons inside quoted parameters are not expected: such a member is misread and then fits nothing.
     """
     members = []
-    for item in header.lower().split(","):
+    for item in header.lower().split(",", HTTP_ACCEPT_MEMBERS_MAX)[:HTTP_ACCEPT_MEMBERS_MAX]:
         value, *rest = (part.strip(" \t") for part in item.split(";"))
         params = {name.strip(" \t"): text.strip(' \t"') for name, _, text in (part.partition("=") for part in rest)}
         q = params.pop("q", "1")
@@ -2031,7 +2032,7 @@ def metric_name(text: str) -> str:
 
 
 def unit_name(unit: str) -> str:
-    """Return a unit as the end of a metric name, by AIPerf's rules in its order: `tokens/sec/user` is `tps_per_user`."""
+    """Return a unit as the end of a metric name, by AIPerf's rules in order: `tokens/sec/user` is `tps_per_user`."""
     unit = unit.replace("%", "percent").replace("/", "_per_").replace("tokens_per_sec", "tps").replace("__", "_")
     return metric_name(unit)
 
@@ -2966,16 +2967,16 @@ class Run:
         self.end: Optional[str] = None  # one of ENDS
         self.error: Optional[str] = None  # what went wrong, in a line
         self.announces_states = False  # system_state_changed was heard (0.13)
-        self.failed_to_configure = False
+        self.failed_to_configure = False  # a service or the data set could not be configured
         self.stopped_early = False  # AIPerf began to stop while requests were due
         self.was_cancelled = False  # a command or a result says so
-        self.is_shut_down = False
+        self.is_shut_down = False  # the state or the command `shutdown` was heard
         self.is_exported = False  # results_exported was heard
         self.is_complete = False  # benchmark_complete was heard
         self.child_exit: Optional[str] = None  # how the child ended; "" when it ended well
         # Identity
-        self.benchmark_id: Optional[str] = None
-        self.profile_id: Optional[str] = None
+        self.benchmark_id: Optional[str] = None  # from the data set's notification, or the server metrics
+        self.profile_id: Optional[str] = None  # as messages carry it, if they do
         self.config: dict[str, Any] = {}  # what profile_configure carried (up to 0.6)
         self.phase_configs: dict[str, dict[str, Any]] = {}  # credit_phase_start.config by phase
         # Progress
@@ -2989,7 +2990,7 @@ class Run:
         self.metrics = Latest(_read_rows)  # rows by tag, in display units
         self.telemetry = Latest(_read_rows)  # rows by tag
         self.server_metrics = Latest(_read_server_metrics)  # realtime_server_metrics without its envelope
-        self.history = History()
+        self.history = History()  # figures over time
         # Results
         self.final_rows: dict[str, dict[str, Any]] = {}  # the final metrics by tag, in display units
         self.results: Optional[dict[str, Any]] = None  # AIPerf's results object, its records in display units

@@ -42,7 +42,7 @@ class Endpoint {
       const flag = name === "pretty";
       const given = this.example.searchParams.getAll(name);
       const input = h("input", flag ? { type: "checkbox" } : { type: "text", value: given.join(","), spellcheck: "false", autocomplete: "off" });
-      if (flag) input.checked = this.example.searchParams.has(name);
+      if (flag) input.checked = true; // a person looks at the answer
       input.addEventListener("input", () => this.changed());
       this.inputs.set(name, input);
       return h("label", {}, h("code", {}, name), input, h("span", { class: "hint" }, description ?? ""));
