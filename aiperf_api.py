@@ -4062,7 +4062,7 @@ class ZMTPSubscriber:
         self._room = BUS_FRAME_MAX  # bytes that its further frames may have
         # output
         self._output: list[bytes] = [_GREETING]
-        self._ttl_sec = 0.0
+        self._ttl_sec = 0.0  # seconds that the PING at hand allows; 0: it says none
 
     @property
     def socket_type(self) -> str:
@@ -4311,11 +4311,11 @@ class _BusPeer(asyncio.Protocol):
     """
 
     def __init__(self, source: BuiltinBusSource) -> None:
-        self._source = source
-        self._loop = asyncio.get_running_loop()
-        self.codec = ZMTPSubscriber()
+        self._source = source  # takes what arrives
+        self._loop = asyncio.get_running_loop()  # carries the timers
+        self.codec = ZMTPSubscriber()  # the bytes of this connection, understood
         self.gone: asyncio.Future[None] = self._loop.create_future()  # done when the connection is over
-        self._transport: Any = None
+        self._transport: Any = None  # None until connected
         self._backlog: Batch = []  # messages for the next turns; while it holds any, reading is paused
         self._deadline: asyncio.TimerHandle | None = None  # of the handshake, then of the next heartbeat
         self._ttl: asyncio.TimerHandle | None = None  # when the peer's own PING gives it up
@@ -4444,25 +4444,24 @@ class BuiltinBusSource(Source):
     def __init__(self, address: str, kind: str = "zmq", *, bind: bool = False) -> None:
         # source
         self.address = address
-        self.kind = kind
-        self._endpoint = parse_endpoint(address, bind=bind)
-        self._bind = bind
-        self._subscriptions: collections.Counter[bytes] = (
-            collections.Counter()
-        )  # prefix -> how often subscribed, as a SUB socket counts
+        self.kind = kind  # as /api/status has it
+        self._endpoint = parse_endpoint(address, bind=bind)  # what the address says
+        self._bind = bind  # whether publishers connect to us
+        # prefix -> how often subscribed, as a SUB socket counts
+        self._subscriptions: collections.Counter[bytes] = collections.Counter()
         self.prefixes: tuple[bytes, ...] = ()  # those subscribed at all: told to every peer, and filtered by
         # run
-        self._deliver: Callable[[Batch], None] = lambda batch: None
-        self._notify: Callable[[str], None] = lambda line: None
-        self._task: asyncio.Task[None] | None = None
-        self._listener: socket.socket | None = None
-        self._server: asyncio.AbstractServer | None = None
+        self._deliver: Callable[[Batch], None] = lambda batch: None  # where messages go
+        self._notify: Callable[[str], None] = lambda line: None  # where lines for the log go
+        self._task: asyncio.Task[None] | None = None  # connects again and again
+        self._listener: socket.socket | None = None  # when bound
+        self._server: asyncio.AbstractServer | None = None  # accepts from the listener
         self._file: tuple[str, int] | None = None  # path and inode of the socket that we bound
-        self._stopped = False
+        self._stopped = False  # whether stop() was called
         # connections
         self._peers: set[_BusPeer] = set()
         self._ready: set[_BusPeer] = set()  # those whose handshake is over
-        self._retry_sec = BUS_RETRY_MIN_SEC
+        self._retry_sec = BUS_RETRY_MIN_SEC  # until the next attempt
         self._said: set[str] = set()  # kinds of line that are not to be said again
         self._said_up = False  # whether the last word on the connection was that it stands
 
