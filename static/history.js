@@ -159,15 +159,29 @@ export class RunHistory {
     return out;
   }
 
-  /** [{name, start, end}] of the phases, in seconds since the epoch, in the order they began. */
+  /** The phases that have points, in the order they began: [{name, start}], in seconds since the epoch. */
   phases() {
     const out = [];
     for (const [tag, stats] of this.series) {
-      if (!tag.startsWith("phase:")) continue;
-      const { t } = stats.get("sent") ?? stats.get("completed") ?? NOTHING;
-      if (t.length) out.push({ name: tag.slice(6), start: t[0], end: t[t.length - 1] });
+      const [start] = tag.startsWith("phase:") ? (stats.get("sent") ?? NOTHING).t : [];
+      if (start !== undefined) out.push({ name: tag.slice(6), start });
     }
     return out.sort((a, b) => a.start - b.start);
+  }
+
+  /** A count of the phases over the whole run: each from its start to the start of the next. */
+  ofPhases(stat, of = (series) => series) {
+    const all = this.phases();
+    const out = { t: [], v: [] };
+    all.forEach(({ name }, at) => {
+      const until = all[at + 1]?.start ?? Infinity;
+      const { t, v } = of(this.get(`phase:${name}`, stat));
+      for (let i = 0; i < t.length && t[i] < until; i++) {
+        out.t.push(t[i]);
+        out.v.push(v[i]);
+      }
+    });
+    return out;
   }
 }
 
@@ -210,12 +224,6 @@ export function join(all) {
     return column;
   });
   return [times, ...columns];
-}
-
-/** Series one after the other in time (the phases of a run), as one. */
-export function chain(all) {
-  const points = all.flatMap(({ t, v }) => t.map((at, i) => [at, v[i]])).sort((a, b) => a[0] - b[0]);
-  return { t: points.map(([at]) => at), v: points.map(([, value]) => value) };
 }
 
 /** The last value of a series. */
