@@ -39,6 +39,7 @@ import collections
 import contextlib
 import difflib
 import enum
+import glob
 import hashlib
 import hmac
 import io
@@ -50,10 +51,13 @@ import math
 import os
 import random
 import re
+import shlex
+import shutil
 import signal
 import socket
 import struct
 import sys
+import tempfile
 import time
 import zlib
 from array import array
@@ -162,6 +166,16 @@ BUS_RETRY_MAX_SEC = 2.0  # between reconnects at most
 BUS_PROVEN_SEC = 2.0  # a connection that lasted so long starts the back-off and the log lines afresh
 BUS_IPC_PATH_MAX = 107 if sys.platform.startswith("linux") else 103  # bytes of an ipc:// path: sun_path less its NUL
 
+# After the end of a child
+LINGER_SEC = 5  # the last state is served for so long, unless --linger says otherwise
+
+# The end of a child: what its bus still has to say is waited for
+BUS_SETTLE_QUIET_SEC = 0.2  # without a message: then it has said everything
+BUS_SETTLE_TIMEOUT_SEC = 3  # at most, for a bus that outlives its benchmark
+
+# Log lines that wait while a child has the terminal
+LOG_LINES_HELD_MAX = 1000  # older ones are left out, and counted
+
 # Stopping
 STOP_TIMEOUT_SEC = 2  # in all, from the signal to the exit
 
@@ -175,6 +189,7 @@ LOG_QUOTE_CHARS_MAX = 200  # a quoted string of a peer; websockets 75; cut with 
 #   AIPerfAPIError            everything this module raises on purpose
 #   ├── UsageError            the command line or an argument of APIService is wrong      exit code 2
 #   ├── StartError            the machine says no: port in use, file unreadable           exit code 1
+#   ├── CommandError          the command behind `--` cannot be started                   exit code 126 or 127
 #   ├── JSONError             bytes that are not JSON
 #   ├── BusMessageError       a bus message that cannot be used                           counted, logged once a kind
 #   ├── ClientMessageError    a WebSocket message that cannot be obeyed                   an error answer
@@ -247,6 +262,14 @@ class HTTPError(AIPerfAPIError):
         self.message = message
         self.headers = headers
         self.close = close
+
+
+class CommandError(AIPerfAPIError):
+    """The command behind `--` cannot be started; `exit_code` is 127 (not found) or 126, as a shell has it."""
+
+    def __init__(self, exit_code: int, message: str) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 class WebSocketError(AIPerfAPIError):
@@ -1445,10 +1468,12 @@ class Response:
         body: None for a stream that ends with the connection; encode() then gives the head alone.
         content_type: with its charset; `text/html` gets the headers of a page.
         headers: further ones; ValueError for CR, LF or NUL in them.  Without a Cache-Control it is `no-store`.
-        gzip_body: the same body compressed, for clients that take it.  An ETag beside it must be weak (`W/"…"`).
+
+    A body of HTTP_GZIP_BYTES_MIN or more goes out compressed to clients that take it; an ETag beside it must be weak
+    (`W/"…"`), because one tag then stands for both forms.
     """
 
-    __slots__ = ("_gzip_head", "_head", "body", "gzip_body", "headers", "status")
+    __slots__ = ("_gzip_body", "_gzip_head", "_head", "body", "headers", "is_compressible", "status")
 
     def __init__(
         self,
@@ -1456,16 +1481,13 @@ class Response:
         body: bytes | None = b"",
         content_type: str = "application/json",
         headers: HeaderList = (),
-        *,
-        gzip_body: bytes | None = None,
     ) -> None:
         self.status = status
         self.body = body
         self.headers = tuple(headers)
-        self.gzip_body = gzip_body
-        fixed = self._fixed_head(content_type)
-        self._head = fixed + self._length(body)
-        self._gzip_head = fixed + b"Content-Encoding: gzip\r\n" + self._length(gzip_body)
+        self.is_compressible = body is not None and status == 200 and len(body) >= HTTP_GZIP_BYTES_MIN
+        self._head = self._fixed_head(content_type)
+        self._gzip_head, self._gzip_body = b"", b""  # made when a client first takes it
 
     def _fixed_head(self, content_type: str) -> bytes:
         names = {name.lower() for name, _ in self.headers}
@@ -1473,18 +1495,18 @@ class Response:
         added.append(("X-Content-Type-Options", "nosniff"))
         if "cache-control" not in names:
             added.append(("Cache-Control", "no-store"))
-        if self.gzip_body is not None:
+        if self.is_compressible:
             added.append(("Vary", "Accept-Encoding"))
         if content_type.startswith("text/html"):
             added.extend(_PAGE_HEADERS)
         status_line = f"HTTP/1.1 {self.status} {_REASONS[self.status]}\r\n".encode("ascii")
         return status_line + _header_bytes((*added, *self.headers))
 
-    def _length(self, body: bytes | None) -> bytes:
-        # RFC 9110 8.6: no Content-Length with 204; with 304 it would have to be that of the 200.
-        if body is None or self.status in (204, 304):
-            return b"Date: "
-        return b"Content-Length: %d\r\nDate: " % len(body)
+    def _compress(self) -> None:
+        """RFC 1952, once for all requests; level 6 gives a tenth of the bytes for a few milliseconds."""
+        packer = zlib.compressobj(6, zlib.DEFLATED, 16 + zlib.MAX_WBITS)
+        self._gzip_body = packer.compress(self.body or b"") + packer.flush()
+        self._gzip_head = self._head + b"Content-Encoding: gzip\r\n"
 
     def encode(
         self, *, date: bytes, head_only: bool = False, close: bool = False, gzip: bool = False, extra: HeaderList = ()
@@ -1495,17 +1517,21 @@ class Response:
             date: IMF-fixdate (RFC 9110 5.6.7), such as b"Mon, 23 Nov 2026 00:00:00 GMT".
             head_only: the request is a HEAD: same head, no body.
             close: the connection ends after this answer; implied by a body of None.
-            gzip: the client takes gzip (accepts_gzip); used if there is a gzip_body.
+            gzip: the client takes gzip (accepts_gzip); used if the body is worth it.
             extra: headers of this one answer, such as CORS.
         """
-        body = self.body
-        head = self._head
-        if gzip and self.gzip_body is not None:
-            head, body = self._gzip_head, self.gzip_body
+        head, body = self._head, self.body
+        if gzip and self.is_compressible:
+            if not self._gzip_body:
+                self._compress()
+            head, body = self._gzip_head, self._gzip_body
+        # RFC 9110 8.6: no Content-Length with 204; with 304 it would have to be that of the 200.
+        has_length = body is not None and self.status not in (204, 304)
+        length = b"Content-Length: %d\r\n" % len(body or b"") if has_length else b""
         end = b"\r\n" + _header_bytes(extra) if extra else b"\r\n"
         if close or body is None:
             end += b"Connection: close\r\n"
-        return b"".join((head, date, end, b"\r\n", b"" if head_only or body is None else body))
+        return b"".join((head, length, b"Date: ", date, end, b"\r\n", b"" if head_only or body is None else body))
 
 
 def json_response(value: JSONValue, status: int = 200, pretty: bool = False, headers: HeaderList = ()) -> Response:
@@ -1522,7 +1548,7 @@ def error_response(error: HTTPError, pretty: bool = False) -> Response:
 def not_modified(response: Response) -> Response:
     """The 304 for a response whose ETag the client already has (RFC 9110 15.4.5)."""
     kept = [pair for pair in response.headers if pair[0].lower() in ("cache-control", "etag", "vary")]
-    if response.gzip_body is not None:
+    if response.is_compressible:
         kept.append(("Vary", "Accept-Encoding"))
     return Response(304, b"", "", kept)
 
@@ -1609,7 +1635,7 @@ def _operation(route: Route) -> dict[str, Any]:
         media["example"] = route.example
     answer: dict[str, Any] = {"description": route.summary}
     if not route.websocket:
-        answer["content"] = {media_type: media for media_type in route.media_types}
+        answer["content"] = dict.fromkeys(route.media_types, media)
     operation: dict[str, Any] = {
         "operationId": route.name,
         "summary": route.summary,
@@ -2306,6 +2332,8 @@ PHASE_MESSAGE_TYPES = frozenset(
 )
 # What may be large and frequent: kept as bytes until somebody asks.
 METRICS_MESSAGE_TYPES = frozenset({"realtime_metrics", "realtime_telemetry_metrics", "realtime_server_metrics"})
+# What only a benchmark under load sends: after it, silence was no end.
+_SIGNS_OF_LOAD = frozenset({*PHASE_MESSAGE_TYPES, *METRICS_MESSAGE_TYPES, "processing_stats"})
 # What the reducer itself has to hear.
 CORE_MESSAGE_TYPES = frozenset(
     {
@@ -2889,6 +2917,16 @@ def _config_sections(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [_plain_keys(section) for section in sections if section]
 
 
+def _find_text(value: Any, keys: Sequence[str], depth: int) -> Optional[str]:
+    """Return the first text that stands under one of the keys, however deep (but not deeper than `depth`)."""
+    plain = _plain_keys(value) if isinstance(value, dict) else {}
+    inner = plain.values() if plain else value if isinstance(value, list) else ()
+    here = next((text for key in keys if (text := _text(plain.get(key)))), None)
+    if here is not None or depth == 0:
+        return here
+    return next((text for item in inner if (text := _find_text(item, keys, depth - 1))), None)
+
+
 def _first_profiling_phase(section: Mapping[str, Any]) -> dict[str, Any]:
     """Return the phase that AIPerf takes concurrency and rate from: the first that profiles."""
     phases = section.get("phases")
@@ -2966,6 +3004,7 @@ class Run:
         self.state = "waiting"  # one of STATES, as far as it was announced or follows from what happens
         self.end: Optional[str] = None  # one of ENDS
         self.error: Optional[str] = None  # what went wrong, in a line
+        self.fell_silent = False  # it was silent for so long that a registration is another run's
         self.announces_states = False  # system_state_changed was heard (0.13)
         self.failed_to_configure = False  # a service or the data set could not be configured
         self.stopped_early = False  # AIPerf began to stop while requests were due
@@ -3421,7 +3460,8 @@ def _read_known(message_type: str, payload: bytes) -> dict[str, Any]:
     """
     message = read_message(payload)
     field, wanted = _HANDLERS[message_type][1:]
-    if field and not (isinstance(message.get(field), wanted) and message[field]) and message.get(field) != {}:
+    value = message.get(field)
+    if field and (not isinstance(value, wanted) or value in (None, "")):
         raise BusMessageError("bad_shape", f"{message_type} without a usable {field}")
     message["message_type"] = message_type  # the topic decides
     if message_type in PHASE_MESSAGE_TYPES:
@@ -3473,6 +3513,7 @@ class BenchmarkState:
             BusMessageError: it cannot be used; the state is as before. A metrics message that arrives within 100 ms
                 of the one before is judged when somebody asks for it; if it is bad, `late_errors` grows.
         """
+        self._run.fell_silent = self._run.fell_silent or self._run.is_stale(now_ns)
         if message_type in METRICS_MESSAGE_TYPES:
             change = self._run.take_metrics(message_type, payload, now_ns)
         elif message_type in _HANDLERS:
@@ -3483,12 +3524,14 @@ class BenchmarkState:
         if run.first_ns is None:
             run.first_ns = now_ns
             change |= run.advance("initializing")
+        if message_type in _SIGNS_OF_LOAD:
+            run.fell_silent = False
         run.last_ns = now_ns
         return change
 
     def _apply_known(self, message_type: str, message: dict[str, Any], now_ns: int) -> Change:
         change = Change.NONE
-        if self._begins_run(message_type, message, now_ns):
+        if self._begins_run(message_type, message):
             self._late_errors_before = self.late_errors
             self._run = Run()
             change = ~Change.ENDED & _ALL_CHANGES
@@ -3497,10 +3540,10 @@ class BenchmarkState:
         change |= _HANDLERS[message_type][0](run, message, now_ns)
         return change | run.settle(now_ns)
 
-    def _begins_run(self, message_type: str, message: dict[str, Any], now_ns: int) -> bool:
+    def _begins_run(self, message_type: str, message: dict[str, Any]) -> bool:
         """Tell whether a message can only come from another run than the one at hand."""
         run = self._run
-        is_over = run.end is not None or run.is_stale(now_ns)
+        is_over = run.end is not None or run.fell_silent
         if message_type == "system_state_changed":
             state = message["state"]
             early = state in ("initializing", "configuring") and (run.has_gone_far or is_over)
@@ -3600,6 +3643,11 @@ class BenchmarkState:
     def server_metrics(self) -> dict[str, Any]:
         found = self._run.server_metrics.get()
         return found or {"endpoint_summaries": {}, "message": "No server metrics available yet"}
+
+    def artifact_dir(self) -> str:
+        """Return where AIPerf writes its export, as the bus or a configuration tells; "" if none does."""
+        found = _find_text(self._known_configs(), ("artifactdir", "artifactdirectory"), depth=6)
+        return found or ""
 
     def results(self) -> dict[str, Any]:
         """Return how the run ended, with AIPerf's results. "running" while no end is known, also before the start."""
@@ -4758,6 +4806,745 @@ def resident_bytes() -> int | None:
         return None
 
 
+# -- A child and its bus -----------------------------------------------------------------------------------------------
+#
+# `-- COMMAND` runs a benchmark under our eyes.  What it is decides where its bus is:
+#
+#   aiperf profile    gets a private IPC directory and live metrics, unless its command line or its configuration
+#                     file chooses a bus: that one is followed, and nothing about it is changed
+#   anything else     finds an address to publish to in AIPERF_API_ZMQ_ADDRESS; we bind it
+#
+# The plan is made by pure functions on the words of the command line; only then does a process start.  A command line
+# holds credentials, so nothing of it is shown that has not gone through `redact_command`.
+
+CHILD_ADDRESS_VARIABLE = "AIPERF_API_ZMQ_ADDRESS"
+_AIPERF_EVENT_BUS_PORT_VARIABLE = "AIPERF_ZMQ_EVENT_BUS_PROXY_BACKEND_PORT"  # moves it, since 0.13
+_AIPERF_IPC_PATH = "/tmp/aiperf"  # where a configuration file puts the sockets if it says `type: ipc` and no path
+_AIPERF_EXPORT = "profile_export_aiperf.json"
+_ARTIFACT_BYTES_MAX = 16 * 1024 * 1024  # an export file larger than this is not read for its configuration
+_CHILD_CONFIG_BYTES_MAX = 1024 * 1024  # a configuration file larger than this is not searched for its bus
+_SHEBANG_BYTES_MAX = 512  # of the first line of a script; Linux itself reads 256
+_COMMAND_NOT_FOUND, _COMMAND_NOT_EXECUTABLE = 127, 126  # POSIX.1-2017 XCU 2.8.2
+_SIGNALS_BEFORE_KILL = 2  # signals that the child may answer in its own way; the next one is SIGKILL
+_LIVE_METRICS = (  # both since AIPerf 0.5; without them a run without dashboard publishes no live metrics
+    ("AIPERF_UI_REALTIME_METRICS_ENABLED", "true"),
+    ("AIPERF_UI_REALTIME_METRICS_INTERVAL", "1"),  # s, the least that 0.5 and 0.6 accept
+)
+# Ours by contract, read by AIPerf too: left in the child's environment, its own API would want our port.
+_OUR_VARIABLES = (
+    "AIPERF_API_SERVER_HOST",
+    "AIPERF_API_SERVER_PORT",
+    "AIPERF_API_SERVER_CORS_ORIGINS",
+    "AIPERF_API_TOKEN",
+)
+# Programs that run the rest of their command line in this environment and on this machine.
+_WRAPPERS = frozenset(
+    (
+        "chrt",
+        "conda",
+        "env",
+        "hatch",
+        "ionice",
+        "nice",
+        "nohup",
+        "numactl",
+        "pdm",
+        "pipenv",
+        "pixi",
+        "poetry",
+        "prlimit",
+    )
+    + (
+        "rye",
+        "setarch",
+        "setpriv",
+        "stdbuf",
+        "strace",
+        "taskset",
+        "time",
+        "timeout",
+        "unbuffer",
+        "uv",
+        "uvx",
+        "xvfb-run",
+    )
+)
+_PYTHON_NAME = re.compile(r"(?:python|pypy)[\d.]*")
+
+# Where AIPerf's flags stand in its configuration, with all their spellings of 0.3 to 0.13.
+_AIPERF_FLAGS_TABLE = """
+endpoint.model_names               list    --model-names --model -m
+endpoint.model_selection_strategy  text    --model-selection-strategy
+endpoint.type                      text    --endpoint-type
+endpoint.custom_endpoint           text    --custom-endpoint --endpoint
+endpoint.streaming                 switch  --streaming
+endpoint.urls                      list    --url -u
+endpoint.url_strategy              text    --url-strategy
+endpoint.timeout_seconds           number  --request-timeout-seconds
+endpoint.api_key                   text    --api-key
+endpoint.transport                 text    --transport --transport-type
+endpoint.use_server_token_count    switch  --use-server-token-count
+loadgen.concurrency                number  --concurrency
+loadgen.prefill_concurrency        number  --prefill-concurrency
+loadgen.request_rate               number  --request-rate
+loadgen.arrival_pattern            text    --arrival-pattern --request-rate-mode
+loadgen.arrival_smoothness         number  --arrival-smoothness --vllm-burstiness
+loadgen.request_count              number  --request-count --num-requests
+loadgen.benchmark_duration         number  --benchmark-duration
+loadgen.benchmark_grace_period     number  --benchmark-grace-period
+loadgen.concurrency_ramp_duration  number  --concurrency-ramp-duration
+loadgen.request_rate_ramp_duration number  --request-rate-ramp-duration
+loadgen.request_cancellation_rate  number  --request-cancellation-rate
+loadgen.request_cancellation_delay number  --request-cancellation-delay
+loadgen.user_centric_rate          number  --user-centric-rate
+loadgen.num_users                  number  --num-users
+loadgen.warmup_request_count       number  --warmup-request-count --num-warmup-requests
+loadgen.warmup_duration            number  --warmup-duration
+loadgen.warmup_concurrency         number  --warmup-concurrency
+loadgen.warmup_request_rate        number  --warmup-request-rate
+loadgen.num_warmup_sessions        number  --num-warmup-sessions
+input.file                         text    --input-file
+input.public_dataset               text    --public-dataset
+input.custom_dataset_type          text    --custom-dataset-type
+input.fixed_schedule               switch  --fixed-schedule
+input.random_seed                  number  --random-seed
+input.goodput                      text    --goodput
+input.conversation.num             number  --conversation-num --num-conversations --num-sessions
+input.conversation.num_dataset_entries number --num-dataset-entries --num-prompts
+input.conversation.turn.mean       number  --conversation-turn-mean --session-turns-mean
+input.prompt.input_tokens.mean     number  --prompt-input-tokens-mean --synthetic-input-tokens-mean --isl
+input.prompt.input_tokens.stddev   number  --prompt-input-tokens-stddev --synthetic-input-tokens-stddev --isl-stddev
+input.prompt.output_tokens.mean    number  --prompt-output-tokens-mean --output-tokens-mean --osl
+input.prompt.output_tokens.stddev  number  --prompt-output-tokens-stddev --output-tokens-stddev --osl-stddev
+output.artifact_directory          text    --output-artifact-dir --artifact-dir
+output.profile_export_prefix       text    --profile-export-prefix --profile-export-file
+tokenizer.name                     text    --tokenizer
+tokenizer.revision                 text    --tokenizer-revision
+tokenizer.trust_remote_code        switch  --tokenizer-trust-remote-code
+service.ui_type                    text    --ui-type --ui
+service.workers_max                number  --workers-max --max-workers
+service.zmq_host                   text    --zmq-host
+service.zmq_ipc_path               text    --zmq-ipc-path
+service.zmq_dual_bind              switch  --zmq-dual-bind
+config_file                        text    --config -f
+"""
+_AIPERF_FLAGS: Mapping[str, tuple[str, str]] = MappingProxyType(
+    {
+        flag: (path, kind)
+        for path, kind, *flags in map(str.split, _AIPERF_FLAGS_TABLE.splitlines()[1:])
+        for flag in flags
+    }
+)
+
+
+class ChildPlan(NamedTuple):
+    """How a command is run and where its bus is; made by `child_plan`."""
+
+    argv: tuple[str, ...]  # the command to run, with what had to be added
+    environ: dict[str, str]  # its whole environment
+    address: str  # ZMQ endpoint to listen at; "" when the command's bus could not be found out
+    bind: bool  # whether we bind that endpoint and the child connects, or the other way round
+    is_aiperf: bool  # whether it is an `aiperf profile`
+    artifact_dir: str  # where it was told to write its export; "" = it decides
+    notes: tuple[str, ...]  # lines for the log
+
+
+def child_plan(
+    argv: Sequence[str],
+    environ: Mapping[str, str],
+    ipc_dir: str,
+    *,
+    version: str = "",
+    read: Callable[[str], str] | None = None,
+) -> ChildPlan:
+    """Decide how to run a command so that its event bus can be heard. Starts nothing.
+
+    Args:
+        argv: the command line behind `--`, not empty.
+        environ: the environment that the child would inherit.
+        ipc_dir: an empty private directory, for the child's sockets if it has not chosen a bus itself.
+        version: the version of the child's AIPerf if it is known (`aiperf_version`); for the notes only.
+        read: reads the text of the child's configuration file; OSError and ValueError are noted, not raised.
+    """
+    start = _find_profile(argv)
+    inherited = {name: value for name, value in environ.items() if name not in _OUR_VARIABLES}
+    if start is None:
+        address = "ipc://" + os.path.join(ipc_dir, "bus.ipc")
+        inherited[CHILD_ADDRESS_VARIABLE] = address
+        return ChildPlan(tuple(argv), inherited, address, True, False, "", ())
+    flags = dict(_read_flags(argv[start:]))
+    address, note = _chosen_bus(flags, environ, read or _read_config_text)
+    added = () if address or note else ("--zmq-ipc-path", ipc_dir)
+    notes = [note] if note else []
+    if _publishes_no_live_metrics(version, flags):
+        notes.append(
+            f"AIPerf {version} publishes live metrics only with --ui dashboard; progress, workers and the final"
+            " results come all the same"
+        )
+    return ChildPlan(
+        (*argv, *added),
+        {**dict(_LIVE_METRICS), **inherited},
+        address or ("" if note else ipc_address(ipc_dir)),
+        False,
+        True,
+        str(flags.get("output.artifact_directory", "")),
+        tuple(notes),
+    )
+
+
+def _find_profile(argv: Sequence[str]) -> int | None:
+    """Where the flags of an `aiperf profile` begin in a command line, behind wrappers; None if it is none."""
+    for index, word in enumerate(argv[:-1]):
+        name = os.path.basename(word)
+        module = name == "aiperf" and index >= 2 and argv[index - 1] == "-m"
+        if name in ("aiperf", "aiperf.exe") and argv[index + 1] == "profile":
+            return index + 2 if module or index == 0 or _is_wrapper(argv[0]) else None
+    return None
+
+
+def _is_wrapper(word: str) -> bool:
+    name = os.path.basename(word)
+    return name in _WRAPPERS or _PYTHON_NAME.fullmatch(name) is not None
+
+
+def _publishes_no_live_metrics(version: str, flags: Mapping[str, JSONValue]) -> bool:
+    return version.startswith(("0.3.", "0.4.")) and flags.get("service.ui_type", "dashboard") != "dashboard"
+
+
+def _tcp_address(host: str, port: JSONValue) -> str:
+    # A host to bind is not always a host to connect to.
+    return f"tcp://{'127.0.0.1' if host in ('0.0.0.0', '*') else host}:{port}"
+
+
+def _chosen_bus(
+    flags: Mapping[str, JSONValue], environ: Mapping[str, str], read: Callable[[str], str]
+) -> tuple[str, str]:
+    """(address, note) of the bus that a command line chooses; ("", "") if it chooses none.
+
+    A note without an address: there is a choice, but it cannot be told from here.
+    """
+    port = environ.get(_AIPERF_EVENT_BUS_PORT_VARIABLE) or str(BUS_BACKEND_PORT)
+    # In AIPerf's own order of precedence.
+    if "service.zmq_ipc_path" in flags:
+        return ipc_address(str(flags["service.zmq_ipc_path"])), ""
+    if "service.zmq_host" in flags:
+        return _tcp_address(str(flags["service.zmq_host"]), port), ""
+    if flags.get("service.zmq_dual_bind"):
+        return ipc_address(_AIPERF_IPC_PATH), ""
+    if "config_file" not in flags:
+        return "", ""
+    path = str(flags["config_file"])
+    try:
+        communication = bus_of_config(read(path))
+    except (OSError, ValueError) as error:
+        return "", f"the event bus of {path} could not be told ({error}): nothing will be seen of this run"
+    return _address_of_communication(communication, environ, port), ""
+
+
+def _address_of_communication(communication: Mapping[str, str], environ: Mapping[str, str], port: str) -> str:
+    """The subscriber endpoint of a `runtime.communication` section; "" for an empty one."""
+    values = {name: _substitute(value, environ) for name, value in communication.items()}
+    kind = values.get("type", "")
+    if kind == "tcp":
+        return _tcp_address(values.get("host", "127.0.0.1"), values.get("event_bus_proxy.backend_port", port))
+    if kind == "ipc":
+        return ipc_address(values.get("path", _AIPERF_IPC_PATH))
+    return ipc_address(values.get("ipc_path", _AIPERF_IPC_PATH)) if kind == "dual" else ""
+
+
+def _substitute(value: str, environ: Mapping[str, str]) -> str:
+    """`${NAME}` and `${NAME:default}` as AIPerf's configuration files have them."""
+    return re.sub(r"\$\{(\w+)(?::([^}]*))?\}", lambda match: environ.get(match[1], match[2] or ""), value)
+
+
+def _read_config_text(path: str) -> str:
+    with open(path, encoding="utf-8") as file:
+        return file.read(_CHILD_CONFIG_BYTES_MAX)
+
+
+def aiperf_version(command: str, search_path: str | None = None) -> str:
+    """The version of the AIPerf behind a command name, read from its installation; "" if it cannot be told.
+
+    Args:
+        command: the name or path of an `aiperf` console script. Its first line names the interpreter, next to which
+            the package's metadata directory carries the version: no process is started to ask.
+        search_path: the PATH to look it up in; None is that of this process.
+    """
+    try:
+        with open(shutil.which(command, path=search_path) or command, "rb") as file:
+            first = file.readline(_SHEBANG_BYTES_MAX).decode().strip()
+    except (OSError, ValueError):
+        return ""
+    root = os.path.dirname(os.path.dirname(first[2:].strip()))
+    found = glob.glob(os.path.join(glob.escape(root), "lib", "python3*", "site-packages", "aiperf-*.dist-info"))
+    return os.path.basename(found[0])[len("aiperf-") : -len(".dist-info")] if first.startswith("#!") and found else ""
+
+
+# Just enough YAML to find one section of block mappings: AIPerf's configuration files are YAML, and a parser for all of
+# it would be a dependency.  What this cannot read with certainty it refuses.
+
+_YAML_KEY = re.compile(r"""(?P<key>"[^"]*"|'[^']*'|[^\s"'#\[\]{}&*!|>%@`,?-][^:#]*?)\s*:(?:\s+(?P<value>.*))?""")
+_YAML_PROPERTIES = re.compile(r"\A(?:[&!]\S*\s*)+")  # an anchor or a tag before a value
+_BUS_SECTIONS = (("benchmark", "runtime", "communication"), ("runtime", "communication"))
+
+
+def bus_of_config(text: str) -> dict[str, str]:
+    """The `runtime.communication` section of an AIPerf configuration file, as flat text; {} if there is none.
+
+    Args:
+        text: JSON, or YAML in block style. Keys may be in camelCase or snake_case, and come back in snake_case;
+            nested ones are joined by a dot (`event_bus_proxy.backend_port`).
+
+    Raises:
+        ValueError: the section may be there in a form that is not understood (aliases, merges, templates).
+    """
+    scalars = _json_scalars(text) if text.lstrip().startswith("{") else dict(_yaml_scalars(text))
+    section: dict[str, str] = {}
+    for path, value in scalars.items():
+        for prefix in _BUS_SECTIONS:
+            place = path[:-1] if path[-1] == "<<" else path  # a merge may bring in whatever stands beside it
+            if place[: len(prefix)] == prefix[: len(place)]:
+                _refuse_unreadable(path, value)
+            if path[: len(prefix)] == prefix and len(path) > len(prefix):
+                section[".".join(path[len(prefix) :])] = value
+    return section
+
+
+def _refuse_unreadable(path: tuple[str, ...], value: str) -> None:
+    if value.startswith(("*", "{", "[")) or "{{" in value or "{%" in value:
+        raise ValueError(f"{'.'.join(path)} is not plain text")
+
+
+def _json_scalars(text: str) -> dict[tuple[str, ...], str]:
+    try:
+        return dict(_flatten(json_load(text.encode()), ()))
+    except JSONError as error:
+        raise ValueError(str(error)) from error
+
+
+def _flatten(value: JSONValue, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], str]]:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _flatten(item, (*path, _snake_case(str(key))))
+    else:
+        yield path, str(value)
+
+
+def _snake_case(key: str) -> str:
+    return _CAMEL_HUMP.sub("_", key).lower()
+
+
+def _yaml_scalars(text: str) -> Iterator[tuple[tuple[str, ...], str]]:
+    """(path of keys, text of the value) of every entry of a block mapping, in order; lists are passed over."""
+    stack: list[tuple[int, str]] = []  # (indent, key) of the mappings that are open
+    block = -1  # indent of the key of an open block scalar, -1 = none
+    for line in text.splitlines():
+        content = _without_comment(line).strip()
+        indent = len(line) - len(line.lstrip(" "))
+        if not content or content in ("---", "...") or content.startswith("%") or (0 <= block < indent):
+            continue
+        block = -1
+        while stack and stack[-1][0] >= indent:
+            stack.pop()
+        match = _YAML_KEY.fullmatch(content)
+        if match is None:
+            stack.append((indent, "-"))  # a list item or a continued scalar: nothing below it is a mapping of ours
+            continue
+        stack.append((indent, _snake_case(match["key"].strip("\"'"))))
+        value = _YAML_PROPERTIES.sub("", match["value"] or "")
+        if value[:1] in ("|", ">"):
+            block = indent
+        elif value:
+            path = tuple(key for _, key in stack)
+            yield from _yaml_value(path, value)
+
+
+def _yaml_value(path: tuple[str, ...], value: str) -> Iterator[tuple[tuple[str, ...], str]]:
+    """The entries of a value: itself, or those of a flow mapping without nesting (`{type: ipc, path: /run/x}`)."""
+    if re.fullmatch(r"\{[^{}\[\]\"'&*]*\}", value):
+        for part in value[1:-1].split(","):
+            key, _, item = part.partition(":")
+            if key.strip():
+                yield (*path, _snake_case(key.strip())), item.strip()
+    else:
+        yield path, value[1:-1] if value[:1] in "\"'" and value[-1:] == value[:1] else value
+
+
+def _without_comment(line: str) -> str:
+    """The line without `# ...`, which begins a comment at the start and after white space, outside of quotes."""
+    quote = ""
+    for index, character in enumerate(line):
+        if quote:
+            quote = "" if character == quote else quote
+        elif character in "\"'" and line[:index].rstrip()[-1:] in ("", ":", "-", "{", ","):
+            quote = character
+        elif character == "#" and (index == 0 or line[index - 1] in " \t"):
+            return line[:index]
+    return line
+
+
+# Reading a command line: configuration and secrets.
+
+
+def config_from_argv(argv: Sequence[str]) -> dict[str, JSONValue]:
+    """The benchmark's configuration as its command line tells it, nested as AIPerf nests it, without credentials.
+
+    `{"endpoint": {"model_names": [...], "type", "streaming", "urls": [...]}, "loadgen": {...}, ..., "command": [...]}`.
+    AIPerf's defaults for type and streaming stand in where neither a flag nor a configuration file speaks. Of a
+    command that is not an `aiperf profile`, only the words are known.
+    """
+    config: dict[str, JSONValue] = {}
+    start = _find_profile(argv)
+    if start is not None:
+        flags = dict(_read_flags(argv[start:]))
+        if "config_file" not in flags:
+            flags = {"endpoint.type": "chat", "endpoint.streaming": False, **flags}
+        for path, value in flags.items():
+            *sections, name = path.split(".")
+            section = config
+            for key in sections:
+                section = section.setdefault(key, {})
+            section[name] = value
+    config = redact(_scrub_strings(config, ()))
+    config["command"] = redact_command(argv)
+    return config
+
+
+def _read_flags(words: Sequence[str]) -> Iterator[tuple[str, JSONValue]]:
+    """(configuration path, value) of every flag that the table knows; of a list, all so far."""
+    lists: dict[str, list[str]] = {}
+    for index, word in enumerate(words):
+        flag, equals, value = _split_flag(word)
+        path, kind = _AIPERF_FLAGS.get(flag, ("", ""))
+        if kind == "switch":
+            yield path, value.lower() not in ("false", "no", "0", "n", "f")
+            continue
+        if not equals:
+            value = words[index + 1] if index + 1 < len(words) else ""
+        if kind == "list":
+            lists.setdefault(path, []).extend(item.strip() for item in value.split(",") if item.strip())
+            yield path, lists[path]
+        elif kind:
+            yield path, _number(value) if kind == "number" else value
+
+
+def _split_flag(word: str) -> tuple[str, str, str]:
+    """(flag, "=" or "", value): `--flag=v`, `--flag_name`, `-mv` and `-m=v`, as AIPerf's parser takes them."""
+    if word.startswith("--"):
+        name, equals, value = word.partition("=")
+        return name.replace("_", "-"), equals, value
+    if word.startswith("-") and len(word) > 2:
+        return word[:2], "=", word[2:].lstrip("=")
+    return word, "", ""
+
+
+def _number(text: str) -> JSONValue:
+    """A finite number as int or float; any other text as it is (`1,2,4` is a sweep, `inf` no JSON)."""
+    if re.fullmatch(r"[+-]?[0-9]+", text):
+        return int(text)
+    return float(text) if re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,2})?", text) else text
+
+
+def secrets_from_argv(argv: Sequence[str], environ: Mapping[str, str]) -> list[str]:
+    """The literal credentials of a command line and an environment, sorted, to be scrubbed wherever they turn up."""
+    found: set[str] = set()
+    redact_command(argv, found)
+    for name, value in environ.items():
+        if _is_headers_key(name.lower()) or is_credential_key(name):
+            _redact_credential_text(value, found)
+    return sorted(found - {"", REDACTED})
+
+
+def _redact_credential_text(text: str, found: set[str]) -> None:
+    try:
+        value = json_load(text.encode("utf-8", "replace"))
+    except JSONError:
+        value = text
+    _hide(value if isinstance(value, (dict, list)) else text, found)
+
+
+def redact_command(words: Sequence[str], found: set[str] | None = None) -> list[str]:
+    """A command line with `***` for every credential; `found` takes the secrets that were met.
+
+    Hidden are the values of flags and variables whose names say so (`--api-key K`, `--api-key=K`, `HF_TOKEN=K`), of
+    all headers (`-H "Name: value"`, also as JSON), of such members in JSON and `key:value` words, of user information
+    and such parameters in URLs, and the same inside words that are command lines themselves (`sh -c "..."`).
+    """
+    clean, expected = [], ""
+    for word in words:
+        text, expected = _redact_word(word, expected, set() if found is None else found)
+        clean.append(text)
+    return clean
+
+
+def _redact_word(word: str, expected: str, found: set[str]) -> tuple[str, str]:
+    """(the word, redacted; what the next word is expected to be: "secret", "header" or "")."""
+    if expected == "secret" and not word.startswith("--"):
+        return str(_hide(word, found)), ""
+    if expected == "header" and not word.startswith("-"):
+        return _redact_header_word(word, found), "header"
+    if not word.startswith("-"):
+        return _redact_plain_word(word, found), ""
+    flag, equals, value = _split_flag(word)
+    if flag == "-H" or flag in ("--header", "--headers"):
+        kind = "header"
+    else:
+        kind = "secret" if is_credential_key(flag.lstrip("-")) else ""
+    if not equals:
+        return word, kind
+    prefix = word[: len(word) - len(value)]
+    if kind == "secret":
+        return prefix + str(_hide(value, found)), ""
+    return prefix + (_redact_header_word(value, found) if kind else _redact_plain_word(value, found)), kind
+
+
+def _redact_header_word(word: str, found: set[str]) -> str:
+    """`Name: value` or {"Name": "value"} with the values hidden; those that are surely secret are remembered."""
+    if word.lstrip().startswith("{"):
+        try:
+            headers = json_load(word.encode("utf-8", "replace"))
+        except JSONError:
+            return str(_hide(word, found))
+        for name, value in headers.items():
+            _remember_header(name, str(value), found)
+        return json.dumps(dict.fromkeys(headers, REDACTED))
+    name, colon, value = word.partition(":")
+    if not colon:
+        return str(_hide(word, found))
+    _remember_header(name, value.strip(), found)
+    return name + ":" + " " * (len(value) - len(value.lstrip())) + REDACTED
+
+
+def _remember_header(name: str, value: str, found: set[str]) -> None:
+    # Remembering `application/json` would hide it all over the bus: an innocent name needs a value that looks random.
+    random = re.fullmatch(r"\S{16,}", value) and re.search(r"[0-9]", value) and re.search(r"[A-Za-z]", value)
+    if value and (is_credential_key(name) or random or value.lower().startswith(("bearer ", "basic "))):
+        found.add(value)
+
+
+def _redact_plain_word(word: str, found: set[str]) -> str:
+    if word[:1] in ("{", "["):
+        try:
+            value = json_load(word.encode("utf-8", "replace"))
+        except JSONError:
+            return _redact_urls(word, found)
+        clean = redact(value, found)
+        return word if clean == value else json.dumps(clean)
+    assigned = re.fullmatch(r"([\w.-]+)([:=])(.+)", word, re.DOTALL)
+    if assigned and is_credential_key(assigned[1]):
+        _redact_script(word, found)  # `sh -c "HF_TOKEN=... run"`: the token alone is to be known too
+        return assigned[1] + assigned[2] + str(_hide(assigned[3], found))
+    if any(character.isspace() for character in word):
+        return _redact_script(word, found)
+    return _redact_urls(word, found)
+
+
+def _redact_script(word: str, found: set[str]) -> str:
+    """A word that may be a command line of its own: what is secret in it as such is replaced by value."""
+    inside: set[str] = set()
+    try:
+        parts = shlex.split(word)
+    except ValueError:  # an open quote: then it is text
+        parts = word.split()
+    if len(parts) > 1:
+        redact_command(parts, inside)
+    found |= inside
+    for secret in sorted(inside, key=len, reverse=True):
+        word = word.replace(secret, REDACTED)
+    return _redact_urls(word, found)
+
+
+_URL_PASSWORD = re.compile(r"(?:(?<=//)|(?<![^\s=]))([^\s/@:]*:)([^\s/@]+)(?=@)")
+_URL_PARAMETER = re.compile(r"(?<=[?&])([\w.-]+)=([^&#\s]*)")
+
+
+def _redact_urls(text: str, found: set[str]) -> str:
+    def password(match: re.Match[str]) -> str:
+        return match[1] + str(_hide(match[2], found))
+
+    def parameter(match: re.Match[str]) -> str:
+        return match[1] + "=" + (str(_hide(match[2], found)) if is_credential_key(match[1]) else match[2])
+
+    return scrub_text(_URL_PARAMETER.sub(parameter, _URL_PASSWORD.sub(password, text)))
+
+
+def load_artifact_config(directory: str, since_sec: float = 0.0) -> dict[str, JSONValue]:
+    """The `input_config` of the export that AIPerf wrote to an artifact directory; {} while there is none.
+
+    Args:
+        directory: the artifact directory.
+        since_sec: seconds since the epoch; an export older than this is of an earlier run and does not count.
+
+    The caller redacts: what AIPerf hides in its exports differs from version to version.
+    """
+    paths = [os.path.join(directory, _AIPERF_EXPORT)]
+    paths += sorted(glob.glob(os.path.join(glob.escape(directory), "*_aiperf.json")))
+    for path in paths:
+        try:
+            status = os.stat(path)
+            if status.st_mtime < since_sec or status.st_size > _ARTIFACT_BYTES_MAX:
+                continue
+            with open(path, "rb") as file:
+                export = json_load(file.read())
+        except (OSError, JSONError):
+            continue
+        if isinstance(export, dict) and isinstance(export.get("input_config"), dict):
+            return cast(dict[str, JSONValue], export["input_config"])
+    return {}
+
+
+# The process.
+
+
+def make_ipc_directory() -> str:
+    """A new directory that only this user can enter (mode 0700), with a path short enough for a Unix socket."""
+    directory = tempfile.mkdtemp(prefix="aiperf-api-")
+    if len(os.fsencode(os.path.join(directory, BUS_IPC_NAME))) <= BUS_IPC_PATH_MAX:
+        return directory
+    os.rmdir(directory)
+    return tempfile.mkdtemp(prefix="aiperf-api-", dir="/tmp")
+
+
+@contextlib.contextmanager
+def ipc_directory() -> Iterator[str]:
+    """A directory for a child's sockets, for as long as the context lasts."""
+    directory = make_ipc_directory()
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def check_command(argv: Sequence[str], environ: Mapping[str, str]) -> None:
+    """Find out before anything is started whether a command can be; raises CommandError if it is not found (127)."""
+    command = argv[0]
+    is_path = os.sep in command
+    if shutil.which(command, path=environ.get("PATH")) is None and not (is_path and os.path.exists(command)):
+        raise CommandError(_COMMAND_NOT_FOUND, f"{command}: {'no such file' if is_path else 'command not found'}")
+
+
+class ChildProcess:
+    """A command that runs on our terminal: it keeps stdin, stdout, stderr and the process group.
+
+    Because of the shared group, Ctrl-C reaches it without us. A SIGINT that was sent to us alone (`kill -INT`, or no
+    terminal at all) is passed on; so is every SIGTERM. The child answers the first two signals in its own way (AIPerf:
+    finish and export, then quit at once); a third one kills it.
+
+    Args:
+        argv: the command line.
+        environ: its whole environment.
+    """
+
+    def __init__(self, argv: Sequence[str], environ: Mapping[str, str]) -> None:
+        self.argv = tuple(argv)
+        self.environment = dict(environ)
+        self.signals = 0  # how many ending signals have come while it ran
+        self._process: asyncio.subprocess.Process | None = None  # None until it is started
+
+    @property
+    def pid(self) -> int | None:
+        """The process id; None before the start."""
+        return None if self._process is None else self._process.pid
+
+    @property
+    def exit_code(self) -> int | None:
+        """The exit code as a shell has it, 128+n for signal n; None while it runs or before the start."""
+        code = None if self._process is None else self._process.returncode
+        return code if code is None or code >= 0 else 128 - code
+
+    @property
+    def exit_text(self) -> str:
+        """How it ended, for people: `exit status 3`, `killed by SIGKILL`; "" while it runs."""
+        code = self.exit_code
+        if code is None or self._process is None or self._process.returncode is None:
+            return ""
+        if self._process.returncode >= 0:
+            return f"exit status {code}"
+        try:
+            return "killed by " + signal.Signals(-self._process.returncode).name
+        except ValueError:
+            return f"killed by signal {-self._process.returncode}"
+
+    async def start(self) -> None:
+        """Start it; raises CommandError if it is not found (127) or cannot be executed (126)."""
+        try:
+            self._process = await asyncio.create_subprocess_exec(*self.argv, env=self.environment)
+        except FileNotFoundError:
+            raise CommandError(_COMMAND_NOT_FOUND, f"{self.argv[0]}: command not found") from None
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            raise CommandError(_COMMAND_NOT_EXECUTABLE, f"{self.argv[0]}: {reason.lower()}") from None
+
+    async def wait(self) -> int:
+        """Wait for its end; returns `exit_code`."""
+        assert self._process is not None
+        await self._process.wait()
+        return self.exit_code or 0
+
+    def pass_on(self, number: int) -> None:
+        """Hand on a signal that this process got, unless the child got it too."""
+        if self._process is None or self._process.returncode is not None:
+            return
+        self.signals += 1
+        if self.signals > _SIGNALS_BEFORE_KILL:
+            number = signal.SIGKILL
+        elif number == signal.SIGINT and self._hears_terminal():
+            return
+        with contextlib.suppress(ProcessLookupError):  # it ended a moment ago
+            self._process.send_signal(number)
+
+    def _hears_terminal(self) -> bool:
+        """Whether Ctrl-C on the controlling terminal signals the child: its process group is in the foreground."""
+        try:
+            terminal = os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY)
+        except OSError:  # ENXIO: no controlling terminal
+            return False
+        try:
+            return self.pid is not None and os.tcgetpgrp(terminal) == os.getpgid(self.pid)
+        except OSError:
+            return False
+        finally:
+            os.close(terminal)
+
+
+def title_secrets(argv: Sequence[str]) -> list[str]:
+    """What has to be hidden of a command line that is shown as it is: its secrets, else the words that hold them."""
+    found: set[str] = set()
+    shown = redact_command(argv, found)
+    words = {word for word, clean in zip(argv, shown) if word != clean and not any(one in word for one in found)}
+    return sorted(found | words)
+
+
+def hide_in_process_title(secrets: Sequence[str]) -> bool:
+    """Overwrite the given secrets in this process's command line, as `ps` shows it; whether it could be done.
+
+    A child's command line stands in ours, credentials included, and every user of the machine can read it. The
+    kernel shows the memory that the arguments were laid in (proc(5), fields arg_start and arg_end of
+    /proc/self/stat), so replacing them there, in place and by the same number of bytes, replaces them in `ps`.
+    Linux only, and only if what stands there is what the kernel says. The child's own command line is the child's.
+    """
+    literals = [os.fsencode(secret) for secret in sorted(secrets, key=len, reverse=True) if secret]
+    try:
+        with open("/proc/self/cmdline", "rb") as file:
+            shown = file.read()
+        with open("/proc/self/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+        start, end = int(fields[45]), int(fields[46])  # fields 48 and 49; what is left of ")" holds the first two
+    except (OSError, ValueError, IndexError):
+        return False
+    hidden = shown
+    for literal in literals:
+        hidden = hidden.replace(literal, b"*" * len(literal))
+    if hidden == shown:
+        return True
+    import ctypes  # here: only a child with credentials needs it, and it is slow to load
+
+    if start == 0 or end - start != len(shown) or ctypes.string_at(start, len(shown)) != shown:
+        return False
+    ctypes.memmove(start, hidden, len(hidden))
+    return True
+
+
 # == 12 == Hub =========================================================================================================
 #
 # Who listens to what, and what becomes of a client that does not keep up.  A broadcast never waits: a batch of messages
@@ -5145,6 +5932,9 @@ class Application(Protocol):
     def respond(self, connection: Connection, request: Request) -> Response | None:
         """The answer to a request; None when the application has switched the connection to a WebSocket or stream."""
 
+    def headers_for(self, request: Request) -> HeaderList:
+        """Further headers of the answer, by what the request says of itself (CORS)."""
+
     def received(self, connection: Connection, message: TextMessage | BinaryMessage) -> None:
         """A WebSocket message came."""
 
@@ -5274,7 +6064,8 @@ class Connection(asyncio.Protocol):
                 date=self.app.date,
                 head_only=request.method == "HEAD",
                 close=close,
-                gzip="accept-encoding" in request.headers and accepts_gzip(request.headers["accept-encoding"]),
+                gzip=response.is_compressible and accepts_gzip(request.headers.get("accept-encoding")),
+                extra=self.app.headers_for(request),
             )
         )
         if close:
@@ -5296,8 +6087,11 @@ class Connection(asyncio.Protocol):
         if self._eof or not self.transport.can_write_eof():  # TLS cannot half-close
             self.transport.close()
             return
-        self.transport.write_eof()
-        self._set_reading(True)
+        try:
+            self.transport.write_eof()
+            self._set_reading(True)
+        except OSError:  # the peer has reset the connection already, and the loop has not seen it yet
+            self.transport.abort()
 
     def _fail(self) -> None:
         """After a fault of ours: say so without detail, which may be sensitive, and end."""
@@ -5792,7 +6586,7 @@ class APIService:
         self._stopped: asyncio.Event | None = None  # set when stop() is done
         self._emptied: asyncio.Event | None = None  # set when the last connection has gone, while stopping
         if config is not None:
-            self._configure(config, "file")
+            self.configure(config, "file")
 
     # -- Life --
 
@@ -6001,10 +6795,25 @@ class APIService:
             except OSError as error:
                 log.error("the recording is not complete: %s", error)
 
-    def _configure(self, config: Mapping[str, Any], origin: str) -> None:
+    def configure(self, config: Mapping[str, Any], origin: str) -> None:
+        """Take a configuration of the benchmark; `origin` is "file" or "command"."""
         self.state.configure(redact(config, self._secrets_found), origin)
         self.secrets = secret_forms(self._secrets_found)
         self.state_version += 1
+
+    def end_child(self, exit_text: str) -> None:
+        """Take note that the benchmark's process is gone; `exit_text` says how, "" if it ended well."""
+        change = self.state.end_child(exit_text, self.source.now_ns())
+        if change:
+            self._follow(change)
+
+    async def settle(self) -> None:
+        """Wait until the bus of a process that is gone has brought its last message."""
+        deadline = time.monotonic() + BUS_SETTLE_TIMEOUT_SEC
+        seen = -1
+        while self.bus.messages != seen and time.monotonic() < deadline:
+            seen = self.bus.messages
+            await asyncio.sleep(BUS_SETTLE_QUIET_SEC)
 
     def _on_wanted(self, message_type: str, wanted: bool) -> None:
         """The bus brings what clients want, besides what the state always needs."""
@@ -6043,6 +6852,8 @@ class APIService:
         route: Route | None = None
         try:
             self._check(request)
+            if request.method == "OPTIONS":
+                return self.preflight(request)
             route = self.router.match(request.method, self._routed_path(request))
             if route.needs_token and self.settings.token is not None:
                 check_token(request, self.settings.token.encode())
@@ -6095,7 +6906,8 @@ class APIService:
     def preflight(self, request: Request) -> Response:
         """The answer to OPTIONS: which methods there are, and for a listed origin that it may use them."""
         allow = [("Allow", "GET, HEAD, OPTIONS")]
-        if "access-control-request-method" in request.headers and self.headers_for(request)[:1] != ():
+        asks = "access-control-request-method" in request.headers
+        if asks and dict(self.headers_for(request)).get("Access-Control-Allow-Origin"):
             allow += [
                 ("Access-Control-Allow-Methods", "GET, HEAD"),
                 ("Access-Control-Allow-Headers", "Authorization, If-None-Match, Last-Event-ID"),
@@ -6615,6 +7427,8 @@ class Arguments(NamedTuple):
 
     settings: Settings
     source: Source
+    backend: str  # what speaks ZMQ: auto, pyzmq or builtin
+    command: tuple[str, ...]  # the benchmark behind `--`, empty for none
     config: Mapping[str, Any] | None
     record: str | None
     log_level: str
@@ -6713,7 +7527,8 @@ def parse_arguments(argv: Sequence[str], environ: Mapping[str, str]) -> Argument
     Raises:
         UsageError: what is wrong with it, in one line.
     """
-    given = _Given(argv, environ)
+    own, command = _split_command(argv)
+    given = _Given(own, environ)
     port = given.number("--api-port", 0, 65535, whole=True)
     unix_path = given.text("--api-unix")
     if port is None and given.from_flag("--api-host"):
@@ -6731,17 +7546,39 @@ def parse_arguments(argv: Sequence[str], environ: Mapping[str, str]) -> Argument
         tls_key=_existing_file(given, "--tls-key"),
         ws_max_connections=int(given.number("--ws-max-connections", 0, 1_000_000, whole=True) or WS_CONNECTIONS_MAX),
         linger_sec=given.number("--linger", 0, 1e9, whole=False),
+        secrets=tuple(secrets_from_argv(command, environ)),
     )
     if settings.tls_key and not settings.tls_cert:
         raise UsageError("--tls-key needs --tls-cert")
+    backend = given.choice("--zmq-backend", "auto", ("auto", "pyzmq", "builtin"))
     return Arguments(
         settings,
-        _choose_source(given),
+        _no_source(given) if command else _choose_source(given, backend),
+        backend,
+        command,
         _read_config(given.text("--config")),
         given.text("--record"),
         given.choice("--log-level", "info", ("debug", "info", "warning", "error")),
         given.choice("--log-format", "text", ("text", "json")),
     )
+
+
+def _split_command(argv: Sequence[str]) -> tuple[Sequence[str], tuple[str, ...]]:
+    """(our own words, those of the benchmark behind the first `--`)."""
+    if "--" not in argv:
+        return argv, ()
+    place = list(argv).index("--")
+    if not argv[place + 1 :]:
+        raise UsageError("a command belongs behind --")
+    return argv[:place], tuple(argv[place + 1 :])
+
+
+def _no_source(given: _Given) -> Source:
+    """A command brings its own bus; a source that a variable names is for runs without one."""
+    flags = [flag for flag in _SOURCES if given.from_flag(flag)]
+    if flags:
+        raise UsageError(f"{flags[0]} and a command: only one source at a time")
+    return Source("child")
 
 
 def _existing_file(given: _Given, flag: str) -> str | None:
@@ -6751,13 +7588,12 @@ def _existing_file(given: _Given, flag: str) -> str | None:
     return path
 
 
-def _choose_source(given: _Given) -> Source:
+def _choose_source(given: _Given, backend: str) -> Source:
     """The one source that is asked for: a flag beats variables, and two of the same standing are a mistake."""
     flags = [flag for flag in _SOURCES if given.from_flag(flag)]
     chosen = flags or [flag for flag in _SOURCES if (given.switch(flag) if flag == "--demo" else given.text(flag))]
     if len(chosen) > 1:
         raise UsageError(f"{' and '.join(chosen)}: only one source at a time")
-    backend = given.choice("--zmq-backend", "auto", ("auto", "pyzmq", "builtin"))
     flag = chosen[0] if chosen else "--zmq-host"
     value = given.text(flag) or "127.0.0.1"
     if flag in ("--replay", "--demo"):
@@ -6805,8 +7641,37 @@ class _JSONFormatter(logging.Formatter):
         return json_bytes(line).decode()
 
 
-def _set_up_log(arguments: Arguments) -> None:
-    handler = logging.StreamHandler(sys.stderr)
+class _LogHandler(logging.StreamHandler):  # type: ignore[type-arg]  # its parameter is not there on 3.9 and 3.10
+    """The log on stderr, which can be held back while a child has the same terminal for its own display."""
+
+    def __init__(self) -> None:
+        super().__init__(sys.stderr)
+        self._held: collections.deque[logging.LogRecord] | None = None  # None: nothing is held back
+        self._left_out = 0  # records that were held back for too long
+
+    def hold(self) -> None:
+        """Keep back what comes from now on, if stderr is a terminal: a line would tear what is drawn there."""
+        if sys.stderr.isatty():
+            self._held = collections.deque(maxlen=LOG_LINES_HELD_MAX)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self._held is None:
+            super().emit(record)
+            return
+        self._left_out += len(self._held) == LOG_LINES_HELD_MAX
+        self._held.append(record)
+
+    def release(self) -> None:
+        """Write what was held back."""
+        held, self._held = self._held or (), None
+        for record in held:
+            super().emit(record)
+        if self._left_out:
+            log.warning("%d older lines of this log were left out", self._left_out)
+
+
+def _set_up_log(arguments: Arguments) -> _LogHandler:
+    handler = _LogHandler()
     if arguments.log_format == "json":
         handler.setFormatter(_JSONFormatter())
     else:
@@ -6814,6 +7679,7 @@ def _set_up_log(arguments: Arguments) -> None:
     log.addHandler(handler)
     log.propagate = False
     log.setLevel(arguments.log_level.upper())
+    return handler
 
 
 def start_lines(service: APIService) -> list[str]:
@@ -6824,6 +7690,7 @@ def start_lines(service: APIService) -> list[str]:
         "replay": f"replay of {source.address}",
         "bind": f"publishers connect to {source.address}",
         "none": "publish()",
+        "child": f"the benchmark, {source.address}" if source.address else "none: the benchmark's bus is not known",
     }.get(source.kind, f"the AIPerf event bus at {source.address}")
     lines = [f"aiperf-api {__version__} serves {service.url}"]
     if service.settings.port is not None:
@@ -6834,12 +7701,98 @@ def start_lines(service: APIService) -> list[str]:
     return lines
 
 
+class _Child:
+    """The benchmark behind `--`: how it is to be run, its process, and the signals that come meanwhile."""
+
+    def __init__(self, plan: ChildPlan, command: Sequence[str]) -> None:
+        self.plan = plan
+        self.process = ChildProcess(plan.argv, plan.environ)
+        self.command = command
+        self.started_sec = time.time()
+        self.signals = 0  # how many have come, also after its end
+        self.ended = asyncio.Event()  # the process is gone
+        self.hurried = asyncio.Event()  # a second signal, or one after the end: no lingering
+
+    def source(self, backend: str) -> Source:
+        if not self.plan.address:
+            source = Source("child")
+            source.connected = False
+            return source
+        return bus_source(self.plan.address, "child", bind=self.plan.bind, backend=backend)
+
+    def on_signal(self, number: int) -> None:
+        """The child's first; it is on us to go when it has gone."""
+        self.signals += 1
+        if not self.ended.is_set():
+            self.process.pass_on(number)
+        if self.signals > 1 or self.ended.is_set() or number != signal.SIGINT:
+            if self.hurried.is_set() and self.ended.is_set():
+                os._exit(128 + number)
+            self.hurried.set()
+
+    async def run(self, service: APIService) -> int:
+        """Run it to its end, and tell the service; returns the exit code."""
+        await self.process.start()
+        code = await self.process.wait()
+        self.ended.set()
+        await service.settle()
+        directory = self.plan.artifact_dir or service.state.artifact_dir()
+        config = load_artifact_config(directory, self.started_sec) if directory else {}
+        if config:
+            service.configure({**config, "command": redact_command(self.command)}, "command")
+        service.end_child(self.process.exit_text if code else "")
+        return code
+
+
+async def _serve_command(arguments: Arguments, environ: Mapping[str, str], handler: _LogHandler) -> int:
+    """Serve, run the benchmark behind `--`, go on serving for a while; returns the benchmark's exit code."""
+    check_command(arguments.command, environ)
+    with ipc_directory() as directory:
+        version = aiperf_version(arguments.command[0], environ.get("PATH"))
+        child = _Child(child_plan(arguments.command, environ, directory, version=version), arguments.command)
+        service = APIService(
+            source=child.source(arguments.backend),
+            config=arguments.config,
+            record=arguments.record,
+            settings=arguments.settings,
+        )
+        service.configure(config_from_argv(arguments.command), "command")
+        _watch_signals(child.on_signal)
+        await service.start()
+        try:
+            for line in [*start_lines(service), *(f"  note       {note}" for note in child.plan.notes)]:
+                print(line, file=sys.stderr, flush=True)
+            handler.hold()
+            try:
+                code = await child.run(service)
+            finally:
+                handler.release()
+            await _linger(service, child)
+        finally:
+            await service.stop()
+    return code
+
+
+async def _linger(service: APIService, child: _Child) -> None:
+    seconds = LINGER_SEC if service.settings.linger_sec is None else service.settings.linger_sec
+    if seconds and not child.hurried.is_set():
+        log.info("the benchmark ended (%s); serving its last state for %g s", child.process.exit_text, seconds)
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(child.hurried.wait(), seconds)
+
+
 async def _serve(arguments: Arguments) -> int:
     service = APIService(
         source=arguments.source, config=arguments.config, record=arguments.record, settings=arguments.settings
     )
     stop = asyncio.Event()
-    _watch_signals(stop)
+
+    def ask(number: int) -> None:  # the first signal asks for the end, a second one forces it
+        if stop.is_set():
+            os._exit(128 + number)
+        stop.set()
+
+    _watch_signals(ask)
     await service.start()
     for line in start_lines(service):
         print(line, file=sys.stderr, flush=True)
@@ -6851,16 +7804,14 @@ async def _serve(arguments: Arguments) -> int:
     return 0
 
 
-def _watch_signals(stop: asyncio.Event) -> None:
-    """The first SIGINT or SIGTERM asks for the end, a second one forces it."""
+def _watch_signals(ask: Callable[[int], None]) -> None:
+    """Have SIGINT, SIGTERM and SIGHUP (unless it is ignored, as under nohup) handled within the loop."""
     loop = asyncio.get_running_loop()
-
-    def ask(number: int) -> None:
-        if stop.is_set():
-            os._exit(128 + number)
-        stop.set()
-
-    for number in (signal.SIGINT, signal.SIGTERM):
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    hangup = getattr(signal, "SIGHUP", None)
+    if hangup is not None and signal.getsignal(hangup) != signal.SIG_IGN:
+        numbers.append(hangup)
+    for number in numbers:
         try:
             loop.add_signal_handler(number, ask, number)
         except NotImplementedError:  # Windows
@@ -6870,12 +7821,19 @@ def _watch_signals(stop: asyncio.Event) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """The program: serve until told to stop; returns the exit code."""
     try:
-        arguments = parse_arguments(sys.argv[1:] if argv is None else argv, os.environ)
-        _set_up_log(arguments)
+        words = sys.argv[1:] if argv is None else argv
+        arguments = parse_arguments(words, os.environ)
+        handler = _set_up_log(arguments)
+        hide_in_process_title(title_secrets(words))
+        if arguments.command:
+            return asyncio.run(_serve_command(arguments, os.environ, handler))
         return asyncio.run(_serve(arguments))
     except UsageError as error:
         print(f"aiperf-api: {error}", file=sys.stderr)
         return 2
+    except CommandError as error:
+        print(f"aiperf-api: {error}", file=sys.stderr)
+        return error.exit_code
     except StartError as error:
         print(f"aiperf-api: {error}", file=sys.stderr)
         return 1

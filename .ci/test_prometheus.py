@@ -121,7 +121,9 @@ class ExpositionTests(unittest.TestCase):
                     self._check_with_promtool(fetch(url + "/metrics"))
 
     def _check_with_promtool(self, text: str) -> None:
-        checked = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, text=True, timeout=60)
+        checked = subprocess.run(
+            ["promtool", "check", "metrics"], input=text, capture_output=True, text=True, timeout=60
+        )
         # Advice on names is exit code 3. Names that AIPerf gives are AIPerf's; the others must follow it.
         self.assertIn(checked.returncode, (0, 3), checked.stderr)
         advice = [line for line in checked.stderr.splitlines() if line and not ADVICE_ON_AIPERF_NAMES.search(line)]
@@ -152,7 +154,11 @@ class ScrapedRun:
             "file_sd_configs": [{"files": [str(targets)], "refresh_interval": "1s"}],
         }
         (self.folder / "prometheus.yml").write_text(json.dumps({"scrape_configs": [config]}))  # JSON is YAML
-        command = ["prometheus", f"--config.file={self.folder}/prometheus.yml", f"--storage.tsdb.path={self.folder}/tsdb"]
+        command = [
+            "prometheus",
+            f"--config.file={self.folder}/prometheus.yml",
+            f"--storage.tsdb.path={self.folder}/tsdb",
+        ]
         command += [f"--web.listen-address={urllib.parse.urlsplit(self.prometheus).netloc}", "--log.level=debug"]
         with running(command, self.log):
             wait_for("Prometheus", lambda: fetch(self.prometheus + "/-/ready"))
@@ -182,7 +188,9 @@ class ScrapedRun:
         """Return the result of a query over the last ten minutes, each second."""
         now = time.time()
         asked = {"query": expression, "start": now - 120, "end": now, "step": "1"}
-        return list(json.loads(fetch(f"{self.prometheus}/api/v1/query_range?{urllib.parse.urlencode(asked)}"))["data"]["result"])
+        return list(
+            json.loads(fetch(f"{self.prometheus}/api/v1/query_range?{urllib.parse.urlencode(asked)}"))["data"]["result"]
+        )
 
 
 class PrometheusTests(unittest.TestCase):

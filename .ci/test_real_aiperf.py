@@ -1,0 +1,539 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The program against real AIPerf, every generation of its event bus: `python3 .ci/test_real_aiperf.py`.
+
+It needs a package index once, for AIPerf itself (kept in .venv/aiperf-VERSION, or below $AIPERF_ENVIRONMENTS), and no
+network after that: the inference server, the tokenizer and the benchmark are all on this machine.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import fcntl
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import termios
+import threading
+import time
+import unittest
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from typing import Any
+
+import real_aiperf
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+ENVIRONMENTS = pathlib.Path(os.environ.get("AIPERF_ENVIRONMENTS", ROOT / ".venv"))
+VERSIONS = ("0.13.0", "0.6.0")  # with states of its own on the bus, and with commands and raw units
+TIMEOUT = 90.0  # s for anything; a run takes 10 to 35
+SECRETS = ("sk-flag-71f0c2d9a4", "sk-env-5be81d3370", "sk-header-c40f9911")
+ORDER = ["waiting", "initializing", "configuring", "ready", "profiling", "processing", "stopping", "shutdown"]
+ENDS = ["complete", "cancelled", "failed"]
+HIDDEN = {"min_request_timestamp", "max_response_timestamp"}  # 0.6 exports these two although it hides them elsewhere
+
+
+class Work:
+    """What all tests share: made once, gone at the end."""
+
+    def __init__(self) -> None:
+        self.directory = pathlib.Path(tempfile.mkdtemp(prefix="real-aiperf-"))
+        self.home = self.directory / "hf"
+        self.aiperf = {
+            version: real_aiperf.make_environment(ENVIRONMENTS / f"aiperf-{version}", version) for version in VERSIONS
+        }
+        real_aiperf.make_tokenizer(self.home, self.aiperf[VERSIONS[0]].parent / "python")
+        self.mock = real_aiperf.Mock()
+        self.count = 0
+
+    def close(self) -> None:
+        self.mock.close()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def artifacts(self) -> pathlib.Path:
+        self.count += 1
+        return self.directory / f"run{self.count}"
+
+    def environment(self, **more: str) -> dict[str, str]:
+        return {**real_aiperf.environment(self.home), "TMPDIR": str(self.temporary()), **more}
+
+    def temporary(self) -> pathlib.Path:
+        directory = self.directory / "t"
+        directory.mkdir(exist_ok=True)
+        return directory
+
+    def profile(self, version: str, artifacts: pathlib.Path, *more: str) -> list[str]:
+        flags = ["--concurrency", "6", *more]
+        if "--ui" not in more:
+            flags += ["--ui", "none"]
+        return real_aiperf.profile(self.aiperf[version], self.mock.url, artifacts, *flags)
+
+
+class Program:
+    """One aiperf_api.py as a process; everything it and its child say goes to `log`."""
+
+    def __init__(self, work: Work, *arguments: str, environ: dict[str, str] | None = None, pty: bool = False) -> None:
+        self.log = work.directory / f"log{time.monotonic_ns()}"
+        command = [sys.executable, str(ROOT / "aiperf_api.py"), "--api-port", "0", *arguments]
+        environ = environ or work.environment()
+        self._terminal, output = os.openpty() if pty else (-1, os.open(self.log, os.O_CREAT | os.O_WRONLY, 0o600))
+        self.process = subprocess.Popen(
+            command,
+            env=environ,
+            cwd=work.directory,
+            stdin=output if pty else subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            preexec_fn=_own_terminal if pty else os.setsid,  # noqa: PLW1509 -- not one thread holds a lock yet
+        )
+        os.close(output)
+        if pty:
+            threading.Thread(target=self._drain, daemon=True).start()
+        self.url = self._wait_for_url()
+
+    def _drain(self) -> None:
+        with open(self.log, "wb", buffering=0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(os.read(self._terminal, 65536))
+
+    def _wait_for_url(self) -> str:
+        for _ in until(lambda: f"the URL in {self.text()!r}"):
+            match = re.search(r"http://127\.0\.0\.1:\d+", self.text())
+            if match:
+                return match[0]
+            if self.process.poll() is not None:
+                break
+        raise AssertionError(f"ended with {self.process.returncode}: {self.text()}")
+
+    def text(self) -> str:
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+    def get(self, path: str) -> Any:
+        text = self.get_text(path)
+        return json.loads(text)
+
+    def get_text(self, path: str) -> str:
+        with urllib.request.urlopen(self.url + path, timeout=10) as answer:
+            return str(answer.read().decode())
+
+    def type(self, keys: bytes) -> None:
+        os.write(self._terminal, keys)
+
+    def wait(self) -> int:
+        return self.process.wait(TIMEOUT)
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(10)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+        if self._terminal >= 0:
+            os.close(self._terminal)
+
+
+def _own_terminal() -> None:
+    os.setsid()
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
+
+
+def until(what: Any, seconds: float = TIMEOUT, pace: float = 0.05) -> Iterator[None]:
+    """Turns of a loop that waits for something in another process; fails when it never comes."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        yield
+        time.sleep(pace)
+    raise AssertionError(f"waited {seconds} s for {what() if callable(what) else what}")
+
+
+class Watcher(threading.Thread):
+    """Follows a server while it lives: the order of its states, and everything `/ws` forwards."""
+
+    def __init__(self, program: Program) -> None:
+        super().__init__(daemon=True)
+        self.program = program
+        self.states: list[str] = []
+        self.messages: list[str] = []
+        self.updates: list[tuple[float, dict[str, Any]]] = []  # live metrics, with the time of their arrival
+        self._socket = self._open()
+        self._poller = threading.Thread(target=self._poll, daemon=True)
+        self._poller.start()
+        self.start()
+
+    def _open(self) -> socket.socket:
+        host, port = self.program.url[len("http://") :].split(":")
+        connection = socket.create_connection((host, int(port)), timeout=TIMEOUT)
+        key = base64.b64encode(os.urandom(16)).decode()
+        connection.sendall(
+            f"GET /ws HTTP/1.1\r\nHost: {host}:{port}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+            f"Sec-WebSocket-Key: {key}\r\nSec-WebSocket-Version: 13\r\n\r\n".encode()
+        )
+        self._file = connection.makefile("rb")
+        assert b" 101 " in self._file.readline()
+        while self._file.readline().strip():
+            pass
+        ask = json.dumps({"type": "subscribe", "message_types": ["*"]}).encode()
+        connection.sendall(bytes([0x81, 0x80 | len(ask)]) + b"\0\0\0\0" + ask)
+        return connection
+
+    def run(self) -> None:
+        with contextlib.suppress(OSError, ValueError, struct.error, IndexError):
+            while True:
+                head = self._file.read(2)
+                length = head[1]
+                if length == 126:
+                    length = struct.unpack(">H", self._file.read(2))[0]
+                elif length == 127:
+                    length = struct.unpack(">Q", self._file.read(8))[0]
+                payload = self._file.read(length)
+                if head[0] & 15 == 9:
+                    self._socket.sendall(bytes([0x8A, 0x80 | len(payload)]) + b"\0\0\0\0" + payload)
+                elif head[0] & 15 == 1:
+                    self._take(payload.decode())
+
+    def _take(self, text: str) -> None:
+        self.messages.append(text)
+        message = json.loads(text)
+        if message.get("message_type") == "realtime_metrics":
+            self.updates.append((time.monotonic(), message))
+
+    def _poll(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            while True:
+                state = self.program.get("/api/status")["state"]
+                if self.states[-1:] != [state]:
+                    self.states.append(state)
+                time.sleep(0.05)
+
+    def types(self) -> set[str]:
+        return {str(json.loads(text).get("message_type")) for text in list(self.messages)}
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self.join(5)
+        self._file.close()
+        self._socket.close()
+        self._poller.join(5)
+
+
+class RealAIPerf(unittest.TestCase):
+    work: Work
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.work = Work()
+        cls.addClassCleanup(cls.work.close)
+
+    def setUp(self) -> None:
+        self._started = time.monotonic()
+
+    def tearDown(self) -> None:
+        print(f"    {time.monotonic() - self._started:5.1f} s  {self._testMethodName}", file=sys.stderr, flush=True)
+
+    # -- Steps
+
+    def program(self, *arguments: str, **more: Any) -> Program:
+        program = Program(self.work, *arguments, **more)
+        self.addCleanup(program.close)
+        return program
+
+    def watch(self, program: Program) -> Watcher:
+        watcher = Watcher(program)
+        self.addCleanup(watcher.close)
+        return watcher
+
+    def wait_for_state(self, program: Program, *states: str, seconds: float = TIMEOUT) -> dict[str, Any]:
+        for _ in until(lambda: f"{states}; {program.get_text('/api/status')}\n{program.text()[-3000:]}", seconds):
+            status = program.get("/api/status")
+            if status["state"] in states:
+                break
+        return dict(status)
+
+    def wait_for_requests(self, program: Program, number: int) -> None:
+        for _ in until(lambda: f"{number} requests\n{program.text()[-3000:]}"):
+            progress = program.get("/api/progress")
+            if not progress["warmup"] and (progress["completed"] or 0) >= number:
+                return
+
+    def wait_for_end_of_child(self, program: Program) -> None:
+        for _ in until("the child's end"):
+            if "the benchmark ended" in program.text():
+                break
+
+    # -- What is checked of every run
+
+    def check_states(self, watcher: Watcher, end: str) -> None:
+        states = watcher.states
+        places = [(ORDER + ENDS).index(state) for state in states]
+        self.assertEqual(places, sorted(places), states)
+        self.assertEqual(states[-1], end)
+        if end != "failed":
+            self.assertIn("profiling", states)
+
+    def check_final_figures(self, program: Program, artifacts: pathlib.Path) -> None:
+        """Every metric of /api/metrics is AIPerf's own, to the last digit, and none is missing."""
+        export = json.loads((artifacts / "profile_export_aiperf.json").read_text())
+        answer = program.get("/api/metrics")
+        self.assertIs(answer["final"], True)
+        ours = answer["metrics"]
+        theirs = {tag: row for tag, row in export.items() if isinstance(row, dict) and "unit" in row and "avg" in row}
+        self.assertGreater(len(theirs), 15)
+        self.assertEqual(set(theirs) - set(ours) - HIDDEN, set())
+        for tag, row in theirs.items():
+            if tag in HIDDEN:
+                continue
+            for stat, value in row.items():
+                if value is not None:
+                    self.assertEqual(ours[tag].get(stat), value, (tag, stat))
+        expected = theirs["request_count"]["avg"] + theirs["error_request_count"]["avg"]
+        self.assertEqual(program.get("/api/progress")["completed"], expected)
+
+    def check_workers(self, program: Program) -> None:
+        workers = program.get("/api/workers")
+        self.assertGreaterEqual(workers["total_workers"], 1)
+        for worker, status in workers["worker_statuses"].items():
+            self.assertIn(status, ("healthy", "high_load", "error", "idle", "stale"), worker)
+
+    def check_config(self, program: Program) -> None:
+        answer = program.get("/api/metrics")
+        self.assertEqual(
+            [answer[name] for name in ("model", "endpoint_type", "concurrency")],
+            ["mock", "chat", 6],
+            answer.get("model"),
+        )
+        self.assertIs(answer["streaming"], True)
+
+    def check_no_secret(self, program: Program, watcher: Watcher, *files: pathlib.Path) -> None:
+        pages = ["/", "/dashboard", "/metrics", "/openapi.json"]
+        pages += [f"/api/{name}" for name in ("metrics", "status", "progress", "workers", "config", "server-metrics")]
+        pages += [f"/api/{name}" for name in ("results", "history", "clients", "docs")]
+        texts = {"log": program.text(), "ws": "\n".join(watcher.messages)}
+        for page in pages:
+            with contextlib.suppress(urllib.error.HTTPError):
+                texts[page] = program.get_text(page)
+        texts.update({str(path): path.read_text(errors="replace") for path in files})
+        texts["ps"] = pathlib.Path(f"/proc/{program.process.pid}/cmdline").read_text()
+        for place, text in texts.items():
+            for secret in SECRETS:
+                self.assertNotIn(secret, text, place)
+
+    # -- One command around a run
+
+    def run_as_child(self, version: str) -> None:
+        artifacts, recording = self.work.artifacts(), self.work.directory / f"recording-{version}.jsonl"
+        secret = ["--api-key", SECRETS[0], "--header", f"X-Api-Key: {SECRETS[2]}"]
+        program = self.program(
+            *("--record", str(recording), "--linger", "4", "--"),
+            *self.work.profile(version, artifacts, "--request-count", "200", "--warmup-request-count", "10", *secret),
+            environ=self.work.environment(OPENAI_API_KEY=SECRETS[1]),
+        )
+        watcher = self.watch(program)
+        self.wait_for_requests(program, 60)
+        self.check_workers(program)
+        self.check_config(program)
+        status = self.wait_for_state(program, *ENDS)
+        self.assertEqual(status["state"], "complete", status)
+        self.wait_for_end_of_child(program)
+        self.check_states(watcher, "complete")
+        self.check_final_figures(program, artifacts)
+        self.check_config(program)
+        self.assertGreaterEqual(len(watcher.updates), 2)
+        self.check_no_secret(program, watcher, recording)
+        self.assertEqual(program.wait(), 0)
+        self.assertEqual(list(self.work.temporary().glob("aiperf-api-*")), [])
+        self.assertIn(f"Bearer {SECRETS[0]}", self.work.mock.seen()["authorizations"])
+
+    def test_child_0_13(self) -> None:
+        self.run_as_child("0.13.0")
+
+    def test_child_0_6(self) -> None:
+        self.run_as_child("0.6.0")
+
+    # -- Attached from outside
+
+    def run_attached(self, version: str, source: list[str], bus: list[str]) -> None:
+        artifacts = self.work.artifacts()
+        program = self.program(*source)
+        watcher = self.watch(program)
+        environ = self.work.environment(
+            AIPERF_UI_REALTIME_METRICS_ENABLED="true", AIPERF_UI_REALTIME_METRICS_INTERVAL="1"
+        )
+        command = self.work.profile(version, artifacts, "--request-count", "150", "--api-key", SECRETS[0], *bus)
+        done = subprocess.run(
+            command, env=environ, capture_output=True, timeout=TIMEOUT, cwd=self.work.directory, check=False
+        )
+        self.assertEqual(done.returncode, 0, done.stdout[-3000:])
+        self.wait_for_state(program, *ENDS, seconds=10)
+        self.check_states(watcher, "complete")
+        self.check_final_figures(program, artifacts)
+        self.check_workers(program)
+        self.assertGreaterEqual(len(watcher.updates), 2)
+        self.check_no_secret(program, watcher)
+        program.process.terminate()
+        self.assertEqual(program.wait(), 0)
+
+    def test_attached_over_tcp_0_13(self) -> None:
+        self.run_attached("0.13.0", ["--zmq-host", "127.0.0.1"], ["--zmq-host", "127.0.0.1"])
+
+    def test_attached_over_tcp_0_6(self) -> None:
+        self.run_attached("0.6.0", ["--zmq-host", "127.0.0.1"], ["--zmq-host", "127.0.0.1"])
+
+    def test_attached_over_ipc_0_13(self) -> None:
+        directory = str(self.work.artifacts())
+        self.run_attached("0.13.0", ["--zmq-ipc-path", directory], ["--zmq-ipc-path", directory])
+
+    def test_attached_over_ipc_0_6(self) -> None:
+        directory = str(self.work.artifacts())
+        self.run_attached("0.6.0", ["--zmq-ipc-path", directory], ["--zmq-ipc-path", directory])
+
+    # -- Beside AIPerf's own API
+
+    def test_beside_its_own_api_both_tell_the_same(self) -> None:
+        artifacts = self.work.artifacts()
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        flags = ["--benchmark-duration", "20", "--api-port", port, "--workers-max", "2"]
+        program = self.program("--linger", "0", "--", *self.work.profile("0.13.0", artifacts, *flags))
+        watcher = self.watch(program)
+        self.wait_for_state(program, "profiling")
+        compared = 0
+        for _ in until("moments to compare", seconds=30, pace=0.3):
+            compared += self.compare_with(program, f"http://127.0.0.1:{port}")
+            if compared >= 3:
+                break
+        self.assertEqual(program.wait(), 0)
+        self.assertGreaterEqual(len(watcher.updates), 5)
+        gaps = [after - before for (before, _), (after, _) in zip(watcher.updates, watcher.updates[1:])]
+        self.assertLess(sorted(gaps)[len(gaps) // 2], 1.6, gaps)
+
+    def compare_with(self, program: Program, their_url: str) -> bool:
+        """Whether both showed the same message; if so they must agree in everything."""
+        try:
+            before = program.get("/api/metrics")
+            with urllib.request.urlopen(their_url + "/api/metrics", timeout=5) as answer:
+                theirs = json.loads(answer.read())
+            with urllib.request.urlopen(their_url + "/metrics", timeout=5) as answer:
+                their_text = answer.read().decode()
+            our_text, after = program.get_text("/metrics"), program.get("/api/metrics")
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            return False
+        if not theirs["metrics"] or before["metrics"] != after["metrics"]:
+            return False  # a message came in between
+        latency = "request_latency"
+        if theirs["metrics"].get(latency, {}).get("sum") != after["metrics"].get(latency, {}).get("sum"):
+            return False  # they are one message apart
+        for name in ("benchmark_id", "model", "endpoint_type", "streaming", "concurrency", "request_rate"):
+            self.assertEqual(after.get(name), theirs[name], name)
+        self.assertEqual(after["metrics"], theirs["metrics"])
+        ours = dict(_samples(our_text))
+        for name, value in _samples(their_text):
+            self.assertEqual(ours.get(name), value, name)
+        return True
+
+    # -- Ends
+
+    def test_ctrl_c_cancels_the_child_once_0_13(self) -> None:
+        self.cancel("0.13.0", "--ui", "simple")
+
+    def test_ctrl_c_cancels_the_child_once_0_6(self) -> None:
+        self.cancel("0.6.0", "--ui", "simple")
+
+    def test_ctrl_c_in_its_dashboard(self) -> None:
+        program = self.cancel("0.13.0", "--ui", "dashboard")
+        drawn = program.text()
+        begin, end = (
+            drawn.index("\x1b[?1049h"),
+            drawn.rindex("\x1b[?1049l"),
+        )  # the alternate screen, xterm's control sequences
+        self.assertNotIn("aiperf-api", drawn[begin:end].replace(str(ROOT), ""))
+
+    def cancel(self, version: str, *flags: str) -> Program:
+        artifacts = self.work.artifacts()
+        command = self.work.profile(version, artifacts, "--request-count", "2000", *flags)
+        environ = self.work.environment(TERM="xterm-256color")
+        environ.pop("NO_COLOR")
+        program = self.program("--linger", "2", "--", *command, pty=True, environ=environ)
+        watcher = self.watch(program)
+        self.wait_for_requests(program, 40)
+        program.type(b"\x03")
+        status = self.wait_for_state(program, *ENDS)
+        self.assertEqual(status["state"], "cancelled", status)
+        self.assertEqual(program.get("/api/results")["status"], "cancelled")
+        self.check_states(watcher, "cancelled")
+        self.assertEqual(program.wait(), 0)  # what AIPerf itself exits with
+        self.assertNotIn("force quit immediately\n\n\n", program.text())
+        export = json.loads((artifacts / "profile_export_aiperf.json").read_text())
+        self.assertIs(export["was_cancelled"], True)
+        return program
+
+    def test_a_run_that_cannot_be_configured_fails_0_13(self) -> None:
+        self.fail_to_configure("0.13.0")
+
+    def test_a_run_that_cannot_be_configured_fails_0_6(self) -> None:
+        self.fail_to_configure("0.6.0")
+
+    def fail_to_configure(self, version: str) -> None:
+        dataset = self.work.directory / "bad.jsonl"
+        dataset.write_text('{"no": "text"}\nnot json\n')
+        flags = ["--request-count", "10", "--input-file", str(dataset), "--custom-dataset-type", "single_turn"]
+        program = self.program("--linger", "3", "--", *self.work.profile(version, self.work.artifacts(), *flags))
+        watcher = self.watch(program)
+        status = self.wait_for_state(program, "failed")
+        self.assertTrue(status["error"], status)
+        self.assertEqual(program.get("/api/results"), {"status": "failed", "results": None})
+        self.assertNotEqual(program.wait(), 0)
+        self.check_states(watcher, "failed")
+
+    def test_a_tokenizer_that_is_not_there_fails_before_there_is_a_bus(self) -> None:
+        command = self.work.profile("0.13.0", self.work.artifacts(), "--request-count", "10")
+        command[command.index(real_aiperf.TOKENIZER)] = "local/none"
+        program = self.program("--linger", "2", "--", *command)
+        status = self.wait_for_state(program, "failed")
+        self.assertIn("exit status 1", status["error"])
+        self.assertEqual(program.wait(), 1)
+
+    # -- Harmless
+
+    def test_a_stopped_server_does_not_hold_the_benchmark(self) -> None:
+        directory, artifacts = str(self.work.artifacts()), self.work.artifacts()
+        program = self.program("--zmq-ipc-path", directory)
+        environ = self.work.environment(
+            AIPERF_UI_REALTIME_METRICS_ENABLED="true", AIPERF_UI_REALTIME_METRICS_INTERVAL="1"
+        )
+        command = self.work.profile("0.13.0", artifacts, "--request-count", "200", "--zmq-ipc-path", directory)
+        benchmark = subprocess.Popen(
+            command, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=self.work.directory
+        )
+        self.wait_for_requests(program, 20)
+        program.process.send_signal(signal.SIGSTOP)
+        self.assertEqual(benchmark.wait(TIMEOUT), 0)
+        program.process.send_signal(signal.SIGCONT)
+        export = json.loads((artifacts / "profile_export_aiperf.json").read_text())
+        self.assertEqual(export["completed_request_count"]["avg"], 200)
+        self.assertIn(program.get("/api/status")["state"], ORDER + ENDS)
+
+
+def _samples(text: str) -> Iterator[tuple[str, float]]:
+    """(name and labels without version, value) of a Prometheus text."""
+    for line in text.splitlines():
+        if line and not line.startswith("#"):
+            name, _, value = line.rpartition(" ")
+            yield re.sub(r',version="[^"]*"', "", name), float(value)
+
+
+if __name__ == "__main__":
+    unittest.main(verbosity=0)
