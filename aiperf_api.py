@@ -498,6 +498,11 @@ def secret_forms(secrets: Iterable[str]) -> tuple[str, ...]:
     )
 
 
+def _escaped_forms(secret: str) -> tuple[bytes, bytes]:
+    """How a string may stand in a JSON text: with and without its non-ASCII characters escaped."""
+    return json.dumps(secret)[1:-1].encode(), json.dumps(secret, ensure_ascii=False)[1:-1].encode("utf-8", "replace")
+
+
 def _ends_key(hint: bytes, text: bytes) -> bool:
     """Whether a hint may end a key somewhere: behind a key there is a colon or white space, behind a value (the header
     "Time to First Token" of every realtime_metrics) there is neither."""
@@ -507,11 +512,6 @@ def _ends_key(hint: bytes, text: bytes) -> bool:
             return True
         end = text.find(hint, end) + len(hint)
     return False
-
-
-def _escaped_forms(secret: str) -> tuple[bytes, bytes]:
-    """How a string may stand in a JSON text: with and without its non-ASCII characters escaped."""
-    return json.dumps(secret)[1:-1].encode(), json.dumps(secret, ensure_ascii=False)[1:-1].encode("utf-8", "replace")
 
 
 def _may_hold_secret(payload: bytes, secrets: Sequence[str]) -> bool:

@@ -398,10 +398,11 @@ const views = () => Object.entries(run.progress?.phases ?? {}).map(([name, phase
 const currentPhase = () => views().at(-1);
 
 function stateWords() {
-  const { state = "waiting", stale, phase } = run.status ?? {};
+  const { state = "waiting", stale } = run.status ?? {};
   if (!run.status) return ["Connecting", "wait"];
   if (stale && running()) return ["Stale", "warn"];
-  if (state === "profiling" && (run.progress?.warmup || /^warm/.test(phase ?? ""))) return ["Warming up", "run"];
+  // AIPerf says "profiling" a moment after the warm-up has begun.
+  if (["configuring", "ready", "profiling"].includes(state) && run.progress?.warmup && hasProgress()) return ["Warming up", "run"];
   return STATES[state] ?? [state, "run"];
 }
 

@@ -89,8 +89,7 @@ export class RunHistory {
 
   async fetch(tags, since) {
     let changed = false;
-    // Long lists of GPUs would not fit into one request line.
-    for (let at = 0; at < tags.length; at += 24) changed = (await this.fetchSome(tags.slice(at, at + 24), since)) || changed;
+    for (const some of batches(tags)) changed = (await this.fetchSome(some, since)) || changed;
     return changed;
   }
 
@@ -100,7 +99,11 @@ export class RunHistory {
     for (const tag of tags) query.append("tag", tag);
     query.append("stat", this.statsFor(tags).join(","));
     if (since) query.append("since", String(since));
-    const answer = await getJSON(`api/history?${query}`);
+    const answer = await getJSON(`api/history?${query}`).catch((error) => {
+      if (error.status !== 404) throw error;
+      this.index = {}; // the server began anew since the index was read: read it again
+      return { series: [] };
+    });
     if (generation !== this.generation) return false;
     let changed = false;
     // One tag with one statistic comes without the list around it.
@@ -183,6 +186,21 @@ export class RunHistory {
     });
     return out;
   }
+}
+
+/** Tags in lists that fit into a request line: those of many GPUs, or of server metrics with their labels, are long. */
+function batches(tags) {
+  const out = [];
+  let length = Infinity;
+  for (const tag of tags) {
+    length += encodeURIComponent(tag).length + 5;
+    if (length > 2500) {
+      out.push([]);
+      length = encodeURIComponent(tag).length + 5;
+    }
+    out[out.length - 1].push(tag);
+  }
+  return out;
 }
 
 /** Point-wise differences; a value that falls (a new phase counts from zero) begins anew. */
