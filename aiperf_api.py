@@ -108,6 +108,7 @@ HTTP_IDLE_TIMEOUT_SEC = 75  # of a kept-alive connection; nginx 75, uvicorn 5; c
 HTTP_CONNECTIONS_MAX = 512  # beside the WebSocket limit, half-open ones included; nginx worker_connections 512; 503
 HTTP_GZIP_BYTES_MIN = 1024  # a smaller body is sent as it is; nginx gzip_min_length 20, client_python none
 LINGER_TIMEOUT_SEC = 2  # for the peer to end its side after our last words; nginx lingering_timeout 5
+CONNECTION_READ_BYTES = 64 * 1024  # taken from one connection in one go; asyncio 256 KiB
 CONNECTION_BUFFER_BYTES = 64 * 1024  # in a transport before it counts as full; asyncio 64 KiB
 LISTEN_BACKLOG = 128  # connections waiting to be accepted; asyncio 100; the peer's SYN is retried
 
@@ -1452,7 +1453,9 @@ def accepts(header: str | None, offered: Sequence[str]) -> str | None:
 
 def accepts_gzip(header: str | None) -> bool:
     """Whether an Accept-Encoding header takes gzip (RFC 9110 12.5.3)."""
-    codings = {value: q for value, _, q in _weighted(header or "")}
+    if not header:
+        return False
+    codings = {value: q for value, _, q in _weighted(header)}
     return codings.get("gzip", codings.get("x-gzip", codings.get("*", 0.0))) > 0
 
 
@@ -1468,6 +1471,12 @@ def etag_matches(header: str | None, etag: str) -> bool:
 
 
 # -- Writing responses
+
+
+# The head of nearly every answer, as _fixed_head() makes it; to make it anew took longer than the answer itself.
+_JSON_HEAD = (
+    b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nX-Content-Type-Options: nosniff\r\nCache-Control: no-store\r\n"
+)
 
 
 def _header_bytes(headers: HeaderList) -> bytes:
@@ -1507,7 +1516,8 @@ class Response:
         self.body = body
         self.headers = tuple(headers)
         self.is_compressible = body is not None and status == 200 and len(body) >= HTTP_GZIP_BYTES_MIN
-        self._head = self._fixed_head(content_type)
+        plain = status == 200 and content_type == "application/json" and not headers and not self.is_compressible
+        self._head = _JSON_HEAD if plain else self._fixed_head(content_type)
         self._gzip_head, self._gzip_body = b"", b""  # made when a client first takes it
 
     def _fixed_head(self, content_type: str) -> bytes:
@@ -3506,6 +3516,7 @@ class BenchmarkState:
     def __init__(self) -> None:
         self._configs: dict[str, dict[str, Any]] = {}  # given from outside, by origin ("file", "command")
         self._run = Run()  # the run at hand
+        self._identified: tuple[list[dict[str, Any]], dict[str, Any]] = [], {}  # configurations, and what they identify
         self._late_errors_before = 0  # messages of earlier runs that proved bad when they were read late
 
     @property
@@ -3683,7 +3694,7 @@ class BenchmarkState:
 
     def _known_configs(self) -> list[dict[str, Any]]:
         """Return all configurations, the one that counts most first."""
-        phases = {"phases": self._run.phase_configs} if self._run.phase_configs else {}
+        phases = {"phases": dict(self._run.phase_configs)} if self._run.phase_configs else {}
         found = {**self._configs, "bus": self._run.config or self._configs.get("bus", {}), "phases": phases}
         return [found[origin] for origin in CONFIG_ORIGINS if found.get(origin)]
 
@@ -3693,12 +3704,14 @@ class BenchmarkState:
 
     def _identity(self) -> dict[str, Any]:
         """Return the identity field by field, each from the first origin that tells it."""
-        found: dict[str, Any] = {}
-        for config in reversed(self._known_configs()):
-            found.update(identity_of(config))
-        if self._run.benchmark_id:
-            found["benchmark_id"] = self._run.benchmark_id
-        return found
+        configs = self._known_configs()
+        if configs != self._identified[0]:  # quick: mostly the very same objects
+            found: dict[str, Any] = {}
+            for config in reversed(configs):
+                found.update(identity_of(config))
+            self._identified = configs, found
+        run_id = {"benchmark_id": self._run.benchmark_id} if self._run.benchmark_id else {}
+        return {**self._identified[1], **run_id}
 
     def labels(self) -> dict[str, str]:
         """Return the identity as labels for Prometheus, as far as it is known, written as AIPerf's exporter does."""
@@ -5936,7 +5949,7 @@ def _chunks(encode: Encoder, messages: Sequence[Message]) -> list[Chunk]:
 #
 # One TCP (or Unix) connection: deadline -> parse -> route -> respond -> keep alive, or -> upgrade -> frames.
 #
-# It is an asyncio.Protocol, not a coroutine: no handler ever waits for anything, so a request is answered within the
+# It is an asyncio protocol, not a coroutine: no handler ever waits for anything, so a request is answered within the
 # callback that brought its last byte.  That gives order to pipelined requests for free, no task per connection, and
 # nothing to cancel at the end.  Deadlines are looked at by a sweep once a second (`check`), not by timers.
 
@@ -5946,6 +5959,7 @@ class Application(Protocol):
 
     memo: dict[bytes, Request]  # heads already parsed, shared by all connections
     date: bytes  # the Date header, kept up to date by the sweep
+    read_buffer: memoryview  # what has just come from any connection
     message_bytes_max: int  # of a WebSocket message from a client
 
     def opened(self, connection: Connection) -> Response | None:
@@ -5967,7 +5981,7 @@ class Application(Protocol):
         """One of the above raised what it should not: the place to log it."""
 
 
-class Connection(asyncio.Protocol):
+class Connection(asyncio.BufferedProtocol):
     """One client, from accept to the last byte."""
 
     def __init__(self, app: Application, writer: asyncio.StreamWriter) -> None:
@@ -5989,6 +6003,7 @@ class Connection(asyncio.Protocol):
         # HTTP.
         self._requests: RequestParser | None = RequestParser(app.memo)
         self._in_head = False  # a head has begun: its deadline runs
+        self.admitted: tuple[Request, Any] | None = None  # the last request that passed all checks, and its route
         # WebSocket or stream.
         self._frames: FrameParser | None = None
         self.subscriber: Subscriber | None = None  # in the hub; None for HTTP
@@ -5997,7 +6012,15 @@ class Connection(asyncio.Protocol):
 
     # -- Called by the transport --
 
-    def data_received(self, data: bytes) -> None:
+    def get_buffer(self, sizehint: int) -> memoryview:
+        """Where the transport reads to.  A plain Protocol would get a new bytes of 256 KiB for each read, which costs more
+        than all that is done with it; one buffer serves all, because it is read and emptied in one call of the loop."""
+        return self.app.read_buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self._take(bytes(self.app.read_buffer[:nbytes]))
+
+    def _take(self, data: bytes) -> None:
         self.heard_sec = time.monotonic()
         try:
             if self.mode == "http" and self._requests is not None:
@@ -6033,7 +6056,7 @@ class Connection(asyncio.Protocol):
             return
         self._set_reading(True)
         if self.mode == "http":
-            self.data_received(b"")
+            self._take(b"")
             if self._eof and not self.paused:
                 self.transport.close()
 
@@ -6137,7 +6160,7 @@ class Connection(asyncio.Protocol):
         early = self._requests.take_rest() if self._requests is not None else b""
         self._requests = None
         if early:
-            asyncio.get_running_loop().call_soon(self.data_received, early)
+            asyncio.get_running_loop().call_soon(self._take, early)
 
     def open_stream(self, head: bytes) -> None:
         """Switch to an endless body."""
@@ -6594,6 +6617,7 @@ class APIService:
         # What the connections share (Application).
         self.memo: dict[bytes, Request] = {}
         self.date = b""  # IMF-fixdate, of this second
+        self.read_buffer = memoryview(bytearray(CONNECTION_READ_BYTES))  # what has just come from any connection
         self.message_bytes_max = WS_MESSAGE_BYTES_MAX  # of one WebSocket message from a client
         self.connections: set[Connection] = set()  # open ones of every kind
         self.requests: dict[tuple[str, int], int] = {}  # (route, status) -> answers
@@ -6607,6 +6631,7 @@ class APIService:
         self._types: dict[bytes, str] = {}  # topic -> message type
         # media type -> the text of /metrics
         self._texts = {TEXT: CachedText() for TEXT in (CONTENT_TYPE_TEXT_0_0_4, CONTENT_TYPE_OPENMETRICS_1_0_0)}
+        self._formats: dict[str | None, str] = {}  # Accept header -> media type of /metrics
         self._complete: asyncio.Event | None = None  # set while a run has ended
         self._stopped: asyncio.Event | None = None  # set when stop() is done
         self._emptied: asyncio.Event | None = None  # set when the last connection has gone, while stopping
@@ -6876,12 +6901,16 @@ class APIService:
         """Check, route, answer; errors are answers, too."""
         route: Route | None = None
         try:
-            self._check(request)
-            if request.method == "OPTIONS":
-                return self.preflight(request)
-            route = self.router.match(request.method, self._routed_path(request))
-            if route.needs_token and self.settings.token is not None:
-                check_token(request, self.settings.token.encode())
+            if connection.admitted is not None and connection.admitted[0] is request:
+                route = connection.admitted[1]  # the memo gave the very object that was checked before
+            else:
+                self._check(request)
+                if request.method == "OPTIONS":
+                    return self.preflight(request)
+                route = self.router.match(request.method, self._routed_path(request))
+                if route.needs_token and self.settings.token is not None:
+                    check_token(request, self.settings.token.encode())
+                connection.admitted = request, route
             response = route.handler(self, connection, request)
         except HTTPError as error:
             response = error_response(error, request.arg("pretty") is not None)
@@ -7073,6 +7102,16 @@ class APIService:
         }
         return {**self.state.status(now_ns), "source": source}
 
+    def exposition_format(self, accept: str | None) -> str:
+        """The format of /metrics for an Accept header.  Never 406: a scraper that names neither gets the plain one
+        (Prometheus sends */*, too)."""
+        known = self._formats.get(accept)
+        if known is None:
+            known = accepts(accept, tuple(self._texts)) or CONTENT_TYPE_TEXT_0_0_4
+            if len(self._formats) < HTTP_MEMO_HEADS_MAX:
+                self._formats[accept] = known
+        return known
+
     def exposition(self, content_type: str) -> Response:
         """/metrics in one format, built when something has changed (the clock counts, once a second)."""
         text = self._texts[content_type]
@@ -7210,9 +7249,7 @@ def _get_static(service: APIService, _: Connection, request: Request) -> Respons
 
 
 def _get_metrics_text(service: APIService, _: Connection, request: Request) -> Response:
-    # Never 406: a scraper that names neither format gets the plain one (Prometheus sends */*, too).
-    offered = (CONTENT_TYPE_TEXT_0_0_4, CONTENT_TYPE_OPENMETRICS_1_0_0)
-    return service.exposition(accepts(request.headers.get("accept"), offered) or CONTENT_TYPE_TEXT_0_0_4)
+    return service.exposition(service.exposition_format(request.headers.get("accept")))
 
 
 def _get_metrics(service: APIService, _: Connection, request: Request) -> Response:

@@ -1969,6 +1969,10 @@ class TestNegotiation(unittest.TestCase):
 
 
 class TestResponses(unittest.TestCase):
+    def test_the_head_that_is_ready_is_the_one_that_would_be_made(self) -> None:
+        response = aiperf_api.Response(200, b"{}")
+        self.assertEqual(response._head, response._fixed_head("application/json"))
+
     def test_the_bytes_of_an_answer(self) -> None:
         self.assertEqual(
             aiperf_api.json_response({"a": 1}).encode(date=DATE),
