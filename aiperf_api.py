@@ -2646,7 +2646,8 @@ class Phase:
 
     @property
     def in_flight(self) -> int:
-        return 0 if self.is_complete else max(0, self.sent - self.done - self.cancelled)
+        """Return the requests on their way, by the credit counters alone: they are of one moment."""
+        return 0 if self.is_complete else max(0, self.sent - self.completed - self.cancelled)
 
     def history_row(self) -> dict[str, Any]:
         return {

@@ -4032,6 +4032,15 @@ class TestReplayAndRecord(ServiceTestCase):
         self.assertEqual((status["source"]["kind"], status["state"], status["stale"]), ("replay", "complete", False))
         self.assertAlmostEqual(service.now_ns() / 1e9, wire_recording("run_0_13_success")[-1][0] / 1e9, delta=5)
 
+    async def test_played_at_once_it_has_the_history_of_the_run_at_its_own_pace(self) -> None:
+        source = aiperf_api.ReplaySource(self.path("run_0_13_gpu_and_server_metrics"), speed=0)
+        service = await self.serve(source=source)
+        await self.ended(service)
+        latency = (await self.get(service, "/api/history?tag=request_latency&stat=p99")).json["points"]
+        self.assertGreater(len(latency), 10)
+        in_flight = (await self.get(service, "/api/history?tag=phase:profiling&stat=in_flight")).json["points"]
+        self.assertEqual(max(value for _, value in in_flight), 12)  # the concurrency of that run
+
     async def test_a_killed_run_is_stale_ten_seconds_after_its_last_message(self) -> None:
         source = aiperf_api.ReplaySource(self.path("run_0_13_killed"), speed=0)
         service = await self.serve(source=source)
