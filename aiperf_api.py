@@ -1575,6 +1575,9 @@ class Param:
     summary: str
     example: str = ""
     required: bool = False
+    pattern: str = ""  # regular expression of JSON Schema that the value fits; "": any text
+    words: tuple[str, ...] = ()  # the only values there are; empty: any
+    place: str = "query"  # or "path"
 
 
 @dataclass(frozen=True)
@@ -1589,7 +1592,8 @@ class Route:
     params: tuple[Param, ...] = ()
     media_types: tuple[str, ...] = ("application/json",)  # the first is what a client gets that does not say
     example: Any = None  # an answer, as a value for JSON or as text
-    schema: Mapping[str, Any] | None = None  # JSON Schema of the answer
+    shape: str = ""  # of a JSON answer, as type_schema() reads it
+    errors: tuple[int, ...] = ()  # statuses of its own, beside those that any request may meet
     needs_token: bool = True  # false for health checks
     websocket: bool = False
 
@@ -1610,45 +1614,169 @@ class Router:
             raise HTTPError(404, self._not_found(path))
         if method not in route.methods:
             # RFC 9110 15.5.6: "MUST generate an Allow header field"
-            raise HTTPError(405, "method not allowed", (("Allow", ", ".join(route.methods)),))
+            methods = ", ".join(route.methods)
+            raise HTTPError(405, f"method not allowed; {route.path} takes {methods}", (("Allow", methods),))
         return route
 
     def _not_found(self, path: str) -> str:
-        """What to tell the client: names only paths of ours, so that nothing of the request comes back in the answer."""
-        if len(path) <= HTTP_SUGGEST_PATH_CHARS_MAX:
-            near = difflib.get_close_matches(path, self._by_path, n=1)
-            if near:
-                return f"not found; did you mean {near[0]}?"
-        return "not found; GET / lists what there is"
+        """What to tell the client.  Of the request only a path comes back that needs no escaping anywhere: neither in
+        HTML nor in a terminal nor in a shell."""
+        if not _PLAIN_PATH.fullmatch(path):
+            return "unknown path; GET /api lists what there is"
+        near = difflib.get_close_matches(path, self._by_path, n=1)
+        return f"unknown path {path}; " + (f"did you mean {near[0]}?" if near else "GET /api lists what there is")
 
-    def openapi(self, title: str, version: str) -> dict[str, Any]:
-        """The table as an OpenAPI 3.1 document, ready for json_bytes."""
-        paths = {route.path: {"get": _operation(route)} for route in self.routes}
-        return {"openapi": "3.1.0", "info": {"title": title, "version": version}, "paths": paths}
+    def openapi(self, info: Mapping[str, str], shapes: Mapping[str, Any], *, secured: bool) -> dict[str, Any]:
+        """The table as an OpenAPI 3.1 document, ready for json_bytes.
+
+        Args:
+            info: title, version and description.
+            shapes: the schemas that the shapes of the routes name, from read_shapes().
+            secured: whether a token is asked for.
+        """
+        own = {status for route in self.routes for status in route.errors}
+        errors = {str(status): _error_answer(status) for status in sorted({*_ANY_ERRORS, *own, 401})}
+        components: dict[str, Any] = {"schemas": shapes, "responses": errors}
+        if secured:
+            components["securitySchemes"] = _SECURITY_SCHEMES
+        return {
+            "openapi": "3.1.0",
+            "info": info,
+            "servers": [{"url": "./", "description": "where this document was found, whatever stands before it"}],
+            "paths": {route.path: _path_item(route, secured) for route in self.routes},
+            "components": components,
+        }
 
 
-def _operation(route: Route) -> dict[str, Any]:
-    media: dict[str, Any] = {}
-    if route.schema is not None:
-        media["schema"] = route.schema
-    if route.example is not None:
-        media["example"] = route.example
-    answer: dict[str, Any] = {"description": route.summary}
-    if not route.websocket:
-        answer["content"] = dict.fromkeys(route.media_types, media)
-    operation: dict[str, Any] = {
-        "operationId": route.name,
-        "summary": route.summary,
-        "responses": {"101" if route.websocket else "200": answer},
+# A path that may be quoted back; longer ones get no "did you mean" either (difflib is slow).
+_PLAIN_PATH = re.compile(rf"/[A-Za-z0-9/_.-]{{0,{HTTP_SUGGEST_PATH_CHARS_MAX}}}")
+
+# -- Descriptions for machines
+
+_ANY_ERRORS = (400, 405, 421, 503)  # what any request may meet
+_ERROR_TEXTS: Mapping[int, str] = MappingProxyType(
+    {
+        400: "The request is malformed, or an argument has a value that it cannot have",
+        401: "The token is missing or wrong",
+        403: "The Origin is another site's",
+        404: "There is nothing of that name",
+        405: "The method is not one of this path",
+        421: "The Host is not served here",
+        426: "Only as a WebSocket",
+        503: "Too many connections; come back later",
     }
-    if route.params:
-        operation["parameters"] = [_parameter(param) for param in route.params]
-    return operation
+)
+_SECURITY_SCHEMES: Mapping[str, Mapping[str, str]] = MappingProxyType(
+    {
+        "bearer": MappingProxyType({"type": "http", "scheme": "bearer"}),
+        "query": MappingProxyType({"type": "apiKey", "in": "query", "name": "token"}),
+    }
+)
+_PLAIN_TYPES = frozenset(("boolean", "integer", "number", "object", "string"))
+_SHAPE_LINE = re.compile(r"([A-Z]\w+)(\+?) +(.+)")
+_FIELD_LINE_OF_SHAPE = re.compile(r"  (\w+)(~?) +(\S+)(?: +(.+))?")
+
+
+def type_schema(text: str) -> dict[str, Any]:
+    """JSON Schema of a type as tables write it: `integer`; `Name` of a shape; `any`; `=word` (that word); `a|b` (one of
+    the words); `T[]`; `T{}`, a map from names to T; `T?`, T or null; `T,U`, either.
+
+    >>> type_schema("number?[]")
+    {'type': 'array', 'items': {'type': ['number', 'null']}}
+    """
+    if "," in text:
+        return {"anyOf": [type_schema(part) for part in text.split(",")]}
+    if text.endswith("?"):
+        schema = type_schema(text[:-1])
+        null = {"type": [schema["type"], "null"]} if "type" in schema else None
+        return {**schema, **null} if null else {"anyOf": [schema, {"type": "null"}]}
+    if text.endswith("[]"):
+        return {"type": "array", "items": type_schema(text[:-2])}
+    if text.endswith("{}"):
+        return {"type": "object", "additionalProperties": type_schema(text[:-2])}
+    if text.startswith("="):
+        return {"const": text[1:]}
+    if "|" in text:
+        return {"enum": text.split("|")}
+    if text == "any":
+        return {}
+    return {"type": text} if text in _PLAIN_TYPES else {"$ref": f"#/components/schemas/{text}"}
+
+
+def read_shapes(text: str) -> dict[str, dict[str, Any]]:
+    """JSON Schemas of a table: a shape a paragraph, a field a line.
+
+    `Name  description` begins a shape, `Name+` one that may have further fields.  Its lines are `  field  type
+    description`; `field~` may be missing.
+    """
+    shapes: dict[str, dict[str, Any]] = {}
+    shape: dict[str, Any] = {}
+    for line in text.strip().splitlines():
+        head, field = _SHAPE_LINE.fullmatch(line), _FIELD_LINE_OF_SHAPE.fullmatch(line)
+        if head:
+            shape = {"type": "object", "description": head[3], "properties": {}, "required": []}
+            shapes[head[1]] = shape if head[2] else {**shape, "additionalProperties": False}
+        elif field:
+            name, may_miss, kind, words = field.groups()
+            schema = type_schema(kind)
+            shape["properties"][name] = {**schema, "description": words} if words else schema
+            shape["required"] += [] if may_miss else [name]
+        else:
+            raise ValueError(f"neither a shape nor a field: {line}")
+    return shapes
+
+
+def _path_item(route: Route, secured: bool) -> dict[str, Any]:
+    """What OpenAPI says of a path; its parameters are those of GET and HEAD alike."""
+    item: dict[str, Any] = {"parameters": [_parameter(param) for param in route.params]} if route.params else {}
+    statuses = [*_ANY_ERRORS, *route.errors, *([401] if secured and route.needs_token else [])]
+    errors = {str(status): {"$ref": f"#/components/responses/{status}"} for status in sorted(statuses)}
+    # An empty list of requirements: open, whatever the rest of the document asks for.
+    ways: list[dict[str, list[str]]] = [{"bearer": []}, {"query": []}] if route.needs_token else []
+    security = {"security": ways} if secured else {}
+    for method in route.methods:
+        is_get = method == "GET"
+        item[method.lower()] = {
+            "operationId": route.name if is_get else f"{route.name}_head",
+            "summary": route.summary if is_get else f"The head of GET {route.path}",
+            **security,
+            "responses": {**_good_answers(route, is_get), **errors},
+        }
+    return item
+
+
+def _good_answers(route: Route, is_get: bool) -> dict[str, Any]:
+    if route.websocket:
+        return {"101": {"description": f"{route.summary}; /asyncapi.json describes its messages"}}
+    answer: dict[str, Any] = {"description": route.summary}
+    if is_get:
+        answer["content"] = {media_type: _media(route, media_type) for media_type in route.media_types}
+    return {"200": answer, "304": {"description": "As the client has it already: If-None-Match names its ETag"}}
+
+
+def _media(route: Route, media_type: str) -> dict[str, Any]:
+    is_json = media_type == "application/json"
+    schema = type_schema(route.shape) if is_json and route.shape else {} if is_json else {"type": "string"}
+    return {"schema": schema, **({} if route.example is None else {"example": route.example})}
 
 
 def _parameter(param: Param) -> dict[str, Any]:
-    described = {"name": param.name, "in": "query", "description": param.summary, "required": param.required}
-    return {**described, "schema": {"type": "string"}, **({"example": param.example} if param.example else {})}
+    schema: dict[str, Any] = {"type": "string"}
+    if param.pattern:
+        schema["pattern"] = param.pattern
+    if param.words:
+        schema["enum"] = list(param.words)
+    described = {"name": param.name, "in": param.place, "description": param.summary, "required": param.required}
+    empty = {"allowEmptyValue": True} if "" in param.words else {}
+    return {**described, **empty, "schema": schema, **({"example": param.example} if param.example else {})}
+
+
+def _error_answer(status: int) -> dict[str, Any]:
+    """An error as any endpoint gives it; readiness alone says it in plain text."""
+    content = {"application/json": {"schema": type_schema("Error")}}
+    if status == 503:
+        content["text/plain"] = {"schema": type_schema("string")}
+    return {"description": _ERROR_TEXTS[status], "content": content}
 
 
 # == 7 == Static files =================================================================================================
@@ -6234,6 +6362,8 @@ def connection_factory(app: Application) -> Callable[[asyncio.StreamReader, asyn
 
 BUS_MESSAGE_TYPE = re.compile("[A-Za-z0-9_:-]{1,128}")  # what stands before the target and the `$` of a topic
 CLIENT_MESSAGE_TYPE = re.compile(r"[^\x00-\x20$\x7f]{1,128}")  # what a client may ask for; most of it never comes
+STATIC_ROUTE = "/static/{file}"
+FAVICON_PATH = "/favicon.ico"  # browsers ask for it beside a JSON answer, too, where no page names another
 
 
 class Option(NamedTuple):
@@ -6876,7 +7006,8 @@ class APIService:
     @staticmethod
     def _routed_path(request: Request) -> str:
         """Files share one route; their names are looked up in the table, nowhere else."""
-        return STATIC_ROUTE if request.path.startswith("/static/") else request.path
+        is_file = request.path.startswith("/static/") or request.path == FAVICON_PATH
+        return STATIC_ROUTE if is_file else request.path
 
     def _finish(self, request: Request, response: Response | None) -> Response | None:
         """304 for what the client already has (RFC 9110 section 13.1.2)."""
@@ -7143,6 +7274,257 @@ def encode_line(message: Message) -> bytes:
     return message.payload + b"\n"
 
 
+# -- The shapes of answers and messages --------------------------------------------------------------------------------
+#
+# What /openapi.json and /asyncapi.json say, and what the tests hold every answer against.  read_shapes() explains it.
+
+ANSWER_SHAPES = """
+Error  what went wrong
+  error  string  what it was, and what to do about it
+Index  where everything is
+  version  string  of this server
+  links  Link{}  by the name of the endpoint
+Link  an endpoint
+  href  string  relative to /api, so that it holds behind a proxy under a path, too
+  summary  string  what is there
+  media  string[]  media types; the first is what a client gets that does not say
+Status  the state of the run, and the source it is heard from
+  state  string  waiting, then AIPerf's own states, and at the end complete, cancelled or failed
+  phase  string?  name of the phase at hand
+  benchmark_id  string?
+  profile_id  string?
+  error  string?  why it failed
+  stale  boolean  a running benchmark has been silent for 10 s
+  started_ns  integer?  ns since the epoch
+  elapsed_sec  number?  seconds since the first phase began
+  source  Source
+Source  where messages come from
+  kind  string  tcp, ipc, zmq, bind, replay, demo, child or none
+  address  string
+  backend  string  what speaks ZMQ: pyzmq, builtin, or nothing
+  connected  boolean
+  messages  integer  good ones so far
+  last_message_age_sec  number?  seconds since the last one
+Progress  how far the run is; the top-level figures are of the profiling once it has begun, of the warm-up before
+  total  integer?  requests; null for a run by duration
+  completed  integer  requests that were answered, failed ones included
+  errors  integer  requests that failed
+  cancelled  integer  requests
+  warmup  boolean  the figures are of the warm-up
+  start_ns  integer?  ns since the epoch
+  elapsed_ns  integer
+  percent_complete  number  0 to 100; never goes back in a run
+  eta_sec  number?  seconds left at the pace so far
+  phases  Phase{}  by name
+  results_exported  boolean
+  system_state  string?  as AIPerf calls it
+Phase+  a phase of the run; what AIPerf sends beyond this is passed on
+  phase  string  warmup or profiling
+  phase_name  string
+  start_ns  integer?  ns since the epoch
+  requests_end_ns  integer?  ns since the epoch
+  total_expected_requests  integer?
+  expected_duration_sec  number?
+  requests_sent  integer
+  requests_completed  integer
+  requests_cancelled  integer
+  request_errors  integer
+  requests_in_flight  integer
+  success_records  integer
+  error_records  integer
+  complete  boolean
+  elapsed_ns  integer
+  percent_complete  number
+  eta_sec  number?
+  requests_per_second  number?
+Metrics  the benchmark's metrics
+  aiperf_version  string?
+  benchmark_id  string?
+  model  string?
+  endpoint_type  string?
+  streaming  boolean?
+  concurrency  number?
+  request_rate  number?
+  final  boolean  these are the final results
+  metrics  Row{}  by tag
+  telemetry  Row{}  of the GPUs, by tag
+Row+  a metric: those of its statistics that there are, in its unit
+  header  string  its name for people
+  unit  string
+  avg~  number
+  min~  number
+  max~  number
+  std~  number
+  p1~  number
+  p5~  number
+  p10~  number
+  p25~  number
+  p50~  number
+  p75~  number
+  p90~  number
+  p95~  number
+  p99~  number
+  count~  number
+  sum~  number
+  current~  number
+Workers  the workers
+  total_workers  integer
+  active_workers  integer  healthy, highly loaded, or with an error just now
+  worker_statuses  string{}  by worker
+  workers  Worker{}  by worker
+  worker_groups  object  by group
+Worker  one worker
+  status  string  healthy, high_load, error, idle or stale
+  startup_state  string?
+  task_stats  object  requests: total, completed, failed
+  processing_stats  object  records: success_records, error_records
+  health  object?  cpu_usage in percent, memory_usage in bytes, ...
+  last_update_ns  integer?  ns since the epoch
+Config+  the benchmark's configuration, with "***" for secrets
+ServerMetrics+  the inference server's own metrics
+  endpoint_summaries  object  by host:port
+Results  the end of the run
+  status  running|complete|cancelled|failed
+  results  object?  as AIPerf published them
+HistoryOverview  what there is a history of
+  start_ns  integer?  ns since the epoch
+  interval_sec  number  between two points
+  points  integer  of the longest series
+  tags  HistoryTag{}
+HistoryTag  a metric with a history
+  unit  string
+  header  string
+  group  metrics|telemetry|server|phase
+  stats  string[]
+HistorySeries  one series
+  tag  string
+  stat  string
+  unit  string
+  header  string
+  interval_sec  number
+  points  number?[][]  [ns since the epoch, value]
+HistoryMany  several series
+  interval_sec  number
+  series  HistorySeries[]
+Clients  who is connected
+  total  integer
+  clients  StreamClient[]
+StreamClient  a WebSocket or a stream
+  address  string
+  kind  websocket|sse|ndjson
+  subscriptions  string[]
+  connected_ns  integer  ns since the epoch
+  sent  integer  messages
+  skipped  integer  messages
+  waiting_bytes  integer
+Docs+  the tables behind the documentation page
+  version  string
+  routes  object[]
+  options  object[]
+  limits  object[]
+"""
+
+MESSAGE_SHAPES = """
+Subscribe+  take messages of these types
+  type  =subscribe
+  message_types  string[]  names of message types, or "*" for all
+  snapshot~  boolean  false: do not begin with the last message of each
+Unsubscribe+  take them no more
+  type  =unsubscribe
+  message_types  string[]
+Ping+  ask for a sign of life
+  type  =ping
+Subscribed  as asked, in order
+  type  =subscribed
+  message_types  string[]
+  unknown~  string[]  those that AIPerf has none of: perhaps a typo
+Unsubscribed  as asked, in order
+  type  =unsubscribed
+  message_types  string[]
+Pong  a sign of life
+  type  =pong
+ClientError  a message that could not be obeyed; the connection stays
+  type  =error
+  message  string
+Skipped  what was left out because this client did not keep up
+  type  =skipped
+  counts  integer{}  by message type
+RealtimeMetrics+  the metrics so far, in display units
+  message_type  =realtime_metrics
+  metrics  MetricRow[]
+RealtimeTelemetryMetrics+  the GPUs
+  message_type  =realtime_telemetry_metrics
+  metrics  MetricRow[]
+MetricRow+  a metric, with its statistics beside
+  tag  string
+  header~  string?
+  unit~  string?
+CreditPhaseStart+  a phase begins
+  message_type  =credit_phase_start
+CreditPhaseProgress+  how far a phase is
+  message_type  =credit_phase_progress
+CreditPhaseComplete+  a phase has ended
+  message_type  =credit_phase_complete
+WorkerStatusSummary+  the status of each worker
+  message_type  =worker_status_summary
+  worker_statuses  string{}
+ProcessingStats+  records processed so far
+  message_type  =processing_stats
+AllRecordsReceived+  the last record has come
+  message_type  =all_records_received
+BusMessage+  a message of any other type, as the bus has it
+  message_type  string
+"""
+
+_CLIENT_SAYS = ("Subscribe", "Unsubscribe", "Ping")
+_SERVER_ANSWERS = ("Subscribed", "Unsubscribed", "Pong", "ClientError", "Skipped")
+_DESCRIPTION = "Watch an AIPerf benchmark over its ZMQ event bus and serve its metrics over HTTP and WebSocket."
+
+
+def asyncapi(*, secured: bool) -> dict[str, Any]:
+    """The messages of /ws and /api/stream as an AsyncAPI 3 document, ready for json_bytes."""
+    shapes = read_shapes(MESSAGE_SHAPES)
+    bus = [name for name, shape in shapes.items() if "message_type" in shape["properties"]]
+    messages = {name: _message(name, shapes[name]["description"]) for name in (*_CLIENT_SAYS, *_SERVER_ANSWERS, *bus)}
+    security = {"security": [{"$ref": "#/components/securitySchemes/bearer"}]} if secured else {}
+    scheme = {"securitySchemes": {"bearer": {"type": "http", "scheme": "bearer"}}} if secured else {}
+    stream = ("Skipped", *bus)
+    return {
+        "asyncapi": "3.0.0",
+        "info": {"title": "aiperf-api", "version": __version__, "description": _DESCRIPTION},
+        "defaultContentType": "application/json",
+        "channels": {
+            "websocket": _channel("/ws", "One JSON object a text message, both ways", messages),
+            "stream": _channel("/api/stream", "Server-Sent Events or NDJSON: an endless answer to a GET", stream),
+        },
+        "operations": {
+            "ask": {
+                "action": "receive",
+                **_messages_of("websocket", _CLIENT_SAYS),
+                "reply": _messages_of("websocket", _SERVER_ANSWERS),
+                **security,
+            },
+            "send": {"action": "send", **_messages_of("websocket", (*_SERVER_ANSWERS, *bus)), **security},
+            "stream": {"action": "send", **_messages_of("stream", stream), **security},
+        },
+        "components": {"messages": messages, "schemas": shapes, **scheme},
+    }
+
+
+def _message(name: str, summary: str) -> dict[str, Any]:
+    return {"name": name, "summary": summary, "payload": {"$ref": f"#/components/schemas/{name}"}}
+
+
+def _channel(address: str, text: str, names: Iterable[str]) -> dict[str, Any]:
+    messages = {name: {"$ref": f"#/components/messages/{name}"} for name in names}
+    return {"address": address, "description": text, "messages": messages}
+
+
+def _messages_of(channel: str, names: Iterable[str]) -> dict[str, Any]:
+    messages = [{"$ref": f"#/channels/{channel}/messages/{name}"} for name in names]
+    return {"channel": {"$ref": f"#/channels/{channel}"}, "messages": messages}
+
+
 # -- The endpoints -----------------------------------------------------------------------------------------------------
 
 Handler = Callable[[APIService, Connection, Request], Optional[Response]]
@@ -7174,6 +7556,8 @@ def _get_page(name: str) -> Handler:
 
 
 def _get_static(service: APIService, _: Connection, request: Request) -> Response:
+    if request.path == FAVICON_PATH:
+        return service.file("favicon.svg") if "favicon.svg" in service.static else Response(204)
     return service.file(request.path[len("/static/") :])
 
 
@@ -7310,7 +7694,27 @@ def _get_docs(service: APIService, _: Connection, request: Request) -> Response:
 
 
 def _get_openapi(service: APIService, _: Connection, request: Request) -> Response:
-    return _json(request, service.router.openapi("aiperf-api", __version__))
+    info = {"title": "aiperf-api", "version": __version__, "description": _DESCRIPTION}
+    secured = service.settings.token is not None
+    return _json(request, service.router.openapi(info, read_shapes(ANSWER_SHAPES), secured=secured))
+
+
+def _get_asyncapi(service: APIService, _: Connection, request: Request) -> Response:
+    return _json(request, asyncapi(secured=service.settings.token is not None))
+
+
+def _get_index(service: APIService, _: Connection, request: Request) -> Response:
+    links = {
+        route.name: {"href": _from_api(route.path), "summary": route.summary, "media": list(route.media_types)}
+        for route in service.router.routes
+        if "{" not in route.path
+    }
+    return _json(request, {"version": __version__, "links": links})
+
+
+def _from_api(path: str) -> str:
+    """A path of ours as a reference relative to /api (RFC 3986 section 4.2)."""
+    return path[1:] or "./"
 
 
 def _get_health(_: APIService, __: Connection, request: Request) -> Response:
@@ -7323,16 +7727,17 @@ def _get_ready(service: APIService, _: Connection, request: Request) -> Response
     return _plain_text(f"not connected to the bus at {printable(service.source.address)}\n", 503)
 
 
-STATIC_ROUTE = "/static/{file}"
 SSE, NDJSON = "text/event-stream", "application/x-ndjson"
 _HTML = ("text/html",)
-_PRETTY = Param("pretty", "indent the answer, for people")
+_PRETTY = Param("pretty", "indent the answer, for people; it needs no value")
 _TAG = Param("tag", "a metric's tag; repeatable, or separated by commas", "request_latency")
 _STAT = Param("stat", "a statistic of it, such as avg, p50 or p99; repeatable", "p99")
-_SINCE = Param("since", "only points later than this time, in ns since the epoch")
+_SINCE = Param("since", "only points later than this time, in ns since the epoch", pattern="^[0-9]{1,19}$")
 _TYPES = Param("types", "message types, separated by commas; all without it", "realtime_metrics,worker_status_summary")
-_FORMAT = Param("format", "sse or ndjson; otherwise the Accept header says", "ndjson")
-_SNAPSHOT = Param("snapshot", "0: begin with the next message instead of the present state")
+_FORMAT = Param("format", "sse or ndjson; otherwise the Accept header says", "ndjson", words=("sse", "ndjson"))
+_SNAPSHOT = Param("snapshot", "0: begin with the next message instead of the present state", words=("0", "1"))
+_LAST_ID = Param("last_event_id", "like the header Last-Event-ID: go on behind this event", pattern="^[^\\x00]*$")
+_FILE = Param("file", "its path under static/", "favicon.svg", required=True, place="path")
 
 ROUTES: tuple[Route, ...] = (
     Route(
@@ -7341,8 +7746,9 @@ ROUTES: tuple[Route, ...] = (
         "This documentation, with lines to copy and a live try-out",
         _get_page("index.html"),
         media_types=_HTML,
+        errors=(404,),
     ),
-    Route("/dashboard", "dashboard", "The run, live", _get_page("dashboard.html"), media_types=_HTML),
+    Route("/dashboard", "dashboard", "The run, live", _get_page("dashboard.html"), media_types=_HTML, errors=(404,)),
     Route(
         "/metrics",
         "metrics_text",
@@ -7355,6 +7761,7 @@ ROUTES: tuple[Route, ...] = (
         "metrics",
         "The benchmark's metrics: the latest, at the end the final ones",
         _get_metrics,
+        shape="Metrics",
         params=(_PRETTY,),
     ),
     Route(
@@ -7362,32 +7769,59 @@ ROUTES: tuple[Route, ...] = (
         "status",
         "State and phase of the run, and the source it is heard from",
         _get_status,
+        shape="Status",
         params=(_PRETTY,),
     ),
-    Route("/api/progress", "progress", "How far the run is, by phase", _get_progress, params=(_PRETTY,)),
-    Route("/api/workers", "workers", "The workers: status, tasks, CPU and memory", _get_workers, params=(_PRETTY,)),
-    Route("/api/config", "config", "The benchmark's configuration, secrets redacted", _get_config, params=(_PRETTY,)),
+    Route(
+        "/api/progress", "progress", "How far the run is, by phase", _get_progress, shape="Progress", params=(_PRETTY,)
+    ),
+    Route(
+        "/api/workers",
+        "workers",
+        "The workers: status, tasks, CPU and memory",
+        _get_workers,
+        shape="Workers",
+        params=(_PRETTY,),
+    ),
+    Route(
+        "/api/config",
+        "config",
+        "The benchmark's configuration, secrets redacted",
+        _get_config,
+        shape="Config",
+        params=(_PRETTY,),
+    ),
     Route(
         "/api/server-metrics",
         "server_metrics",
         "The latest metrics of the inference server",
         _get_server_metrics,
+        shape="ServerMetrics",
         params=(_PRETTY,),
     ),
-    Route("/api/results", "results", "The final results, once there are some", _get_results, params=(_PRETTY,)),
+    Route(
+        "/api/results",
+        "results",
+        "The final results, once there are some",
+        _get_results,
+        shape="Results",
+        params=(_PRETTY,),
+    ),
     Route(
         "/api/history",
         "history",
         "Time series since the run began; without a tag, what there is",
         _get_history,
         params=(_TAG, _STAT, _SINCE, _PRETTY),
+        shape="HistoryOverview,HistorySeries,HistoryMany",
+        errors=(404,),
     ),
     Route(
         "/api/stream",
         "stream",
         "Bus messages as Server-Sent Events or NDJSON, for curl -N",
         _get_stream,
-        params=(_TYPES, _FORMAT, _SNAPSHOT),
+        params=(_TYPES, _FORMAT, _SNAPSHOT, _LAST_ID),
         media_types=(SSE, NDJSON),
     ),
     Route(
@@ -7395,11 +7829,28 @@ ROUTES: tuple[Route, ...] = (
         "clients",
         "Who is connected, what they take, and what they missed",
         _get_clients,
+        shape="Clients",
         params=(_PRETTY,),
     ),
-    Route("/api/docs", "docs", "The tables behind the documentation page", _get_docs, params=(_PRETTY,)),
-    Route("/openapi.json", "openapi", "This API as OpenAPI 3.1", _get_openapi),
-    Route("/ws", "websocket", "Bus messages over a WebSocket", _get_websocket, methods=("GET",), websocket=True),
+    Route("/api/docs", "docs", "The tables behind the documentation page", _get_docs, shape="Docs", params=(_PRETTY,)),
+    Route("/api", "index", "Where everything is", _get_index, params=(_PRETTY,), shape="Index"),
+    Route("/openapi.json", "openapi", "This API as OpenAPI 3.1", _get_openapi, params=(_PRETTY,)),
+    Route(
+        "/asyncapi.json",
+        "asyncapi",
+        "The messages of /ws and /api/stream as AsyncAPI 3",
+        _get_asyncapi,
+        params=(_PRETTY,),
+    ),
+    Route(
+        "/ws",
+        "websocket",
+        "Bus messages over a WebSocket",
+        _get_websocket,
+        methods=("GET",),
+        errors=(403, 426),
+        websocket=True,
+    ),
     Route("/health", "health", "The server answers", _get_health, media_types=("text/plain",), needs_token=False),
     Route("/healthz", "healthz", "The server answers", _get_health, media_types=("text/plain",), needs_token=False),
     Route(
@@ -7410,8 +7861,18 @@ ROUTES: tuple[Route, ...] = (
         media_types=("text/plain",),
         needs_token=False,
     ),
-    Route(STATIC_ROUTE, "static", "The files of the pages", _get_static, media_types=("text/css", "text/javascript")),
+    Route(
+        STATIC_ROUTE,
+        "static",
+        "The files of the pages",
+        _get_static,
+        params=(_FILE,),
+        media_types=tuple(dict.fromkeys(kind.partition(";")[0] for kind in _CONTENT_TYPES.values())),
+        errors=(404,),
+    ),
 )
+
+
 # == 15 == Command line ================================================================================================
 
 
@@ -7433,7 +7894,6 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(message)
 
 
-_DESCRIPTION = "Watch an AIPerf benchmark over its ZMQ event bus and serve its metrics over HTTP and WebSocket."
 _EPILOG = "Everything after -- is run as the benchmark: aiperf-api --api-port 9090 -- aiperf profile --model ..."
 
 
