@@ -397,8 +397,8 @@ def json_bytes(value: JSONValue, *, pretty: bool = False) -> bytes:
 REDACTED = "***"
 _SECRET_LENGTH_MIN = 6  # characters: a shorter literal would hit innocent text all over a message
 _CREDENTIAL_KEY = re.compile(  # of a key in snake_case: api_key, x_api_key, hf_token, aws_secret_access_key, ...
-    r"(?:.*_)?(?:api_?keys?|access_key|private_key|secret_key|authorization|auth|bearer|token|password|passwd|cookie"
-    r"|secrets?|credentials?)"
+    r"(?:.*_)?(?:api_?keys?|access_key|private_key|secret_key|authorization|auth|bearer|password|passwd|cookie|secrets?"
+    r"|credentials?|(?<!first_)(?<!last_)(?<!per_)(?<!output_)(?<!input_)(?<!prompt_)(?<!each_)(?<!next_)token)"
 )
 _HEADERS_KEY = re.compile(r"(?:.*_)?headers")
 _CAMEL_HUMP = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
@@ -406,7 +406,7 @@ _CAMEL_HUMP = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 _CREDENTIAL_ENDS = (
     "key keys authorization auth bearer token password passwd cookie secret secrets credential credentials headers"
 )
-_CREDENTIAL_HINTS = (*(end.encode() + b'"' for end in _CREDENTIAL_ENDS.split()), b"bearer ", b"\\u00")
+_CREDENTIAL_HINTS = tuple(end.encode() + b'"' for end in _CREDENTIAL_ENDS.split())
 _URL_USERINFO = re.compile(r'(://)[^/\s"@]+@')  # RFC 3986 section 3.2.1
 _BEARER_VALUE = re.compile(r"(bearer +)[\w.~+/=-]+", re.IGNORECASE)  # RFC 6750 section 2.1
 
@@ -498,12 +498,31 @@ def secret_forms(secrets: Iterable[str]) -> tuple[str, ...]:
     )
 
 
+def _escaped_forms(secret: str) -> tuple[bytes, bytes]:
+    """How a string may stand in a JSON text: with and without its non-ASCII characters escaped."""
+    return json.dumps(secret)[1:-1].encode(), json.dumps(secret, ensure_ascii=False)[1:-1].encode("utf-8", "replace")
+
+
+def _ends_key(hint: bytes, text: bytes) -> bool:
+    """Whether a hint may end a key somewhere: behind a key there is a colon or white space, behind a value (the header
+    "Time to First Token" of every realtime_metrics) there is neither."""
+    end = text.find(hint) + len(hint)
+    while end >= len(hint):
+        if text[end : end + 1] in b": \t\r\n":
+            return True
+        end = text.find(hint, end) + len(hint)
+    return False
+
+
 def _may_hold_secret(payload: bytes, secrets: Sequence[str]) -> bool:
+    """A quick look, at a hundredth of the cost of parsing; wrong only on the side of caution."""
     lowered = payload.lower()
     return (
-        any(hint in lowered for hint in _CREDENTIAL_HINTS)
+        any(hint in lowered and _ends_key(hint, lowered) for hint in _CREDENTIAL_HINTS)
+        or b"bearer " in lowered
+        or b"\\u00" in lowered
         or (b"@" in payload and b"://" in payload)
-        or any(json.dumps(secret)[1:-1].lower().encode() in lowered for secret in secrets)
+        or any(form in payload for secret in secrets for form in _escaped_forms(secret))
     )
 
 
@@ -517,9 +536,11 @@ def scrub_json(payload: bytes, secrets: Sequence[str] = (), found: set[str] | No
     """
     if not _may_hold_secret(payload, secrets):
         return payload
+    met = set() if found is None else found  # a secret may stand a second time, without its key
     try:
         value = json_load(payload)
-        clean = _scrub_strings(redact(value, found), secrets)
+        redacted = redact(value, met)
+        clean = _scrub_strings(redacted, (*secret_forms(met), *secrets))
     except (JSONError, RecursionError):
         return payload
     return payload if clean == value else json_bytes(clean)
@@ -2065,8 +2086,8 @@ def _tag_of(row: Any) -> str:
 
 
 def _is_shown(key: str, value: Any) -> bool:
-    """Tell whether a field of a row is for clients: not internal, not null, and a number where one belongs."""
-    if value is None or key in INTERNAL_FIELDS:
+    """Tell whether a field of a row has a value for clients: not null, and a number where one belongs."""
+    if value is None:
         return False
     if key in STATISTICS or key == "count":
         return is_number(value)
@@ -2081,7 +2102,13 @@ def display_row(row: Any) -> Optional[dict[str, Any]]:
     tag = _tag_of(row)
     if not tag:
         return None
-    shown = {key: value for key, value in row.items() if _is_shown(key, value)}
+    shown = {
+        key: value
+        for key, value in row.items()
+        # Nearly all fields are integers and finite floats: shown, and told so without a call.
+        if (type(value) is int or (type(value) is float and value - value == 0.0) or _is_shown(key, value))
+        and key not in INTERNAL_FIELDS
+    }
     conversion = _conversion(tag, shown.get("unit"))
     if conversion is not None:
         factor, divisor, shown["unit"] = conversion
@@ -2095,12 +2122,6 @@ def display_rows(rows: Any) -> dict[str, dict[str, Any]]:
     return {row.pop("tag"): row for row in shown}
 
 
-def row_needs_change(row: Any) -> bool:
-    """Tell whether a row differs from what clients are to see of it."""
-    tag = _tag_of(row)
-    return not tag or not all(map(_is_shown, row, row.values())) or _conversion(tag, row.get("unit")) is not None
-
-
 def forwardable_realtime_metrics(payload: bytes) -> bytes:
     """Return a realtime_metrics message as clients get it: the very same object where nothing needs a change.
 
@@ -2109,9 +2130,12 @@ def forwardable_realtime_metrics(payload: bytes) -> bytes:
     """
     message = read_message(payload)
     rows = message.get("metrics")
-    if not isinstance(rows, list) or not any(map(row_needs_change, rows)):
+    if not isinstance(rows, list):
         return payload
-    return json_bytes({**message, "metrics": [row for row in map(display_row, rows) if row is not None]})
+    shown = list(map(display_row, rows))
+    if shown == rows:
+        return payload
+    return json_bytes({**message, "metrics": [row for row in shown if row is not None]})
 
 
 def read_message(payload: bytes) -> dict[str, Any]:
@@ -2460,6 +2484,8 @@ PHASE_MESSAGE_TYPES = frozenset(
 )
 # What may be large and frequent: kept as bytes until somebody asks.
 METRICS_MESSAGE_TYPES = frozenset({"realtime_metrics", "realtime_telemetry_metrics", "realtime_server_metrics"})
+# What only a benchmark under load sends: after it, silence was no end.
+_SIGNS_OF_LOAD = frozenset({*PHASE_MESSAGE_TYPES, *METRICS_MESSAGE_TYPES, "processing_stats"})
 # What the reducer itself has to hear.
 CORE_MESSAGE_TYPES = frozenset(
     {
@@ -3130,6 +3156,7 @@ class Run:
         self.state = "waiting"  # one of STATES, as far as it was announced or follows from what happens
         self.end: Optional[str] = None  # one of ENDS
         self.error: Optional[str] = None  # what went wrong, in a line
+        self.fell_silent = False  # it was silent for so long that a registration is another run's
         self.announces_states = False  # system_state_changed was heard (0.13)
         self.failed_to_configure = False  # a service or the data set could not be configured
         self.stopped_early = False  # AIPerf began to stop while requests were due
@@ -3585,7 +3612,8 @@ def _read_known(message_type: str, payload: bytes) -> dict[str, Any]:
     """
     message = read_message(payload)
     field, wanted = _HANDLERS[message_type][1:]
-    if field and not (isinstance(message.get(field), wanted) and message[field]) and message.get(field) != {}:
+    value = message.get(field)
+    if field and (not isinstance(value, wanted) or value in (None, "")):
         raise BusMessageError("bad_shape", f"{message_type} without a usable {field}")
     message["message_type"] = message_type  # the topic decides
     if message_type in PHASE_MESSAGE_TYPES:
@@ -3637,6 +3665,7 @@ class BenchmarkState:
             BusMessageError: it cannot be used; the state is as before. A metrics message that arrives within 100 ms
                 of the one before is judged when somebody asks for it; if it is bad, `late_errors` grows.
         """
+        self._run.fell_silent = self._run.fell_silent or self._run.is_stale(now_ns)
         if message_type in METRICS_MESSAGE_TYPES:
             change = self._run.take_metrics(message_type, payload, now_ns)
         elif message_type in _HANDLERS:
@@ -3647,12 +3676,14 @@ class BenchmarkState:
         if run.first_ns is None:
             run.first_ns = now_ns
             change |= run.advance("initializing")
+        if message_type in _SIGNS_OF_LOAD:
+            run.fell_silent = False
         run.last_ns = now_ns
         return change
 
     def _apply_known(self, message_type: str, message: dict[str, Any], now_ns: int) -> Change:
         change = Change.NONE
-        if self._begins_run(message_type, message, now_ns):
+        if self._begins_run(message_type, message):
             self._late_errors_before = self.late_errors
             self._run = Run()
             change = ~Change.ENDED & _ALL_CHANGES
@@ -3661,10 +3692,10 @@ class BenchmarkState:
         change |= _HANDLERS[message_type][0](run, message, now_ns)
         return change | run.settle(now_ns)
 
-    def _begins_run(self, message_type: str, message: dict[str, Any], now_ns: int) -> bool:
+    def _begins_run(self, message_type: str, message: dict[str, Any]) -> bool:
         """Tell whether a message can only come from another run than the one at hand."""
         run = self._run
-        is_over = run.end is not None or run.is_stale(now_ns)
+        is_over = run.end is not None or run.fell_silent
         if message_type == "system_state_changed":
             state = message["state"]
             early = state in ("initializing", "configuring") and (run.has_gone_far or is_over)
@@ -4175,7 +4206,7 @@ class ZMTPSubscriber:
         self._room = BUS_FRAME_MAX  # bytes that its further frames may have
         # output
         self._output: list[bytes] = [_GREETING]
-        self._ttl_sec = 0.0
+        self._ttl_sec = 0.0  # seconds that the PING at hand allows; 0: it says none
 
     @property
     def socket_type(self) -> str:
@@ -4424,11 +4455,11 @@ class _BusPeer(asyncio.Protocol):
     """
 
     def __init__(self, source: BuiltinBusSource) -> None:
-        self._source = source
-        self._loop = asyncio.get_running_loop()
-        self.codec = ZMTPSubscriber()
+        self._source = source  # takes what arrives
+        self._loop = asyncio.get_running_loop()  # carries the timers
+        self.codec = ZMTPSubscriber()  # the bytes of this connection, understood
         self.gone: asyncio.Future[None] = self._loop.create_future()  # done when the connection is over
-        self._transport: Any = None
+        self._transport: Any = None  # None until connected
         self._backlog: Batch = []  # messages for the next turns; while it holds any, reading is paused
         self._deadline: asyncio.TimerHandle | None = None  # of the handshake, then of the next heartbeat
         self._ttl: asyncio.TimerHandle | None = None  # when the peer's own PING gives it up
@@ -4557,25 +4588,24 @@ class BuiltinBusSource(Source):
     def __init__(self, address: str, kind: str = "zmq", *, bind: bool = False) -> None:
         # source
         self.address = address
-        self.kind = kind
-        self._endpoint = parse_endpoint(address, bind=bind)
-        self._bind = bind
-        self._subscriptions: collections.Counter[bytes] = (
-            collections.Counter()
-        )  # prefix -> how often subscribed, as a SUB socket counts
+        self.kind = kind  # as /api/status has it
+        self._endpoint = parse_endpoint(address, bind=bind)  # what the address says
+        self._bind = bind  # whether publishers connect to us
+        # prefix -> how often subscribed, as a SUB socket counts
+        self._subscriptions: collections.Counter[bytes] = collections.Counter()
         self.prefixes: tuple[bytes, ...] = ()  # those subscribed at all: told to every peer, and filtered by
         # run
-        self._deliver: Callable[[Batch], None] = lambda batch: None
-        self._notify: Callable[[str], None] = lambda line: None
-        self._task: asyncio.Task[None] | None = None
-        self._listener: socket.socket | None = None
-        self._server: asyncio.AbstractServer | None = None
+        self._deliver: Callable[[Batch], None] = lambda batch: None  # where messages go
+        self._notify: Callable[[str], None] = lambda line: None  # where lines for the log go
+        self._task: asyncio.Task[None] | None = None  # connects again and again
+        self._listener: socket.socket | None = None  # when bound
+        self._server: asyncio.AbstractServer | None = None  # accepts from the listener
         self._file: tuple[str, int] | None = None  # path and inode of the socket that we bound
-        self._stopped = False
+        self._stopped = False  # whether stop() was called
         # connections
         self._peers: set[_BusPeer] = set()
         self._ready: set[_BusPeer] = set()  # those whose handshake is over
-        self._retry_sec = BUS_RETRY_MIN_SEC
+        self._retry_sec = BUS_RETRY_MIN_SEC  # until the next attempt
         self._said: set[str] = set()  # kinds of line that are not to be said again
         self._said_up = False  # whether the last word on the connection was that it stands
 
@@ -4803,9 +4833,12 @@ class ReplaySource(Source):
         self._bus_ns = 0  # bus time ...
         self._at_ns = 0  # ... and the monotonic time at which it was that late
         self._rate = speed  # bus seconds a second: how fast the clock runs on
+        self._message_ns = 0  # bus time of the message that is being delivered, 0 between messages
         self._file: IO[bytes] | None = None  # open while it plays
 
     def now_ns(self) -> int:
+        if self._message_ns:
+            return self._message_ns
         if not self._bus_ns:
             return time.time_ns()
         return self._bus_ns + int((time.monotonic_ns() - self._at_ns) * self._rate)
@@ -4824,7 +4857,7 @@ class ReplaySource(Source):
         self._next = next(self._lines, None)
         if self._next is not None:
             self._set_clock(self._next[0], self._speed)
-            self._timer = self._event_loop.call_soon(self._turn)
+        self._timer = self._event_loop.call_soon(self._turn)
 
     def _read(self, file: IO[bytes]) -> Iterator[tuple[int, list[bytes]]]:
         """(time in ns, frames) of each line; a line that is none ends the recording with a word in the log."""
@@ -4838,22 +4871,21 @@ class ReplaySource(Source):
             self._notify(f"{self.address}: line {number} cannot be read, the replay ends there: {error}")
 
     def _turn(self) -> None:
-        """Deliver all that is due, then sleep until the next message is."""
-        batch: Batch = []
-        size = 0
-        while self._next is not None and len(batch) < BUS_TURN_MESSAGES_MAX and size < BUS_TURN_BYTES_MAX:
+        """Deliver all that is due, each message at its own time, then sleep until the next one is."""
+        turn = 0
+        while self._next is not None and turn < BUS_TURN_MESSAGES_MAX:
             due_ns, frames = self._next
             if self._speed and due_ns > self.now_ns():
                 break
-            batch.append(frames)
-            size += len(frames[1])
             if not self._speed:
                 self._set_clock(due_ns, 0.0)
+            self._message_ns = due_ns
+            self._deliver([frames])
+            self._message_ns = 0
             self._next = next(self._lines, None)
+            turn += 1
         if self._next is None:
-            self._set_clock(max(self.now_ns(), self._bus_ns), 1.0)  # from here on time passes as it does
-        if batch:
-            self._deliver(batch)
+            self._set_clock(self.now_ns(), 1.0)  # from here on time passes as it does
         self._schedule()
 
     def _schedule(self) -> None:
