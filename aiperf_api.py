@@ -137,6 +137,7 @@ RETAINED_TYPES_MAX = 256  # last messages kept for clients that come later
 RETAINED_BYTES_MAX = 16 * 1024 * 1024  # of these together
 RESUME_MESSAGES_MAX = 2000  # kept for streams that come back with Last-Event-ID; else they begin with a snapshot
 RESUME_BYTES_MAX = 4 * 1024 * 1024  # of these together
+RESUME_HOLD_SEC = 30  # the bus still brings what a stream took that has gone: it may resume, and then misses nothing
 
 # The bus
 BUS_MESSAGE_BYTES_MAX = 16 * 1024 * 1024  # a longer message is counted and dropped; AIPerf's longest are 0.3 MB
@@ -1361,7 +1362,7 @@ def check_upgrade(request: Request) -> str:
     if request.method != "GET":
         raise HTTPError(405, "a WebSocket is opened by GET", (("Allow", "GET"),))
     if not request.wants_upgrade:
-        hint = "this is a WebSocket: try websocat, or a browser's `new WebSocket(url)`"
+        hint = "a WebSocket is spoken here: websocat ws://HOST:PORT/ws; for curl there is curl -N .../api/stream"
         raise HTTPError(426, hint, (("Upgrade", "websocket"), ("Connection", "Upgrade")))
     # 4.4: "MUST abort … and send an appropriate HTTP error code (such as 426) and a |Sec-WebSocket-Version| header"
     if request.headers.get("sec-websocket-version") != "13":
@@ -1401,7 +1402,8 @@ def check_token(request: Request, token: bytes) -> None:
     given += [name[len(prefix) :].encode("latin-1") for name in subprotocols(request) if name.startswith(prefix)]
     # Constant time, on bytes (str with non-ASCII raises), and never stopping at the first that fits.
     if not sum([hmac.compare_digest(candidate, token) for candidate in given]):
-        raise HTTPError(401, "a token is needed", (("WWW-Authenticate", 'Bearer realm="aiperf-api"'),))
+        hint = "a token is needed: -H 'Authorization: Bearer TOKEN', or ?token=TOKEN"
+        raise HTTPError(401, hint, (("WWW-Authenticate", 'Bearer realm="aiperf-api"'),))
 
 
 # -- Negotiation
@@ -6350,6 +6352,8 @@ class Connection(asyncio.Protocol):
                 self.transport.write(encode_frame(OP_PING, b""))
             elif self.subscriber is not None and self.subscriber.kind == "sse":
                 self.transport.write(b": keepalive\n\n")
+            elif self._eof:
+                self.transport.write(b"\n")  # white space between JSON texts: is anybody still there to read?
 
     def _cut_off(self) -> None:
         if self.subscriber is not None:
@@ -6368,12 +6372,15 @@ class Connection(asyncio.Protocol):
             self.transport.close()
 
 
+UNIX_PEER = "unix"  # stands for the address of a peer on a Unix socket, which has none
+
+
 def peer_name(transport: asyncio.BaseTransport) -> str:
     """The address of the peer, for logs and /api/clients."""
     peer = transport.get_extra_info("peername")
     if isinstance(peer, tuple) and len(peer) >= 2:
         return f"[{peer[0]}]:{peer[1]}" if ":" in peer[0] else f"{peer[0]}:{peer[1]}"
-    return "unix"
+    return UNIX_PEER
 
 
 def connection_factory(app: Application) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], None]:
@@ -6558,6 +6565,8 @@ def _tcp_socket(host: str, port: int) -> socket.socket:
 
 def _unix_socket(path: str) -> socket.socket:
     """A listening Unix socket of mode 0600; one that a live server listens on is never taken away from it."""
+    if not hasattr(socket, "AF_UNIX"):
+        raise StartError("there are no Unix sockets on this system")
     if os.path.lexists(path):
         _remove_dead_socket(path)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -6588,9 +6597,20 @@ def _remove_dead_socket(path: str) -> None:
     raise StartError(f"{printable(path)}: another server listens there")
 
 
-def _remove_socket(path: str) -> None:
-    with contextlib.suppress(FileNotFoundError):  # somebody tidied up before us
-        os.unlink(path)
+def _file_identity(path: str) -> tuple[int, int] | None:
+    """What tells a file from another one of the same name; None if there is none."""
+    try:
+        status = os.lstat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _remove_socket(path: str, identity: tuple[int, int] | None) -> None:
+    """Tidy up, unless somebody did before us, or another server listens there by now."""
+    if identity is not None and _file_identity(path) == identity:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
 
 
 def _tls_context(certificate: str, key: str | None) -> ssl.SSLContext:
@@ -6717,6 +6737,7 @@ class APIService:
         self.url = ""  # of the bound socket, once started
         self.started_ns = 0  # wall clock
         self._servers: list[asyncio.AbstractServer] = []  # listening
+        self._unix_identity: tuple[int, int] | None = None  # of the Unix socket's file, which is removed at the end
         self._sweep_timer: asyncio.TimerHandle | None = None  # the next sweep
         self._recorder = Recorder(record) if record else None  # None: nothing is recorded
         # only this machine can connect: the Host check is strict
@@ -6735,6 +6756,7 @@ class APIService:
         self._secrets_found: set[str] = set(self.settings.secrets)  # literals that must show nowhere
         self.secrets = secret_forms(self._secrets_found)  # the same in the forms in which they may stand
         self._types: dict[bytes, str] = {}  # topic -> message type
+        self._held: dict[str, float] = {}  # type -> monotonic second until which a stream that took it may resume
         # media type -> the text of /metrics
         self._texts = {TEXT: CachedText() for TEXT in (CONTENT_TYPE_TEXT_0_0_4, CONTENT_TYPE_OPENMETRICS_1_0_0)}
         self._complete: asyncio.Event | None = None  # set while a run has ended
@@ -6771,6 +6793,7 @@ class APIService:
         accept = connection_factory(self)
         if settings.unix_path is not None:
             unix = await asyncio.start_unix_server(accept, sock=_unix_socket(settings.unix_path), ssl=tls)
+            self._unix_identity = _file_identity(settings.unix_path)
             self._servers.append(unix)
             self.url = f"unix:{settings.unix_path}"
         if settings.port is not None:
@@ -6805,8 +6828,8 @@ class APIService:
         if self._sweep_timer is not None:
             self._sweep_timer.cancel()
         self._close_recorder()
-        if self.settings.unix_path is not None and self._servers:
-            _remove_socket(self.settings.unix_path)
+        if self.settings.unix_path is not None:
+            _remove_socket(self.settings.unix_path, self._unix_identity)
         self._servers.clear()
         if self._stopped is not None:
             self._stopped.set()
@@ -6834,6 +6857,7 @@ class APIService:
         self.date = http_date(time.time())
         for connection in list(self.connections):
             connection.check(now_sec)
+        self._release_held(now_sec)
         if self._recorder is not None:
             self._record_safely(self._recorder.flush)
         self._sweep_timer = self._loop.call_later(1.0, self._sweep)
@@ -6972,6 +6996,13 @@ class APIService:
 
     def _on_wanted(self, message_type: str, wanted: bool) -> None:
         """The bus brings what clients want, besides what the state always needs."""
+        is_held = message_type in self._held
+        if wanted:
+            self._held.pop(message_type, None)
+        if not is_held:
+            self._order(message_type, wanted)
+
+    def _order(self, message_type: str, wanted: bool) -> None:
         act = self.source.subscribe if wanted else self.source.unsubscribe
         if self._recorder is not None:
             return  # everything is subscribed to already
@@ -6980,6 +7011,19 @@ class APIService:
         elif message_type not in CORE_MESSAGE_TYPES:
             act(message_type.encode() + b"$")
             act(message_type.encode() + b".")
+
+    def _hold(self, types: Iterable[str]) -> None:
+        """Keep the bus bringing what a stream took that is leaving."""
+        until_sec = time.monotonic() + RESUME_HOLD_SEC
+        for message_type in types:
+            if len(self._held) < BUS_TYPES_MAX:
+                self._held[message_type] = until_sec
+
+    def _release_held(self, now_sec: float) -> None:
+        for message_type in [name for name, until_sec in self._held.items() if now_sec > until_sec]:
+            del self._held[message_type]
+            if not any(message_type in client.asked for client in self.hub.subscribers.values()):
+                self._order(message_type, False)
 
     def _notify(self, line: str) -> None:
         log.info("%s", printable(line, LOG_LINE_CHARS_MAX))
@@ -7000,13 +7044,15 @@ class APIService:
             if connection.subscriber.gone:
                 self.hub.cut_off_total += 1
                 log.warning("cut off %s, which did not keep up", connection.address)
+            if connection.subscriber.kind == "sse":
+                self._hold(connection.subscriber.asked)
             self.hub.remove(connection.number)
 
     def respond(self, connection: Connection, request: Request) -> Response | None:
         """Check, route, answer; errors are answers, too."""
         route: Route | None = None
         try:
-            self._check(request)
+            self._check(connection, request)
             if request.method == "OPTIONS":
                 return self.preflight(request)
             route = self.router.match(request.method, self._routed_path(request))
@@ -7030,8 +7076,8 @@ class APIService:
 
     # -- Requests --
 
-    def _check(self, request: Request) -> None:
-        if self.settings.port is not None:
+    def _check(self, connection: Connection, request: Request) -> None:
+        if connection.address != UNIX_PEER:  # no DNS name leads there
             allowed = frozenset(name.lower() for name in self.settings.allow_hosts)
             check_host(request.headers.get("host"), allowed=allowed, bound_to_loopback=self._bound_to_loopback)
 
@@ -7051,12 +7097,12 @@ class APIService:
 
     def headers_for(self, request: Request) -> HeaderList:
         """CORS headers for a listed origin (Fetch standard, 3.2); none unless asked for on the command line."""
-        origin = request.headers.get("origin")
-        if origin is None or not self.settings.cors_origins:
+        if not self.settings.cors_origins:
             return ()
+        origin = request.headers.get("origin")
         listed = {item.lower() for item in self.settings.cors_origins}
-        if origin.lower() not in listed and "*" not in listed:
-            return (("Vary", "Origin"),)
+        if origin is None or (origin.lower() not in listed and "*" not in listed):
+            return (("Vary", "Origin"),)  # a cache must not give this answer to a listed one
         return (("Access-Control-Allow-Origin", origin), ("Vary", "Origin"), ("Access-Control-Expose-Headers", "ETag"))
 
     def preflight(self, request: Request) -> Response:
@@ -7075,9 +7121,9 @@ class APIService:
         key = (route.name if route is not None else "none", status)
         self.requests[key] = self.requests.get(key, 0) + 1
         if log.isEnabledFor(logging.DEBUG):
-            agent = printable(request.headers.get("user-agent", "-"))
-            target = printable(request.target)
-            log.debug("%s %s %s %d %s", connection.address, printable(request.method, 16), target, status, agent)
+            fields = (printable(request.method, 16), request.target, request.headers.get("user-agent", "-"))
+            method, target, agent = (printable(field).replace('"', '\\"') for field in fields)
+            log.debug('%s "%s %s" %d "%s"', connection.address, method, target, status, agent)
 
     # -- Streaming clients --
 
@@ -7132,7 +7178,12 @@ class APIService:
 
     def send_snapshot(self, client: Subscriber, types: frozenset[str] | None) -> None:
         """The present state, for a client that has just come: the last message of each of these types."""
-        for message in self.hub.snapshot(types):
+        self.send_past(client, self.hub.snapshot(types))
+
+    def send_past(self, client: Subscriber, messages: Iterable[Message]) -> None:
+        """Messages from before this client came: nobody may have taken their type then, so that they are as raw as the
+        bus had them."""
+        for message in messages:
             try:
                 payload = self._prepare(message.type, self._scrub(message.payload))
             except BusMessageError as error:
@@ -7576,8 +7627,8 @@ def _json(request: Request, value: JSONValue) -> Response:
     return Response(200, body, headers=(_etag(body), ("Cache-Control", "no-cache")))
 
 
-def _plain_text(text: str, status: int = 200) -> Response:
-    return Response(status, text.encode(), "text/plain; charset=utf-8")
+def _plain_text(text: str, status: int = 200, headers: HeaderList = ()) -> Response:
+    return Response(status, text.encode(), "text/plain; charset=utf-8", headers)
 
 
 def _get_page(name: str) -> Handler:
@@ -7679,6 +7730,8 @@ def _get_websocket(service: APIService, connection: Connection, request: Request
 def _get_stream(service: APIService, connection: Connection, request: Request) -> Response | None:
     wanted = _stream_format(request)
     asked = set(_split_args(request, "types")) or {"*"}
+    if request.arg("snapshot", "1") not in ("0", "1"):
+        raise HTTPError(400, "snapshot must be 0 or 1")
     if len(asked) > CLIENT_TYPES_MAX or not all(name == "*" or CLIENT_MESSAGE_TYPE.fullmatch(name) for name in asked):
         raise HTTPError(400, "types must be names of message types, separated by commas")
     head = Response(200, None, wanted, (("X-Accel-Buffering", "no"),))
@@ -7715,9 +7768,8 @@ def _begin_stream(service: APIService, connection: Connection, client: Subscribe
     if client.kind == "sse":
         client.reply(b"retry: %d\n\n" % STREAM_RETRY_MS, time.monotonic())
     if missed is not None:
-        for message in missed:
-            client.reply(client.encode(message), time.monotonic())
-    elif request.arg("snapshot") not in ("0", "false"):
+        service.send_past(client, missed)
+    elif request.arg("snapshot") != "0":
         service.send_snapshot(client, types)
 
 
@@ -7756,7 +7808,8 @@ def _get_health(_: APIService, __: Connection, request: Request) -> Response:
 def _get_ready(service: APIService, _: Connection, request: Request) -> Response:
     if service.source.connected:
         return _plain_text("ok\n")
-    return _plain_text(f"not connected to the bus at {printable(service.source.address)}\n", 503)
+    text = f"not connected to the bus at {printable(service.source.address)}\n"
+    return _plain_text(text, 503, (("Retry-After", "2"),))
 
 
 SSE, NDJSON = "text/event-stream", "application/x-ndjson"
@@ -8180,6 +8233,8 @@ def start_lines(service: APIService) -> list[str]:
     lines = [f"aiperf-api {__version__} serves {service.url}"]
     if service.settings.port is not None:
         lines.append(f"  dashboard  {service.url}/dashboard")
+        if service.settings.unix_path is not None:
+            lines.append(f"  and        unix:{printable(service.settings.unix_path)}")
     lines.append(f"  source     {what}")
     if service.settings.port is not None and not _is_loopback(service.settings.host) and not service.settings.token:
         lines.append("  warning    open to the network without a token; see --api-token")
