@@ -6523,6 +6523,9 @@ LIMITS: tuple[tuple[str, int, str, str], ...] = (
 )
 
 
+PAGES_MISSING = "the pages are not here: copy the folder static/ beside aiperf_api.py; the API works without"
+
+
 class Settings(NamedTuple):
     """How a service runs; the command line fills it, and so do the arguments of APIService."""
 
@@ -7219,9 +7222,7 @@ class APIService:
         if file is None:
             if self.static:
                 raise HTTPError(404, "no such file")
-            raise HTTPError(
-                404, "the pages are not here: copy the folder static/ beside aiperf_api.py; the API works without"
-            )
+            raise HTTPError(404, PAGES_MISSING)
         response = Response(200, file.body, file.content_type, (_etag(file.body), ("Cache-Control", "no-cache")))
         self._pages[name] = response
         return response
@@ -7632,11 +7633,15 @@ def _plain_text(text: str, status: int = 200, headers: HeaderList = ()) -> Respo
     return Response(status, text.encode(), "text/plain; charset=utf-8", headers)
 
 
-def _get_page(name: str) -> Handler:
-    def get_page(service: APIService, _: Connection, request: Request) -> Response:
-        return service.file(name)
+def _get_documentation(service: APIService, _: Connection, request: Request) -> Response:
+    if service.static:
+        return service.file("index.html")
+    paths = "".join(f"  {route.path:20} {route.summary}\n" for route in ROUTES if route.path != STATIC_ROUTE)
+    return _plain_text(f"aiperf-api {__version__}\n\n{PAGES_MISSING}\n\n{paths}")
 
-    return get_page
+
+def _get_dashboard(service: APIService, _: Connection, request: Request) -> Response:
+    return service.file("dashboard.html")
 
 
 def _get_static(service: APIService, _: Connection, request: Request) -> Response:
@@ -7830,11 +7835,11 @@ ROUTES: tuple[Route, ...] = (
         "/",
         "documentation",
         "This documentation, with lines to copy and a live try-out",
-        _get_page("index.html"),
+        _get_documentation,
         media_types=_HTML,
         errors=(404,),
     ),
-    Route("/dashboard", "dashboard", "The run, live", _get_page("dashboard.html"), media_types=_HTML, errors=(404,)),
+    Route("/dashboard", "dashboard", "The run, live", _get_dashboard, media_types=_HTML, errors=(404,)),
     Route(
         "/metrics",
         "metrics_text",
