@@ -1671,7 +1671,10 @@ class Router:
         errors = {str(status): _error_answer(status) for status in sorted({*_ANY_ERRORS, *own, 401})}
         components: dict[str, Any] = {"schemas": shapes, "responses": errors}
         if secured:
-            components["securitySchemes"] = _SECURITY_SCHEMES
+            components["securitySchemes"] = {
+                "bearer": {"type": "http", "scheme": "bearer"},
+                "query": {"type": "apiKey", "in": "query", "name": "token"},
+            }
         return {
             "openapi": "3.1.0",
             "info": info,
@@ -1697,12 +1700,6 @@ _ERROR_TEXTS: Mapping[int, str] = MappingProxyType(
         421: "The Host is not served here",
         426: "Only as a WebSocket",
         503: "Too many connections; come back later",
-    }
-)
-_SECURITY_SCHEMES: Mapping[str, Mapping[str, str]] = MappingProxyType(
-    {
-        "bearer": MappingProxyType({"type": "http", "scheme": "bearer"}),
-        "query": MappingProxyType({"type": "apiKey", "in": "query", "name": "token"}),
     }
 )
 _PLAIN_TYPES = frozenset(("boolean", "integer", "number", "object", "string"))
