@@ -1926,10 +1926,10 @@ QUANTILES: Mapping[str, str] = MappingProxyType({f"p{p}": f"{p / 100}" for p in 
 STATISTICS = frozenset(("avg", "min", "max", "std", "sum", "current", *QUANTILES))
 # Fields that AIPerf uses between its own processes.
 INTERNAL_FIELDS = frozenset({"console_group"})
-# (unit, display unit) -> the (factor, divisor) that leads from one to the other. Two figures, because dividing by a
-# million is exact where multiplying by a millionth is not.
-_CONVERSIONS: Mapping[tuple[str, str], tuple[float, float]] = MappingProxyType(
-    {("ns", "ms"): (1, 1e6), ("ns", "sec"): (1, 1e9), ("B", "KB"): (1, 1024), ("sec", "ms"): (1000, 1)}
+# (unit, display unit) -> the factor that leads from one to the other. Dividing by a million would be more exact than
+# multiplying by a millionth, but AIPerf multiplies, and its exports and ours are to agree to the last digit.
+_CONVERSIONS: Mapping[tuple[str, str], float] = MappingProxyType(
+    {("ns", "ms"): 1e-6, ("ns", "sec"): 1e-9, ("B", "KB"): 1 / 1024, ("sec", "ms"): 1000.0}
 )
 
 
@@ -1943,12 +1943,12 @@ def text_or(value: Any, default: str) -> str:
     return value if isinstance(value, str) and value else default
 
 
-def _conversion(tag: str, unit: Any) -> Optional[tuple[float, float, str]]:
-    """Return (factor, divisor, display unit) where a unit on the bus is not the one people read, else None."""
+def _conversion(tag: str, unit: Any) -> Optional[tuple[float, str]]:
+    """Return (factor, display unit) where a unit on the bus is not the one people read, else None."""
     metric = CATALOGUE.get(tag)
     if metric is None or unit != metric.unit or unit == metric.display_unit:
         return None
-    return (*_CONVERSIONS[metric.unit, metric.display_unit], metric.display_unit)
+    return _CONVERSIONS[metric.unit, metric.display_unit], metric.display_unit
 
 
 def _tag_of(row: Any) -> str:
@@ -1983,8 +1983,8 @@ def display_row(row: Any) -> Optional[dict[str, Any]]:
     }
     conversion = _conversion(tag, shown.get("unit"))
     if conversion is not None:
-        factor, divisor, shown["unit"] = conversion
-        shown.update((key, shown[key] * factor / divisor) for key in STATISTICS & shown.keys())
+        factor, shown["unit"] = conversion
+        shown.update((key, shown[key] * factor) for key in STATISTICS & shown.keys())
     return shown
 
 
