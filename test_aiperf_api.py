@@ -2068,9 +2068,7 @@ class TestRouter(unittest.TestCase):
     ROUTER = aiperf_api.Router(
         [
             aiperf_api.Route("/metrics", "metrics", "Prometheus text.", media_types=("text/plain",), example="up 1"),
-            aiperf_api.Route(
-                "/api/metrics", "apiMetrics", "The metrics.", example={"metrics": {}}, schema={"type": "object"}
-            ),
+            aiperf_api.Route("/api/metrics", "apiMetrics", "The metrics.", example={"metrics": {}}, shape="Metrics"),
             aiperf_api.Route(
                 "/api/history",
                 "history",
@@ -2192,8 +2190,12 @@ class TestStaticFiles(ServiceTestCase):
         with unittest.mock.patch.object(aiperf_api, "read_static_files", dict):
             service = await self.serve()
             answer = await self.get(service, "/")
-            self.assertEqual(answer.status, 404)
-            self.assertIn("copy the folder static/", answer.json["error"])
+            self.assertEqual((answer.status, answer.headers["content-type"]), (200, "text/plain; charset=utf-8"))
+            self.assertIn(b"copy the folder static/", answer.body)
+            self.assertIn(b"/api/status", answer.body)
+            dashboard = await self.get(service, "/dashboard")
+            self.assertEqual(dashboard.status, 404)
+            self.assertIn("copy the folder static/", dashboard.json["error"])
             self.assertEqual((await self.get(service, "/api/status")).status, 200)
 
     async def test_pages_have_a_strict_policy_and_are_cached_by_tag(self) -> None:
@@ -4031,6 +4033,15 @@ class TestReplayAndRecord(ServiceTestCase):
         status = service.status()
         self.assertEqual((status["source"]["kind"], status["state"], status["stale"]), ("replay", "complete", False))
         self.assertAlmostEqual(service.now_ns() / 1e9, wire_recording("run_0_13_success")[-1][0] / 1e9, delta=5)
+
+    async def test_played_at_once_it_has_the_history_of_the_run_at_its_own_pace(self) -> None:
+        source = aiperf_api.ReplaySource(self.path("run_0_13_gpu_and_server_metrics"), speed=0)
+        service = await self.serve(source=source)
+        await self.ended(service)
+        latency = (await self.get(service, "/api/history?tag=request_latency&stat=p99")).json["points"]
+        self.assertGreater(len(latency), 5)
+        in_flight = (await self.get(service, "/api/history?tag=phase:profiling&stat=in_flight")).json["points"]
+        self.assertEqual(max(value for _, value in in_flight), 12)  # the concurrency of that run
 
     async def test_a_killed_run_is_stale_ten_seconds_after_its_last_message(self) -> None:
         source = aiperf_api.ReplaySource(self.path("run_0_13_killed"), speed=0)
