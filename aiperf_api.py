@@ -5592,8 +5592,8 @@ class ChildProcess:
     """
 
     def __init__(self, argv: Sequence[str], environ: Mapping[str, str]) -> None:
-        self.argv = tuple(argv)
-        self.environment = dict(environ)
+        self.argv = tuple(argv)  # the command line
+        self.environment = dict(environ)  # all of its variables
         self.signals = 0  # how many ending signals have come while it ran
         self._process: asyncio.subprocess.Process | None = None  # None until it is started
 
@@ -8193,7 +8193,7 @@ class _LogHandler(logging.StreamHandler):  # type: ignore[type-arg]  # its param
         self._held: collections.deque[logging.LogRecord] | None = None  # None: nothing is held back
         self._left_out = 0  # records that were held back for too long
 
-    def hold(self) -> None:
+    def hold_back(self) -> None:
         """Keep back what comes from now on, if stderr is a terminal: a line would tear what is drawn there."""
         if sys.stderr.isatty():
             self._held = collections.deque(maxlen=LOG_LINES_HELD_MAX)
@@ -8205,7 +8205,7 @@ class _LogHandler(logging.StreamHandler):  # type: ignore[type-arg]  # its param
         self._left_out += len(self._held) == LOG_LINES_HELD_MAX
         self._held.append(record)
 
-    def release(self) -> None:
+    def write_held(self) -> None:
         """Write what was held back."""
         held, self._held = self._held or (), None
         for record in held:
@@ -8308,11 +8308,11 @@ async def _serve_command(arguments: Arguments, environ: Mapping[str, str], handl
         try:
             for line in [*start_lines(service), *(f"  note       {note}" for note in child.plan.notes)]:
                 print(line, file=sys.stderr, flush=True)
-            handler.hold()
+            handler.hold_back()
             try:
                 code = await child.run(service)
             finally:
-                handler.release()
+                handler.write_held()
             await _linger(service, child)
         finally:
             await service.stop()
