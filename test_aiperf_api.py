@@ -10,8 +10,10 @@ import ast
 import asyncio
 import contextlib
 import gzip
+import io
 import itertools
 import json
+import logging
 import os
 import pathlib
 import re
@@ -2313,8 +2315,10 @@ class MetricCatalogueTests(unittest.TestCase):
 
     def test_raw_units_become_display_units_in_every_statistic_but_the_count(self) -> None:
         raw = {"tag": "request_latency", "unit": "ns", "avg": 270185870, "p99": 3e8, "sum": 1e9, "std": 0, "count": 295}
+        raw["p95"] = 122564750.76  # AIPerf multiplies by a millionth, and so do we, to the same last digit
         raw.update(min=1, max=2e6, current=5e5)
-        shown = {"unit": "ms", "avg": 270.18587, "p99": 300.0, "sum": 1000.0, "std": 0.0, "count": 295}
+        shown = {"unit": "ms", "avg": 270185870 * 1e-6, "p99": 300.0, "sum": 1000.0, "std": 0.0}
+        shown.update(count=295, p95=122564750.76 * 1e-6)
         shown.update(min=1e-6, max=2.0, current=0.5)
         self.assertEqual(aiperf_api.display_rows([raw]), {"request_latency": shown})
 
@@ -5136,6 +5140,180 @@ class TestCommandLine(unittest.TestCase):
         logged = [json.loads(line) for line in lines if line.startswith("{")]
         self.assertTrue(any("/health" in line["message"] for line in logged))
         self.assertNotIn("hush", "".join(lines))
+
+
+class ACommandBehindTwoDashes(unittest.TestCase):
+    """`-- COMMAND` as its users run it; the commands are small scripts."""
+
+    def start(self, *argv: str, **env: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, aiperf_api.__file__, "--api-port", "0", *argv],
+            env={**os.environ, **env},
+            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # no terminal: a SIGINT that comes is for this process alone
+        )
+        self.addCleanup(process.communicate)
+        self.addCleanup(process.kill)
+        return process
+
+    def run_to_the_end(self, *argv: str, **env: str) -> tuple[int, str, str]:
+        process = self.start("--linger", "0", *argv, **env)
+        out, err = process.communicate(timeout=30)
+        return process.returncode, out, err
+
+    def url_of(self, process: subprocess.Popen[str]) -> str:
+        assert process.stderr is not None
+        return process.stderr.readline().split()[-1]
+
+    def get(self, url: str) -> Any:
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            return json.loads(answer.read())
+
+    def test_the_exit_code_is_the_childs(self) -> None:
+        for script, code in (("exit 0", 0), ("exit 3", 3), ("kill -KILL $$", 137), ("kill -TERM $$", 143)):
+            self.assertEqual(self.run_to_the_end("--", "sh", "-c", script)[0], code, script)
+
+    def test_a_command_that_is_not_there_is_one_line_and_127(self) -> None:
+        for command in ("no-such-command-4711", "/no/such/file"):
+            code, _, said = self.run_to_the_end("--", command)
+            self.assertEqual(code, 127)
+            self.assertRegex(said, rf"\Aaiperf-api: {command}: [^\n]+\n\Z")
+
+    def test_a_file_that_cannot_be_executed_is_126(self) -> None:
+        self.assertEqual(self.run_to_the_end("--", __file__)[0], 126)
+
+    def test_wrong_usage_is_one_line_and_exit_2(self) -> None:
+        for argv in (
+            ("--",),
+            ("--demo", "--", "true"),
+            ("--zmq-host", "h", "--", "true"),
+            ("--nonsense", "--", "true"),
+        ):
+            code, _, said = self.run_to_the_end(*argv)
+            self.assertEqual(code, 2)
+            self.assertRegex(said, r"\Aaiperf-api: [^\n]+\n\Z")
+
+    def test_the_server_is_up_before_the_command_starts(self) -> None:
+        script = (
+            "import os, re, stat; path = os.environ['AIPERF_API_ZMQ_ADDRESS'][6:];"
+            "print(stat.S_ISSOCK(os.stat(path).st_mode), oct(os.stat(os.path.dirname(path)).st_mode & 0o777), path)"
+        )
+        code, out, said = self.run_to_the_end("--", sys.executable, "-c", script)
+        self.assertEqual(code, 0, said)
+        is_socket, mode, path = out.split()
+        self.assertEqual((is_socket, mode), ("True", "0o700"))
+        self.assertFalse(os.path.exists(os.path.dirname(path)))  # removed at the end
+
+    def test_the_command_keeps_our_terminal_and_group_but_not_our_variables(self) -> None:
+        code, out, said = self.run_to_the_end(
+            "--",
+            "sh",
+            "-c",
+            'ps -o pgid= -p $$ && ps -o pgid= -p $PPID && echo "[$AIPERF_API_TOKEN]"',
+            AIPERF_API_TOKEN="secret-token",
+        )
+        self.assertEqual(code, 0, said)
+        ours, theirs, token = out.split()
+        self.assertEqual((ours, token), (theirs, "[]"))
+
+    def test_a_child_that_dies_without_a_word_is_failed(self) -> None:
+        process = self.start("--linger", "60", "--", "sh", "-c", "exit 7")
+        url = self.url_of(process)
+        for _ in range(600):
+            status = self.get(url + "/api/status")
+            if status["state"] == "failed":
+                break
+        self.assertEqual((status["state"], status["error"]), ("failed", "exit status 7"))
+        self.assertEqual(status["source"]["kind"], "child")
+        process.send_signal(signal.SIGINT)  # while lingering: at once
+        self.assertEqual(process.wait(10), 7)
+
+    def test_signals_go_through_and_the_second_ends_the_lingering(self) -> None:
+        for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+            process = self.start("--linger", "60", "--", "sh", "-c", "echo up; exec sleep 60")
+            assert process.stdout is not None
+            process.stdout.readline()
+            process.send_signal(number)
+            if number == signal.SIGINT:
+                url = self.url_of(process)
+                for _ in range(600):  # it lingers after a single Ctrl-C
+                    if self.get(url + "/api/status")["state"] == "failed":
+                        break
+                process.send_signal(number)
+            self.assertEqual(process.wait(10), code)
+
+    def test_credentials_show_neither_in_ps_nor_in_what_is_served(self) -> None:
+        key = "sk-very-secret-4711"
+        script = f"echo up; exec sleep 60 # --api-key {key}"
+        process = self.start(
+            "--linger", "0", "--", "sh", "-c", script, "--api-key", key, "-H", "X-Team: blue", HF_TOKEN=key
+        )
+        assert process.stdout is not None
+        process.stdout.readline()
+        url = self.url_of(process)
+        config = self.get(url + "/api/config")
+        self.assertEqual(config["command"][3:], ["--api-key", "***", "-H", "X-Team: ***"])
+        self.assertNotIn(key, json.dumps(config))
+        if sys.platform.startswith("linux"):
+            title = pathlib.Path(f"/proc/{process.pid}/cmdline").read_text()
+            self.assertNotIn(key, title)
+            self.assertNotIn("blue", title)
+            self.assertIn("--api-key", title)
+        process.terminate()
+        process.wait(10)
+
+    @unittest.skipUnless(aiperf_api.zmq, "needs the pyzmq package")
+    def test_the_example_of_the_readme_reports_its_progress(self) -> None:
+        readme = (pathlib.Path(aiperf_api.__file__).resolve().parent / "README.md").read_text(encoding="utf-8")
+        example = readme.partition("<!-- example -->")[2].partition("```python\n")[2].partition("```")[0]
+        process = self.start("--linger", "60", "--", sys.executable, "-c", example)
+        url = self.url_of(process)
+        for _ in range(3000):
+            status = self.get(url + "/api/status")
+            if status["state"] in ("complete", "failed"):
+                break
+        self.assertEqual(status["state"], "complete")
+        self.assertEqual(self.get(url + "/api/progress")["completed"], 100)
+        self.assertEqual(self.get(url + "/api/metrics")["metrics"]["request_latency"]["count"], 100)
+        process.terminate()
+        self.assertEqual(process.wait(10), 0)
+
+
+class TheLogWhileAChildHasTheTerminal(unittest.TestCase):
+    def setUp(self) -> None:
+        self.stream = io.StringIO()
+        self.handler = aiperf_api._LogHandler()
+        self.handler.setStream(self.stream)
+
+    def say(self, text: str) -> None:
+        self.handler.handle(logging.makeLogRecord({"msg": text, "levelno": logging.INFO, "levelname": "INFO"}))
+
+    def test_it_waits_while_stderr_is_a_terminal(self) -> None:
+        with unittest.mock.patch.object(sys, "stderr", unittest.mock.Mock(isatty=lambda: True)):
+            self.handler.hold_back()
+        self.say("one")
+        self.assertEqual(self.stream.getvalue(), "")
+        self.handler.write_held()
+        self.say("two")
+        self.assertEqual(self.stream.getvalue(), "one\ntwo\n")
+
+    def test_it_goes_on_in_a_file(self) -> None:
+        with unittest.mock.patch.object(sys, "stderr", unittest.mock.Mock(isatty=lambda: False)):
+            self.handler.hold_back()
+        self.say("one")
+        self.assertEqual(self.stream.getvalue(), "one\n")
+
+    def test_what_is_held_is_bounded_and_what_is_left_out_is_said(self) -> None:
+        with unittest.mock.patch.object(sys, "stderr", unittest.mock.Mock(isatty=lambda: True)):
+            self.handler.hold_back()
+        for number in range(aiperf_api.LOG_LINES_HELD_MAX + 3):
+            self.say(str(number))
+        with self.assertLogs(aiperf_api.log, "WARNING") as said:
+            self.handler.write_held()
+        self.assertEqual(self.stream.getvalue().split("\n")[0], "3")
+        self.assertIn("3 older lines", said.output[0])
 
 
 if __name__ == "__main__":
