@@ -4171,6 +4171,7 @@ class TestWebSocketProtocol(ServiceTestCase):
     async def test_close_is_answered_with_its_own_code_and_pings_with_pongs(self) -> None:
         client = await self.open()
         client.send(client_frame(aiperf_api.OP_PING, b"a") + client_frame(aiperf_api.OP_PING, b"b"))
+        self.assertEqual(await client.read_frame(), (aiperf_api.OP_PONG, b"a"))
         self.assertEqual(await client.read_frame(), (aiperf_api.OP_PONG, b"b"))
         client.send(client_close(4000, b"bye"))
         self.assertEqual(await client.read_frame(), (aiperf_api.OP_CLOSE, struct.pack("!H", 4000) + b"bye"))
