@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import pathlib
+import random
 import re
 import shutil
 import signal
@@ -4207,6 +4208,406 @@ class TestBoundSources(ServiceTestCase):
 # == 12 == Hub =========================================================================================================
 
 
+class PipeTransport:
+    """An asyncio transport as the hub sees it, whose peer takes bytes when the test says so."""
+
+    HIGH, LOW = aiperf_api.CONNECTION_BUFFER_BYTES, aiperf_api.CONNECTION_BUFFER_BYTES // 4
+
+    def __init__(self) -> None:
+        self.buffer = b""
+        self.taken = b""  # what the peer has read
+        self.writes = 0
+        self.aborted = self.paused = False
+        self.subscriber: aiperf_api.Subscriber | None = None
+
+    def write(self, data: bytes) -> None:
+        assert not self.aborted, "written behind the end"
+        self.writes += 1
+        self.buffer += data
+        if len(self.buffer) > self.HIGH and not self.paused:
+            self.paused = True
+            if self.subscriber is not None:
+                self.subscriber.pause()
+
+    def take(self, size: int) -> None:
+        """The peer reads so many bytes."""
+        self.taken, self.buffer = self.taken + self.buffer[:size], self.buffer[size:]
+        if self.paused and len(self.buffer) <= self.LOW:
+            self.paused = False
+            if self.subscriber is not None:
+                self.subscriber.flush()
+
+    def take_all(self) -> None:
+        while self.buffer:
+            self.take(len(self.buffer))
+
+    def abort(self) -> None:
+        self.aborted, self.buffer = True, b""
+
+    def is_closing(self) -> bool:
+        return self.aborted
+
+    def get_write_buffer_size(self) -> int:
+        return len(self.buffer)
+
+    def lines(self) -> list[Any]:
+        """What the peer has read, as JSON values."""
+        return [json.loads(line) for line in self.taken.splitlines()]
+
+
+class HubTestCase(unittest.TestCase):
+    """A hub with clients of NDJSON, whose peers and clock the test drives."""
+
+    def setUp(self) -> None:
+        self.wanted: list[tuple[str, bool]] = []
+        self.hub = aiperf_api.Hub(lambda name, wanted: self.wanted.append((name, wanted)))
+        self.now = 1000.0
+        self.count = 0
+
+    def client(self, types: Iterable[str] | None = None) -> PipeTransport:
+        transport = PipeTransport()
+        outlet = aiperf_api.Outlet(transport, self.now)
+        transport.subscriber = aiperf_api.Subscriber(outlet, "ndjson", "peer", aiperf_api.encode_line)
+        transport.number = self.hub.add(transport.subscriber)  # type: ignore[attr-defined]
+        self.hub.subscribe(transport.number, None if types is None else frozenset(types))  # type: ignore[attr-defined]
+        return transport
+
+    def send(self, *types: str, size: int = 0) -> None:
+        """Broadcast one batch; a type in lower case is an event, one in upper case a state message."""
+        batch = []
+        for name in types:
+            self.count += 1
+            payload = b'{"type":"%b","n":%d,"fill":"%b"}' % (name.encode(), self.count, b"x" * size)
+            batch.append((name, payload, name.isupper()))
+        self.hub.broadcast(batch, self.now)
+
+    def heard(self, transport: PipeTransport) -> list[Any]:
+        """(type, n) of each message that the peer has read; the counts of a notice."""
+        return [
+            line["counts"] if line["type"] == "skipped" else (line["type"], line["n"]) for line in transport.lines()
+        ]
+
+
+class TestHub(HubTestCase):
+    """Who gets what, while all keep up."""
+
+    def test_each_gets_what_it_asked_for_in_order_in_one_write_a_batch(self) -> None:
+        everything, some, nothing = self.client(), self.client({"a", "S"}), self.client(())
+        self.send("a", "b", "S", "a")
+        for transport in (everything, some, nothing):
+            transport.take_all()
+        self.assertEqual(self.heard(everything), [("a", 1), ("b", 2), ("S", 3), ("a", 4)])
+        self.assertEqual(self.heard(some), [("a", 1), ("S", 3), ("a", 4)])
+        self.assertEqual(self.heard(nothing), [])
+        self.assertEqual([t.writes for t in (everything, some, nothing)], [1, 1, 0])
+
+    def test_a_message_is_encoded_once_whoever_takes_it(self) -> None:
+        calls = []
+
+        def encode(message: aiperf_api.Message) -> bytes:
+            calls.append(message.number)
+            return message.payload + b"\n"
+
+        for types in (None, {"a"}, {"a", "b"}, {"a", "c"}):
+            transport = self.client(types)
+            transport.subscriber.encode = encode  # type: ignore[union-attr]
+            self.hub.subscribe(transport.number, types and frozenset(types))  # type: ignore[attr-defined]
+        self.send("a", "z")
+        self.assertEqual(calls, [1, 2])
+
+    def test_the_bus_is_asked_for_a_type_with_the_first_client_and_no_more_behind_the_last(self) -> None:
+        first, second = self.client({"a"}), self.client({"a", "b"})
+        self.hub.subscribe(second.number, frozenset({"a"}))  # type: ignore[attr-defined]
+        self.hub.remove(first.number)  # type: ignore[attr-defined]
+        self.hub.remove(second.number)  # type: ignore[attr-defined]
+        self.hub.remove(second.number)  # type: ignore[attr-defined]
+        self.assertEqual(self.wanted, [("a", True), ("b", True), ("b", False), ("a", False)])
+        self.assertFalse(self.hub.wants("a"))
+
+    def test_what_is_kept_for_late_clients_is_bounded(self) -> None:
+        for n in range(aiperf_api.RETAINED_TYPES_MAX + 50):
+            self.send(f"type{n}")
+        self.send(*["big"] * 3, size=aiperf_api.RETAINED_BYTES_MAX // 2)
+        self.send("BIGGER", size=aiperf_api.RETAINED_BYTES_MAX)
+        kept = self.hub.snapshot(None)
+        self.assertEqual(len(kept), aiperf_api.RETAINED_TYPES_MAX)
+        self.assertLess(sum(len(m.payload) for m in kept), aiperf_api.RETAINED_BYTES_MAX)
+        self.assertEqual([m.number for m in kept], sorted(m.number for m in kept))
+        self.hub.forget_run()
+        self.assertEqual(self.hub.snapshot(None), [])
+
+    def test_what_is_kept_for_streams_that_resume_is_bounded(self) -> None:
+        self.hub.remember = True
+        for _ in range(3):
+            self.send(*["e"] * aiperf_api.RESUME_MESSAGES_MAX)
+        self.assertEqual(len(self.hub.recent), aiperf_api.RESUME_MESSAGES_MAX)
+        self.send(*["e"] * 10, size=aiperf_api.RESUME_BYTES_MAX // 4)
+        self.assertLessEqual(sum(len(m.payload) for m in self.hub.recent), aiperf_api.RESUME_BYTES_MAX)
+
+
+class TestSlowClients(HubTestCase):
+    """A client that does not keep up costs nobody else anything, and knows what it missed."""
+
+    def fill(self, transport: PipeTransport) -> None:
+        """Fill its transport, so that from now on its messages queue."""
+        self.send("a", size=transport.HIGH)
+        self.assertTrue(transport.paused)
+
+    def test_below_the_soft_mark_nothing_is_left_out(self) -> None:
+        slow, good = self.client(), self.client()
+        self.fill(slow)
+        for _ in range(300):
+            good.take_all()
+            self.send("S", "a", size=1000)
+        self.now += aiperf_api.CLIENT_SOFT_MARK_SEC
+        self.send("S")
+        slow.take_all()
+        self.assertEqual([n for _, n in self.heard(slow)], list(range(1, 603)))
+        self.assertEqual(slow.subscriber.skipped, 0)  # type: ignore[union-attr]
+        self.assertEqual(slow.subscriber.sent, 602)  # type: ignore[union-attr]
+
+    def test_above_the_soft_mark_in_seconds_only_the_newest_of_each_state_remains_and_it_is_told(self) -> None:
+        slow = self.client()
+        self.fill(slow)
+        self.send("S", "T", "a", "S")
+        self.now += aiperf_api.CLIENT_SOFT_MARK_SEC + 0.1
+        self.send("S", "b", "S", "T")
+        slow.take_all()
+        # 1 was in the transport; 2 and 5 (S), 3 (T) and 6 (S) were replaced.
+        self.assertEqual(self.heard(slow), [("a", 1), {"S": 3, "T": 1}, ("a", 4), ("b", 7), ("S", 8), ("T", 9)])
+        self.assertEqual(slow.subscriber.skipped, 4)  # type: ignore[union-attr]
+        self.assertEqual(slow.subscriber.sent, 5)  # type: ignore[union-attr]
+
+    def test_above_the_soft_mark_in_bytes_the_same(self) -> None:
+        slow = self.client()
+        self.fill(slow)
+        size = aiperf_api.CLIENT_SOFT_MARK_BYTES // 16
+        for _ in range(40):
+            self.send("S", size=size)
+        self.assertLess(slow.subscriber.outstanding, 3 * size)  # type: ignore[union-attr]
+        slow.take_all()
+        self.assertEqual(self.heard(slow), [("a", 1), {"S": 39}, ("S", 41)])
+
+    def test_it_is_behind_by_the_age_of_what_it_got_last_not_by_how_long_it_has_queued(self) -> None:
+        slow = self.client()
+        self.fill(slow)
+        for _ in range(40):  # a second each: always behind, never by five seconds
+            self.now += 1
+            self.send("S", size=slow.HIGH)
+            slow.take(slow.HIGH)
+        self.assertFalse(slow.subscriber.slow)  # type: ignore[union-attr]
+        self.assertEqual(slow.subscriber.skipped, 0)  # type: ignore[union-attr]
+
+    def test_it_stays_slow_until_it_has_caught_up(self) -> None:
+        slow = self.client()
+        self.fill(slow)
+        self.send("S", size=aiperf_api.CLIENT_SOFT_MARK_BYTES)
+        for _ in range(30):  # below the mark again, but with old states in the queue they must not gather
+            self.send("S", size=100_000)
+        self.assertEqual(len(slow.subscriber.backlog), 1)  # type: ignore[union-attr]
+        slow.take_all()
+        self.assertFalse(slow.subscriber.slow)  # type: ignore[union-attr]
+        self.fill(slow)
+        self.send("S", "S")
+        self.assertEqual(len(slow.subscriber.backlog), 2)  # type: ignore[union-attr]
+
+    def test_events_are_bounded_in_number_and_left_out_ones_are_counted(self) -> None:
+        slow = self.client()
+        self.fill(slow)
+        self.send("S")
+        self.now += aiperf_api.CLIENT_SOFT_MARK_SEC + 1
+        over = 7
+        for _ in range(aiperf_api.CLIENT_QUEUE_EVENTS_MAX + over):
+            self.send("e")
+        self.send("S")
+        slow.take_all()
+        heard = self.heard(slow)
+        self.assertEqual(heard[1], {"S": 1, "e": over})
+        self.assertEqual([n for _, n in heard[2:-1]], list(range(3, 3 + aiperf_api.CLIENT_QUEUE_EVENTS_MAX)))
+        self.assertEqual(heard[-1], ("S", self.count))
+
+    def test_events_are_bounded_in_bytes_but_the_newest_state_always_fits(self) -> None:
+        slow = self.client()
+        self.fill(slow)
+        for _ in range(20):
+            self.send("e", "S", size=1024 * 1024)
+        self.assertLess(slow.subscriber.backlog_bytes, aiperf_api.CLIENT_QUEUE_BYTES_MAX + 2 * 1024 * 1024)  # type: ignore[union-attr]
+        self.assertFalse(slow.aborted)
+        slow.take_all()
+        heard = self.heard(slow)
+        self.assertEqual(heard[-1], ("S", self.count))
+        self.assertEqual(sum(heard[1].values()) + len(heard) - 1, self.count)
+
+    def test_above_the_hard_mark_it_is_cut_off_and_its_memory_is_free(self) -> None:
+        slow, good = self.client(), self.client()
+        self.fill(slow)
+        for name in "ST":
+            good.take_all()
+            self.send(name, size=aiperf_api.CLIENT_HARD_MARK_BYTES // 2 + 1)
+        self.assertTrue(slow.aborted)
+        self.assertEqual((slow.subscriber.outstanding, slow.subscriber.backlog), (0, {}))  # type: ignore[union-attr]
+        self.assertIn("waited for it", slow.subscriber.fault)  # type: ignore[union-attr]
+        self.send("a")  # and nobody writes to it any more
+        good.take_all()
+        self.assertEqual(len(self.heard(good)), 4)
+
+    def test_answers_nobody_reads_end_at_the_hard_mark_too(self) -> None:
+        slow = self.client()
+        self.fill(slow)
+        for _ in range(20):
+            slow.subscriber.reply(b"x" * 1024 * 1024, self.now)  # type: ignore[union-attr]
+        self.assertTrue(slow.aborted)
+
+    def test_an_answer_comes_behind_what_waits(self) -> None:
+        slow = self.client()
+        self.fill(slow)
+        self.send("a")
+        slow.subscriber.reply(b'{"type":"pong","n":0}\n', self.now)  # type: ignore[union-attr]
+        self.send("b")
+        slow.take_all()
+        self.assertEqual(self.heard(slow), [("a", 1), ("a", 2), ("pong", 0), ("b", 3)])
+
+    def test_one_that_leaves_gets_nothing_more_and_is_not_called_slow(self) -> None:
+        slow = self.client()
+        self.fill(slow)
+        self.send("a")
+        slow.subscriber.leave()  # type: ignore[union-attr]
+        self.send("b")
+        slow.take_all()
+        self.assertEqual((self.heard(slow), slow.subscriber.fault), ([("a", 1)], ""))  # type: ignore[union-attr]
+
+    def test_a_peer_that_has_reset_is_not_written_to(self) -> None:
+        gone = self.client()
+        gone.aborted = True  # as the loop leaves it until it says connection_lost()
+        self.send(*["a"] * 20, size=aiperf_api.CLIENT_WRITE_BYTES_MAX)
+        self.assertEqual(gone.writes, 0)
+
+    def test_totals_outlive_the_client(self) -> None:
+        slow = self.client()
+        self.fill(slow)
+        self.now += 60
+        self.send("S", "S", "S")
+        self.now += 60
+        self.send("S")
+        self.hub.remove(slow.number)  # type: ignore[attr-defined]
+        self.assertEqual(self.hub.totals(), (1, 3))
+
+
+class TestStalls(unittest.TestCase):
+    """Slow is not stalled: what counts is that bytes have left."""
+
+    def setUp(self) -> None:
+        self.transport = PipeTransport()
+        self.outlet = aiperf_api.Outlet(self.transport, 0.0)
+
+    def first_stall(self, step: Callable[[], None], seconds: int = 600) -> int | None:
+        return next((now for now in range(1, seconds) if step() or self.outlet.has_stalled(float(now))), None)
+
+    def test_nothing_taken_for_30_seconds_is_a_stall(self) -> None:
+        self.outlet.write(b"x" * 1000)
+        self.assertEqual(self.first_stall(lambda: None), aiperf_api.CLIENT_STALL_SEC + 1)
+
+    def test_more_and_more_to_take_is_no_movement(self) -> None:
+        self.outlet.write(b"x" * 1000)
+        self.assertEqual(self.first_stall(lambda: self.outlet.write(b"more")), aiperf_api.CLIENT_STALL_SEC + 1)
+
+    def test_who_takes_less_than_comes_in_is_slow_but_not_stalled(self) -> None:
+        def step() -> None:
+            self.outlet.write(b"x" * 100)
+            self.transport.take(50)
+
+        self.assertIsNone(self.first_stall(step))
+
+    def test_who_takes_as_much_as_comes_in_is_not_stalled(self) -> None:
+        self.outlet.write(b"x" * 5000)
+
+        def step() -> None:
+            self.outlet.write(b"x" * 50)
+            self.transport.take(50)
+
+        self.assertIsNone(self.first_stall(step))
+
+    def test_one_byte_in_29_seconds_is_enough(self) -> None:
+        self.outlet.write(b"x" * 1000)
+        clock = itertools.count(1)
+        self.assertIsNone(self.first_stall(lambda: None if next(clock) % 29 else self.transport.take(1)))
+
+    def test_with_nothing_to_take_nobody_stalls(self) -> None:
+        self.assertIsNone(self.first_stall(lambda: None))
+
+
+class TestHubModel(HubTestCase):
+    """Whatever happens in whatever order, the promises of the slow-client policy hold."""
+
+    def run_model(self, actions: Iterable[tuple[int, int]]) -> None:
+        """Each action is (what, how much); the marks are small, so that all of them are met."""
+        clients = [self.client(), self.client({"S", "a"})]
+        takes = [{"S", "T", "a", "b"}, {"S", "a"}]
+        sent: list[tuple[str, int]] = []
+        for what, much in actions:
+            if what < 4:
+                name = "STab"[what]
+                self.send(*[name] * (1 + much % 3), size=much * 40)
+                sent += [(name, n) for n in range(self.count - much % 3, self.count + 1)]
+            elif what < 6:
+                clients[what - 4].take(much * 200)
+            else:
+                self.now += much / 20
+            for transport in clients:
+                assert transport.subscriber is not None
+                self.assertLessEqual(transport.subscriber.backlog_bytes, aiperf_api.CLIENT_HARD_MARK_BYTES)
+        for transport, types in zip(clients, takes):
+            self.check(transport, [item for item in sent if item[0] in types])
+
+    def check(self, transport: PipeTransport, due: list[tuple[str, int]]) -> None:
+        subscriber = transport.subscriber
+        assert subscriber is not None
+        if subscriber.fault:
+            return
+        transport.take_all()
+        heard = self.heard(transport)
+        got = [item for item in heard if not isinstance(item, dict)]
+        told: dict[str, int] = {}
+        for notice in (item for item in heard if isinstance(item, dict)):
+            for name, count in notice.items():
+                told[name] = told.get(name, 0) + count
+        self.assertEqual(got, [item for item in due if item in set(got)], "bus order, nothing twice")
+        for name in "STab":
+            missing = sum(item[0] == name for item in due) - sum(item[0] == name for item in got)
+            self.assertEqual(missing, told.get(name, 0), "lost without a word")
+        for name in "ST":
+            newest = [item for item in due if item[0] == name][-1:]
+            self.assertEqual([item for item in got if item[0] == name][-1:], newest, "the newest state is not there")
+        self.assertEqual((subscriber.sent, subscriber.skipped), (len(got), sum(told.values())))
+        self.assertEqual((subscriber.backlog_bytes, subscriber.backlog_events, subscriber.newest), (0, 0, {}))
+
+    SMALL = {
+        "CLIENT_SOFT_MARK_BYTES": 20_000,
+        "CLIENT_QUEUE_BYTES_MAX": 30_000,
+        "CLIENT_QUEUE_EVENTS_MAX": 8,
+        "CLIENT_HARD_MARK_BYTES": 90_000,
+        "CLIENT_WRITE_BYTES_MAX": 5_000,
+    }
+
+    def test_order_counts_bounds_and_the_newest_state_hold_in_random_histories(self) -> None:
+        dice = random.Random(20)
+        with unittest.mock.patch.multiple(aiperf_api, **self.SMALL):
+            with unittest.mock.patch.multiple(PipeTransport, HIGH=2000, LOW=500):
+                for _ in range(300):
+                    self.setUp()
+                    self.run_model([(dice.randrange(7), dice.randrange(200)) for _ in range(dice.randrange(150))])
+
+    @unittest.skipUnless(hypothesis, "needs the hypothesis package")
+    def test_the_same_by_hypothesis(self) -> None:
+        with unittest.mock.patch.multiple(aiperf_api, **self.SMALL):
+            with unittest.mock.patch.multiple(PipeTransport, HIGH=2000, LOW=500):
+
+                @for_all(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 200)), max_size=60), examples=150)
+                def check(actions: list[tuple[int, int]]) -> None:
+                    self.setUp()
+                    self.run_model(actions)
+
+
 # == 13 == Connection ==================================================================================================
 
 
@@ -4947,6 +5348,7 @@ class TestWebSocketProtocol(ServiceTestCase):
     async def test_close_is_answered_with_its_own_code_and_pings_with_pongs(self) -> None:
         client = await self.open()
         client.send(client_frame(aiperf_api.OP_PING, b"a") + client_frame(aiperf_api.OP_PING, b"b"))
+        self.assertEqual(await client.read_frame(), (aiperf_api.OP_PONG, b"a"))
         self.assertEqual(await client.read_frame(), (aiperf_api.OP_PONG, b"b"))
         client.send(client_close(4000, b"bye"))
         self.assertEqual(await client.read_frame(), (aiperf_api.OP_CLOSE, struct.pack("!H", 4000) + b"bye"))
