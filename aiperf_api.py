@@ -4654,6 +4654,8 @@ class BuiltinBusSource(Source):
     async def stop(self) -> None:
         """Close everything; nothing is delivered afterwards."""
         self._stopped = True
+        for peer in list(self._peers):
+            peer.abort()
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
@@ -4661,8 +4663,6 @@ class BuiltinBusSource(Source):
             self._server.close()
         elif self._listener is not None:
             self._listener.close()
-        for peer in list(self._peers):
-            peer.abort()
         self._remove_file()
         await asyncio.sleep(0)  # lets the transports close their sockets
 
@@ -4744,6 +4744,8 @@ class BuiltinBusSource(Source):
                 self._say_down("no bus at {} yet", error, "trying until there is one")
             else:
                 await peer.gone
+            if self._stopped:  # wait_for() before Python 3.12 may swallow a cancellation (bpo-37658)
+                return
             await asyncio.sleep(self._retry_sec * random.uniform(0.75, 1.25))
             self._retry_sec = min(self._retry_sec * 2, BUS_RETRY_MAX_SEC)
 
@@ -4751,8 +4753,9 @@ class BuiltinBusSource(Source):
         loop, (host, port, path) = asyncio.get_running_loop(), self._endpoint
         if path:
             return (await loop.create_unix_connection(lambda: _BusPeer(self), path))[1]
-        # All addresses of the name are tried, 0.25 s apart (RFC 8305): a `localhost` that is ::1 too does no harm.
-        return (await loop.create_connection(lambda: _BusPeer(self), host, port, happy_eyeballs_delay=0.25))[1]
+        # All addresses of a name are tried, 0.25 s apart (RFC 8305), so `localhost` may mean ::1 as well as 127.0.0.1.
+        delay = 0.25 if re.search("[a-z]", host, re.I) and ":" not in host else None
+        return (await loop.create_connection(lambda: _BusPeer(self), host, port, happy_eyeballs_delay=delay))[1]
 
     def _open_listener(self) -> socket.socket:
         host, _, path = self._endpoint
