@@ -86,7 +86,7 @@ BUS_IPC_PATH_MAX = 107 if sys.platform.startswith("linux") else 103  # bytes of 
 #   ├── StartError            the machine says no: port in use, file unreadable           exit code 1
 #   ├── JSONError             bytes that are not JSON
 #   ├── BusMessageError       a bus message that cannot be used                           counted, logged once a kind
-#   ├── ZMTPError             a peer on the bus that does not speak ZMTP as we do           reconnect, logged once a kind
+#   ├── ZMTPError             a bus peer that does not speak ZMTP as we do      reconnect, logged once a kind
 #   ├── HTTPError             carries the HTTP status of its answer
 #   └── WebSocketError        carries the close code of its answer
 

@@ -305,7 +305,7 @@ class BusAddressTests(unittest.TestCase):
             ("tcp://host:0", "a port"),
             ("tcp://host:*", "a port"),
             ("tcp://host:65536", "a port"),
-            ("tcp://host:٥", "a port"),
+            ("tcp://host:\u0665", "a port"),
             ("tcp://host:+5", "a port"),
             ("tcp://host:5\n", "blank or control"),
             ("tcp://*:5664", "a host name"),
@@ -734,7 +734,7 @@ class BuiltinBusSourceTests(unittest.IsolatedAsyncioTestCase):
     @unittest.skipUnless(hasattr(socket, "AF_UNIX"), "needs Unix sockets")
     async def test_a_bound_path_is_taken_over_from_the_dead_but_not_from_the_living(self):
         with tempfile.TemporaryDirectory() as directory:
-            path = os.path.join(directory, "bus.ipc")
+            path = f"{directory}/bus.ipc"
             with socket.socket(socket.AF_UNIX) as dead:
                 dead.bind(path)
             inbox = self.open(f"ipc://{path}", bind=True)
@@ -746,12 +746,12 @@ class BuiltinBusSourceTests(unittest.IsolatedAsyncioTestCase):
             await reader.readexactly(10)
             writer.close()
             await inbox.source.stop()
-            self.assertFalse(os.path.exists(path))
-            pathlib.Path(path).touch()
+            self.assertEqual(os.listdir(directory), [])
+            os.close(os.open(path, os.O_CREAT))  # an ordinary file
             other = self.open(f"ipc://{path}", bind=True)
             with self.assertRaises(aiperf_api.StartError):
                 other.start()
-            self.assertTrue(os.path.exists(path))
+            self.assertEqual(os.listdir(directory), ["bus.ipc"])
 
 
 # A proxy as AIPerf has it, between XSUB and XPUB, in a process of its own; it prints where it listens.
@@ -1008,8 +1008,8 @@ class BuiltinBusSourceWithLibzmqTests(unittest.IsolatedAsyncioTestCase):
         for address in addresses:
             publisher = self.socket(zmq.XPUB)
             publisher.bind(address)
-            address = publisher.last_endpoint.decode().rstrip("\0")
-            for name in {address, address.replace("127.0.0.1", "localhost")}:
+            bound = publisher.last_endpoint.decode().rstrip("\0")
+            for name in {bound, bound.replace("127.0.0.1", "localhost")}:
                 with self.subTest(name):
                     inbox = await self.open(name, b"abc")
                     await self.subscribed(publisher, b"abc")
