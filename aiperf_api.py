@@ -198,6 +198,7 @@ LOG_QUOTE_CHARS_MAX = 200  # a quoted string of a peer; websockets 75; cut with 
 #   ├── JSONError             bytes that are not JSON
 #   ├── BusMessageError       a bus message that cannot be used                           counted, logged once a kind
 #   ├── ClientMessageError    a WebSocket message that cannot be obeyed                   an error answer
+#   ├── ZMTPError             a bus peer that does not speak ZMTP as we do      reconnect, logged once a kind
 #   ├── HTTPError             carries the HTTP status of its answer
 #   └── WebSocketError        carries the close code of its answer
 
@@ -4480,6 +4481,7 @@ class _BusPeer(asyncio.Protocol):
         self._proof: asyncio.TimerHandle | None = None  # when the connection has lasted BUS_PROVEN_SEC
         self._heard = False  # whether bytes came since the last heartbeat
         self._misses = 0  # heartbeats in a row before which no byte came
+        self.at_fault = False  # whether the connection ends because of what the peer did
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport
@@ -4537,6 +4539,7 @@ class _BusPeer(asyncio.Protocol):
     def fail(self, error: ZMTPError) -> None:
         """End the connection because of the peer."""
         if not self._transport.is_closing():
+            self.at_fault = True
             self._source.peer_failed(error)
             self._transport.abort()
 
@@ -4685,7 +4688,7 @@ class BuiltinBusSource(Source):
     def peer_proven(self, peer: _BusPeer) -> None:
         """The connection lasts: the next loss is news, and is followed by a quick attempt again."""
         self._retry_sec = BUS_RETRY_MIN_SEC
-        self._said -= {"up", "down"}
+        self._said -= {"up", "down", "hung_up"}
         if not self._said_up:
             self._say_up(peer)
 
@@ -4696,6 +4699,10 @@ class BuiltinBusSource(Source):
 
     def peer_lost(self, peer: _BusPeer, exc: Exception | None) -> None:
         """The connection is over."""
+        if peer in self._peers and peer not in self._ready and not peer.at_fault and not self._stopped:
+            # libzmq hangs up without a word on a socket type or a mechanism that does not suit it.
+            why = "it hung up during the handshake; is it a PUB or XPUB socket without security?"
+            self.peer_failed(ZMTPError("hung_up", why))
         self._peers.discard(peer)
         if peer in self._ready:
             self._ready.discard(peer)
