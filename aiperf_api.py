@@ -5592,8 +5592,8 @@ class ChildProcess:
     """
 
     def __init__(self, argv: Sequence[str], environ: Mapping[str, str]) -> None:
-        self.argv = tuple(argv)
-        self.environment = dict(environ)
+        self.argv = tuple(argv)  # the command line
+        self.environment = dict(environ)  # its variables, all of them
         self.signals = 0  # how many ending signals have come while it ran
         self._process: asyncio.subprocess.Process | None = None  # None until it is started
 
