@@ -242,10 +242,10 @@ class Bus:
     def __init__(self) -> None:
         self.context = zmq.Context()
         self.frontend, self.backend = self.context.socket(zmq.XSUB), self.context.socket(zmq.XPUB)
-        for socket in (self.frontend, self.backend):
-            socket.setsockopt(zmq.LINGER, 0)
-            socket.setsockopt(zmq.SNDHWM, 0)
-            socket.setsockopt(zmq.RCVHWM, 0)
+        for end in (self.frontend, self.backend):
+            end.setsockopt(zmq.LINGER, 0)
+            end.setsockopt(zmq.SNDHWM, 0)
+            end.setsockopt(zmq.RCVHWM, 0)
         self.frontend_port = self.frontend.bind_to_random_port("tcp://127.0.0.1")
         self.backend_port = self.backend.bind_to_random_port("tcp://127.0.0.1")
         self.address = f"tcp://127.0.0.1:{self.backend_port}"
@@ -4048,9 +4048,8 @@ class TestReplayAndRecord(ServiceTestCase):
         service = await self.serve(source=source)
         await self.ended(service)
         self.assertFalse(service.status()["stale"])
-        with unittest.mock.patch.object(
-            aiperf_api.time, "monotonic_ns", lambda later=time.monotonic_ns(): later + 10**10
-        ):
+        later = time.monotonic_ns() + 10**10
+        with unittest.mock.patch.object(aiperf_api.time, "monotonic_ns", lambda: later):
             self.assertTrue(service.status()["stale"])
 
     async def test_what_is_recorded_replays_to_the_same_end(self) -> None:
@@ -4129,7 +4128,7 @@ class TestBoundSources(ServiceTestCase):
                     publisher.connect(service.source.address)
                     self.assertTrue(await asyncio.to_thread(publisher.poll, 5000))
                     publisher.send_multipart([b"system_state_changed$", b'{"state":"configuring"}'])
-                    await self.until(lambda number=number: service.bus.messages == number + 1)
+                    await self.until(lambda bus=service.bus, number=number: bus.messages == number + 1)
 
     def test_endpoints_that_cannot_be_are_refused_with_the_reason(self) -> None:
         for address in ("tcp://", "tcp://host", "tcp://host:99999", "http://x:1", "ipc://" + "x" * 200, "nonsense", ""):
