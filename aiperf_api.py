@@ -932,7 +932,8 @@ _FIELD_VALUE = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")
 _ORIGIN_FORM = re.compile(rb"(/[^?#]*)(?:\?([^#]*))?")
 # RFC 9112 3.2.2: absolute-form = absolute-URI; the authority without userinfo (RFC 9110 4.2.4)
 _ABSOLUTE_FORM = re.compile(rb"(?i:https?)://([^/?#]+)(/[^?#]*)?(?:\?([^#]*))?")
-# RFC 9110 7.2: Host = uri-host [ ":" port ]; names as DNS and containers have them, addresses as IP-literal (RFC 3986 3.2.2)
+# RFC 9110 7.2: Host = uri-host [ ":" port ]; names as DNS and containers have them, addresses as IP-literal
+# (RFC 3986 3.2.2)
 _HOST = re.compile(r"(?:([A-Za-z0-9._~-]*)|\[([0-9A-Fa-f:.]+)\])(?::([0-9]{0,5}))?")
 # RFC 9110 8.6: Content-Length = 1*DIGIT
 _CONTENT_LENGTH = re.compile(rf"[0-9]{{1,{HTTP_CONTENT_LENGTH_DIGITS_MAX}}}")
@@ -964,7 +965,8 @@ _REASONS: Mapping[int, str] = MappingProxyType({
     101: "Switching Protocols", 200: "OK", 204: "No Content", 304: "Not Modified", 400: "Bad Request",
     401: "Unauthorized", 403: "Forbidden", 404: "Not Found", 405: "Method Not Allowed", 408: "Request Timeout",
     413: "Content Too Large", 414: "URI Too Long", 417: "Expectation Failed", 421: "Misdirected Request",
-    426: "Upgrade Required", 429: "Too Many Requests", 431: "Request Header Fields Too Large", 500: "Internal Server Error",
+    426: "Upgrade Required", 429: "Too Many Requests", 431: "Request Header Fields Too Large",
+    500: "Internal Server Error",
     501: "Not Implemented", 503: "Service Unavailable", 505: "HTTP Version Not Supported",
 })  # fmt: skip
 
@@ -3959,8 +3961,8 @@ def state_families(state: BenchmarkState, now_ns: int) -> list[Family]:
 
 # == 11 == Sources =====================================================================================================
 #
-# Where bus messages come from.  A source yields batches: what one poll turn found, each message a list of frames as they
-# came off the wire, normally [topic, payload].  It knows nothing of state, HTTP or clients; `deliver` never waits.
+# Where bus messages come from.  A source yields batches: what one poll turn found, each message a list of frames as
+# they came off the wire, normally [topic, payload].  It knows nothing of state, HTTP or clients; `deliver` never waits.
 
 log = logging.getLogger("aiperf_api")
 
@@ -5030,8 +5032,6 @@ _WRAPPERS = frozenset(
         "pixi",
         "poetry",
         "prlimit",
-    )
-    + (
         "rye",
         "setarch",
         "setpriv",
