@@ -31,6 +31,7 @@ import time
 import tracemalloc
 import unittest
 import unittest.mock
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -6540,6 +6541,18 @@ class ACommandBehindTwoDashes(unittest.TestCase):
             if status["state"] in states:
                 return status
             self.assertLess(time.monotonic(), deadline, status)
+
+    def test_status_and_readiness_answer_before_anybody_is_at_the_bus(self) -> None:
+        for backend in ("builtin", "auto"):
+            process = self.start("--zmq-backend", backend, "--", "sleep", "60")
+            url = self.url_of(process)
+            self.assertIs(self.get(url + "/api/status")["source"]["connected"], False)
+            with self.assertRaises(urllib.error.HTTPError) as caught:
+                self.get(url + "/readyz")
+            self.assertEqual(caught.exception.code, 503)
+            caught.exception.close()
+            process.terminate()
+            self.assertEqual(process.wait(10), 143)
 
     def test_the_exit_code_is_the_childs(self) -> None:
         for script, code in (("exit 0", 0), ("exit 3", 3), ("kill -KILL $$", 137), ("kill -TERM $$", 143)):
