@@ -4608,6 +4608,7 @@ class BuiltinBusSource(Source):
         # source
         self.address = address
         self.kind = kind  # as /api/status has it
+        self.connected = False  # whether a peer is there whose handshake is over
         self._endpoint = parse_endpoint(address, bind=bind)  # what the address says
         self._bind = bind  # whether publishers connect to us
         # prefix -> how often subscribed, as a SUB socket counts

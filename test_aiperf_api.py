@@ -31,6 +31,7 @@ import time
 import tracemalloc
 import unittest
 import unittest.mock
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -6539,6 +6540,26 @@ class ACommandBehindTwoDashes(unittest.TestCase):
         with urllib.request.urlopen(url, timeout=10) as answer:
             return json.loads(answer.read())
 
+    def wait_for_state(self, url: str, *states: str) -> Any:
+        deadline = time.monotonic() + 30
+        while True:
+            status = self.get(url + "/api/status")
+            if status["state"] in states:
+                return status
+            self.assertLess(time.monotonic(), deadline, status)
+
+    def test_status_and_readiness_answer_before_anybody_is_at_the_bus(self) -> None:
+        for backend in ("builtin", "auto"):
+            process = self.start("--zmq-backend", backend, "--", "sleep", "60")
+            url = self.url_of(process)
+            self.assertIs(self.get(url + "/api/status")["source"]["connected"], False)
+            with self.assertRaises(urllib.error.HTTPError) as caught:
+                self.get(url + "/readyz")
+            self.assertEqual(caught.exception.code, 503)
+            caught.exception.close()
+            process.terminate()
+            self.assertEqual(process.wait(10), 143)
+
     def test_the_exit_code_is_the_childs(self) -> None:
         for script, code in (("exit 0", 0), ("exit 3", 3), ("kill -KILL $$", 137), ("kill -TERM $$", 143)):
             self.assertEqual(self.run_to_the_end("--", "sh", "-c", script)[0], code, script)
@@ -6589,10 +6610,7 @@ class ACommandBehindTwoDashes(unittest.TestCase):
     def test_a_child_that_dies_without_a_word_is_failed(self) -> None:
         process = self.start("--linger", "60", "--", "sh", "-c", "exit 7")
         url = self.url_of(process)
-        for _ in range(600):
-            status = self.get(url + "/api/status")
-            if status["state"] == "failed":
-                break
+        status = self.wait_for_state(url, "failed")
         self.assertEqual((status["state"], status["error"]), ("failed", "exit status 7"))
         self.assertEqual(status["source"]["kind"], "child")
         process.send_signal(signal.SIGINT)  # while lingering: at once
@@ -6605,10 +6623,7 @@ class ACommandBehindTwoDashes(unittest.TestCase):
             process.stdout.readline()
             process.send_signal(number)
             if number == signal.SIGINT:
-                url = self.url_of(process)
-                for _ in range(600):  # it lingers after a single Ctrl-C
-                    if self.get(url + "/api/status")["state"] == "failed":
-                        break
+                self.wait_for_state(self.url_of(process), "failed")  # it lingers after a single Ctrl-C
                 process.send_signal(number)
             self.assertEqual(process.wait(10), code)
 
@@ -6638,13 +6653,12 @@ class ACommandBehindTwoDashes(unittest.TestCase):
         example = readme.partition("<!-- example -->")[2].partition("```python\n")[2].partition("```")[0]
         process = self.start("--linger", "60", "--", sys.executable, "-c", example)
         url = self.url_of(process)
-        for _ in range(3000):
-            status = self.get(url + "/api/status")
-            if status["state"] in ("complete", "failed"):
-                break
-        self.assertEqual(status["state"], "complete")
+        self.wait_for_state(url, "complete")
         self.assertEqual(self.get(url + "/api/progress")["completed"], 100)
         self.assertEqual(self.get(url + "/api/metrics")["metrics"]["request_latency"]["count"], 100)
+        assert process.stderr is not None
+        while "the benchmark ended" not in process.stderr.readline():
+            pass
         process.terminate()
         self.assertEqual(process.wait(10), 0)
 
