@@ -141,6 +141,7 @@ RETAINED_TYPES_MAX = 256  # last messages kept for clients that come later
 RETAINED_BYTES_MAX = 16 * 1024 * 1024  # of these together
 RESUME_MESSAGES_MAX = 2000  # kept for streams that come back with Last-Event-ID; else they begin with a snapshot
 RESUME_BYTES_MAX = 4 * 1024 * 1024  # of these together
+RESUME_HOLD_SEC = 30  # the bus still brings what a stream took that has gone: it may resume, and then misses nothing
 
 # The bus
 BUS_MESSAGE_BYTES_MAX = 16 * 1024 * 1024  # a longer message is counted and dropped; AIPerf's longest are 0.3 MB
@@ -401,8 +402,8 @@ def json_bytes(value: JSONValue, *, pretty: bool = False) -> bytes:
 REDACTED = "***"
 _SECRET_LENGTH_MIN = 6  # characters: a shorter literal would hit innocent text all over a message
 _CREDENTIAL_KEY = re.compile(  # of a key in snake_case: api_key, x_api_key, hf_token, aws_secret_access_key, ...
-    r"(?:.*_)?(?:api_?keys?|access_key|private_key|secret_key|authorization|auth|bearer|token|password|passwd|cookie"
-    r"|secrets?|credentials?)"
+    r"(?:.*_)?(?:api_?keys?|access_key|private_key|secret_key|authorization|auth|bearer|password|passwd|cookie|secrets?"
+    r"|credentials?|(?<!first_)(?<!last_)(?<!per_)(?<!output_)(?<!input_)(?<!prompt_)(?<!each_)(?<!next_)token)"
 )
 _HEADERS_KEY = re.compile(r"(?:.*_)?headers")
 _CAMEL_HUMP = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
@@ -410,7 +411,7 @@ _CAMEL_HUMP = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 _CREDENTIAL_ENDS = (
     "key keys authorization auth bearer token password passwd cookie secret secrets credential credentials headers"
 )
-_CREDENTIAL_HINTS = (*(end.encode() + b'"' for end in _CREDENTIAL_ENDS.split()), b"bearer ", b"\\u00")
+_CREDENTIAL_HINTS = tuple(end.encode() + b'"' for end in _CREDENTIAL_ENDS.split())
 _URL_USERINFO = re.compile(r'(://)[^/\s"@]+@')  # RFC 3986 section 3.2.1
 _BEARER_VALUE = re.compile(r"(bearer +)[\w.~+/=-]+", re.IGNORECASE)  # RFC 6750 section 2.1
 
@@ -502,12 +503,31 @@ def secret_forms(secrets: Iterable[str]) -> tuple[str, ...]:
     )
 
 
+def _escaped_forms(secret: str) -> tuple[bytes, bytes]:
+    """How a string may stand in a JSON text: with and without its non-ASCII characters escaped."""
+    return json.dumps(secret)[1:-1].encode(), json.dumps(secret, ensure_ascii=False)[1:-1].encode("utf-8", "replace")
+
+
+def _ends_key(hint: bytes, text: bytes) -> bool:
+    """Whether a hint may end a key somewhere: behind a key there is a colon or white space, behind a value (the header
+    "Time to First Token" of every realtime_metrics) there is neither."""
+    end = text.find(hint) + len(hint)
+    while end >= len(hint):
+        if text[end : end + 1] in b": \t\r\n":
+            return True
+        end = text.find(hint, end) + len(hint)
+    return False
+
+
 def _may_hold_secret(payload: bytes, secrets: Sequence[str]) -> bool:
+    """A quick look, at a hundredth of the cost of parsing; wrong only on the side of caution."""
     lowered = payload.lower()
     return (
-        any(hint in lowered for hint in _CREDENTIAL_HINTS)
+        any(hint in lowered and _ends_key(hint, lowered) for hint in _CREDENTIAL_HINTS)
+        or b"bearer " in lowered
+        or b"\\u00" in lowered
         or (b"@" in payload and b"://" in payload)
-        or any(json.dumps(secret)[1:-1].lower().encode() in lowered for secret in secrets)
+        or any(form in payload for secret in secrets for form in _escaped_forms(secret))
     )
 
 
@@ -521,9 +541,11 @@ def scrub_json(payload: bytes, secrets: Sequence[str] = (), found: set[str] | No
     """
     if not _may_hold_secret(payload, secrets):
         return payload
+    met = set() if found is None else found  # a secret may stand a second time, without its key
     try:
         value = json_load(payload)
-        clean = _scrub_strings(redact(value, found), secrets)
+        redacted = redact(value, met)
+        clean = _scrub_strings(redacted, (*secret_forms(met), *secrets))
     except (JSONError, RecursionError):
         return payload
     return payload if clean == value else json_bytes(clean)
@@ -1344,7 +1366,7 @@ def check_upgrade(request: Request) -> str:
     if request.method != "GET":
         raise HTTPError(405, "a WebSocket is opened by GET", (("Allow", "GET"),))
     if not request.wants_upgrade:
-        hint = "this is a WebSocket: try websocat, or a browser's `new WebSocket(url)`"
+        hint = "a WebSocket is spoken here: websocat ws://HOST:PORT/ws; for curl there is curl -N .../api/stream"
         raise HTTPError(426, hint, (("Upgrade", "websocket"), ("Connection", "Upgrade")))
     # 4.4: "MUST abort … and send an appropriate HTTP error code (such as 426) and a |Sec-WebSocket-Version| header"
     if request.headers.get("sec-websocket-version") != "13":
@@ -1384,7 +1406,8 @@ def check_token(request: Request, token: bytes) -> None:
     given += [name[len(prefix) :].encode("latin-1") for name in subprotocols(request) if name.startswith(prefix)]
     # Constant time, on bytes (str with non-ASCII raises), and never stopping at the first that fits.
     if not sum([hmac.compare_digest(candidate, token) for candidate in given]):
-        raise HTTPError(401, "a token is needed", (("WWW-Authenticate", 'Bearer realm="aiperf-api"'),))
+        hint = "a token is needed: -H 'Authorization: Bearer TOKEN', or ?token=TOKEN"
+        raise HTTPError(401, hint, (("WWW-Authenticate", 'Bearer realm="aiperf-api"'),))
 
 
 # -- Negotiation
@@ -1579,6 +1602,9 @@ class Param:
     summary: str
     example: str = ""
     required: bool = False
+    pattern: str = ""  # regular expression of JSON Schema that the value fits; "": any text
+    words: tuple[str, ...] = ()  # the only values there are; empty: any
+    place: str = "query"  # or "path"
 
 
 @dataclass(frozen=True)
@@ -1593,7 +1619,8 @@ class Route:
     params: tuple[Param, ...] = ()
     media_types: tuple[str, ...] = ("application/json",)  # the first is what a client gets that does not say
     example: Any = None  # an answer, as a value for JSON or as text
-    schema: Mapping[str, Any] | None = None  # JSON Schema of the answer
+    shape: str = ""  # of a JSON answer, as type_schema() reads it
+    errors: tuple[int, ...] = ()  # statuses of its own, beside those that any request may meet
     needs_token: bool = True  # false for health checks
     websocket: bool = False
 
@@ -1614,45 +1641,169 @@ class Router:
             raise HTTPError(404, self._not_found(path))
         if method not in route.methods:
             # RFC 9110 15.5.6: "MUST generate an Allow header field"
-            raise HTTPError(405, "method not allowed", (("Allow", ", ".join(route.methods)),))
+            methods = ", ".join(route.methods)
+            raise HTTPError(405, f"method not allowed; {route.path} takes {methods}", (("Allow", methods),))
         return route
 
     def _not_found(self, path: str) -> str:
-        """What to tell the client: names only paths of ours, so that nothing of the request comes back in the answer."""
-        if len(path) <= HTTP_SUGGEST_PATH_CHARS_MAX:
-            near = difflib.get_close_matches(path, self._by_path, n=1)
-            if near:
-                return f"not found; did you mean {near[0]}?"
-        return "not found; GET / lists what there is"
+        """What to tell the client.  Of the request only a path comes back that needs no escaping anywhere: neither in
+        HTML nor in a terminal nor in a shell."""
+        if not _PLAIN_PATH.fullmatch(path):
+            return "unknown path; GET /api lists what there is"
+        near = difflib.get_close_matches(path, self._by_path, n=1)
+        return f"unknown path {path}; " + (f"did you mean {near[0]}?" if near else "GET /api lists what there is")
 
-    def openapi(self, title: str, version: str) -> dict[str, Any]:
-        """The table as an OpenAPI 3.1 document, ready for json_bytes."""
-        paths = {route.path: {"get": _operation(route)} for route in self.routes}
-        return {"openapi": "3.1.0", "info": {"title": title, "version": version}, "paths": paths}
+    def openapi(self, info: Mapping[str, str], shapes: Mapping[str, Any], *, secured: bool) -> dict[str, Any]:
+        """The table as an OpenAPI 3.1 document, ready for json_bytes.
+
+        Args:
+            info: title, version and description.
+            shapes: the schemas that the shapes of the routes name, from read_shapes().
+            secured: whether a token is asked for.
+        """
+        own = {status for route in self.routes for status in route.errors}
+        errors = {str(status): _error_answer(status) for status in sorted({*_ANY_ERRORS, *own, 401})}
+        components: dict[str, Any] = {"schemas": shapes, "responses": errors}
+        if secured:
+            components["securitySchemes"] = _SECURITY_SCHEMES
+        return {
+            "openapi": "3.1.0",
+            "info": info,
+            "servers": [{"url": "./", "description": "where this document was found, whatever stands before it"}],
+            "paths": {route.path: _path_item(route, secured) for route in self.routes},
+            "components": components,
+        }
 
 
-def _operation(route: Route) -> dict[str, Any]:
-    media: dict[str, Any] = {}
-    if route.schema is not None:
-        media["schema"] = route.schema
-    if route.example is not None:
-        media["example"] = route.example
-    answer: dict[str, Any] = {"description": route.summary}
-    if not route.websocket:
-        answer["content"] = dict.fromkeys(route.media_types, media)
-    operation: dict[str, Any] = {
-        "operationId": route.name,
-        "summary": route.summary,
-        "responses": {"101" if route.websocket else "200": answer},
+# A path that may be quoted back; longer ones get no "did you mean" either (difflib is slow).
+_PLAIN_PATH = re.compile(rf"/[A-Za-z0-9/_.-]{{0,{HTTP_SUGGEST_PATH_CHARS_MAX}}}")
+
+# -- Descriptions for machines
+
+_ANY_ERRORS = (400, 405, 421, 503)  # what any request may meet
+_ERROR_TEXTS: Mapping[int, str] = MappingProxyType(
+    {
+        400: "The request is malformed, or an argument has a value that it cannot have",
+        401: "The token is missing or wrong",
+        403: "The Origin is another site's",
+        404: "There is nothing of that name",
+        405: "The method is not one of this path",
+        421: "The Host is not served here",
+        426: "Only as a WebSocket",
+        503: "Too many connections; come back later",
     }
-    if route.params:
-        operation["parameters"] = [_parameter(param) for param in route.params]
-    return operation
+)
+_SECURITY_SCHEMES: Mapping[str, Mapping[str, str]] = MappingProxyType(
+    {
+        "bearer": MappingProxyType({"type": "http", "scheme": "bearer"}),
+        "query": MappingProxyType({"type": "apiKey", "in": "query", "name": "token"}),
+    }
+)
+_PLAIN_TYPES = frozenset(("boolean", "integer", "number", "object", "string"))
+_SHAPE_LINE = re.compile(r"([A-Z]\w+)(\+?) +(.+)")
+_FIELD_LINE_OF_SHAPE = re.compile(r"  (\w+)(~?) +(\S+)(?: +(.+))?")
+
+
+def type_schema(text: str) -> dict[str, Any]:
+    """JSON Schema of a type as tables write it: `integer`; `Name` of a shape; `any`; `=word` (that word); `a|b` (one of
+    the words); `T[]`; `T{}`, a map from names to T; `T?`, T or null; `T,U`, either.
+
+    >>> type_schema("number?[]")
+    {'type': 'array', 'items': {'type': ['number', 'null']}}
+    """
+    if "," in text:
+        return {"anyOf": [type_schema(part) for part in text.split(",")]}
+    if text.endswith("?"):
+        schema = type_schema(text[:-1])
+        null = {"type": [schema["type"], "null"]} if "type" in schema else None
+        return {**schema, **null} if null else {"anyOf": [schema, {"type": "null"}]}
+    if text.endswith("[]"):
+        return {"type": "array", "items": type_schema(text[:-2])}
+    if text.endswith("{}"):
+        return {"type": "object", "additionalProperties": type_schema(text[:-2])}
+    if text.startswith("="):
+        return {"const": text[1:]}
+    if "|" in text:
+        return {"enum": text.split("|")}
+    if text == "any":
+        return {}
+    return {"type": text} if text in _PLAIN_TYPES else {"$ref": f"#/components/schemas/{text}"}
+
+
+def read_shapes(text: str) -> dict[str, dict[str, Any]]:
+    """JSON Schemas of a table: a shape a paragraph, a field a line.
+
+    `Name  description` begins a shape, `Name+` one that may have further fields.  Its lines are `  field  type
+    description`; `field~` may be missing.
+    """
+    shapes: dict[str, dict[str, Any]] = {}
+    shape: dict[str, Any] = {}
+    for line in text.strip().splitlines():
+        head, field = _SHAPE_LINE.fullmatch(line), _FIELD_LINE_OF_SHAPE.fullmatch(line)
+        if head:
+            shape = {"type": "object", "description": head[3], "properties": {}, "required": []}
+            shapes[head[1]] = shape if head[2] else {**shape, "additionalProperties": False}
+        elif field:
+            name, may_miss, kind, words = field.groups()
+            schema = type_schema(kind)
+            shape["properties"][name] = {**schema, "description": words} if words else schema
+            shape["required"] += [] if may_miss else [name]
+        else:
+            raise ValueError(f"neither a shape nor a field: {line}")
+    return shapes
+
+
+def _path_item(route: Route, secured: bool) -> dict[str, Any]:
+    """What OpenAPI says of a path; its parameters are those of GET and HEAD alike."""
+    item: dict[str, Any] = {"parameters": [_parameter(param) for param in route.params]} if route.params else {}
+    statuses = [*_ANY_ERRORS, *route.errors, *([401] if secured and route.needs_token else [])]
+    errors = {str(status): {"$ref": f"#/components/responses/{status}"} for status in sorted(statuses)}
+    # An empty list of requirements: open, whatever the rest of the document asks for.
+    ways: list[dict[str, list[str]]] = [{"bearer": []}, {"query": []}] if route.needs_token else []
+    security = {"security": ways} if secured else {}
+    for method in route.methods:
+        is_get = method == "GET"
+        item[method.lower()] = {
+            "operationId": route.name if is_get else f"{route.name}_head",
+            "summary": route.summary if is_get else f"The head of GET {route.path}",
+            **security,
+            "responses": {**_good_answers(route, is_get), **errors},
+        }
+    return item
+
+
+def _good_answers(route: Route, is_get: bool) -> dict[str, Any]:
+    if route.websocket:
+        return {"101": {"description": f"{route.summary}; /asyncapi.json describes its messages"}}
+    answer: dict[str, Any] = {"description": route.summary}
+    if is_get:
+        answer["content"] = {media_type: _media(route, media_type) for media_type in route.media_types}
+    return {"200": answer, "304": {"description": "As the client has it already: If-None-Match names its ETag"}}
+
+
+def _media(route: Route, media_type: str) -> dict[str, Any]:
+    is_json = media_type == "application/json"
+    schema = type_schema(route.shape) if is_json and route.shape else {} if is_json else {"type": "string"}
+    return {"schema": schema, **({} if route.example is None else {"example": route.example})}
 
 
 def _parameter(param: Param) -> dict[str, Any]:
-    described = {"name": param.name, "in": "query", "description": param.summary, "required": param.required}
-    return {**described, "schema": {"type": "string"}, **({"example": param.example} if param.example else {})}
+    schema: dict[str, Any] = {"type": "string"}
+    if param.pattern:
+        schema["pattern"] = param.pattern
+    if param.words:
+        schema["enum"] = list(param.words)
+    described = {"name": param.name, "in": param.place, "description": param.summary, "required": param.required}
+    empty = {"allowEmptyValue": True} if "" in param.words else {}
+    return {**described, **empty, "schema": schema, **({"example": param.example} if param.example else {})}
+
+
+def _error_answer(status: int) -> dict[str, Any]:
+    """An error as any endpoint gives it; readiness alone says it in plain text."""
+    content = {"application/json": {"schema": type_schema("Error")}}
+    if status == 503:
+        content["text/plain"] = {"schema": type_schema("string")}
+    return {"description": _ERROR_TEXTS[status], "content": content}
 
 
 # == 7 == Static files =================================================================================================
@@ -1941,8 +2092,8 @@ def _tag_of(row: Any) -> str:
 
 
 def _is_shown(key: str, value: Any) -> bool:
-    """Tell whether a field of a row is for clients: not internal, not null, and a number where one belongs."""
-    if value is None or key in INTERNAL_FIELDS:
+    """Tell whether a field of a row has a value for clients: not null, and a number where one belongs."""
+    if value is None:
         return False
     if key in STATISTICS or key == "count":
         return is_number(value)
@@ -1957,7 +2108,13 @@ def display_row(row: Any) -> Optional[dict[str, Any]]:
     tag = _tag_of(row)
     if not tag:
         return None
-    shown = {key: value for key, value in row.items() if _is_shown(key, value)}
+    shown = {
+        key: value
+        for key, value in row.items()
+        # Nearly all fields are integers and finite floats: shown, and told so without a call.
+        if (type(value) is int or (type(value) is float and value - value == 0.0) or _is_shown(key, value))
+        and key not in INTERNAL_FIELDS
+    }
     conversion = _conversion(tag, shown.get("unit"))
     if conversion is not None:
         factor, divisor, shown["unit"] = conversion
@@ -1971,12 +2128,6 @@ def display_rows(rows: Any) -> dict[str, dict[str, Any]]:
     return {row.pop("tag"): row for row in shown}
 
 
-def row_needs_change(row: Any) -> bool:
-    """Tell whether a row differs from what clients are to see of it."""
-    tag = _tag_of(row)
-    return not tag or not all(map(_is_shown, row, row.values())) or _conversion(tag, row.get("unit")) is not None
-
-
 def forwardable_realtime_metrics(payload: bytes) -> bytes:
     """Return a realtime_metrics message as clients get it: the very same object where nothing needs a change.
 
@@ -1985,9 +2136,12 @@ def forwardable_realtime_metrics(payload: bytes) -> bytes:
     """
     message = read_message(payload)
     rows = message.get("metrics")
-    if not isinstance(rows, list) or not any(map(row_needs_change, rows)):
+    if not isinstance(rows, list):
         return payload
-    return json_bytes({**message, "metrics": [row for row in map(display_row, rows) if row is not None]})
+    shown = list(map(display_row, rows))
+    if shown == rows:
+        return payload
+    return json_bytes({**message, "metrics": [row for row in shown if row is not None]})
 
 
 def read_message(payload: bytes) -> dict[str, Any]:
@@ -2336,6 +2490,8 @@ PHASE_MESSAGE_TYPES = frozenset(
 )
 # What may be large and frequent: kept as bytes until somebody asks.
 METRICS_MESSAGE_TYPES = frozenset({"realtime_metrics", "realtime_telemetry_metrics", "realtime_server_metrics"})
+# What only a benchmark under load sends: after it, silence was no end.
+_SIGNS_OF_LOAD = frozenset({*PHASE_MESSAGE_TYPES, *METRICS_MESSAGE_TYPES, "processing_stats"})
 # What the reducer itself has to hear.
 CORE_MESSAGE_TYPES = frozenset(
     {
@@ -2624,7 +2780,8 @@ class Phase:
 
     @property
     def in_flight(self) -> int:
-        return 0 if self.is_complete else max(0, self.sent - self.done - self.cancelled)
+        """Return the requests on their way, by the credit counters alone: they are of one moment."""
+        return 0 if self.is_complete else max(0, self.sent - self.completed - self.cancelled)
 
     def history_row(self) -> dict[str, Any]:
         return {
@@ -3006,6 +3163,7 @@ class Run:
         self.state = "waiting"  # one of STATES, as far as it was announced or follows from what happens
         self.end: Optional[str] = None  # one of ENDS
         self.error: Optional[str] = None  # what went wrong, in a line
+        self.fell_silent = False  # it was silent for so long that a registration is another run's
         self.announces_states = False  # system_state_changed was heard (0.13)
         self.failed_to_configure = False  # a service or the data set could not be configured
         self.stopped_early = False  # AIPerf began to stop while requests were due
@@ -3461,7 +3619,8 @@ def _read_known(message_type: str, payload: bytes) -> dict[str, Any]:
     """
     message = read_message(payload)
     field, wanted = _HANDLERS[message_type][1:]
-    if field and not (isinstance(message.get(field), wanted) and message[field]) and message.get(field) != {}:
+    value = message.get(field)
+    if field and (not isinstance(value, wanted) or value in (None, "")):
         raise BusMessageError("bad_shape", f"{message_type} without a usable {field}")
     message["message_type"] = message_type  # the topic decides
     if message_type in PHASE_MESSAGE_TYPES:
@@ -3513,6 +3672,7 @@ class BenchmarkState:
             BusMessageError: it cannot be used; the state is as before. A metrics message that arrives within 100 ms
                 of the one before is judged when somebody asks for it; if it is bad, `late_errors` grows.
         """
+        self._run.fell_silent = self._run.fell_silent or self._run.is_stale(now_ns)
         if message_type in METRICS_MESSAGE_TYPES:
             change = self._run.take_metrics(message_type, payload, now_ns)
         elif message_type in _HANDLERS:
@@ -3523,12 +3683,14 @@ class BenchmarkState:
         if run.first_ns is None:
             run.first_ns = now_ns
             change |= run.advance("initializing")
+        if message_type in _SIGNS_OF_LOAD:
+            run.fell_silent = False
         run.last_ns = now_ns
         return change
 
     def _apply_known(self, message_type: str, message: dict[str, Any], now_ns: int) -> Change:
         change = Change.NONE
-        if self._begins_run(message_type, message, now_ns):
+        if self._begins_run(message_type, message):
             self._late_errors_before = self.late_errors
             self._run = Run()
             change = ~Change.ENDED & _ALL_CHANGES
@@ -3537,10 +3699,10 @@ class BenchmarkState:
         change |= _HANDLERS[message_type][0](run, message, now_ns)
         return change | run.settle(now_ns)
 
-    def _begins_run(self, message_type: str, message: dict[str, Any], now_ns: int) -> bool:
+    def _begins_run(self, message_type: str, message: dict[str, Any]) -> bool:
         """Tell whether a message can only come from another run than the one at hand."""
         run = self._run
-        is_over = run.end is not None or run.is_stale(now_ns)
+        is_over = run.end is not None or run.fell_silent
         if message_type == "system_state_changed":
             state = message["state"]
             early = state in ("initializing", "configuring") and (run.has_gone_far or is_over)
@@ -4051,7 +4213,7 @@ class ZMTPSubscriber:
         self._room = BUS_FRAME_MAX  # bytes that its further frames may have
         # output
         self._output: list[bytes] = [_GREETING]
-        self._ttl_sec = 0.0
+        self._ttl_sec = 0.0  # seconds that the PING at hand allows; 0: it says none
 
     @property
     def socket_type(self) -> str:
@@ -4300,11 +4462,11 @@ class _BusPeer(asyncio.Protocol):
     """
 
     def __init__(self, source: BuiltinBusSource) -> None:
-        self._source = source
-        self._loop = asyncio.get_running_loop()
-        self.codec = ZMTPSubscriber()
+        self._source = source  # takes what arrives
+        self._loop = asyncio.get_running_loop()  # carries the timers
+        self.codec = ZMTPSubscriber()  # the bytes of this connection, understood
         self.gone: asyncio.Future[None] = self._loop.create_future()  # done when the connection is over
-        self._transport: Any = None
+        self._transport: Any = None  # None until connected
         self._backlog: Batch = []  # messages for the next turns; while it holds any, reading is paused
         self._deadline: asyncio.TimerHandle | None = None  # of the handshake, then of the next heartbeat
         self._ttl: asyncio.TimerHandle | None = None  # when the peer's own PING gives it up
@@ -4433,25 +4595,24 @@ class BuiltinBusSource(Source):
     def __init__(self, address: str, kind: str = "zmq", *, bind: bool = False) -> None:
         # source
         self.address = address
-        self.kind = kind
-        self._endpoint = parse_endpoint(address, bind=bind)
-        self._bind = bind
-        self._subscriptions: collections.Counter[bytes] = (
-            collections.Counter()
-        )  # prefix -> how often subscribed, as a SUB socket counts
+        self.kind = kind  # as /api/status has it
+        self._endpoint = parse_endpoint(address, bind=bind)  # what the address says
+        self._bind = bind  # whether publishers connect to us
+        # prefix -> how often subscribed, as a SUB socket counts
+        self._subscriptions: collections.Counter[bytes] = collections.Counter()
         self.prefixes: tuple[bytes, ...] = ()  # those subscribed at all: told to every peer, and filtered by
         # run
-        self._deliver: Callable[[Batch], None] = lambda batch: None
-        self._notify: Callable[[str], None] = lambda line: None
-        self._task: asyncio.Task[None] | None = None
-        self._listener: socket.socket | None = None
-        self._server: asyncio.AbstractServer | None = None
+        self._deliver: Callable[[Batch], None] = lambda batch: None  # where messages go
+        self._notify: Callable[[str], None] = lambda line: None  # where lines for the log go
+        self._task: asyncio.Task[None] | None = None  # connects again and again
+        self._listener: socket.socket | None = None  # when bound
+        self._server: asyncio.AbstractServer | None = None  # accepts from the listener
         self._file: tuple[str, int] | None = None  # path and inode of the socket that we bound
-        self._stopped = False
+        self._stopped = False  # whether stop() was called
         # connections
         self._peers: set[_BusPeer] = set()
         self._ready: set[_BusPeer] = set()  # those whose handshake is over
-        self._retry_sec = BUS_RETRY_MIN_SEC
+        self._retry_sec = BUS_RETRY_MIN_SEC  # until the next attempt
         self._said: set[str] = set()  # kinds of line that are not to be said again
         self._said_up = False  # whether the last word on the connection was that it stands
 
@@ -4679,9 +4840,12 @@ class ReplaySource(Source):
         self._bus_ns = 0  # bus time ...
         self._at_ns = 0  # ... and the monotonic time at which it was that late
         self._rate = speed  # bus seconds a second: how fast the clock runs on
+        self._message_ns = 0  # bus time of the message that is being delivered, 0 between messages
         self._file: IO[bytes] | None = None  # open while it plays
 
     def now_ns(self) -> int:
+        if self._message_ns:
+            return self._message_ns
         if not self._bus_ns:
             return time.time_ns()
         return self._bus_ns + int((time.monotonic_ns() - self._at_ns) * self._rate)
@@ -4700,7 +4864,7 @@ class ReplaySource(Source):
         self._next = next(self._lines, None)
         if self._next is not None:
             self._set_clock(self._next[0], self._speed)
-            self._timer = self._event_loop.call_soon(self._turn)
+        self._timer = self._event_loop.call_soon(self._turn)
 
     def _read(self, file: IO[bytes]) -> Iterator[tuple[int, list[bytes]]]:
         """(time in ns, frames) of each line; a line that is none ends the recording with a word in the log."""
@@ -4714,22 +4878,21 @@ class ReplaySource(Source):
             self._notify(f"{self.address}: line {number} cannot be read, the replay ends there: {error}")
 
     def _turn(self) -> None:
-        """Deliver all that is due, then sleep until the next message is."""
-        batch: Batch = []
-        size = 0
-        while self._next is not None and len(batch) < BUS_TURN_MESSAGES_MAX and size < BUS_TURN_BYTES_MAX:
+        """Deliver all that is due, each message at its own time, then sleep until the next one is."""
+        turn = 0
+        while self._next is not None and turn < BUS_TURN_MESSAGES_MAX:
             due_ns, frames = self._next
             if self._speed and due_ns > self.now_ns():
                 break
-            batch.append(frames)
-            size += len(frames[1])
             if not self._speed:
                 self._set_clock(due_ns, 0.0)
+            self._message_ns = due_ns
+            self._deliver([frames])
+            self._message_ns = 0
             self._next = next(self._lines, None)
+            turn += 1
         if self._next is None:
-            self._set_clock(max(self.now_ns(), self._bus_ns), 1.0)  # from here on time passes as it does
-        if batch:
-            self._deliver(batch)
+            self._set_clock(self.now_ns(), 1.0)  # from here on time passes as it does
         self._schedule()
 
     def _schedule(self) -> None:
@@ -6280,12 +6443,15 @@ class Connection(asyncio.Protocol):
             self.transport.close()
 
 
+UNIX_PEER = "unix"  # stands for the address of a peer on a Unix socket, which has none
+
+
 def peer_name(transport: asyncio.BaseTransport) -> str:
     """The address of the peer, for logs and /api/clients."""
     peer = transport.get_extra_info("peername")
     if isinstance(peer, tuple) and len(peer) >= 2:
         return f"[{peer[0]}]:{peer[1]}" if ":" in peer[0] else f"{peer[0]}:{peer[1]}"
-    return "unix"
+    return UNIX_PEER
 
 
 def connection_factory(app: Application) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], None]:
@@ -6306,6 +6472,8 @@ def connection_factory(app: Application) -> Callable[[asyncio.StreamReader, asyn
 
 BUS_MESSAGE_TYPE = re.compile("[A-Za-z0-9_:-]{1,128}")  # what stands before the target and the `$` of a topic
 CLIENT_MESSAGE_TYPE = re.compile(r"[^\x00-\x20$\x7f]{1,128}")  # what a client may ask for; most of it never comes
+STATIC_ROUTE = "/static/{file}"
+FAVICON_PATH = "/favicon.ico"  # browsers ask for it beside a JSON answer, too, where no page names another
 
 
 class Option(NamedTuple):
@@ -6425,6 +6593,9 @@ LIMITS: tuple[tuple[str, int, str, str], ...] = (
 )
 
 
+PAGES_MISSING = "the pages are not here: copy the folder static/ beside aiperf_api.py; the API works without"
+
+
 class Settings(NamedTuple):
     """How a service runs; the command line fills it, and so do the arguments of APIService."""
 
@@ -6468,6 +6639,8 @@ def _tcp_socket(host: str, port: int) -> socket.socket:
 
 def _unix_socket(path: str) -> socket.socket:
     """A listening Unix socket of mode 0600; one that a live server listens on is never taken away from it."""
+    if not hasattr(socket, "AF_UNIX"):
+        raise StartError("there are no Unix sockets on this system")
     if os.path.lexists(path):
         _remove_dead_socket(path)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -6498,9 +6671,20 @@ def _remove_dead_socket(path: str) -> None:
     raise StartError(f"{printable(path)}: another server listens there")
 
 
-def _remove_socket(path: str) -> None:
-    with contextlib.suppress(FileNotFoundError):  # somebody tidied up before us
-        os.unlink(path)
+def _file_identity(path: str) -> tuple[int, int] | None:
+    """What tells a file from another one of the same name; None if there is none."""
+    try:
+        status = os.lstat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _remove_socket(path: str, identity: tuple[int, int] | None) -> None:
+    """Tidy up, unless somebody did before us, or another server listens there by now."""
+    if identity is not None and _file_identity(path) == identity:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
 
 
 def _tls_context(certificate: str, key: str | None) -> ssl.SSLContext:
@@ -6642,6 +6826,7 @@ class APIService:
         self.url = ""  # of the bound socket, once started
         self.started_ns = 0  # wall clock
         self._servers: list[asyncio.AbstractServer] = []  # listening
+        self._unix_identity: tuple[int, int] | None = None  # of the Unix socket's file, which is removed at the end
         self._sweep_timer: asyncio.TimerHandle | None = None  # the next sweep
         self._recorder = Recorder(record) if record else None  # None: nothing is recorded
         # only this machine can connect: the Host check is strict
@@ -6661,6 +6846,7 @@ class APIService:
         self._secrets_found: set[str] = set(self.settings.secrets)  # literals that must show nowhere
         self.secrets = secret_forms(self._secrets_found)  # the same in the forms in which they may stand
         self._types: dict[bytes, str] = {}  # topic -> message type
+        self._held: dict[str, float] = {}  # type -> monotonic second until which a stream that took it may resume
         # media type -> the text of /metrics
         self._texts = {TEXT: CachedText() for TEXT in (CONTENT_TYPE_TEXT_0_0_4, CONTENT_TYPE_OPENMETRICS_1_0_0)}
         self._complete: asyncio.Event | None = None  # set while a run has ended
@@ -6698,6 +6884,7 @@ class APIService:
         accept = connection_factory(self)
         if settings.unix_path is not None:
             unix = await asyncio.start_unix_server(accept, sock=_unix_socket(settings.unix_path), ssl=tls)
+            self._unix_identity = _file_identity(settings.unix_path)
             self._servers.append(unix)
             self.url = f"unix:{settings.unix_path}"
         if settings.port is not None:
@@ -6741,8 +6928,8 @@ class APIService:
         if self._sweep_timer is not None:
             self._sweep_timer.cancel()
         self._close_recorder()
-        if self.settings.unix_path is not None and self._servers:
-            _remove_socket(self.settings.unix_path)
+        if self.settings.unix_path is not None:
+            _remove_socket(self.settings.unix_path, self._unix_identity)
         self._servers.clear()
         if self._stopped is not None:
             self._stopped.set()
@@ -6771,6 +6958,7 @@ class APIService:
         self.date = http_date(time.time())
         for connection in list(self.connections):
             connection.check(now_sec)
+        self._release_held(now_sec)
         if self._recorder is not None:
             self._record_safely(self._recorder.flush)
 
@@ -6908,6 +7096,13 @@ class APIService:
 
     def _on_wanted(self, message_type: str, wanted: bool) -> None:
         """The bus brings what clients want, besides what the state always needs."""
+        is_held = message_type in self._held
+        if wanted:
+            self._held.pop(message_type, None)
+        if not is_held:
+            self._order(message_type, wanted)
+
+    def _order(self, message_type: str, wanted: bool) -> None:
         act = self.source.subscribe if wanted else self.source.unsubscribe
         if self._recorder is not None:
             return  # everything is subscribed to already
@@ -6916,6 +7111,19 @@ class APIService:
         elif message_type not in CORE_MESSAGE_TYPES:
             act(message_type.encode() + b"$")
             act(message_type.encode() + b".")
+
+    def _hold(self, types: Iterable[str]) -> None:
+        """Keep the bus bringing what a stream took that is leaving."""
+        until_sec = time.monotonic() + RESUME_HOLD_SEC
+        for message_type in types:
+            if len(self._held) < BUS_TYPES_MAX:
+                self._held[message_type] = until_sec
+
+    def _release_held(self, now_sec: float) -> None:
+        for message_type in [name for name, until_sec in self._held.items() if now_sec > until_sec]:
+            del self._held[message_type]
+            if not any(message_type in client.asked for client in self.hub.subscribers.values()):
+                self._order(message_type, False)
 
     def _notify(self, line: str) -> None:
         log.info("%s", printable(line, LOG_LINE_CHARS_MAX))
@@ -6939,13 +7147,15 @@ class APIService:
             if connection.subscriber.fault:
                 self.hub.cut_off_total += 1
                 log.warning("cut off %s: %s", connection.address, connection.subscriber.fault)
+            if connection.subscriber.kind == "sse":
+                self._hold(connection.subscriber.asked)
             self.hub.remove(connection.number)
 
     def respond(self, connection: Connection, request: Request) -> Response | None:
         """Check, route, answer; errors are answers, too."""
         route: Route | None = None
         try:
-            self._check(request)
+            self._check(connection, request)
             if request.method == "OPTIONS":
                 return self.preflight(request)
             route = self.router.match(request.method, self._routed_path(request))
@@ -6969,15 +7179,16 @@ class APIService:
 
     # -- Requests --
 
-    def _check(self, request: Request) -> None:
-        if self.settings.port is not None:
+    def _check(self, connection: Connection, request: Request) -> None:
+        if connection.address != UNIX_PEER:  # no DNS name leads there
             allowed = frozenset(name.lower() for name in self.settings.allow_hosts)
             check_host(request.headers.get("host"), allowed=allowed, bound_to_loopback=self._bound_to_loopback)
 
     @staticmethod
     def _routed_path(request: Request) -> str:
         """Files share one route; their names are looked up in the table, nowhere else."""
-        return STATIC_ROUTE if request.path.startswith("/static/") else request.path
+        is_file = request.path.startswith("/static/") or request.path == FAVICON_PATH
+        return STATIC_ROUTE if is_file else request.path
 
     def _finish(self, request: Request, response: Response | None) -> Response | None:
         """304 for what the client already has (RFC 9110 section 13.1.2)."""
@@ -6989,12 +7200,12 @@ class APIService:
 
     def headers_for(self, request: Request) -> HeaderList:
         """CORS headers for a listed origin (Fetch standard, 3.2); none unless asked for on the command line."""
-        origin = request.headers.get("origin")
-        if origin is None or not self.settings.cors_origins:
+        if not self.settings.cors_origins:
             return ()
+        origin = request.headers.get("origin")
         listed = {item.lower() for item in self.settings.cors_origins}
-        if origin.lower() not in listed and "*" not in listed:
-            return (("Vary", "Origin"),)
+        if origin is None or (origin.lower() not in listed and "*" not in listed):
+            return (("Vary", "Origin"),)  # a cache must not give this answer to a listed one
         return (("Access-Control-Allow-Origin", origin), ("Vary", "Origin"), ("Access-Control-Expose-Headers", "ETag"))
 
     def preflight(self, request: Request) -> Response:
@@ -7013,9 +7224,9 @@ class APIService:
         key = (route.name if route is not None else "none", status)
         self.requests[key] = self.requests.get(key, 0) + 1
         if log.isEnabledFor(logging.DEBUG):
-            agent = printable(request.headers.get("user-agent", "-"))
-            target = printable(request.target)
-            log.debug("%s %s %s %d %s", connection.address, printable(request.method, 16), target, status, agent)
+            fields = (printable(request.method, 16), request.target, request.headers.get("user-agent", "-"))
+            method, target, agent = (printable(field).replace('"', '\\"') for field in fields)
+            log.debug('%s "%s %s" %d "%s"', connection.address, method, target, status, agent)
 
     # -- Streaming clients --
 
@@ -7069,7 +7280,12 @@ class APIService:
 
     def send_snapshot(self, client: Subscriber, types: frozenset[str] | None) -> None:
         """The present state, for a client that has just come: the last message of each of these types."""
-        for message in self.hub.snapshot(types):
+        self.send_past(client, self.hub.snapshot(types))
+
+    def send_past(self, client: Subscriber, messages: Iterable[Message]) -> None:
+        """Messages from before this client came: nobody may have taken their type then, so that they are as raw as the
+        bus had them."""
+        for message in messages:
             try:
                 payload = self._prepare(message.type, self._scrub(message.payload))
             except BusMessageError as error:
@@ -7104,9 +7320,7 @@ class APIService:
         if file is None:
             if self.static:
                 raise HTTPError(404, "no such file")
-            raise HTTPError(
-                404, "the pages are not here: copy the folder static/ beside aiperf_api.py; the API works without"
-            )
+            raise HTTPError(404, PAGES_MISSING)
         response = Response(200, file.body, file.content_type, (_etag(file.body), ("Cache-Control", "no-cache")))
         self._pages[name] = response
         return response
@@ -7243,6 +7457,257 @@ def encode_line(message: Message) -> bytes:
     return message.payload + b"\n"
 
 
+# -- The shapes of answers and messages --------------------------------------------------------------------------------
+#
+# What /openapi.json and /asyncapi.json say, and what the tests hold every answer against.  read_shapes() explains it.
+
+ANSWER_SHAPES = """
+Error  what went wrong
+  error  string  what it was, and what to do about it
+Index  where everything is
+  version  string  of this server
+  links  Link{}  by the name of the endpoint
+Link  an endpoint
+  href  string  relative to /api, so that it holds behind a proxy under a path, too
+  summary  string  what is there
+  media  string[]  media types; the first is what a client gets that does not say
+Status  the state of the run, and the source it is heard from
+  state  string  waiting, then AIPerf's own states, and at the end complete, cancelled or failed
+  phase  string?  name of the phase at hand
+  benchmark_id  string?
+  profile_id  string?
+  error  string?  why it failed
+  stale  boolean  a running benchmark has been silent for 10 s
+  started_ns  integer?  ns since the epoch
+  elapsed_sec  number?  seconds since the first phase began
+  source  Source
+Source  where messages come from
+  kind  string  tcp, ipc, zmq, bind, replay, demo, child or none
+  address  string
+  backend  string  what speaks ZMQ: pyzmq, builtin, or nothing
+  connected  boolean
+  messages  integer  good ones so far
+  last_message_age_sec  number?  seconds since the last one
+Progress  how far the run is; the top-level figures are of the profiling once it has begun, of the warm-up before
+  total  integer?  requests; null for a run by duration
+  completed  integer  requests that were answered, failed ones included
+  errors  integer  requests that failed
+  cancelled  integer  requests
+  warmup  boolean  the figures are of the warm-up
+  start_ns  integer?  ns since the epoch
+  elapsed_ns  integer
+  percent_complete  number  0 to 100; never goes back in a run
+  eta_sec  number?  seconds left at the pace so far
+  phases  Phase{}  by name
+  results_exported  boolean
+  system_state  string?  as AIPerf calls it
+Phase+  a phase of the run; what AIPerf sends beyond this is passed on
+  phase  string  warmup or profiling
+  phase_name  string
+  start_ns  integer?  ns since the epoch
+  requests_end_ns  integer?  ns since the epoch
+  total_expected_requests  integer?
+  expected_duration_sec  number?
+  requests_sent  integer
+  requests_completed  integer
+  requests_cancelled  integer
+  request_errors  integer
+  requests_in_flight  integer
+  success_records  integer
+  error_records  integer
+  complete  boolean
+  elapsed_ns  integer
+  percent_complete  number
+  eta_sec  number?
+  requests_per_second  number?
+Metrics  the benchmark's metrics
+  aiperf_version  string?
+  benchmark_id  string?
+  model  string?
+  endpoint_type  string?
+  streaming  boolean?
+  concurrency  number?
+  request_rate  number?
+  final  boolean  these are the final results
+  metrics  Row{}  by tag
+  telemetry  Row{}  of the GPUs, by tag
+Row+  a metric: those of its statistics that there are, in its unit
+  header  string  its name for people
+  unit  string
+  avg~  number
+  min~  number
+  max~  number
+  std~  number
+  p1~  number
+  p5~  number
+  p10~  number
+  p25~  number
+  p50~  number
+  p75~  number
+  p90~  number
+  p95~  number
+  p99~  number
+  count~  number
+  sum~  number
+  current~  number
+Workers  the workers
+  total_workers  integer
+  active_workers  integer  healthy, highly loaded, or with an error just now
+  worker_statuses  string{}  by worker
+  workers  Worker{}  by worker
+  worker_groups  object  by group
+Worker  one worker
+  status  string  healthy, high_load, error, idle or stale
+  startup_state  string?
+  task_stats  object  requests: total, completed, failed
+  processing_stats  object  records: success_records, error_records
+  health  object?  cpu_usage in percent, memory_usage in bytes, ...
+  last_update_ns  integer?  ns since the epoch
+Config+  the benchmark's configuration, with "***" for secrets
+ServerMetrics+  the inference server's own metrics
+  endpoint_summaries  object  by host:port
+Results  the end of the run
+  status  running|complete|cancelled|failed
+  results  object?  as AIPerf published them
+HistoryOverview  what there is a history of
+  start_ns  integer?  ns since the epoch
+  interval_sec  number  between two points
+  points  integer  of the longest series
+  tags  HistoryTag{}
+HistoryTag  a metric with a history
+  unit  string
+  header  string
+  group  metrics|telemetry|server|phase
+  stats  string[]
+HistorySeries  one series
+  tag  string
+  stat  string
+  unit  string
+  header  string
+  interval_sec  number
+  points  number?[][]  [ns since the epoch, value]
+HistoryMany  several series
+  interval_sec  number
+  series  HistorySeries[]
+Clients  who is connected
+  total  integer
+  clients  StreamClient[]
+StreamClient  a WebSocket or a stream
+  address  string
+  kind  websocket|sse|ndjson
+  subscriptions  string[]
+  connected_ns  integer  ns since the epoch
+  sent  integer  messages
+  skipped  integer  messages
+  waiting_bytes  integer
+Docs+  the tables behind the documentation page
+  version  string
+  routes  object[]
+  options  object[]
+  limits  object[]
+"""
+
+MESSAGE_SHAPES = """
+Subscribe+  take messages of these types
+  type  =subscribe
+  message_types  string[]  names of message types, or "*" for all
+  snapshot~  boolean  false: do not begin with the last message of each
+Unsubscribe+  take them no more
+  type  =unsubscribe
+  message_types  string[]
+Ping+  ask for a sign of life
+  type  =ping
+Subscribed  as asked, in order
+  type  =subscribed
+  message_types  string[]
+  unknown~  string[]  those that AIPerf has none of: perhaps a typo
+Unsubscribed  as asked, in order
+  type  =unsubscribed
+  message_types  string[]
+Pong  a sign of life
+  type  =pong
+ClientError  a message that could not be obeyed; the connection stays
+  type  =error
+  message  string
+Skipped  what was left out because this client did not keep up
+  type  =skipped
+  counts  integer{}  by message type
+RealtimeMetrics+  the metrics so far, in display units
+  message_type  =realtime_metrics
+  metrics  MetricRow[]
+RealtimeTelemetryMetrics+  the GPUs
+  message_type  =realtime_telemetry_metrics
+  metrics  MetricRow[]
+MetricRow+  a metric, with its statistics beside
+  tag  string
+  header~  string?
+  unit~  string?
+CreditPhaseStart+  a phase begins
+  message_type  =credit_phase_start
+CreditPhaseProgress+  how far a phase is
+  message_type  =credit_phase_progress
+CreditPhaseComplete+  a phase has ended
+  message_type  =credit_phase_complete
+WorkerStatusSummary+  the status of each worker
+  message_type  =worker_status_summary
+  worker_statuses  string{}
+ProcessingStats+  records processed so far
+  message_type  =processing_stats
+AllRecordsReceived+  the last record has come
+  message_type  =all_records_received
+BusMessage+  a message of any other type, as the bus has it
+  message_type  string
+"""
+
+_CLIENT_SAYS = ("Subscribe", "Unsubscribe", "Ping")
+_SERVER_ANSWERS = ("Subscribed", "Unsubscribed", "Pong", "ClientError", "Skipped")
+_DESCRIPTION = "Watch an AIPerf benchmark over its ZMQ event bus and serve its metrics over HTTP and WebSocket."
+
+
+def asyncapi(*, secured: bool) -> dict[str, Any]:
+    """The messages of /ws and /api/stream as an AsyncAPI 3 document, ready for json_bytes."""
+    shapes = read_shapes(MESSAGE_SHAPES)
+    bus = [name for name, shape in shapes.items() if "message_type" in shape["properties"]]
+    messages = {name: _message(name, shapes[name]["description"]) for name in (*_CLIENT_SAYS, *_SERVER_ANSWERS, *bus)}
+    security = {"security": [{"$ref": "#/components/securitySchemes/bearer"}]} if secured else {}
+    scheme = {"securitySchemes": {"bearer": {"type": "http", "scheme": "bearer"}}} if secured else {}
+    stream = ("Skipped", *bus)
+    return {
+        "asyncapi": "3.0.0",
+        "info": {"title": "aiperf-api", "version": __version__, "description": _DESCRIPTION},
+        "defaultContentType": "application/json",
+        "channels": {
+            "websocket": _channel("/ws", "One JSON object a text message, both ways", messages),
+            "stream": _channel("/api/stream", "Server-Sent Events or NDJSON: an endless answer to a GET", stream),
+        },
+        "operations": {
+            "ask": {
+                "action": "receive",
+                **_messages_of("websocket", _CLIENT_SAYS),
+                "reply": _messages_of("websocket", _SERVER_ANSWERS),
+                **security,
+            },
+            "send": {"action": "send", **_messages_of("websocket", (*_SERVER_ANSWERS, *bus)), **security},
+            "stream": {"action": "send", **_messages_of("stream", stream), **security},
+        },
+        "components": {"messages": messages, "schemas": shapes, **scheme},
+    }
+
+
+def _message(name: str, summary: str) -> dict[str, Any]:
+    return {"name": name, "summary": summary, "payload": {"$ref": f"#/components/schemas/{name}"}}
+
+
+def _channel(address: str, text: str, names: Iterable[str]) -> dict[str, Any]:
+    messages = {name: {"$ref": f"#/components/messages/{name}"} for name in names}
+    return {"address": address, "description": text, "messages": messages}
+
+
+def _messages_of(channel: str, names: Iterable[str]) -> dict[str, Any]:
+    messages = [{"$ref": f"#/channels/{channel}/messages/{name}"} for name in names]
+    return {"channel": {"$ref": f"#/channels/{channel}"}, "messages": messages}
+
+
 # -- The endpoints -----------------------------------------------------------------------------------------------------
 
 Handler = Callable[[APIService, Connection, Request], Optional[Response]]
@@ -7262,18 +7727,24 @@ def _json(request: Request, value: JSONValue) -> Response:
     return Response(200, body, headers=(_etag(body), ("Cache-Control", "no-cache")))
 
 
-def _plain_text(text: str, status: int = 200) -> Response:
-    return Response(status, text.encode(), "text/plain; charset=utf-8")
+def _plain_text(text: str, status: int = 200, headers: HeaderList = ()) -> Response:
+    return Response(status, text.encode(), "text/plain; charset=utf-8", headers)
 
 
-def _get_page(name: str) -> Handler:
-    def get_page(service: APIService, _: Connection, request: Request) -> Response:
-        return service.file(name)
+def _get_documentation(service: APIService, _: Connection, request: Request) -> Response:
+    if service.static:
+        return service.file("index.html")
+    paths = "".join(f"  {route.path:20} {route.summary}\n" for route in ROUTES if route.path != STATIC_ROUTE)
+    return _plain_text(f"aiperf-api {__version__}\n\n{PAGES_MISSING}\n\n{paths}")
 
-    return get_page
+
+def _get_dashboard(service: APIService, _: Connection, request: Request) -> Response:
+    return service.file("dashboard.html")
 
 
 def _get_static(service: APIService, _: Connection, request: Request) -> Response:
+    if request.path == FAVICON_PATH:
+        return service.file("favicon.svg") if "favicon.svg" in service.static else Response(204)
     return service.file(request.path[len("/static/") :])
 
 
@@ -7363,6 +7834,8 @@ def _get_websocket(service: APIService, connection: Connection, request: Request
 def _get_stream(service: APIService, connection: Connection, request: Request) -> Response | None:
     wanted = _stream_format(request)
     asked = set(_split_args(request, "types")) or {"*"}
+    if request.arg("snapshot", "1") not in ("0", "1"):
+        raise HTTPError(400, "snapshot must be 0 or 1")
     if len(asked) > CLIENT_TYPES_MAX or not all(name == "*" or CLIENT_MESSAGE_TYPE.fullmatch(name) for name in asked):
         raise HTTPError(400, "types must be names of message types, separated by commas")
     head = Response(200, None, wanted, (("X-Accel-Buffering", "no"),))
@@ -7399,9 +7872,8 @@ def _begin_stream(service: APIService, connection: Connection, client: Subscribe
     if client.kind == "sse":
         client.reply(b"retry: %d\n\n" % STREAM_RETRY_MS, time.monotonic())
     if missed is not None:
-        for message in missed:
-            client.reply(client.encode(message), time.monotonic())
-    elif request.arg("snapshot") not in ("0", "false"):
+        service.send_past(client, missed)
+    elif request.arg("snapshot") != "0":
         service.send_snapshot(client, types)
 
 
@@ -7410,7 +7882,27 @@ def _get_docs(service: APIService, _: Connection, request: Request) -> Response:
 
 
 def _get_openapi(service: APIService, _: Connection, request: Request) -> Response:
-    return _json(request, service.router.openapi("aiperf-api", __version__))
+    info = {"title": "aiperf-api", "version": __version__, "description": _DESCRIPTION}
+    secured = service.settings.token is not None
+    return _json(request, service.router.openapi(info, read_shapes(ANSWER_SHAPES), secured=secured))
+
+
+def _get_asyncapi(service: APIService, _: Connection, request: Request) -> Response:
+    return _json(request, asyncapi(secured=service.settings.token is not None))
+
+
+def _get_index(service: APIService, _: Connection, request: Request) -> Response:
+    links = {
+        route.name: {"href": _from_api(route.path), "summary": route.summary, "media": list(route.media_types)}
+        for route in service.router.routes
+        if "{" not in route.path
+    }
+    return _json(request, {"version": __version__, "links": links})
+
+
+def _from_api(path: str) -> str:
+    """A path of ours as a reference relative to /api (RFC 3986 section 4.2)."""
+    return path[1:] or "./"
 
 
 def _get_health(_: APIService, __: Connection, request: Request) -> Response:
@@ -7420,29 +7912,32 @@ def _get_health(_: APIService, __: Connection, request: Request) -> Response:
 def _get_ready(service: APIService, _: Connection, request: Request) -> Response:
     if service.source.connected:
         return _plain_text("ok\n")
-    return _plain_text(f"not connected to the bus at {printable(service.source.address)}\n", 503)
+    text = f"not connected to the bus at {printable(service.source.address)}\n"
+    return _plain_text(text, 503, (("Retry-After", "2"),))
 
 
-STATIC_ROUTE = "/static/{file}"
 SSE, NDJSON = "text/event-stream", "application/x-ndjson"
 _HTML = ("text/html",)
-_PRETTY = Param("pretty", "indent the answer, for people")
+_PRETTY = Param("pretty", "indent the answer, for people; it needs no value")
 _TAG = Param("tag", "a metric's tag; repeatable, or separated by commas", "request_latency")
 _STAT = Param("stat", "a statistic of it, such as avg, p50 or p99; repeatable", "p99")
-_SINCE = Param("since", "only points later than this time, in ns since the epoch")
+_SINCE = Param("since", "only points later than this time, in ns since the epoch", pattern="^[0-9]{1,19}$")
 _TYPES = Param("types", "message types, separated by commas; all without it", "realtime_metrics,worker_status_summary")
-_FORMAT = Param("format", "sse or ndjson; otherwise the Accept header says", "ndjson")
-_SNAPSHOT = Param("snapshot", "0: begin with the next message instead of the present state")
+_FORMAT = Param("format", "sse or ndjson; otherwise the Accept header says", "ndjson", words=("sse", "ndjson"))
+_SNAPSHOT = Param("snapshot", "0: begin with the next message instead of the present state", words=("0", "1"))
+_LAST_ID = Param("last_event_id", "like the header Last-Event-ID: go on behind this event", pattern="^[^\\x00]*$")
+_FILE = Param("file", "its path under static/", "favicon.svg", required=True, place="path")
 
 ROUTES: tuple[Route, ...] = (
     Route(
         "/",
         "documentation",
         "This documentation, with lines to copy and a live try-out",
-        _get_page("index.html"),
+        _get_documentation,
         media_types=_HTML,
+        errors=(404,),
     ),
-    Route("/dashboard", "dashboard", "The run, live", _get_page("dashboard.html"), media_types=_HTML),
+    Route("/dashboard", "dashboard", "The run, live", _get_dashboard, media_types=_HTML, errors=(404,)),
     Route(
         "/metrics",
         "metrics_text",
@@ -7455,6 +7950,7 @@ ROUTES: tuple[Route, ...] = (
         "metrics",
         "The benchmark's metrics: the latest, at the end the final ones",
         _get_metrics,
+        shape="Metrics",
         params=(_PRETTY,),
     ),
     Route(
@@ -7462,32 +7958,59 @@ ROUTES: tuple[Route, ...] = (
         "status",
         "State and phase of the run, and the source it is heard from",
         _get_status,
+        shape="Status",
         params=(_PRETTY,),
     ),
-    Route("/api/progress", "progress", "How far the run is, by phase", _get_progress, params=(_PRETTY,)),
-    Route("/api/workers", "workers", "The workers: status, tasks, CPU and memory", _get_workers, params=(_PRETTY,)),
-    Route("/api/config", "config", "The benchmark's configuration, secrets redacted", _get_config, params=(_PRETTY,)),
+    Route(
+        "/api/progress", "progress", "How far the run is, by phase", _get_progress, shape="Progress", params=(_PRETTY,)
+    ),
+    Route(
+        "/api/workers",
+        "workers",
+        "The workers: status, tasks, CPU and memory",
+        _get_workers,
+        shape="Workers",
+        params=(_PRETTY,),
+    ),
+    Route(
+        "/api/config",
+        "config",
+        "The benchmark's configuration, secrets redacted",
+        _get_config,
+        shape="Config",
+        params=(_PRETTY,),
+    ),
     Route(
         "/api/server-metrics",
         "server_metrics",
         "The latest metrics of the inference server",
         _get_server_metrics,
+        shape="ServerMetrics",
         params=(_PRETTY,),
     ),
-    Route("/api/results", "results", "The final results, once there are some", _get_results, params=(_PRETTY,)),
+    Route(
+        "/api/results",
+        "results",
+        "The final results, once there are some",
+        _get_results,
+        shape="Results",
+        params=(_PRETTY,),
+    ),
     Route(
         "/api/history",
         "history",
         "Time series since the run began; without a tag, what there is",
         _get_history,
         params=(_TAG, _STAT, _SINCE, _PRETTY),
+        shape="HistoryOverview,HistorySeries,HistoryMany",
+        errors=(404,),
     ),
     Route(
         "/api/stream",
         "stream",
         "Bus messages as Server-Sent Events or NDJSON, for curl -N",
         _get_stream,
-        params=(_TYPES, _FORMAT, _SNAPSHOT),
+        params=(_TYPES, _FORMAT, _SNAPSHOT, _LAST_ID),
         media_types=(SSE, NDJSON),
     ),
     Route(
@@ -7495,11 +8018,28 @@ ROUTES: tuple[Route, ...] = (
         "clients",
         "Who is connected, what they take, and what they missed",
         _get_clients,
+        shape="Clients",
         params=(_PRETTY,),
     ),
-    Route("/api/docs", "docs", "The tables behind the documentation page", _get_docs, params=(_PRETTY,)),
-    Route("/openapi.json", "openapi", "This API as OpenAPI 3.1", _get_openapi),
-    Route("/ws", "websocket", "Bus messages over a WebSocket", _get_websocket, methods=("GET",), websocket=True),
+    Route("/api/docs", "docs", "The tables behind the documentation page", _get_docs, shape="Docs", params=(_PRETTY,)),
+    Route("/api", "index", "Where everything is", _get_index, params=(_PRETTY,), shape="Index"),
+    Route("/openapi.json", "openapi", "This API as OpenAPI 3.1", _get_openapi, params=(_PRETTY,)),
+    Route(
+        "/asyncapi.json",
+        "asyncapi",
+        "The messages of /ws and /api/stream as AsyncAPI 3",
+        _get_asyncapi,
+        params=(_PRETTY,),
+    ),
+    Route(
+        "/ws",
+        "websocket",
+        "Bus messages over a WebSocket",
+        _get_websocket,
+        methods=("GET",),
+        errors=(403, 426),
+        websocket=True,
+    ),
     Route("/health", "health", "The server answers", _get_health, media_types=("text/plain",), needs_token=False),
     Route("/healthz", "healthz", "The server answers", _get_health, media_types=("text/plain",), needs_token=False),
     Route(
@@ -7510,8 +8050,18 @@ ROUTES: tuple[Route, ...] = (
         media_types=("text/plain",),
         needs_token=False,
     ),
-    Route(STATIC_ROUTE, "static", "The files of the pages", _get_static, media_types=("text/css", "text/javascript")),
+    Route(
+        STATIC_ROUTE,
+        "static",
+        "The files of the pages",
+        _get_static,
+        params=(_FILE,),
+        media_types=tuple(dict.fromkeys(kind.partition(";")[0] for kind in _CONTENT_TYPES.values())),
+        errors=(404,),
+    ),
 )
+
+
 # == 15 == Command line ================================================================================================
 
 
@@ -7533,7 +8083,6 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(message)
 
 
-_DESCRIPTION = "Watch an AIPerf benchmark over its ZMQ event bus and serve its metrics over HTTP and WebSocket."
 _EPILOG = "Everything after -- is run as the benchmark: aiperf-api --api-port 9090 -- aiperf profile --model ..."
 
 
@@ -7788,6 +8337,8 @@ def start_lines(service: APIService) -> list[str]:
     lines = [f"aiperf-api {__version__} serves {service.url}"]
     if service.settings.port is not None:
         lines.append(f"  dashboard  {service.url}/dashboard")
+        if service.settings.unix_path is not None:
+            lines.append(f"  and        unix:{printable(service.settings.unix_path)}")
     lines.append(f"  source     {what}")
     if service.settings.port is not None and not _is_loopback(service.settings.host) and not service.settings.token:
         lines.append("  warning    open to the network without a token; see --api-token")

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 OUTPUT = Path(__file__).resolve().parent.parent / "static" / "grafana-dashboard.json"
@@ -18,8 +20,9 @@ DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
 COLUMNS = 24  # the width of a Grafana dashboard
 RUN = 'job=~"$job",instance=~"$instance",benchmark_id=~"$benchmark_id"'
 TARGET = 'job=~"$job",instance=~"$instance"'
-STATES = ("waiting", "initializing", "configuring", "ready", "profiling", "processing", "stopping", "shutdown",
-    "complete", "cancelled", "failed")  # fmt: skip
+PLAIN = {"mode": "absolute", "steps": [{"color": "blue", "value": None}]}
+BAD_FROM_ONE = {"mode": "absolute", "steps": [{"color": "green", "value": None}, {"color": "red", "value": 1}]}
+NAME_AS_TEXT = {"options": {"textMode": "name", "colorMode": "none"}}
 
 
 class Panel(NamedTuple):
@@ -32,7 +35,7 @@ class Panel(NamedTuple):
     width: int = 8
     height: int = 8
     note: str = ""  # shown behind the "i" of the panel
-    options: dict[str, Any] = {}  # noqa: RUF012 - never written to
+    options: Mapping[str, Any] = MappingProxyType({})  # "defaults" of the fields, "options" of the panel
 
 
 def quantiles(metric: str, *more: tuple[str, str]) -> tuple[tuple[str, str], ...]:
@@ -47,9 +50,134 @@ def recent_mean(metric: str) -> tuple[str, str]:
 
 
 CUMULATIVE = "AIPerf's figures are cumulative since the phase began; what holds now is drawn beside them."
-GPU = "GPU {{gpu}} {{gpu_name}} {{source}}"
+IN_FLIGHT = (
+    "aiperf_phase_requests_sent_total{RUN} - aiperf_phase_requests_completed_total{RUN}"
+    " - aiperf_phase_requests_cancelled_total{RUN}"
+)
+PER_GPU = "GPU {{gpu}} {{gpu_name}} {{source}}"
+PER_ENDPOINT = "{{endpoint}} {{model_name}}"
 
-ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = ()
+ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
+    (
+        "Run",
+        (
+            Panel("State", "none", (("{{state}}", "max by (state) (aiperf_benchmark_state{TARGET}) == 1"),),
+                "stat", 4, 4, "AIPerf's own state, or how the run ended", NAME_AS_TEXT),
+            Panel("Progress", "percentunit", (("progress", "aiperf_progress_ratio{RUN}"),), "gauge", 4, 4,
+                options={"defaults": {"min": 0, "max": 1, "thresholds": PLAIN}}),
+            Panel("Elapsed", "s", (("elapsed", "aiperf_elapsed_seconds{RUN}"),), "stat", 4, 4),
+            Panel("Left", "s", (("left", "aiperf_eta_seconds{RUN}"),), "stat", 4, 4, "At the pace so far"),
+            Panel("Completed", "short", (("{{phase}}", "aiperf_phase_requests_completed_total{RUN}"),), "stat", 4, 4),
+            Panel("Silent", "bool_yes_no", (("silent", "aiperf_benchmark_stale{TARGET}"),), "stat", 4, 4,
+                "A running benchmark that says nothing for 10 s was killed, or the network is gone",
+                options={"defaults": {"thresholds": BAD_FROM_ONE}}),
+            Panel("Requests", "short", (
+                ("{{phase}} sent", "aiperf_phase_requests_sent_total{RUN}"),
+                ("{{phase}} completed", "aiperf_phase_requests_completed_total{RUN}"),
+                ("{{phase}} expected", "aiperf_phase_requests_expected{RUN}"),
+            ), width=12),
+            Panel("In flight", "short", (
+                ("{{phase}}", IN_FLIGHT),
+                ("effective concurrency", "aiperf_effective_concurrency_avg_requests{RUN}"),
+            ), width=12),
+        ),
+    ),
+    (
+        "Throughput",
+        (
+            Panel("Output tokens per second", "short", (
+                ("since the phase began", "aiperf_output_token_throughput_avg_tps{RUN}"),
+                ("last 30 s", "rate(aiperf_output_sequence_length_tokens_sum{RUN}[30s])"),
+            ), note=CUMULATIVE),
+            Panel("Requests per second", "reqps", (
+                ("since the phase began", "aiperf_request_throughput_avg_requests_per_sec{RUN}"),
+                ("last 30 s", "rate(aiperf_request_latency_ms_count{RUN}[30s])"),
+            ), note=CUMULATIVE),
+            Panel("Output tokens per second and user", "short",
+                quantiles("aiperf_output_token_throughput_per_user_tps_per_user")),
+        ),
+    ),
+    (
+        "Latency",
+        (
+            Panel("Request latency", "ms",
+                quantiles("aiperf_request_latency_ms", recent_mean("aiperf_request_latency_ms")), note=CUMULATIVE),
+            Panel("Time to first token", "ms",
+                quantiles("aiperf_time_to_first_token_ms", recent_mean("aiperf_time_to_first_token_ms")),
+                note=CUMULATIVE),
+            Panel("Inter-token latency", "ms",
+                quantiles("aiperf_inter_token_latency_ms", recent_mean("aiperf_inter_token_latency_ms")),
+                note=CUMULATIVE),
+        ),
+    ),
+    (
+        "Errors and workers",
+        (
+            Panel("Error rate", "percent", (("since the phase began", "aiperf_request_error_rate_avg_percent{RUN}"),),
+                note="Of the requests that were really completed"),
+            Panel("Errors", "short", (
+                ("{{phase}} errors", "aiperf_phase_requests_errors_total{RUN}"),
+                ("{{phase}} cancelled", "aiperf_phase_requests_cancelled_total{RUN}"),
+            )),
+            Panel("Workers", "short", (("{{status}}", "sum by (status) (aiperf_workers{RUN})"),),
+                note="A worker is `error` for 3 s after any failed request"),
+            Panel("Worker CPU", "percent", (("{{worker}}", "aiperf_worker_cpu_percent{RUN}"),), width=12),
+            Panel("Worker memory", "bytes", (("{{worker}}", "aiperf_worker_memory_bytes{RUN}"),), width=12),
+        ),
+    ),
+    (
+        "GPUs",
+        (
+            Panel("Power", "watt", ((PER_GPU, "aiperf_gpu_power_usage_current_w{RUN}"),), width=6),
+            Panel("Utilisation", "percent", ((PER_GPU, "aiperf_gpu_utilization_current_percent{RUN}"),), width=6,
+                options={"defaults": {"min": 0, "max": 100}}),
+            Panel("Memory used", "decgbytes", ((PER_GPU, "aiperf_gpu_memory_used_current_gb{RUN}"),), width=6),
+            Panel("Temperature", "celsius", ((PER_GPU, "aiperf_gpu_temperature_current_celsius{RUN}"),), width=6),
+        ),
+    ),
+    (
+        "Inference server (vLLM)",
+        (
+            Panel("Requests", "short", (
+                ("running", "aiperf_num_running_current_req{RUN}"),
+                ("waiting", "aiperf_num_waiting_current_req{RUN}"),
+                ("preempted", "aiperf_num_preemptions_current_req{RUN}"),
+            ), width=6),
+            Panel("KV cache", "percent", (
+                ("used", "aiperf_kv_cache_usage_pct_current_percent{RUN}"),
+                ("prefix hits", "aiperf_prefix_cache_hit_rate_current_percent{RUN}"),
+            ), width=6, options={"defaults": {"min": 0, "max": 100}}),
+            Panel("Tokens per second", "short", (
+                (f"prompt {PER_ENDPOINT}", "rate(aiperf_server_vllm_prompt_tokens_total{RUN}[30s])"),
+                (f"generated {PER_ENDPOINT}", "rate(aiperf_server_vllm_generation_tokens_total{RUN}[30s])"),
+            ), width=6),
+            Panel("Time to first token, as the server sees it", "s", (
+                (f"since the phase began {PER_ENDPOINT}", "aiperf_server_vllm_time_to_first_token_avg_seconds{RUN}"),
+            ), width=6),
+        ),
+    ),
+    (
+        "This server",
+        (
+            Panel("Bus messages per second", "cps", (
+                ("{{type}}", "rate(aiperf_api_bus_messages_total{TARGET}[30s])"),
+            )),
+            Panel("Clients", "short", (
+                ("{{kind}}", "aiperf_api_clients{TARGET}"),
+                ("connections", "aiperf_api_connections{TARGET}"),
+            )),
+            Panel("Messages per second", "cps", (
+                ("sent", "rate(aiperf_api_messages_sent_total{TARGET}[30s])"),
+                ("skipped for slow clients", "rate(aiperf_api_messages_skipped_total{TARGET}[30s])"),
+            )),
+            Panel("Requests per second", "reqps", (
+                ("{{route}} {{status}}", "rate(aiperf_api_http_requests_total{TARGET}[30s])"),
+            )),
+            Panel("CPU", "percentunit", (("of one core", "rate(aiperf_api_process_cpu_seconds_total{TARGET}[30s])"),)),
+            Panel("Memory", "bytes", (("resident", "aiperf_api_process_resident_memory_bytes{TARGET}"),)),
+        ),
+    ),
+)  # fmt: skip
 
 
 def grafana_panel(panel: Panel, number: int, x: int, y: int) -> dict[str, Any]:
@@ -70,7 +198,6 @@ def grafana_panel(panel: Panel, number: int, x: int, y: int) -> dict[str, Any]:
         options = {"legend": {"displayMode": "list", "placement": "bottom"}, "tooltip": {"mode": "multi"}}
     elif panel.kind in {"stat", "gauge", "bargauge"}:
         options = {"reduceOptions": {"calcs": ["lastNotNull"], "fields": "", "values": False}}
-    overrides = panel.options.get("overrides", [])
     defaults.update(panel.options.get("defaults", {}))
     options.update(panel.options.get("options", {}))
     return {
@@ -80,7 +207,7 @@ def grafana_panel(panel: Panel, number: int, x: int, y: int) -> dict[str, Any]:
         "description": panel.note,
         "datasource": DATASOURCE,
         "gridPos": {"x": x, "y": y, "w": panel.width, "h": panel.height},
-        "fieldConfig": {"defaults": defaults, "overrides": overrides},
+        "fieldConfig": {"defaults": defaults, "overrides": []},
         "options": options,
         "targets": targets,
     }

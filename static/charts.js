@@ -21,16 +21,18 @@ addEventListener("themechange", () => colours.clear());
 
 const font = () => `${FONT_SIZE}px ${colour("--sans")}`;
 
-/** The time axis that all panels share: seconds since the run began. */
+/** The time axis that all panels share: seconds since the first phase began. */
 export const timeline = {
   panels: new Set(),
+  zero: 0, // the axis' zero in seconds since the epoch of the bus
+  begin: 0, // before the first phase there is the configuring
   end: 10,
   zoom: null, // [from, to], or null for the whole run
   phases: [], // [{name, start, end}] in the axis' seconds
   onZoom: () => {},
 
   range() {
-    return this.zoom ?? [0, Math.max(10, this.end)];
+    return this.zoom ?? [this.begin, Math.max(this.begin + 10, this.end)];
   },
 
   setZoom(zoom) {
@@ -163,7 +165,7 @@ export class Panel {
     this.plot = new uPlot({
       width: Math.max(120, this.canvas.clientWidth),
       height: this.height(),
-      padding: [20, 8, 0, 0],
+      padding: [20, scales.length > 1 ? 8 : 18, 0, 0],
       legend: { show: false },
       scales: Object.fromEntries([
         ["x", { time: false, range: () => timeline.range() }],

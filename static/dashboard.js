@@ -4,7 +4,7 @@
 import { setToken } from "./api.js";
 import { Panel, sparkline, timeline } from "./charts.js";
 import { byId, download, h, setAttribute, setChildren, setText, snippet } from "./dom.js";
-import { chain, join, latest } from "./history.js";
+import { join, latest } from "./history.js";
 import { NONE, clock, count, known, number, percent, phrase, quantity, share, spoken, timeOfDay } from "./format.js";
 import { ENDED, Run, errorText, phaseView } from "./run.js";
 import { StreamPanel } from "./stream.js";
@@ -43,18 +43,32 @@ const tokensNow = () => history.rate(history.sum("output_sequence_length"));
 /** Requests that finished per second: successes by the metrics, else everything that the phases count. */
 function requestsNow() {
   const counted = history.get("request_latency", "count");
-  return history.rate(counted.t.length ? counted : ofPhases("completed"));
+  return counted.t.length ? history.rate(counted) : phaseRate("completed");
 }
 
-/** A count of the phases over the whole run, one phase after the other. */
-const ofPhases = (stat) => chain(history.phases().map(({ name }) => history.get(`phase:${name}`, stat)));
-const phaseRate = (stat) => chain(history.phases().map(({ name }) => history.rate(history.get(`phase:${name}`, stat))));
+const ofPhases = (stat) => history.ofPhases(stat);
+const phaseRate = (stat) => history.ofPhases(stat, (series) => history.rate(series));
 
-/** A series on the axis of the charts: seconds since the run began. */
+/** Series on the axis of the charts. */
 function shifted(all) {
   const [t, ...columns] = join(all);
-  const origin = history.origin ?? t[0] ?? 0;
-  return [Array.from(t, (at) => at - origin), ...columns];
+  return [Array.from(t, (at) => at - timeline.zero), ...columns];
+}
+
+/** Where the phases lie, in seconds since the epoch of the bus; the first one is zero on the axis, as in "Elapsed". */
+function placePhases() {
+  const answers = run.progress?.phases ?? {};
+  const placed = history.phases().map(({ name, start: sampled }) => {
+    const { startNs, elapsed, ended } = phaseView(name, answers[name] ?? {});
+    // The benchmark's own start is exact if its clock is the server's; else the first sample has to do.
+    const own = startNs / 1e9;
+    const start = startNs && sampled - own >= 0 && sampled - own < 10 ? own : sampled;
+    return { name, start, end: start + (elapsed ?? 0), ended };
+  });
+  timeline.zero = placed[0]?.start ?? history.origin ?? 0;
+  timeline.begin = Math.min(0, (history.origin ?? timeline.zero) - timeline.zero);
+  timeline.end = history.last / 1e9 - timeline.zero;
+  timeline.phases = placed.map(({ start, end, ...rest }) => ({ ...rest, start: start - timeline.zero, end: end - timeline.zero }));
 }
 
 /** The lines that have points, ready for a panel; or the reason for an empty one. */
@@ -183,6 +197,15 @@ const SERVER_ROWS = ["kv_cache_usage_pct", "num_running", "num_waiting", "num_pr
 // The statistics of a server metric worth drawing, the telling ones first.
 const SERVER_STATS = ["current", "value", "avg", "rate", "p50", "p50_estimate", "p99", "p99_estimate", "count_rate", "total", "count"];
 
+/** "server:HOST:PORT:vllm:name{engine="0"}" in parts; the endpoint is named only when there are several. */
+function serverSeries(tag) {
+  const rest = tag.slice("server:".length);
+  const endpoints = Object.keys(run.server?.endpoint_summaries ?? {});
+  const endpoint = endpoints.find((one) => rest.startsWith(`${one}:`));
+  const own = endpoint ? rest.slice(endpoint.length + 1) : rest;
+  return { metric: own.replace(/\{.*$/s, ""), short: endpoints.length > 1 ? `${own} @ ${endpoint}` : own };
+}
+
 function serverPanel() {
   let chosen = "";
   const select = picker("Inference-server series", [], (value) => {
@@ -203,7 +226,8 @@ function serverPanel() {
       const tag = tagOf();
       const { unit = "", header = tag } = history.index[tag] ?? {};
       const series = history.get(tag, statOf());
-      return plotted([{ label: `${header}${statOf() === "current" ? "" : ` ${statOf()}`}`, unit, scale: unit, colour: "--d5", series, title: tag }],
+      const name = tag.startsWith("server:") ? serverSeries(tag).metric : header;
+      return plotted([{ label: `${name}${statOf() === "current" ? "" : ` ${statOf()}`}`, unit, scale: unit, colour: "--d5", series, title: tag }],
         () => (chosen ? "Loading." : "No inference-server metrics on the bus.\nAIPerf reads them from the server's /metrics."));
     },
   });
@@ -213,7 +237,7 @@ function serverPanel() {
       const own = SERVER_ROWS.includes(tag);
       if (group !== "server" && !own) continue;
       const drawn = own ? [stats.includes("current") ? "current" : "avg"] : SERVER_STATS.filter((stat) => stats.includes(stat));
-      for (const stat of drawn) options.push({ value: `${tag}\n${stat}`, text: own ? header : `${tag.replace(/^server:/, "")} · ${stat.replace("_estimate", "")}`, own });
+      for (const stat of drawn) options.push({ value: `${tag}\n${stat}`, text: own ? header : `${serverSeries(tag).short} · ${stat.replace("_estimate", "")}`, own });
     }
     options.sort((a, b) => b.own - a.own || a.text.localeCompare(b.text));
     select.hidden = !options.length;
@@ -250,13 +274,7 @@ function indexed() {
 /** One panel a frame: none of them is worth a dropped one. */
 const queue = [];
 function drawCharts() {
-  const { origin } = history;
-  const last = history.last / 1e9;
-  if (origin !== null && last > origin) timeline.end = last - origin;
-  const progressed = hasProgress() ? run.progress.phases : {};
-  timeline.phases = history.phases().map(({ name, start, end }) => ({
-    name, start: start - (origin ?? 0), end: end - (origin ?? 0), ended: phaseView(name, progressed[name] ?? {}).ended,
-  }));
+  placePhases();
   followRange();
   if (!queue.length) requestAnimationFrame(drawNext);
   queue.splice(0, queue.length, sparks, ...panels.map((panel) => () => panel.update()));
@@ -285,7 +303,8 @@ timeline.onZoom = () => {
 function followRange(now = false) {
   if (!known(+range) || range === "") return;
   timeline.following = true;
-  const zoom = [Math.max(0, timeline.end - range), Math.max(timeline.end, +range)];
+  const begin = Math.max(timeline.begin, timeline.end - range);
+  const zoom = [begin, Math.max(timeline.end, begin + +range)];
   if (now) timeline.setZoom(zoom);
   else timeline.zoom = zoom;
   timeline.following = false;
@@ -359,7 +378,7 @@ function showCards() {
 }
 
 function sparks() {
-  const from = history.origin ?? 0;
+  const from = timeline.zero;
   const to = Math.max(history.last / 1e9, from + 1);
   const line = (card, ...series) => sparkline(card.canvas, series, from, to);
   line(cards.tps, { ...either(tokensNow(), history.get("output_token_throughput", "avg")), colour: "--d1", fill: true });
@@ -379,10 +398,11 @@ const views = () => Object.entries(run.progress?.phases ?? {}).map(([name, phase
 const currentPhase = () => views().at(-1);
 
 function stateWords() {
-  const { state = "waiting", stale, phase } = run.status ?? {};
+  const { state = "waiting", stale } = run.status ?? {};
   if (!run.status) return ["Connecting", "wait"];
   if (stale && running()) return ["Stale", "warn"];
-  if (state === "profiling" && (run.progress?.warmup || /^warm/.test(phase ?? ""))) return ["Warming up", "run"];
+  // AIPerf says "profiling" a moment after the warm-up has begun.
+  if (["configuring", "ready", "profiling"].includes(state) && run.progress?.warmup && hasProgress()) return ["Warming up", "run"];
   return STATES[state] ?? [state, "run"];
 }
 

@@ -8,6 +8,7 @@ import { quoted } from "./stream.js";
 
 const SHOWN_CHARACTERS = 20_000;
 const STREAM_LINES = 200;
+const FILLED_IN = new Set(["tag", "stat", "types"]); // parameters whose example makes the first try worth looking at
 
 const AUTH = hasToken() ? ' -H "Authorization: Bearer $AIPERF_API_TOKEN"' : "";
 const WS_AUTH = hasToken() ? ' -H="Authorization: Bearer $AIPERF_API_TOKEN"' : "";
@@ -21,11 +22,10 @@ const relative = (path) => `./${path.replace(/^\//, "")}`;
 class Endpoint {
   constructor(route) {
     this.route = route;
-    const media = Array.isArray(route.media) ? route.media : [route.media ?? ""];
-    this.socket = route.path === "/ws";
+    const { media } = route;
+    this.socket = route.websocket;
     this.streaming = media.some((type) => /event-stream|ndjson/.test(type));
     this.page = media.some((type) => type.startsWith("text/html"));
-    this.example = new URL(relative(exampleOf(route)), root);
     this.inputs = new Map();
     this.curl = snippet("", `${this.socket ? "websocat" : "curl"} line for ${route.path}`);
     this.element = h("article", { class: "endpoint", id: anchor(`endpoint ${route.path}`), "aria-label": route.path },
@@ -38,10 +38,10 @@ class Endpoint {
   parameters() {
     const { params = [] } = this.route;
     if (!params.length) return null;
-    return h("div", { class: "params" }, ...params.map(({ name, description }) => {
+    return h("div", { class: "params" }, ...params.map(({ name, description, example }) => {
       const flag = name === "pretty";
-      const given = this.example.searchParams.getAll(name);
-      const input = h("input", flag ? { type: "checkbox" } : { type: "text", value: given.join(","), spellcheck: "false", autocomplete: "off" });
+      const input = h("input", flag ? { type: "checkbox" }
+        : { type: "text", value: FILLED_IN.has(name) ? example : "", placeholder: example, spellcheck: "false", autocomplete: "off" });
       if (flag) input.checked = true; // a person looks at the answer
       input.addEventListener("input", () => this.changed());
       this.inputs.set(name, input);
@@ -140,12 +140,6 @@ class Endpoint {
   }
 }
 
-/** The example is a path; a whole curl line would do as well. */
-function exampleOf({ path, example }) {
-  const found = /(\/[^\s'"]*)/.exec(String(example ?? "").replace(/^.*?:\/\/[^/\s'"]+/, ""));
-  return found ? found[1] : path;
-}
-
 // Sections
 
 const section = (id, title, ...children) => h("section", { id, "aria-labelledby": `${id}-title` }, h("h2", { id: `${id}-title` }, title), ...children);
@@ -195,15 +189,12 @@ function prometheusSection() {
     h("h3", {}, "OpenMetrics"), snippet(`curl -s${AUTH} -H 'Accept: application/openmetrics-text; version=1.0.0' ${quoted(new URL("metrics", root).href)}`, "curl line for OpenMetrics"));
 }
 
-function optionRow({ flags, metavar, default: value, env, help }) {
-  const names = (Array.isArray(flags) ? flags : [flags]).join(", ");
-  const preset = value === null || value === undefined || value === false ? "" : Array.isArray(value) ? value.join(", ") : value;
-  return [h("code", {}, metavar ? `${names} ${metavar}` : names), code(env), code(preset), help ?? ""];
+function optionRow({ flag, metavar, default: preset, env, help }) {
+  return [h("code", {}, metavar ? `${flag} ${metavar}` : flag), code(env), code(preset), help];
 }
 
 function limitRow({ name, value, unit, meaning }) {
-  const amount = unit === "bytes" ? bytes(value) : `${typeof value === "number" ? value.toLocaleString("en-US") : value} ${unit ?? ""}`.trim();
-  return [h("code", {}, name), amount, meaning ?? ""];
+  return [name, unit === "bytes" ? bytes(value) : `${Number(value).toLocaleString("en-US")} ${unit}`, meaning];
 }
 
 function write(docs) {

@@ -38,7 +38,7 @@ export function count(value) {
 }
 
 /** "42" for 42.7: the share already done is never rounded up, so 100 means all of it. */
-export const percent = (value) => (known(value) ? `${Math.floor(value)} %` : NONE);
+export const percent = (value) => (known(value) ? `${Math.floor(value + 1e-9)} %` : NONE);
 
 /** A share of errors: 0 only for none at all, 100 only for all. */
 export function share(part, whole) {

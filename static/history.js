@@ -89,8 +89,7 @@ export class RunHistory {
 
   async fetch(tags, since) {
     let changed = false;
-    // Long lists of GPUs would not fit into one request line.
-    for (let at = 0; at < tags.length; at += 24) changed = (await this.fetchSome(tags.slice(at, at + 24), since)) || changed;
+    for (const some of batches(tags)) changed = (await this.fetchSome(some, since)) || changed;
     return changed;
   }
 
@@ -100,7 +99,11 @@ export class RunHistory {
     for (const tag of tags) query.append("tag", tag);
     query.append("stat", this.statsFor(tags).join(","));
     if (since) query.append("since", String(since));
-    const answer = await getJSON(`api/history?${query}`);
+    const answer = await getJSON(`api/history?${query}`).catch((error) => {
+      if (error.status !== 404) throw error;
+      this.index = {}; // the server began anew since the index was read: read it again
+      return { series: [] };
+    });
     if (generation !== this.generation) return false;
     let changed = false;
     // One tag with one statistic comes without the list around it.
@@ -159,16 +162,45 @@ export class RunHistory {
     return out;
   }
 
-  /** [{name, start, end}] of the phases, in seconds since the epoch, in the order they began. */
+  /** The phases that have points, in the order they began: [{name, start}], in seconds since the epoch. */
   phases() {
     const out = [];
     for (const [tag, stats] of this.series) {
-      if (!tag.startsWith("phase:")) continue;
-      const { t } = stats.get("sent") ?? stats.get("completed") ?? NOTHING;
-      if (t.length) out.push({ name: tag.slice(6), start: t[0], end: t[t.length - 1] });
+      const [start] = tag.startsWith("phase:") ? (stats.get("sent") ?? NOTHING).t : [];
+      if (start !== undefined) out.push({ name: tag.slice(6), start });
     }
     return out.sort((a, b) => a.start - b.start);
   }
+
+  /** A count of the phases over the whole run: each from its start to the start of the next. */
+  ofPhases(stat, of = (series) => series) {
+    const all = this.phases();
+    const out = { t: [], v: [] };
+    all.forEach(({ name }, at) => {
+      const until = all[at + 1]?.start ?? Infinity;
+      const { t, v } = of(this.get(`phase:${name}`, stat));
+      for (let i = 0; i < t.length && t[i] < until; i++) {
+        out.t.push(t[i]);
+        out.v.push(v[i]);
+      }
+    });
+    return out;
+  }
+}
+
+/** Tags in lists that fit into a request line: those of many GPUs, or of server metrics with their labels, are long. */
+function batches(tags) {
+  const out = [];
+  let length = Infinity;
+  for (const tag of tags) {
+    length += encodeURIComponent(tag).length + 5;
+    if (length > 2500) {
+      out.push([]);
+      length = encodeURIComponent(tag).length + 5;
+    }
+    out[out.length - 1].push(tag);
+  }
+  return out;
 }
 
 /** Point-wise differences; a value that falls (a new phase counts from zero) begins anew. */
@@ -210,12 +242,6 @@ export function join(all) {
     return column;
   });
   return [times, ...columns];
-}
-
-/** Series one after the other in time (the phases of a run), as one. */
-export function chain(all) {
-  const points = all.flatMap(({ t, v }) => t.map((at, i) => [at, v[i]])).sort((a, b) => a[0] - b[0]);
-  return { t: points.map(([at]) => at), v: points.map(([, value]) => value) };
 }
 
 /** The last value of a series. */

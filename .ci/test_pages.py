@@ -1,0 +1,731 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pages in a real browser, over a real bus: needs chromium, node, pyzmq and `npm ci --prefix .ci`.
+
+PAGES_MODULES names the node_modules folder if it is not beside this file, CHROMIUM the browser.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import gzip
+import io
+import itertools
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import unittest
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import zmq
+
+ROOT = Path(__file__).resolve().parent.parent
+HERE = ROOT / ".ci"
+SHOTS = os.environ.get("PAGES_SHOTS")  # a folder for screenshots, if they are wanted
+WAIT_SEC = 20
+
+HEAP_BYTES_MAX = 100 * 1000 * 1000
+FRAME_MS_P95_MAX = 16
+WIRE_BYTES_MAX = 200 * 1000
+SHIFT_MAX = 0.01  # cumulative layout shift; 0.1 is "good"
+
+Message = dict[str, Any]
+
+
+def recorded() -> dict[str, list[Message]]:
+    """The messages of the shipped recording, by type."""
+    by_type: dict[str, list[Message]] = {}
+    with gzip.open(ROOT / "static" / "demo.jsonl.gz", "rt") as file:
+        for line in file:
+            message = json.loads(json.loads(line)["payload"])
+            by_type.setdefault(message["message_type"], []).append(message)
+    return by_type
+
+
+def free_port() -> int:
+    """A port that was free just now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+class Server:
+    """The server as a process; `start` again after `kill` serves the same address."""
+
+    def __init__(self, *options: str, port: int = 0) -> None:
+        self.options = options
+        self.port = port or free_port()
+        self.url = f"http://127.0.0.1:{self.port}/"
+        self.start()
+
+    def start(self) -> None:
+        command = [sys.executable, str(ROOT / "aiperf_api.py"), "--api-port", str(self.port), *self.options]
+        with tempfile.NamedTemporaryFile("w+") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+            deadline = time.monotonic() + WAIT_SEC
+            while self.url.rstrip("/") not in Path(log.name).read_text():
+                if self.process.poll() is not None or time.monotonic() > deadline:
+                    raise AssertionError(f"the server did not start: {Path(log.name).read_text()}")
+                time.sleep(0.02)
+
+    def ask(self, path: str) -> Any:
+        """The JSON answer to a GET."""
+        with urllib.request.urlopen(self.url + path, timeout=10) as answer:
+            return json.load(answer)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def stop(self) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            self.process.wait(10)
+
+
+class Bus:
+    """A publisher in AIPerf's place: two frames a message."""
+
+    def __init__(self, context: zmq.Context[Any], address: str) -> None:
+        self.socket = context.socket(zmq.XPUB)
+        self.socket.setsockopt(zmq.LINGER, 0)
+        self.socket.setsockopt(zmq.XPUB_VERBOSER, 1)
+        self.socket.setsockopt(zmq.RECONNECT_IVL, 50)
+        self.socket.connect(address)
+        self.wait_for_subscriber()
+
+    def wait_for_subscriber(self) -> None:
+        """Until the server has asked for the metrics: what is sent before that is lost."""
+        deadline = time.monotonic() + WAIT_SEC
+        while time.monotonic() < deadline:
+            if self.socket.poll(1000):
+                asked = self.socket.recv()
+                if asked[:1] == b"\x01" and b"realtime_metrics$".startswith(asked[1:]):
+                    return
+        raise AssertionError("nobody subscribed")
+
+    def send(self, message: Message, **fields: Any) -> None:
+        message = {**message, **fields}
+        self.socket.send_multipart([f"{message['message_type']}$".encode(), json.dumps(message).encode()])
+
+
+class Browser:
+    """The other end of browser.mjs."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            ["node", str(HERE / "browser.mjs")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.ids = itertools.count(1)
+
+    def call(self, command: str, **options: Any) -> Any:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write(json.dumps({"id": next(self.ids), "command": command, **options}) + "\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        if not line:
+            raise AssertionError("the browser is gone; is `npm ci --prefix .ci` done, and chromium there?")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise AssertionError(f"{command} {options}: {answer['error']}")
+        return answer["result"]
+
+    def stop(self) -> None:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.close()
+        self.process.wait(20)
+        self.process.stdout.close()
+
+
+class Page:
+    """One page in a browser context of its own."""
+
+    names = itertools.count(1)
+
+    def __init__(self, browser: Browser, url: str, **options: Any) -> None:
+        self.browser = browser
+        self.name = f"page{next(self.names)}"
+        self.call("open", url=url, **options)
+
+    def call(self, command: str, **options: Any) -> Any:
+        return self.browser.call(command, name=self.name, **options)
+
+    def evaluate(self, script: str) -> Any:
+        return self.call("evaluate", script=script)
+
+    def wait(self, script: str, seconds: float = WAIT_SEC) -> Any:
+        """Until the expression is true."""
+        try:
+            return self.call("wait", script=script, seconds=seconds)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\nThe page says:\n{self.evaluate('document.body.innerText')[:1500]}") from None
+
+    def text(self, selector: str) -> str:
+        return str(self.evaluate(f"document.querySelector({json.dumps(selector)}).textContent")).strip()
+
+    def wait_text(self, selector: str, wanted: str, seconds: float = WAIT_SEC) -> None:
+        quoted = json.dumps(selector), json.dumps(wanted)
+        self.wait("document.querySelector({})?.textContent.includes({})".format(*quoted), seconds)
+
+    def figures(self, card: str) -> list[str]:
+        return list(self.evaluate(f"[...document.querySelectorAll('#card-{card} [data-value]')].map((e) => e.textContent)"))
+
+    def shot(self, name: str, full: bool = False) -> None:
+        if SHOTS:
+            self.call("screenshot", path=f"{SHOTS}/{name}.png", full=full)
+
+
+class PagesTestCase(unittest.TestCase):
+    """What all share: one browser, and pages that must not do what pages must not do."""
+
+    browser: Browser
+    messages: dict[str, list[Message]]
+    context: zmq.Context[Any]
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.browser = Browser()
+        cls.messages = recorded()
+        cls.context = zmq.Context()
+
+    @classmethod
+    def tearDownClass(cls) -> None:
+        cls.browser.stop()
+        cls.context.destroy(0)
+
+    def serve(self, *options: str, **more: Any) -> Server:
+        server = Server(*options, **more)
+        self.addCleanup(server.stop)
+        return server
+
+    def serve_bus(self) -> tuple[Server, Bus]:
+        """A server, and its bus."""
+        address = f"tcp://127.0.0.1:{free_port()}"
+        server = self.serve("--zmq-bind", address)
+        bus = Bus(self.context, address)
+        self.addCleanup(bus.socket.close)
+        return server, bus
+
+    def open(self, url: str, allowed: str = "", **options: Any) -> Page:
+        """A page; when the test is over, it must have been without fault, but for what `allowed` matches."""
+        page = Page(self.browser, url, **options)
+
+        def close() -> None:
+            faults = [fault for fault in page.call("close") if not (allowed and re.search(allowed, fault))]
+            self.assertEqual(faults, [])
+
+        self.addCleanup(close)
+        return page
+
+    def wait_for(self, what: str, ask: Callable[[], Any]) -> Any:
+        deadline = time.monotonic() + WAIT_SEC
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError):
+                answer = ask()
+                if answer:
+                    return answer
+            time.sleep(0.05)
+        raise AssertionError(f"waited {WAIT_SEC} s in vain for {what}")
+
+    # A run, told by the bus
+
+    def phase(self, phase: str, kind: str, now_ns: int, **stats: Any) -> Message:
+        """A credit_phase_* message in AIPerf 0.13's shape, with the figures given."""
+        sample = next(m for m in self.messages[f"credit_phase_{kind}"] if m["stats"]["phase"] == phase)
+        empty = {key: 0 for key in ("requests_sent", "requests_completed", "request_errors", "requests_cancelled")}
+        kept = {key: value for key, value in sample["stats"].items() if not key.startswith("final_")}
+        for key in ("sent_end_ns", "requests_end_ns", "baseline_start_ns", "baseline_end_ns"):
+            kept.pop(key, None)
+        return {**sample, "stats": {**kept, **empty, "start_ns": now_ns, **stats}}
+
+    def begin(self, bus: Bus) -> int:
+        """Configuring, and the warm-up; returns its start in ns."""
+        now = time.time_ns()
+        bus.send({"message_type": "system_state_changed", "service_id": "x", "state": "configuring"})
+        bus.send(self.phase("warmup", "start", now))
+        bus.send({"message_type": "system_state_changed", "service_id": "x", "state": "profiling"})
+        return now
+
+    def profile(self, bus: Bus, **stats: Any) -> int:
+        """The warm-up is over, profiling goes on; returns its start in ns."""
+        now = time.time_ns()
+        done = {"requests_sent": 30, "requests_completed": 30, "requests_end_ns": now}
+        bus.send(self.phase("warmup", "complete", now - 10**9, **done))
+        bus.send(self.phase("profiling", "start", now))
+        bus.send(self.phase("profiling", "progress", now, requests_sent=412, requests_completed=400, request_errors=6, **stats))
+        return now
+
+    def metrics(self, at: int) -> Message:
+        return self.messages["realtime_metrics"][at]
+
+    def finish(self, bus: Bus, cancelled: bool = False) -> None:
+        bus.send({"message_type": "system_state_changed", "service_id": "x", "state": "processing"})
+        bus.send(self.messages["process_all_results"][0])
+        bus.send({"message_type": "results_exported", "service_id": "x", "was_cancelled": cancelled})
+        bus.send({"message_type": "benchmark_complete", "service_id": "x", "was_cancelled": cancelled})
+
+
+def shown(value: float, digits: int) -> str:
+    """A figure as the page writes it: significant digits, thousands separated."""
+    if float(value).is_integer():
+        return f"{value:,.0f}"
+    before = len(str(int(abs(value)))) if abs(value) >= 1 else 0
+    return f"{value:,.{max(0, digits - before)}f}"
+
+
+class TestStates(PagesTestCase):
+    """Each state that a person meets, reached over the bus."""
+
+    def test_before_anything_is_heard_the_page_says_where_it_listens_and_what_to_start(self) -> None:
+        address = f"tcp://127.0.0.1:{free_port()}"
+        server = self.serve("--zmq-address", address)
+        page = self.open(server.url + "dashboard")
+        page.wait_text("#state-name", "Waiting")
+        page.wait_text("#overlay", address)
+        self.assertIn("AIPERF_UI_REALTIME_METRICS_ENABLED=true aiperf profile --zmq-host 127.0.0.1", page.text("#overlay"))
+        self.assertEqual(page.evaluate("document.title"), "Waiting · AIPerf")
+        self.assertEqual(page.call("axe"), [])
+        page.shot("waiting")
+
+    def test_a_run_from_configuring_to_the_final_results(self) -> None:
+        server, bus = self.serve_bus()
+        page = self.open(server.url + "dashboard")
+        page.wait_text("#state-name", "Waiting")
+        page.wait("aiperf.run.line.open")
+        bus.send({"message_type": "system_state_changed", "service_id": "x", "state": "configuring"})
+        page.wait_text("#state-name", "Configuring")
+        warmup = time.time_ns()
+        bus.send(self.phase("warmup", "start", warmup))
+        bus.send(self.phase("warmup", "progress", warmup, requests_sent=20, requests_completed=12))
+        page.wait_text("#state-name", "Warming up")
+        page.wait_text("#phases", "12 / 30")
+        self.profile(bus)
+        page.wait_text("#state-name", "Profiling")
+        bus.send(self.metrics(3))
+        page.wait_text("#card-tps [data-kind]", "cumulative")
+        self.check_against_api(server, page)
+        self.assertEqual(page.evaluate("document.title"), "30 % · AIPerf")
+        self.assertEqual(page.text("#announce"), "Profiling")
+
+        self.finish(bus)
+        page.wait_text("#state-name", "Complete")
+        page.wait_text("#card-tps [data-kind]", "final")
+        self.check_against_api(server, page)
+        page.wait_text("#notice", "Final results")
+        self.assertEqual(page.evaluate("document.title"), "Complete · AIPerf")
+        self.check_downloads(server, page)
+        self.assertLess(page.evaluate("watched.shift"), SHIFT_MAX, page.evaluate("watched.shifts"))
+
+    def check_against_api(self, server: Server, page: Page) -> None:
+        """Every figure on the page is the one that the API gives."""
+        progress, metrics = server.ask("api/progress"), server.ask("api/metrics")["metrics"]
+        page.wait_text("#card-errors", f"of {progress['completed']:,} completed")
+        self.assertEqual(page.figures("tps"), [shown(metrics["output_token_throughput"]["avg"], 4)])
+        self.assertEqual(page.figures("rps"), [shown(metrics["request_throughput"]["avg"], 4)])
+        for card, tag in [("ttft", "time_to_first_token"), ("itl", "inter_token_latency"), ("latency", "request_latency")]:
+            self.assertEqual(page.figures(card), [shown(metrics[tag][stat], 3) for stat in ("p50", "p99")], card)
+        self.assertEqual(page.figures("errors"), [f"{progress['errors']:,}"])
+        share = 100 * progress["errors"] / progress["completed"]
+        self.assertEqual(page.text("#card-errors [data-unit]"), f"{share:.1f} %")
+        self.assertIn(f"{progress['completed']:,} of {progress['total']:,} requests", page.text("#state-detail"))
+        rows = page.evaluate("document.querySelectorAll('#pane-metrics tbody tr').length")
+        self.assertEqual(rows, len(metrics))
+
+    def check_downloads(self, server: Server, page: Page) -> None:
+        metrics = server.ask("api/metrics")["metrics"]
+        as_json = page.call("download", selector="#download-json")
+        self.assertRegex(as_json["file"], r"-final\.json$")
+        self.assertEqual(json.loads(as_json["text"])["metrics"], metrics)
+        as_csv = page.call("download", selector="#download-csv")
+        rows = {row["metric"]: row for row in csv.DictReader(io.StringIO(as_csv["text"]))}
+        self.assertEqual(set(rows), set(metrics))
+        self.assertEqual(float(rows["request_latency"]["p99"]), metrics["request_latency"]["p99"])
+
+    def test_a_cancelled_run(self) -> None:
+        server, bus = self.serve_bus()
+        page = self.open(server.url + "dashboard")
+        self.begin(bus)
+        self.profile(bus)
+        bus.send(self.metrics(3))
+        bus.send({"message_type": "system_state_changed", "service_id": "x", "state": "stopping"})
+        self.finish(bus, cancelled=True)
+        page.wait_text("#state-name", "Cancelled")
+        page.wait_text("#notice", "Cancelled")
+        self.assertEqual(server.ask("api/status")["state"], "cancelled")
+
+    def test_a_run_that_failed_shows_its_error_and_keeps_it_text(self) -> None:
+        server, bus = self.serve_bus()
+        page = self.open(server.url + "dashboard")
+        bus.send({"message_type": "system_state_changed", "service_id": "x", "state": "configuring"})
+        error = "<img src=x onerror=\"window.injected=1\"><b class='injected'>tokenizer</b> not found"
+        bus.send({"message_type": "dataset_configuration_failed", "service_id": "x", "error": error})
+        bus.send({"message_type": "system_state_changed", "service_id": "x", "state": "shutdown"})
+        page.wait_text("#state-name", "Failed")
+        page.wait_text("#overlay pre", error)
+        page.wait_text("#notice", error)
+        self.assertIs(page.evaluate("Boolean(window.injected || document.querySelector('.injected, img[src=x]'))"), False)
+        self.assertIn("tokenizer", str(server.ask("api/status")["error"]))
+
+    def test_progress_without_live_metrics_says_how_to_switch_them_on(self) -> None:
+        server, bus = self.serve_bus()
+        page = self.open(server.url + "dashboard")
+        self.begin(bus)
+        self.profile(bus)
+        page.wait_text("#notice", "AIPERF_UI_REALTIME_METRICS_ENABLED=true")
+        page.wait_text("#card-rps [data-kind]", "from progress")
+        page.wait_text("#card-errors", "of 400 completed")
+
+    def test_silence_and_then_a_new_run(self) -> None:
+        server, bus = self.serve_bus()
+        page = self.open(server.url + "dashboard")
+        self.begin(bus)
+        self.profile(bus)
+        bus.send(self.metrics(3))
+        page.wait_text("#state-name", "Profiling")
+        page.wait_text("#state-name", "Stale", seconds=25)
+        self.assertIs(server.ask("api/status")["stale"], True)
+        page.wait_text("#notice", "Nothing heard for")
+        page.wait_text("#connection", "Stale")
+        self.begin(bus)
+        page.wait_text("#state-name", "Warming up")
+        page.wait("document.querySelector('#card-tps [data-value]').textContent === '—'")
+        self.assertEqual(page.evaluate("aiperf.run.history.get('request_latency', 'p50').t.length"), 0)
+
+    def test_a_demo_and_a_replay_are_labelled(self) -> None:
+        demo = self.open(self.serve("--demo").url + "dashboard")
+        demo.wait_text("#origin", "Demo")
+        replay = self.open(self.serve("--replay", str(ROOT / "static" / "demo.jsonl.gz")).url + "dashboard")
+        replay.wait_text("#origin", "Replay: demo.jsonl.gz")
+
+
+class TestCharts(PagesTestCase):
+    """The whole run, whenever the page came."""
+
+    def points(self, page: Page, tag: str = "request_latency", stat: str = "p50") -> list[list[float]]:
+        return list(page.evaluate(f"(({{t, v}}) => t.map((at, i) => [at, v[i]]))(aiperf.run.history.get('{tag}', '{stat}'))"))
+
+    def test_a_late_page_a_reload_and_one_after_the_end_have_the_whole_run(self) -> None:
+        server = self.serve("--replay", str(ROOT / "static" / "demo.jsonl.gz"), "--replay-speed", "8")
+        early = self.open(server.url + "dashboard")
+        self.wait_for("the middle of the run", lambda: server.ask("api/progress")["completed"] > 600)
+        late = self.open(server.url + "dashboard")
+        late.wait("aiperf.run.history.get('request_latency', 'p50').t.length > 5")
+        late.shot("half-way")
+        early.call("reload")
+        for page in (early, late):
+            page.wait_text("#state-name", "Complete", seconds=40)
+        after = self.open(server.url + "dashboard")
+        answer = server.ask("api/history?tag=request_latency&stat=p50")
+        wanted = [[ns / 1e9, value] for ns, value in answer["points"]]
+        self.assertGreater(len(wanted), 20)
+        for page in (early, late, after):
+            page.wait(f"aiperf.run.history.get('request_latency', 'p50').t.length === {len(wanted)}")
+            for got, want in zip(self.points(page), wanted):
+                self.assertAlmostEqual(got[0], want[0], places=5)
+                self.assertEqual(got[1], want[1])
+        # What is drawn is what is known.
+        after.wait(f"[...aiperf.timeline.panels][0].plot?.data[0].length === {len(wanted)}")
+        self.check_comfort(after)
+
+    def check_comfort(self, page: Page) -> None:
+        """Legends toggle, the zoom is shared and can be undone, tables sort and search."""
+        legend = ".panel:first-child .legend button:nth-child(2)"
+        page.call("click", selector=legend)
+        self.assertEqual(page.evaluate(f"document.querySelector('{legend}').ariaPressed"), "false")
+        self.assertIs(page.evaluate("[...aiperf.timeline.panels][0].plot.series[2].show"), False)
+        page.call("drag", selector=".panel .u-over", **{"from": 0.3, "to": 0.7})
+        page.wait("aiperf.timeline.zoom !== null")
+        spans = page.evaluate("[...aiperf.timeline.panels].map(({plot}) => plot.scales.x.max - plot.scales.x.min)")
+        self.assertEqual(len({round(span, 3) for span in spans}), 1)
+        page.call("click", selector="#ranges [data-range=all]")
+        page.wait("aiperf.timeline.zoom === null")
+        page.call("fill", selector="#pane-metrics input[type=search]", text="first token")
+        page.wait("[...document.querySelectorAll('#pane-metrics tbody tr')].every((tr) => /first token/i.test(tr.textContent))")
+        page.call("fill", selector="#pane-metrics input[type=search]", text="")
+        page.call("click", selector="#pane-metrics th:nth-child(4) button")
+        values = page.evaluate("[...document.querySelectorAll('#pane-metrics tbody td:nth-child(4)')].slice(0, 9).map((td) => td.textContent)")
+        numbers = [float(value.replace(",", "").replace(" M", "e6")) for value in values]
+        self.assertEqual(numbers, sorted(numbers, reverse=True))
+
+    def test_the_figures_of_now_are_differences_and_named_so(self) -> None:
+        server = self.serve("--replay", str(ROOT / "static" / "demo.jsonl.gz"), "--replay-speed", "0", "--linger", "60")
+        page = self.open(server.url + "dashboard")
+        page.wait_text("#state-name", "Complete")
+        page.wait("aiperf.run.history.get('request_latency', 'count').t.length > 10")
+        counts = server.ask("api/history?tag=request_latency&stat=count")["points"]
+        sums = server.ask("api/history?tag=request_latency&stat=sum")["points"]
+        pairs = zip(zip(counts, sums), zip(counts[1:], sums[1:]))
+        wanted = [(s2[1] - s1[1]) / (c2[1] - c1[1]) for (c1, s1), (c2, s2) in pairs if c2[1] > c1[1]]
+        got = page.evaluate("aiperf.run.history.meanNow('request_latency').v.filter((value) => value !== null)")
+        self.assertEqual(len(got), len(wanted))
+        for value, want in zip(got, wanted):
+            self.assertAlmostEqual(value, want, places=6)
+        self.assertIn("mean now", page.text(".panel:first-child .legend"))
+
+    def test_a_killed_server_is_said_so_and_the_gap_is_filled_when_it_is_back(self) -> None:
+        server, bus = self.serve_bus()
+        page = self.open(server.url + "dashboard", allowed="ERR_CONNECTION_REFUSED|ERR_EMPTY_RESPONSE|ERR_CONNECTION_RESET|WebSocket connection")
+        self.begin(bus)
+        start = self.profile(bus)
+        self.tell(bus, start, range(2, 5))
+        page.wait("aiperf.run.history.get('request_latency', 'p50').t.length >= 3")
+        page.wait_text("#connection", "Connected")
+        before = self.points(page)
+        figures = page.figures("latency")
+        server.kill()
+        page.wait_text("#connection", "Reconnecting")
+        page.wait_text("#notice", "Connection to the server lost")
+        self.assertEqual(page.figures("latency"), figures)
+        server.start()
+        bus.wait_for_subscriber()
+        # The server is back before the page: what it hears until then is the gap.
+        self.tell(bus, start, range(5, 8))
+        page.wait_text("#connection", "Connected", seconds=30)
+        page.wait(f"aiperf.run.history.get('request_latency', 'p50').t.length >= {len(before) + 3}")
+        self.assertEqual(self.points(page)[: len(before)], before)
+        page.call("click", selector="#tab-events")
+        self.assertIn("Connected again", page.text("#pane-events"))
+
+    def tell(self, bus: Bus, start: int, which: range) -> None:
+        """Metrics and progress, a second apart: history is sampled once a second."""
+        for at in which:
+            began = time.monotonic()
+            bus.send(self.phase("profiling", "progress", start, requests_sent=40 * at + 12, requests_completed=40 * at))
+            bus.send(self.metrics(at))
+            time.sleep(max(0.0, 1.05 - (time.monotonic() - began)))  # the bus' own pace, not a wait for something
+
+
+class TestSafety(PagesTestCase):
+    """What comes off the wire stays text."""
+
+    def test_html_in_every_name_stays_text(self) -> None:
+        evil = "<img src=x onerror='window.injected=1'><script>window.injected=1</script><b class=injected>x</b>"
+        server, bus = self.serve_bus()
+        page = self.open(server.url + "dashboard")
+        self.begin(bus)
+        self.profile(bus)
+        metrics = json.loads(json.dumps(self.metrics(3)))
+        metrics["metrics"].append({"tag": evil, "header": evil, "unit": evil, "avg": 1.0, "p50": 1.0, "p99": 2.0, "count": 3})
+        telemetry = json.loads(json.dumps(self.messages["realtime_telemetry_metrics"][3]))
+        for row in telemetry["metrics"]:
+            row["header"] = row["header"].replace("NVIDIA H200", evil)
+        endpoint = {"endpoint_url": evil, "info": {}, "metrics": {evil: {"type": evil, "description": evil, "series": [{"labels": {evil: evil}, "stats": {"avg": 1.0}}]}}}
+        bus.send(metrics)
+        bus.send(telemetry)
+        bus.send({"message_type": "realtime_server_metrics", "service_id": "x", "endpoint_summaries": {evil: endpoint}, "snapshot": {}})
+        bus.send({"message_type": "worker_status_summary", "service_id": "x", "worker_statuses": {evil: "healthy", "w": evil}})
+        bus.send({"message_type": "service_error", "service_id": evil, "error": {"type": evil, "message": evil}})
+        page.wait_text("#pane-metrics", evil)
+        for tab in ("gpus", "server", "workers", "events"):
+            page.call("click", selector=f"#tab-{tab}")
+            page.wait_text(f"#pane-{tab}", evil)
+        page.call("click", selector="#tab-stream")
+        page.evaluate("[...document.querySelectorAll('.types label')].find((l) => l.textContent === 'realtime_metrics').querySelector('input').click()")
+        page.wait_text(".messages", "onerror")
+        self.assertIs(page.evaluate("Boolean(window.injected || document.querySelector('.injected, img[src=x], main script'))"), False)
+        self.check_stream(page, bus)
+
+    def check_stream(self, page: Page, bus: Bus) -> None:
+        page.call("click", selector="#pane-stream .button[aria-pressed]")
+        before = page.evaluate("document.querySelector('.messages').childElementCount")
+        bus.send(self.metrics(5))
+        page.wait_text("#pane-stream .tools", "2 messages, paused")
+        self.assertEqual(page.evaluate("document.querySelector('.messages').childElementCount"), before)
+        lines = page.text("#pane-stream .right")
+        self.assertIn('{"type":"subscribe","message_types":["realtime_metrics"]}', lines)
+        self.assertIn("/api/stream?types=realtime_metrics", lines)
+
+    def test_a_token_is_used_and_taken_out_of_sight(self) -> None:
+        os.environ["AIPERF_API_TOKEN"] = "s3cret/+="
+        self.addCleanup(os.environ.pop, "AIPERF_API_TOKEN")
+        server = self.serve("--demo")
+        page = self.open(server.url + "dashboard?token=s3cret%2F%2B%3D")
+        page.wait("aiperf.run.line.open")
+        page.wait_text("#connection", "Connected")
+        self.assertEqual(page.evaluate("location.search"), "")
+        page.call("reload")
+        page.wait_text("#connection", "Connected")
+        without = self.open(server.url + "dashboard", allowed="401|WebSocket connection")
+        without.wait("document.getElementById('token-dialog').open")
+
+
+class TestComfort(PagesTestCase):
+    """Themes, phones, keyboards, screen readers, and what it all weighs."""
+
+    def test_both_pages_in_both_themes_and_on_a_phone(self) -> None:
+        server = self.serve("--replay", str(ROOT / "static" / "demo.jsonl.gz"), "--replay-speed", "0", "--linger", "300")
+        for theme, (width, height) in itertools.product(("light", "dark"), ((1440, 900), (390, 844))):
+            with self.subTest(theme=theme, width=width):
+                page = self.open(server.url + "dashboard", theme=theme, width=width, height=height)
+                page.wait_text("#state-name", "Complete")
+                page.wait("[...aiperf.timeline.panels][0].element.getBoundingClientRect().top > innerHeight || [...aiperf.timeline.panels][0].plot")
+                self.check_page(page, theme, width, f"end-{width}-{theme}")
+                docs = self.open(server.url, theme=theme, width=width, height=height)
+                docs.wait("document.getElementById('limits')")
+                self.check_page(docs, theme, width, f"docs-{width}-{theme}")
+
+    def check_page(self, page: Page, theme: str, width: int, shot: str) -> None:
+        page.shot(shot)
+        self.assertEqual(page.evaluate("document.documentElement.dataset.theme"), theme)
+        self.assertLessEqual(page.evaluate("document.documentElement.scrollWidth"), width)
+        self.assertEqual(page.call("axe"), [])
+        self.assertLess(page.evaluate("watched.shift"), SHIFT_MAX, page.evaluate("watched.shifts"))
+
+    def test_tabs_by_keyboard_every_tab_accessible_and_a_theme_that_lasts(self) -> None:
+        server = self.serve("--replay", str(ROOT / "static" / "demo.jsonl.gz"), "--replay-speed", "0", "--linger", "300")
+        page = self.open(server.url + "dashboard")
+        page.wait_text("#state-name", "Complete")
+        page.evaluate("document.getElementById('tab-metrics').focus()")
+        for tab in ("gpus", "server", "workers", "events", "stream"):
+            page.call("press", key="ArrowRight")
+            self.assertEqual(page.evaluate("document.activeElement.id"), f"tab-{tab}")
+            self.assertIs(page.evaluate(f"document.getElementById('pane-{tab}').hidden"), False)
+            self.assertEqual(page.call("axe"), [], tab)
+        page.call("click", selector="[data-theme-switch]")
+        page.call("reload")
+        self.assertEqual(page.evaluate("document.documentElement.dataset.theme"), "dark")
+
+    def test_the_page_weighs_little(self) -> None:
+        server = self.serve("--replay", str(ROOT / "static" / "demo.jsonl.gz"), "--replay-speed", "0", "--linger", "300")
+        page = self.open(server.url + "dashboard")
+        page.wait_text("#state-name", "Complete")
+        self.assertLess(page.call("wire"), WIRE_BYTES_MAX)
+
+    def test_an_hour_of_fifty_metrics_stays_light(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            recording = Path(folder) / "hour.jsonl.gz"
+            self.write_hour(recording)
+            server = self.serve("--replay", str(recording), "--replay-speed", "150")
+            page = self.open(server.url + "dashboard")
+            page.wait("aiperf.run.history.get('request_latency', 'p50').t.length > 3500", seconds=60)
+            heap = page.call("heap")
+            frames = sorted(page.evaluate("watched.frames"))
+            print(f"\nan hour: heap {heap / 1e6:.1f} MB, frame p95 {frames[int(0.95 * len(frames))]:.1f} ms of {len(frames)}")
+            self.assertLess(heap, HEAP_BYTES_MAX)
+            self.assertLess(frames[int(0.95 * len(frames))], FRAME_MS_P95_MAX)
+            self.assertLess(page.evaluate("watched.shift"), SHIFT_MAX, page.evaluate("watched.shifts"))
+
+    def write_hour(self, path: Path) -> None:
+        """Fifty metrics once a second for an hour, with the progress that goes with it."""
+        start = 1_800_000_000_000_000_000
+        rows = self.metrics(5)["metrics"][:50]
+        lines: list[tuple[int, Message]] = [
+            (start, {"message_type": "system_state_changed", "service_id": "x", "state": "profiling"}),
+            (start, self.phase("profiling", "start", start, total_expected_requests=3600 * 40)),
+        ]
+        for second in range(1, 3601):
+            at = start + second * 10**9
+            wave = 1 + 0.2 * ((second * 7919) % 101) / 101
+            scaled = [self.scaled(row, second, wave) for row in rows]
+            lines.append((at, {"message_type": "realtime_metrics", "service_id": "x", "metrics": scaled}))
+            lines.append((at + 1, self.phase("profiling", "progress", start, total_expected_requests=3600 * 40, requests_sent=40 * second + 12, requests_completed=40 * second, request_errors=second // 50)))
+        with gzip.open(path, "wt", compresslevel=1) as file:
+            for at, message in lines:
+                line = {"t": at, "topic": f"{message['message_type']}$", "payload": json.dumps(message)}
+                file.write(json.dumps(line) + "\n")
+
+    @staticmethod
+    def scaled(row: Message, second: int, wave: float) -> Message:
+        counted = (row.get("count") or 0) > 1
+        out = {key: value * wave if isinstance(value, float) else value for key, value in row.items()}
+        if counted:
+            out["count"] = 40 * second
+            out["sum"] = (row.get("avg") or 0) * 40 * second
+        return out
+
+
+class TestDocumentation(PagesTestCase):
+    """The page that tells how, told by the tables that do."""
+
+    @contextlib.contextmanager
+    def page_of_a_run(self) -> Iterator[tuple[Server, Page]]:
+        server = self.serve("--replay", str(ROOT / "static" / "demo.jsonl.gz"), "--replay-speed", "0", "--linger", "300")
+        page = self.open(server.url)
+        page.wait("document.getElementById('limits')")
+        yield server, page
+
+    def test_every_endpoint_option_and_limit_is_there(self) -> None:
+        with self.page_of_a_run() as (server, page):
+            docs = server.ask("api/docs")
+            paths = page.evaluate("[...document.querySelectorAll('.endpoint h3')].map((e) => e.textContent)")
+            self.assertEqual(paths, [route["path"] for route in docs["routes"]])
+            options = page.text("#options")
+            for option in docs["options"]:
+                self.assertIn(option["flag"], options)
+                self.assertIn(option["help"], options)
+            for limit in docs["limits"]:
+                self.assertIn(limit["name"], page.text("#limits"))
+            for name in docs["message_types"]["known"]:
+                self.assertIn(name, page.text("#websocket"))
+            self.assertIn(f'targets: ["127.0.0.1:{server.port}"]', page.text("#prometheus"))
+
+    def test_the_curl_lines_work_when_pasted(self) -> None:
+        with self.page_of_a_run() as (server, page):
+            lines = page.evaluate("[...document.querySelectorAll('.endpoint .snippet pre')].map((e) => e.textContent).filter((e) => e.startsWith('curl'))")
+            self.assertGreater(len(lines), 12)
+            for line in lines:
+                with self.subTest(line=line):
+                    done = subprocess.run(["bash", "-c", f"{line} -f --max-time 3"], stdout=subprocess.PIPE, check=False)
+                    self.assertIn(done.returncode, (0, 28) if "-sN" in line else (0,))
+                    self.assertTrue(done.stdout)
+
+    def test_try_it_shows_the_live_answer(self) -> None:
+        with self.page_of_a_run() as (server, page):
+            self.wait_for("the end of the replay", lambda: server.ask("api/status")["state"] == "complete")
+            page.call("click", selector='[aria-label="Try /api/status"]')
+            page.wait_text("#endpoint-api-status .answer", '"complete"')
+            self.assertRegex(page.text("#endpoint-api-status .result"), r"^200 .*application/json")
+            page.call("click", selector='[aria-label="Try /ws"]')
+            page.wait_text("#endpoint-ws .answer", '"subscribed"')
+            page.wait_text("#endpoint-ws .answer", '"realtime_metrics"')
+            page.call("click", selector='[aria-label="Try /ws"]')
+            page.wait_text("#endpoint-ws .result", "Stopped")
+            page.call("click", selector='[aria-label="Try /api/stream"]')
+            page.wait_text("#endpoint-api-stream .answer", "data:")
+            page.call("click", selector='[aria-label="Try /api/stream"]')
+            page.wait_text("#endpoint-api-stream .result", "Stopped")
+
+    def test_without_its_tables_it_says_so(self) -> None:
+        server = self.serve("--demo")
+        page = self.open(server.url, allowed="ERR_FAILED", block=["**/api/docs"])
+        page.wait("!document.getElementById('problem').hidden")
+        self.assertIn("could not be read", page.text("#problem"))
+        self.assertIn("/api/status", page.text(".doors"))
+
+
+class TestSource(unittest.TestCase):
+    """What can be judged without a browser."""
+
+    def test_the_direction_of_each_metric_is_the_catalogues(self) -> None:
+        sys.path.insert(0, str(ROOT))
+        self.addCleanup(sys.path.remove, str(ROOT))
+        from aiperf_api import CATALOGUE
+
+        wanted = {tag for tag, metric in CATALOGUE.items() if metric.larger_is_better and not metric.hidden}
+        source = (ROOT / "static" / "direction.js").read_text()
+        found = re.search(r"new Set\(`(.*?)`", source, re.DOTALL)
+        assert found is not None
+        self.assertEqual(set(found.group(1).split()), wanted)
+
+    def test_no_page_parses_html_at_run_time_or_names_another_host(self) -> None:
+        for path in sorted((ROOT / "static").glob("*.*s")) + sorted((ROOT / "static").glob("*.html")):
+            text = path.read_text()
+            with self.subTest(path=path.name):
+                self.assertNotRegex(text, r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function")
+                self.assertNotRegex(text.replace("http://www.w3.org/2000/svg", ""), r"(?:https?:)?//[a-z0-9.-]+\.[a-z]{2,}/")
+                if path.suffix == ".html":
+                    self.assertNotRegex(text, r"<script(?![^>]*\bsrc=)|<style|\sstyle=|\son[a-z]+=")
+
+
+if __name__ == "__main__":
+    unittest.main()
