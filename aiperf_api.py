@@ -6441,8 +6441,6 @@ class Connection(asyncio.BufferedProtocol):
                 self.outlet.write(encode_frame(OP_PING, b""))
             elif self.subscriber is not None and self.subscriber.kind == "sse":
                 self._comment()
-            elif self._eof:
-                self._comment()  # is anybody still there to read?
 
     def _comment(self) -> None:
         """Say something that means nothing: a comment (HTML standard 9.2.6), or an empty line of NDJSON."""
