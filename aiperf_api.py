@@ -169,6 +169,7 @@ BUS_PROVEN_SEC = 2.0  # a connection that lasted so long starts the back-off and
 BUS_IPC_PATH_MAX = 107 if sys.platform.startswith("linux") else 103  # bytes of an ipc:// path: sun_path less its NUL
 
 # After the end of a child
+MEMORY_TRIM_DELAY_SEC = 1  # after the start, when the first questions are answered, free memory goes back to the system
 LINGER_SEC = 5  # the last state is served for so long, unless --linger says otherwise
 
 # The end of a child: what its bus still has to say is waited for
@@ -8343,8 +8344,7 @@ async def _serve_command(arguments: Arguments, environ: Mapping[str, str], handl
         _watch_signals(child.on_signal)
         await service.start()
         try:
-            for line in [*start_lines(service), *(f"  note       {note}" for note in child.plan.notes)]:
-                print(line, file=sys.stderr, flush=True)
+            _say_started([*start_lines(service), *(f"  note       {note}" for note in child.plan.notes)])
             handler.hold()
             try:
                 code = await child.run(service)
@@ -8377,14 +8377,27 @@ async def _serve(arguments: Arguments) -> int:
 
     _watch_signals(ask)
     await service.start()
-    for line in start_lines(service):
-        print(line, file=sys.stderr, flush=True)
+    _say_started(start_lines(service))
     ends = {asyncio.ensure_future(stop.wait()), asyncio.ensure_future(service.wait_lingered())}
     await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
     for end in ends:
         end.cancel()
     await service.stop()
     return 0
+
+
+def _say_started(lines: Iterable[str]) -> None:
+    for line in lines:
+        print(line, file=sys.stderr, flush=True)
+    asyncio.get_running_loop().call_later(MEMORY_TRIM_DELAY_SEC, _give_back_memory)
+
+
+def _give_back_memory() -> None:
+    """Return to the system what compiling this file took: glibc would keep those 16 MiB for as long as we run."""
+    import ctypes  # here: the first answer does not wait for it
+
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # musl, macOS and Windows know no malloc_trim
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _watch_signals(ask: Callable[[int], None]) -> None:
