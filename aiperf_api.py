@@ -1672,7 +1672,10 @@ class Router:
         errors = {str(status): _error_answer(status) for status in sorted({*_ANY_ERRORS, *own, 401})}
         components: dict[str, Any] = {"schemas": shapes, "responses": errors}
         if secured:
-            components["securitySchemes"] = _SECURITY_SCHEMES
+            components["securitySchemes"] = {
+                "bearer": {"type": "http", "scheme": "bearer"},
+                "query": {"type": "apiKey", "in": "query", "name": "token"},
+            }
         return {
             "openapi": "3.1.0",
             "info": info,
@@ -1698,12 +1701,6 @@ _ERROR_TEXTS: Mapping[int, str] = MappingProxyType(
         421: "The Host is not served here",
         426: "Only as a WebSocket",
         503: "Too many connections; come back later",
-    }
-)
-_SECURITY_SCHEMES: Mapping[str, Mapping[str, str]] = MappingProxyType(
-    {
-        "bearer": MappingProxyType({"type": "http", "scheme": "bearer"}),
-        "query": MappingProxyType({"type": "apiKey", "in": "query", "name": "token"}),
     }
 )
 _PLAIN_TYPES = frozenset(("boolean", "integer", "number", "object", "string"))
@@ -2067,10 +2064,10 @@ QUANTILES: Mapping[str, str] = MappingProxyType({f"p{p}": f"{p / 100}" for p in 
 STATISTICS = frozenset(("avg", "min", "max", "std", "sum", "current", *QUANTILES))
 # Fields that AIPerf uses between its own processes.
 INTERNAL_FIELDS = frozenset({"console_group"})
-# (unit, display unit) -> the (factor, divisor) that leads from one to the other. Two figures, because dividing by a
-# million is exact where multiplying by a millionth is not.
-_CONVERSIONS: Mapping[tuple[str, str], tuple[float, float]] = MappingProxyType(
-    {("ns", "ms"): (1, 1e6), ("ns", "sec"): (1, 1e9), ("B", "KB"): (1, 1024), ("sec", "ms"): (1000, 1)}
+# (unit, display unit) -> the factor that leads from one to the other. Dividing by a million would be more exact than
+# multiplying by a millionth, but AIPerf multiplies, and its exports and ours are to agree to the last digit.
+_CONVERSIONS: Mapping[tuple[str, str], float] = MappingProxyType(
+    {("ns", "ms"): 1e-6, ("ns", "sec"): 1e-9, ("B", "KB"): 1 / 1024, ("sec", "ms"): 1000.0}
 )
 
 
@@ -2084,12 +2081,12 @@ def text_or(value: Any, default: str) -> str:
     return value if isinstance(value, str) and value else default
 
 
-def _conversion(tag: str, unit: Any) -> Optional[tuple[float, float, str]]:
-    """Return (factor, divisor, display unit) where a unit on the bus is not the one people read, else None."""
+def _conversion(tag: str, unit: Any) -> Optional[tuple[float, str]]:
+    """Return (factor, display unit) where a unit on the bus is not the one people read, else None."""
     metric = CATALOGUE.get(tag)
     if metric is None or unit != metric.unit or unit == metric.display_unit:
         return None
-    return (*_CONVERSIONS[metric.unit, metric.display_unit], metric.display_unit)
+    return _CONVERSIONS[metric.unit, metric.display_unit], metric.display_unit
 
 
 def _tag_of(row: Any) -> str:
@@ -2124,8 +2121,8 @@ def display_row(row: Any) -> Optional[dict[str, Any]]:
     }
     conversion = _conversion(tag, shown.get("unit"))
     if conversion is not None:
-        factor, divisor, shown["unit"] = conversion
-        shown.update((key, shown[key] * factor / divisor) for key in STATISTICS & shown.keys())
+        factor, shown["unit"] = conversion
+        shown.update((key, shown[key] * factor) for key in STATISTICS & shown.keys())
     return shown
 
 
@@ -4604,8 +4601,9 @@ class BuiltinBusSource(Source):
 
     def __init__(self, address: str, kind: str = "zmq", *, bind: bool = False) -> None:
         # source
-        self.address = address
-        self.kind = kind  # as /api/status has it
+        super().__init__(kind, address)
+        self.backend = "builtin"
+        self.connected = False  # no handshake is done yet
         self._endpoint = parse_endpoint(address, bind=bind)  # what the address says
         self._bind = bind  # whether publishers connect to us
         # prefix -> how often subscribed, as a SUB socket counts
@@ -5606,8 +5604,8 @@ class ChildProcess:
     """
 
     def __init__(self, argv: Sequence[str], environ: Mapping[str, str]) -> None:
-        self.argv = tuple(argv)
-        self.environment = dict(environ)
+        self.argv = tuple(argv)  # the command line
+        self.environment = dict(environ)  # all of its variables
         self.signals = 0  # how many ending signals have come while it ran
         self._process: asyncio.subprocess.Process | None = None  # None until it is started
 
@@ -8231,7 +8229,7 @@ class _LogHandler(logging.StreamHandler):  # type: ignore[type-arg]  # its param
         self._held: collections.deque[logging.LogRecord] | None = None  # None: nothing is held back
         self._left_out = 0  # records that were held back for too long
 
-    def hold(self) -> None:
+    def hold_back(self) -> None:
         """Keep back what comes from now on, if stderr is a terminal: a line would tear what is drawn there."""
         if sys.stderr.isatty():
             self._held = collections.deque(maxlen=LOG_LINES_HELD_MAX)
@@ -8243,7 +8241,7 @@ class _LogHandler(logging.StreamHandler):  # type: ignore[type-arg]  # its param
         self._left_out += len(self._held) == LOG_LINES_HELD_MAX
         self._held.append(record)
 
-    def release(self) -> None:
+    def write_held(self) -> None:
         """Write what was held back."""
         held, self._held = self._held or (), None
         for record in held:
@@ -8345,11 +8343,11 @@ async def _serve_command(arguments: Arguments, environ: Mapping[str, str], handl
         await service.start()
         try:
             _say_started([*start_lines(service), *(f"  note       {note}" for note in child.plan.notes)])
-            handler.hold()
+            handler.hold_back()
             try:
                 code = await child.run(service)
             finally:
-                handler.release()
+                handler.write_held()
             await _linger(service, child)
         finally:
             await service.stop()

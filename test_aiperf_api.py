@@ -10,8 +10,10 @@ import ast
 import asyncio
 import contextlib
 import gzip
+import io
 import itertools
 import json
+import logging
 import os
 import pathlib
 import re
@@ -31,6 +33,7 @@ import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Optional, cast
+from urllib.parse import quote, urljoin
 
 import aiperf_api
 
@@ -40,6 +43,11 @@ try:
     import hypothesis.strategies as st
 except ImportError:
     hypothesis = st = None  # type: ignore[assignment]
+
+try:
+    import jsonschema
+except ImportError:
+    jsonschema = None  # type: ignore[assignment]
 
 try:
     import h11
@@ -242,10 +250,10 @@ class Bus:
     def __init__(self) -> None:
         self.context = zmq.Context()
         self.frontend, self.backend = self.context.socket(zmq.XSUB), self.context.socket(zmq.XPUB)
-        for socket in (self.frontend, self.backend):
-            socket.setsockopt(zmq.LINGER, 0)
-            socket.setsockopt(zmq.SNDHWM, 0)
-            socket.setsockopt(zmq.RCVHWM, 0)
+        for end in (self.frontend, self.backend):
+            end.setsockopt(zmq.LINGER, 0)
+            end.setsockopt(zmq.SNDHWM, 0)
+            end.setsockopt(zmq.RCVHWM, 0)
         self.frontend_port = self.frontend.bind_to_random_port("tcp://127.0.0.1")
         self.backend_port = self.backend.bind_to_random_port("tcp://127.0.0.1")
         self.address = f"tcp://127.0.0.1:{self.backend_port}"
@@ -2079,8 +2087,10 @@ class TestRouter(unittest.TestCase):
                 "The past.",
                 params=(
                     aiperf_api.Param("tag", "Which.", example="ttft", required=True),
-                    aiperf_api.Param("since", "From."),
+                    aiperf_api.Param("since", "From.", pattern="^[0-9]+$"),
+                    aiperf_api.Param("order", "", words=("up", "down")),
                 ),
+                errors=(404,),
             ),
             aiperf_api.Route("/ws", "ws", "The bus.", methods=("GET",), websocket=True),
         ]
@@ -2099,16 +2109,31 @@ class TestRouter(unittest.TestCase):
         for method in ("POST", "get", "TRACE", "BREW"):
             error = self.refused(method, "/metrics")
             self.assertEqual((error.status, error.headers), (405, (("Allow", "GET, HEAD"),)))
+            self.assertEqual(error.message, "method not allowed; /metrics takes GET, HEAD")
         self.assertEqual(self.refused("HEAD", "/ws").headers, (("Allow", "GET"),))
 
     def test_an_unknown_path_is_404_with_a_suggestion(self) -> None:
         for path, near in (("/metric", "/metrics"), ("/metrics/", "/metrics"), ("/api/histroy", "/api/history")):
             error = self.refused("GET", path)
-            self.assertEqual((error.status, error.message), (404, f"not found; did you mean {near}?"))
+            self.assertEqual((error.status, error.message), (404, f"unknown path {path}; did you mean {near}?"))
+        self.assertEqual(self.refused("GET", "/x").message, "unknown path /x; GET /api lists what there is")
 
-    def test_nothing_of_the_request_comes_back_in_the_answer(self) -> None:
-        for path in ("/<script>", "/" + "x" * 4000, "*", ""):
-            self.assertEqual(self.refused("GET", path).message, "not found; GET / lists what there is")
+    def test_of_the_request_only_what_needs_no_escaping_comes_back(self) -> None:
+        for path in (
+            "/<script>",
+            "/" + "x" * 4000,
+            "*",
+            "",
+            "/a b",
+            "/a'b",
+            '/"',
+            "/\x1b[2J",
+            "/é",
+            "/a\n",
+            "/%41",
+            "/&",
+        ):
+            self.assertEqual(self.refused("GET", path).message, "unknown path; GET /api lists what there is", path)
 
     def test_open_redirect_and_path_traversal(self) -> None:
         for path in ("//metrics", "//evil.example/%2e%2e", "/api/../metrics", "/./metrics", "/metrics/..", "/METRICS"):
@@ -2120,8 +2145,11 @@ class TestRouter(unittest.TestCase):
             with self.assertRaises(ValueError):
                 aiperf_api.Router([aiperf_api.Route("/a", "x", ""), other])
 
-    def test_openapi_describes_every_route(self) -> None:
-        document = self.ROUTER.openapi("aiperf-api", "1.0.0")
+    def openapi(self, *, secured: bool = False) -> dict[str, Any]:
+        return self.ROUTER.openapi({"title": "aiperf-api", "version": "1.0.0"}, {}, secured=secured)
+
+    def test_openapi_describes_every_route_and_method(self) -> None:
+        document = self.openapi()
         self.assertEqual(document["openapi"], "3.1.0")
         self.assertEqual(document["info"], {"title": "aiperf-api", "version": "1.0.0"})
         self.assertEqual(list(document["paths"]), [route.path for route in self.ROUTER.routes])
@@ -2129,29 +2157,62 @@ class TestRouter(unittest.TestCase):
         self.assertEqual(operation["operationId"], "apiMetrics")
         self.assertEqual(
             operation["responses"]["200"]["content"],
-            {"application/json": {"schema": {"type": "object"}, "example": {"metrics": {}}}},
+            {"application/json": {"schema": {"$ref": "#/components/schemas/Metrics"}, "example": {"metrics": {}}}},
         )
+        self.assertEqual(list(operation["responses"]), ["200", "304", "400", "405", "421", "503"])
+        self.assertEqual(document["paths"]["/api/metrics"]["head"]["operationId"], "apiMetrics_head")
+        self.assertNotIn("content", document["paths"]["/api/metrics"]["head"]["responses"]["200"])
+        self.assertEqual(list(document["paths"]["/ws"]), ["get"])
+        self.assertEqual(next(iter(document["paths"]["/ws"]["get"]["responses"])), "101")
+
+    def test_openapi_describes_arguments(self) -> None:
+        history = self.openapi()["paths"]["/api/history"]
+        self.assertIn("404", history["get"]["responses"])
+        tag, since, order = history["parameters"]
         self.assertEqual(
-            document["paths"]["/api/history"]["get"]["parameters"],
-            [
-                {
-                    "name": "tag",
-                    "in": "query",
-                    "description": "Which.",
-                    "required": True,
-                    "schema": {"type": "string"},
-                    "example": "ttft",
-                },
-                {
-                    "name": "since",
-                    "in": "query",
-                    "description": "From.",
-                    "required": False,
-                    "schema": {"type": "string"},
-                },
-            ],
+            tag,
+            {
+                "name": "tag",
+                "in": "query",
+                "description": "Which.",
+                "required": True,
+                "schema": {"type": "string"},
+                "example": "ttft",
+            },
         )
-        self.assertEqual(list(document["paths"]["/ws"]["get"]["responses"]), ["101"])
+        self.assertEqual((since["required"], since["schema"]["pattern"]), (False, "^[0-9]+$"))
+        self.assertEqual(order["schema"], {"type": "string", "enum": ["up", "down"]})
+
+    def test_openapi_names_the_token_where_one_is_asked_for(self) -> None:
+        self.assertNotIn("securitySchemes", self.openapi()["components"])
+        document = self.openapi(secured=True)
+        operation = document["paths"]["/metrics"]["get"]
+        self.assertEqual(operation["security"], [{"bearer": []}, {"query": []}])
+        self.assertIn("401", operation["responses"])
+        self.assertEqual(set(document["components"]["securitySchemes"]), {"bearer", "query"})
+
+    def test_types_of_the_tables_are_json_schemas(self) -> None:
+        for text, schema in (
+            ("integer", {"type": "integer"}),
+            ("integer?", {"type": ["integer", "null"]}),
+            ("number?[][]", {"type": "array", "items": {"type": "array", "items": {"type": ["number", "null"]}}}),
+            ("Row{}", {"type": "object", "additionalProperties": {"$ref": "#/components/schemas/Row"}}),
+            ("Row?", {"anyOf": [{"$ref": "#/components/schemas/Row"}, {"type": "null"}]}),
+            ("a|b", {"enum": ["a", "b"]}),
+            ("=ping", {"const": "ping"}),
+            ("any", {}),
+            ("Row,string", {"anyOf": [{"$ref": "#/components/schemas/Row"}, {"type": "string"}]}),
+        ):
+            self.assertEqual(aiperf_api.type_schema(text), schema, text)
+
+    def test_shapes_are_read_from_a_table(self) -> None:
+        shapes = aiperf_api.read_shapes("One  first\n  x  integer  a number\n  y~  string\nTwo+  second\n")
+        number = {"type": "integer", "description": "a number"}
+        first = {"type": "object", "description": "first", "properties": {"x": number, "y": {"type": "string"}}}
+        self.assertEqual(shapes["One"], {**first, "required": ["x"], "additionalProperties": False})
+        self.assertNotIn("additionalProperties", shapes["Two"])
+        with self.assertRaises(ValueError):
+            aiperf_api.read_shapes("One  first\n x integer\n")
 
 
 # == 7 == Static files =================================================================================================
@@ -2254,8 +2315,10 @@ class MetricCatalogueTests(unittest.TestCase):
 
     def test_raw_units_become_display_units_in_every_statistic_but_the_count(self) -> None:
         raw = {"tag": "request_latency", "unit": "ns", "avg": 270185870, "p99": 3e8, "sum": 1e9, "std": 0, "count": 295}
+        raw["p95"] = 122564750.76  # AIPerf multiplies by a millionth, and so do we, to the same last digit
         raw.update(min=1, max=2e6, current=5e5)
-        shown = {"unit": "ms", "avg": 270.18587, "p99": 300.0, "sum": 1000.0, "std": 0.0, "count": 295}
+        shown = {"unit": "ms", "avg": 270185870 * 1e-6, "p99": 300.0, "sum": 1000.0, "std": 0.0}
+        shown.update(count=295, p95=122564750.76 * 1e-6)
         shown.update(min=1e-6, max=2.0, current=0.5)
         self.assertEqual(aiperf_api.display_rows([raw]), {"request_latency": shown})
 
@@ -4330,7 +4393,9 @@ class TestServiceAnswers(ServiceTestCase):
     async def test_unknown_paths_and_methods_get_json_errors(self) -> None:
         service = await self.serve()
         missing = await self.get(service, "/api/metric")
-        self.assertEqual((missing.status, missing.json["error"]), (404, "not found; did you mean /api/metrics?"))
+        self.assertEqual(
+            (missing.status, missing.json["error"]), (404, "unknown path /api/metric; did you mean /api/metrics?")
+        )
         wrong = await self.get(service, "/api/status", method="DELETE")
         self.assertEqual((wrong.status, wrong.headers["allow"]), (405, "GET, HEAD"))
         self.assertIn("error", wrong.json)
@@ -4458,6 +4523,342 @@ class TestServiceAnswers(ServiceTestCase):
         client = await self.client(service)
         opened = await client.upgrade(headers={"Sec-WebSocket-Protocol": "aiperf, aiperf.token.s3cret-token"})
         self.assertEqual(opened.status, 101)
+
+
+class TestDescriptions(ServiceTestCase):
+    """What /openapi.json and /asyncapi.json promise is what the server answers."""
+
+    PATHS = tuple(route.path for route in aiperf_api.ROUTES if route.shape)
+
+    @staticmethod
+    def judge(document: Any, schema: Any) -> Any:
+        """A validator of a schema whose references point into the document."""
+        return jsonschema.Draft202012Validator({"components": {"schemas": document["components"]["schemas"]}, **schema})
+
+    def validators(self) -> dict[str, Any]:
+        document = json.loads(aiperf_api.json_bytes(self.openapi))
+        content = {path: document["paths"][path]["get"]["responses"]["200"]["content"] for path in self.PATHS}
+        return {path: self.judge(document, media["application/json"]["schema"]) for path, media in content.items()}
+
+    async def asyncSetUp(self) -> None:
+        self.service = await self.serve()
+        self.openapi = (await self.get(self.service, "/openapi.json")).json
+
+    async def test_every_reference_leads_somewhere(self) -> None:
+        for path in ("/openapi.json", "/asyncapi.json"):
+            document = (await self.get(self.service, path)).json
+            references = re.findall(r'"\$ref":"#/([^"]+)"', json.dumps(document, separators=(",", ":")))
+            self.assertGreater(len(references), 20)
+            for reference in references:
+                with self.subTest(f"{path} {reference}"):
+                    place = document
+                    for step in reference.split("/"):
+                        place = place[step]
+
+    async def test_every_shape_is_used(self) -> None:
+        text = json.dumps(self.openapi, separators=(",", ":"))
+        for name in self.openapi["components"]["schemas"]:
+            self.assertIn(f'"$ref":"#/components/schemas/{name}"', text)
+
+    async def test_asyncapi_names_each_builtin_message_and_both_ways(self) -> None:
+        document = (await self.get(self.service, "/asyncapi.json")).json
+        self.assertEqual(document["asyncapi"], "3.0.0")
+        schemas = document["components"]["schemas"].values()
+        types = {shape["properties"].get("message_type", {}).get("const") for shape in schemas}
+        self.assertEqual(types - {None}, set(aiperf_api.BUILTIN_MESSAGE_TYPES))
+        self.assertEqual({channel["address"] for channel in document["channels"].values()}, {"/ws", "/api/stream"})
+        operations = document["operations"]
+        self.assertEqual([operations[name]["action"] for name in operations], ["receive", "send", "send"])
+        self.assertNotIn("securitySchemes", document["components"])
+
+    async def test_a_token_shows_in_both_and_health_checks_stay_open(self) -> None:
+        service = await self.serve(token="s3cret-token")
+        bearer = {"Authorization": "Bearer s3cret-token"}
+        openapi = (await self.get(service, "/openapi.json", headers=bearer)).json
+        self.assertEqual(openapi["paths"]["/health"]["get"]["security"], [])
+        self.assertEqual(openapi["paths"]["/metrics"]["get"]["security"], [{"bearer": []}, {"query": []}])
+        asyncapi = (await self.get(service, "/asyncapi.json", headers=bearer)).json
+        self.assertIn("bearer", asyncapi["components"]["securitySchemes"])
+        self.assertIn("security", asyncapi["operations"]["send"])
+
+    @unittest.skipUnless(jsonschema, "needs the jsonschema package")
+    async def test_a_server_that_has_heard_nothing_answers_as_described(self) -> None:
+        for path, validator in self.validators().items():
+            with self.subTest(path):
+                validator.validate((await self.get(self.service, path)).json)
+
+    @needs_recordings
+    @unittest.skipUnless(jsonschema, "needs the jsonschema package")
+    async def test_answers_are_as_described_through_every_recording(self) -> None:
+        validators = self.validators()
+        for path in sorted(RECORDINGS.glob("*.jsonl.gz")):
+            name = path.name.partition(".")[0]
+            messages = wire_recording(name)
+            service = await self.serve()
+            listener = await self.listen(service, "*")
+            points = {1, 5, len(messages) // 3, len(messages) // 2, len(messages) - 2, len(messages)}
+            for number, (t_ns, topic, payload) in enumerate(messages, 1):
+                service.source.now_ns = lambda t_ns=t_ns: t_ns  # type: ignore[method-assign, misc]
+                service._deliver([[topic, payload]])
+                if number in points:
+                    with self.subTest(f"{name} after {number} messages"):
+                        await self.check_answers(service, validators)
+            listener.close()
+            await service.stop()
+
+    async def check_answers(self, service: aiperf_api.APIService, validators: dict[str, Any]) -> None:
+        client = await self.client(service)
+        for path, validator in validators.items():
+            answer = await client.get(path)
+            self.assertEqual(answer.status, 200)
+            validator.validate(answer.json)
+        history = (await client.get("/api/history")).json
+        for tag, about in list(history["tags"].items())[:2]:
+            for query in (f"?tag={quote(tag)}", f"?tag={quote(tag)}&stat={about['stats'][0]}"):
+                validators["/api/history"].validate((await client.get("/api/history" + query)).json)
+        client.close()
+
+    async def test_errors_are_as_described(self) -> None:
+        allowed = self.openapi["components"]["responses"]
+        for path, method, status in (
+            ("/nothing", "GET", 404),
+            ("/api/status", "PUT", 405),
+            ("/api/history?since=x", "GET", 400),
+            ("/api/history?tag=nothing", "GET", 404),
+            ("/ws", "GET", 426),
+        ):
+            answer = await self.get(self.service, path, method=method)
+            self.assertEqual((answer.status, list(answer.json)), (status, ["error"]))
+            self.assertIn(str(status), allowed)
+
+    @needs_recordings
+    @unittest.skipUnless(jsonschema, "needs the jsonschema package")
+    async def test_messages_are_as_described_in_every_recording(self) -> None:
+        document = (await self.get(self.service, "/asyncapi.json")).json
+        schemas = document["components"]["schemas"]
+        by_type = {shape["properties"]["message_type"].get("const"): name for name, shape in schemas.items()
+                   if "message_type" in shape["properties"]}  # fmt: skip
+        validators = {
+            kind: self.judge(document, {"$ref": f"#/components/schemas/{name}"}) for kind, name in by_type.items()
+        }
+        seen = set()
+        for path in sorted(RECORDINGS.glob("*.jsonl.gz")):
+            counts: dict[str, int] = {}
+            for _, topic, payload in wire_recording(path.name.partition(".")[0]):
+                kind = self.service._type_of(topic)
+                counts[kind] = counts.get(kind, 0) + 1
+                if counts[kind] <= 5:
+                    message = json.loads(self.service._prepare(kind, payload))
+                    validators.get(kind, validators[None]).validate(message)
+                    seen.add(kind)
+        self.assertLessEqual(aiperf_api.BUILTIN_MESSAGE_TYPES, seen)
+
+    @unittest.skipUnless(jsonschema, "needs the jsonschema package")
+    async def test_the_protocol_is_as_described(self) -> None:
+        document = (await self.get(self.service, "/asyncapi.json")).json
+        client = await self.listen(self.service, "heartbeat")
+        for message, name in (
+            ({"type": "subscribe", "message_types": ["nothing_of_the_kind"], "snapshot": False}, "Subscribed"),
+            ({"type": "unsubscribe", "message_types": ["heartbeat"]}, "Unsubscribed"),
+            ({"type": "ping"}, "Pong"),
+            ({"type": "sing"}, "ClientError"),
+        ):
+            client.say(message)
+            self.judge(document, {"$ref": f"#/components/schemas/{name}"}).validate(await client.hear())
+
+
+class TestManners(ServiceTestCase):
+    """What people with curl, browsers and proxies meet beside the answers themselves."""
+
+    async def test_the_index_links_to_everything_by_relative_references(self) -> None:
+        service = await self.serve()
+        index = (await self.get(service, "/api")).json
+        hrefs = {name: urljoin("/behind/a/proxy/api", link["href"]) for name, link in index["links"].items()}
+        self.assertEqual(hrefs["status"], "/behind/a/proxy/api/status")
+        self.assertEqual(hrefs["documentation"], "/behind/a/proxy/")
+        routes = {route.path for route in aiperf_api.ROUTES if "{" not in route.path}
+        self.assertEqual({"/" + link["href"].replace("./", "") for link in index["links"].values()}, routes)
+
+    async def test_errors_say_what_to_do(self) -> None:
+        service = await self.serve(token="s3cret-token")
+        refused = await self.get(service, "/api/status")
+        self.assertIn("Authorization: Bearer", refused.json["error"])
+        bearer = {"Authorization": "Bearer s3cret-token"}
+        for path, method, status, words in (
+            ("/api/metric", "GET", 404, "unknown path /api/metric; did you mean /api/metrics?"),
+            ("/api/metrics", "POST", 405, "method not allowed; /api/metrics takes GET, HEAD"),
+            ("/ws", "GET", 426, "websocat ws://"),
+            ("/api/history?tag=nothing", "GET", 404, "/api/history lists"),
+            ("/api/stream?format=xml", "GET", 400, "sse or ndjson"),
+            ("/api/stream?snapshot=maybe", "GET", 400, "0 or 1"),
+        ):
+            with self.subTest(path):
+                answer = await self.get(service, path, method=method, headers=bearer)
+                self.assertEqual(answer.status, status)
+                self.assertIn(words, answer.json["error"])
+
+    async def test_a_browser_that_looks_for_an_icon_finds_one(self) -> None:
+        service = await self.serve()
+        answer = await self.get(service, "/favicon.ico")
+        if service.static:
+            self.assertEqual((answer.status, answer.headers["content-type"]), (200, "image/svg+xml"))
+        with unittest.mock.patch.object(service, "static", {}):
+            self.assertEqual((await self.get(service, "/favicon.ico")).status, 204)
+
+    async def test_an_answer_differs_by_origin_also_where_none_is_sent(self) -> None:
+        service = await self.serve(cors_origins=("https://ui.example",))
+        for headers in ({}, {"Origin": "https://evil.example"}, {"Origin": "null"}):
+            answer = await self.get(service, "/api/status", headers=headers)
+            self.assertEqual(answer.headers["vary"], "Origin")
+            self.assertNotIn("access-control-allow-origin", answer.headers)
+        listed = {"Origin": "https://UI.example"}
+        missing = await self.get(service, "/nothing", headers=listed)
+        self.assertEqual((missing.status, missing.headers["access-control-allow-origin"]), (404, listed["Origin"]))
+
+    async def test_a_preflight_needs_no_token_because_browsers_send_none(self) -> None:
+        service = await self.serve(cors_origins=("https://ui.example",), token="s3cret-token")
+        asked = {"Origin": "https://ui.example", "Access-Control-Request-Method": "GET"}
+        answer = await self.get(service, "/api/stream", method="OPTIONS", headers=asked)
+        self.assertEqual((answer.status, answer.headers["access-control-max-age"]), (204, "600"))
+        for header in ("Authorization", "Last-Event-ID"):
+            self.assertIn(header, answer.headers["access-control-allow-headers"])
+
+    async def test_what_is_unchanged_is_304_compressed_or_not(self) -> None:
+        service = await self.serve()
+        self.feed(service, "run_0_13_success", 40)
+        for path in ("/api/metrics", "/api/docs", "/openapi.json", "/", "/dashboard", "/static/dashboard.js"):
+            with self.subTest(path):
+                first = await self.get(service, path, headers={"Accept-Encoding": "gzip"})
+                if first.status == 404 and not service.static:
+                    continue
+                self.assertEqual(first.headers["cache-control"], "no-cache")
+                self.assertTrue(first.headers["etag"].startswith('W/"'))
+                for headers in ({}, {"Accept-Encoding": "gzip"}):
+                    headers["If-None-Match"] = first.headers["etag"]
+                    again = await self.get(service, path, headers=headers)
+                    self.assertEqual((again.status, again.body), (304, b""))
+                    self.assertEqual(again.headers["etag"], first.headers["etag"])
+                    self.assertNotIn("content-encoding", again.headers)
+                other = await self.get(service, path, headers={"If-None-Match": 'W/"0"'})
+                self.assertEqual(other.status, 200)
+        stale = {"If-None-Match": (await self.get(service, "/api/metrics")).headers["etag"]}
+        rows = [{"tag": f"metric_{n}", "header": "A metric", "unit": "ms", "avg": 1.0} for n in range(30)]
+        service.publish({"message_type": "realtime_metrics", "metrics": rows})
+        self.assertEqual((await self.get(service, "/api/metrics", headers=stale)).status, 200)
+
+    async def test_what_changes_all_the_time_is_not_stored(self) -> None:
+        service = await self.serve()
+        for path in ("/api/status", "/metrics", "/health", "/nothing"):
+            self.assertEqual((await self.get(service, path)).headers["cache-control"], "no-store")
+
+    async def test_who_finds_no_room_is_told_when_to_come_back(self) -> None:
+        service = await self.serve(ws_max_connections=0)
+        stream = await self.get(service, "/api/stream")
+        self.assertEqual((stream.status, stream.headers["retry-after"]), (503, "5"))
+        service.source.connected = False
+        ready = await self.get(service, "/readyz")
+        self.assertEqual((ready.status, ready.headers["retry-after"]), (503, "2"))
+
+    async def test_the_access_log_is_quoted_and_bounded(self) -> None:
+        service = await self.serve(token="s3cret-token")
+        with self.assertLogs(aiperf_api.log, "DEBUG") as logged:
+            agent = 'curl" 200 "\x1b[2J' + "x" * 3000
+            await self.get(service, "/api/status?token=s3cret-token&x=%0d%0a", headers={"User-Agent": agent[:11]})
+            await self.get(service, "/" + "y" * 3000, headers={"User-Agent": "a" * 3000})
+        first, second = (record.getMessage() for record in logged.records if "GET" in record.getMessage())
+        self.assertRegex(first, r'^127\.0\.0\.1:\d+ "GET /api/status\?token=\*\*\*&x=%0d%0a" 200 "curl\\" 200 \\""$')
+        self.assertLess(len(second), 600)
+        self.assertRegex(second, r'^127\.0\.0\.1:\d+ "GET /y{190,}\.\.\." 404 "a{190,}\.\.\."$')
+
+    async def test_nothing_is_logged_of_requests_at_the_usual_level(self) -> None:
+        service = await self.serve()
+        with self.assertLogs(aiperf_api.log, "INFO") as logged:
+            aiperf_api.log.info("assertLogs wants one line")
+            await self.get(service, "/api/status")
+        self.assertEqual(len(logged.records), 1)
+
+    @unittest.skipUnless(hasattr(socket, "AF_INET6") and socket.has_dualstack_ipv6(), "needs IPv6")
+    async def test_two_colons_listen_on_both_kinds_of_address(self) -> None:
+        service = await self.serve(host="::")
+        port = int(service.url.rpartition(":")[2])
+        self.assertEqual(service.url, f"http://[::]:{port}")
+        for host in ("127.0.0.1", "::1"):
+            client = Client(*await asyncio.open_connection(host, port))
+            self.addCleanup(client.close)
+            self.assertEqual((await client.get("/health")).body, b"ok\n")
+
+
+@unittest.skipUnless(hasattr(socket, "AF_UNIX"), "needs Unix sockets")
+class TestUnixSocket(ServiceTestCase):
+    """--api-unix: a socket that only its owner opens, and that no server takes from another."""
+
+    async def asyncSetUp(self) -> None:
+        self.folder = tempfile.mkdtemp(prefix="aa", dir="/tmp")  # a path of at most 103 bytes
+        self.addCleanup(shutil.rmtree, self.folder)
+        self.path = os.path.join(self.folder, "api.sock")
+        self.file = Path(self.path)
+
+    async def ask(self, path: str = "/api/status", host: str = "localhost") -> Answer:
+        client = Client(*await asyncio.open_unix_connection(self.path))
+        client.send(f"GET {path} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+        answer = await client.read_answer()
+        client.close()
+        return answer
+
+    async def test_it_answers_whatever_the_host_and_only_to_its_owner(self) -> None:
+        service = await self.serve(unix_path=self.path)
+        self.assertEqual(os.stat(self.path).st_mode & 0o777, 0o600)
+        self.assertEqual((await self.ask(host="any.name")).status, 200)
+        self.assertEqual((await self.get(service, "/api/status", headers={"Origin": "http://x"})).status, 200)
+        await service.stop()
+        self.assertEqual(os.listdir(self.folder), [])
+
+    async def test_without_a_port_it_is_all_there_is(self) -> None:
+        service = await self.serve(settings=aiperf_api.Settings(port=None, unix_path=self.path))
+        self.assertEqual(service.url, f"unix:{self.path}")
+        self.assertEqual((await self.ask("/health")).body, b"ok\n")
+
+    async def test_a_live_one_is_never_taken(self) -> None:
+        await self.serve(unix_path=self.path)
+        with self.assertRaisesRegex(aiperf_api.StartError, "another server listens there"):
+            await self.serve(unix_path=self.path)
+        self.assertEqual((await self.ask()).status, 200)
+
+    async def test_a_dead_one_is_replaced(self) -> None:
+        with socket.socket(socket.AF_UNIX) as dead:
+            dead.bind(self.path)
+        await self.serve(unix_path=self.path)
+        self.assertEqual((await self.ask()).status, 200)
+
+    async def test_what_is_no_socket_stays(self) -> None:
+        self.file.write_text("precious")
+        with self.assertRaisesRegex(aiperf_api.StartError, "is not a socket"):
+            await self.serve(unix_path=self.path)
+        self.assertEqual(self.file.read_text(), "precious")
+        os.unlink(self.path)
+        os.symlink("/nowhere", self.path)
+        with self.assertRaisesRegex(aiperf_api.StartError, "is not a socket"):
+            await self.serve(unix_path=self.path)
+
+    async def test_at_the_end_only_its_own_is_removed(self) -> None:
+        first = await self.serve(unix_path=self.path)
+        os.unlink(self.path)
+        await self.serve(unix_path=self.path)
+        await first.stop()
+        self.assertEqual((await self.ask()).status, 200)
+
+    async def test_a_path_that_cannot_be_is_one_line(self) -> None:
+        for path in (self.path + "/below", "/tmp/" + "x" * 200):
+            with self.assertRaisesRegex(aiperf_api.StartError, "cannot listen on [^\n]+$"):
+                await self.serve(unix_path=path)
+
+    @unittest.skipUnless(shutil.which("curl"), "needs the curl program")
+    async def test_curl_reaches_it(self) -> None:
+        await self.serve(unix_path=self.path)
+        command = ("curl", "-sS", "--unix-socket", self.path, "http://aiperf/api/status")
+        curl = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE)
+        output, _ = await asyncio.wait_for(curl.communicate(), 10)
+        self.assertEqual(json.loads(output)["state"], "waiting")
 
 
 class TestWebSocketProtocol(ServiceTestCase):
@@ -4739,6 +5140,180 @@ class TestCommandLine(unittest.TestCase):
         logged = [json.loads(line) for line in lines if line.startswith("{")]
         self.assertTrue(any("/health" in line["message"] for line in logged))
         self.assertNotIn("hush", "".join(lines))
+
+
+class ACommandBehindTwoDashes(unittest.TestCase):
+    """`-- COMMAND` as its users run it; the commands are small scripts."""
+
+    def start(self, *argv: str, **env: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, aiperf_api.__file__, "--api-port", "0", *argv],
+            env={**os.environ, **env},
+            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # no terminal: a SIGINT that comes is for this process alone
+        )
+        self.addCleanup(process.communicate)
+        self.addCleanup(process.kill)
+        return process
+
+    def run_to_the_end(self, *argv: str, **env: str) -> tuple[int, str, str]:
+        process = self.start("--linger", "0", *argv, **env)
+        out, err = process.communicate(timeout=30)
+        return process.returncode, out, err
+
+    def url_of(self, process: subprocess.Popen[str]) -> str:
+        assert process.stderr is not None
+        return process.stderr.readline().split()[-1]
+
+    def get(self, url: str) -> Any:
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            return json.loads(answer.read())
+
+    def test_the_exit_code_is_the_childs(self) -> None:
+        for script, code in (("exit 0", 0), ("exit 3", 3), ("kill -KILL $$", 137), ("kill -TERM $$", 143)):
+            self.assertEqual(self.run_to_the_end("--", "sh", "-c", script)[0], code, script)
+
+    def test_a_command_that_is_not_there_is_one_line_and_127(self) -> None:
+        for command in ("no-such-command-4711", "/no/such/file"):
+            code, _, said = self.run_to_the_end("--", command)
+            self.assertEqual(code, 127)
+            self.assertRegex(said, rf"\Aaiperf-api: {command}: [^\n]+\n\Z")
+
+    def test_a_file_that_cannot_be_executed_is_126(self) -> None:
+        self.assertEqual(self.run_to_the_end("--", __file__)[0], 126)
+
+    def test_wrong_usage_is_one_line_and_exit_2(self) -> None:
+        for argv in (
+            ("--",),
+            ("--demo", "--", "true"),
+            ("--zmq-host", "h", "--", "true"),
+            ("--nonsense", "--", "true"),
+        ):
+            code, _, said = self.run_to_the_end(*argv)
+            self.assertEqual(code, 2)
+            self.assertRegex(said, r"\Aaiperf-api: [^\n]+\n\Z")
+
+    def test_the_server_is_up_before_the_command_starts(self) -> None:
+        script = (
+            "import os, re, stat; path = os.environ['AIPERF_API_ZMQ_ADDRESS'][6:];"
+            "print(stat.S_ISSOCK(os.stat(path).st_mode), oct(os.stat(os.path.dirname(path)).st_mode & 0o777), path)"
+        )
+        code, out, said = self.run_to_the_end("--", sys.executable, "-c", script)
+        self.assertEqual(code, 0, said)
+        is_socket, mode, path = out.split()
+        self.assertEqual((is_socket, mode), ("True", "0o700"))
+        self.assertFalse(os.path.exists(os.path.dirname(path)))  # removed at the end
+
+    def test_the_command_keeps_our_terminal_and_group_but_not_our_variables(self) -> None:
+        code, out, said = self.run_to_the_end(
+            "--",
+            "sh",
+            "-c",
+            'ps -o pgid= -p $$ && ps -o pgid= -p $PPID && echo "[$AIPERF_API_TOKEN]"',
+            AIPERF_API_TOKEN="secret-token",
+        )
+        self.assertEqual(code, 0, said)
+        ours, theirs, token = out.split()
+        self.assertEqual((ours, token), (theirs, "[]"))
+
+    def test_a_child_that_dies_without_a_word_is_failed(self) -> None:
+        process = self.start("--linger", "60", "--", "sh", "-c", "exit 7")
+        url = self.url_of(process)
+        for _ in range(600):
+            status = self.get(url + "/api/status")
+            if status["state"] == "failed":
+                break
+        self.assertEqual((status["state"], status["error"]), ("failed", "exit status 7"))
+        self.assertEqual(status["source"]["kind"], "child")
+        process.send_signal(signal.SIGINT)  # while lingering: at once
+        self.assertEqual(process.wait(10), 7)
+
+    def test_signals_go_through_and_the_second_ends_the_lingering(self) -> None:
+        for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+            process = self.start("--linger", "60", "--", "sh", "-c", "echo up; exec sleep 60")
+            assert process.stdout is not None
+            process.stdout.readline()
+            process.send_signal(number)
+            if number == signal.SIGINT:
+                url = self.url_of(process)
+                for _ in range(600):  # it lingers after a single Ctrl-C
+                    if self.get(url + "/api/status")["state"] == "failed":
+                        break
+                process.send_signal(number)
+            self.assertEqual(process.wait(10), code)
+
+    def test_credentials_show_neither_in_ps_nor_in_what_is_served(self) -> None:
+        key = "sk-very-secret-4711"
+        script = f"echo up; exec sleep 60 # --api-key {key}"
+        process = self.start(
+            "--linger", "0", "--", "sh", "-c", script, "--api-key", key, "-H", "X-Team: blue", HF_TOKEN=key
+        )
+        assert process.stdout is not None
+        process.stdout.readline()
+        url = self.url_of(process)
+        config = self.get(url + "/api/config")
+        self.assertEqual(config["command"][3:], ["--api-key", "***", "-H", "X-Team: ***"])
+        self.assertNotIn(key, json.dumps(config))
+        if sys.platform.startswith("linux"):
+            title = pathlib.Path(f"/proc/{process.pid}/cmdline").read_text()
+            self.assertNotIn(key, title)
+            self.assertNotIn("blue", title)
+            self.assertIn("--api-key", title)
+        process.terminate()
+        process.wait(10)
+
+    @unittest.skipUnless(aiperf_api.zmq, "needs the pyzmq package")
+    def test_the_example_of_the_readme_reports_its_progress(self) -> None:
+        readme = (pathlib.Path(aiperf_api.__file__).resolve().parent / "README.md").read_text(encoding="utf-8")
+        example = readme.partition("<!-- example -->")[2].partition("```python\n")[2].partition("```")[0]
+        process = self.start("--linger", "60", "--", sys.executable, "-c", example)
+        url = self.url_of(process)
+        for _ in range(3000):
+            status = self.get(url + "/api/status")
+            if status["state"] in ("complete", "failed"):
+                break
+        self.assertEqual(status["state"], "complete")
+        self.assertEqual(self.get(url + "/api/progress")["completed"], 100)
+        self.assertEqual(self.get(url + "/api/metrics")["metrics"]["request_latency"]["count"], 100)
+        process.terminate()
+        self.assertEqual(process.wait(10), 0)
+
+
+class TheLogWhileAChildHasTheTerminal(unittest.TestCase):
+    def setUp(self) -> None:
+        self.stream = io.StringIO()
+        self.handler = aiperf_api._LogHandler()
+        self.handler.setStream(self.stream)
+
+    def say(self, text: str) -> None:
+        self.handler.handle(logging.makeLogRecord({"msg": text, "levelno": logging.INFO, "levelname": "INFO"}))
+
+    def test_it_waits_while_stderr_is_a_terminal(self) -> None:
+        with unittest.mock.patch.object(sys, "stderr", unittest.mock.Mock(isatty=lambda: True)):
+            self.handler.hold_back()
+        self.say("one")
+        self.assertEqual(self.stream.getvalue(), "")
+        self.handler.write_held()
+        self.say("two")
+        self.assertEqual(self.stream.getvalue(), "one\ntwo\n")
+
+    def test_it_goes_on_in_a_file(self) -> None:
+        with unittest.mock.patch.object(sys, "stderr", unittest.mock.Mock(isatty=lambda: False)):
+            self.handler.hold_back()
+        self.say("one")
+        self.assertEqual(self.stream.getvalue(), "one\n")
+
+    def test_what_is_held_is_bounded_and_what_is_left_out_is_said(self) -> None:
+        with unittest.mock.patch.object(sys, "stderr", unittest.mock.Mock(isatty=lambda: True)):
+            self.handler.hold_back()
+        for number in range(aiperf_api.LOG_LINES_HELD_MAX + 3):
+            self.say(str(number))
+        with self.assertLogs(aiperf_api.log, "WARNING") as said:
+            self.handler.write_held()
+        self.assertEqual(self.stream.getvalue().split("\n")[0], "3")
+        self.assertIn("3 older lines", said.output[0])
 
 
 if __name__ == "__main__":
