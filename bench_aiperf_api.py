@@ -54,7 +54,7 @@ from urllib.parse import urlsplit
 HERE = Path(__file__).resolve().parent
 OURS = "aiperf_api"  # as the table calls us
 OURS_BUILTIN = "aiperf_api, built-in ZMQ"
-OURS_CACHED = "aiperf_api, as installed"  # imported, as the console script does: its bytecode is cached
+OURS_CACHED = "aiperf_api, as installed"  # imported, as the console script and `python3 -m` do: with cached bytecode
 FLOOR = "floor: socket.send"
 
 
@@ -222,7 +222,9 @@ class Server:
         self._said_url = threading.Event()
         self.started = time.monotonic()
         quiet = subprocess.DEVNULL
-        self.process = subprocess.Popen(argv, stdin=quiet, stdout=quiet, stderr=subprocess.PIPE, bufsize=0)
+        self.process = subprocess.Popen(
+            argv, stdin=quiet, stdout=quiet, stderr=subprocess.PIPE, bufsize=0, env=environment()
+        )
         self.pid = self.process.pid
         threading.Thread(target=self._read_stderr, daemon=True).start()
         self._said_url.wait(20)
@@ -323,6 +325,11 @@ def stop_process(process: subprocess.Popen[bytes]) -> None:
         if pipe:
             with contextlib.suppress(BrokenPipeError):
                 pipe.close()
+
+
+def environment() -> dict[str, str]:
+    """Ours, but with bytecode cached as it is by default."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 
 
 def command_of(function: Callable[..., None], *args: str) -> list[str]:
@@ -1329,6 +1336,9 @@ def start(bench: Bench) -> None:
     """exec to the first answer; memory at rest; memory of an idle WebSocket client."""
     work = "exec to first answer"
     contenders = [c for c in (WE, WE_CACHED, WE_BUILTIN, AIOHTTP, FASTAPI, PROMETHEUS) if not skip_missing(bench, c, work)]
+    for contender in contenders:  # once uncounted, so that bytecode is cached
+        with contextlib.suppress(BenchError, OSError):
+            start_turn(bench, contender)
     for index in range(bench.effort.starts):
         say(f"  start | round {index + 1}")
         bench.results.row("start", work, IMPORTS).samples.append(import_turn())
@@ -1405,7 +1415,7 @@ def start_targets(results: Results, work: str) -> None:
         if row and imports:
             ratio = row.ratio(imports, "p50")
             row.targets.append(("< 2 x the imports", f"{ratio:.2f}", ratio <= 2.0))
-    for name, limit in ((OURS, 36), (OURS_BUILTIN, 28)):
+    for name, limit in ((OURS, 36), (OURS_CACHED, 36), (OURS_BUILTIN, 28)):
         results.ask_value(results.find("start", work, name), "memory", limit * MIB, f"< {limit} MiB at rest", mebibytes)
 
 
