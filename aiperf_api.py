@@ -4597,7 +4597,6 @@ class BuiltinBusSource(Source):
         UsageError: the address is not one.
     """
 
-    backend = "builtin"
 
     def __init__(self, address: str, kind: str = "zmq", *, bind: bool = False) -> None:
         # source
