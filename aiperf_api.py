@@ -4630,13 +4630,12 @@ class BuiltinBusSource(Source):
         UsageError: the address is not one.
     """
 
-    backend = "builtin"
 
     def __init__(self, address: str, kind: str = "zmq", *, bind: bool = False) -> None:
         # source
-        self.address = address
-        self.kind = kind  # as /api/status has it
-        self.connected = False  # whether a peer is there whose handshake is over
+        super().__init__(kind, address)
+        self.backend = "builtin"
+        self.connected = False  # no handshake is done yet
         self._endpoint = parse_endpoint(address, bind=bind)  # what the address says
         self._bind = bind  # whether publishers connect to us
         # prefix -> how often subscribed, as a SUB socket counts
