@@ -631,10 +631,11 @@ for (const pane of document.querySelectorAll(".pane")) sight.observe(pane);
 
 let fillTimer = 0;
 let filledAt = -Infinity;
-let filled = ""; // tab and state when it was filled last
+let filled = ""; // what there was to show when it was filled last
 /** Fills the open table: once a second while it is in sight. */
 function fill(now = false) {
-  const what = `${tab} ${run.status?.state} ${run.final} ${run.rows.size}`;
+  const what = [tab, run.status?.state, run.final, run.rows.size, run.telemetry.size,
+    Object.keys(run.workers?.worker_statuses ?? {}).length, Object.keys(run.server?.endpoint_summaries ?? {}).length].join();
   const wait = filledAt + TABLES_EVERY_MS - performance.now();
   if (!now && what === filled && (wait > 0 || !inSight.has(`pane-${tab}`))) {
     // What has come since the last time is not forgotten, only late.
