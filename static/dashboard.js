@@ -279,7 +279,7 @@ function drawCharts() {
   placePhases();
   followRange();
   if (!queue.length) requestAnimationFrame(drawNext);
-  queue.splice(0, queue.length, ...panels.map((panel) => () => panel.update()), ...sparkDrawers);
+  queue.splice(0, queue.length, ...sparkDrawers, ...panels.map((panel) => () => panel.update()));
 }
 
 function drawNext() {
