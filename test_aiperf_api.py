@@ -398,6 +398,16 @@ class SourceRules:
             if name in self.defined and self.defined[name] > self.room(line)
         ]
 
+    def twice_faults(self) -> list[str]:
+        """Find names that two statements of the module bind: the later one would win everywhere."""
+        first: dict[str, int] = {}
+        faults = []
+        for node in self.tree.body:
+            if not isinstance(node, (ast.Try, ast.If)):
+                names = self._definitions(ast.Module([node], []))
+                faults += [f"line {line}: {name} again" for line, name in names if first.setdefault(name, line) != line]
+        return faults
+
     def room_wall_faults(self) -> list[str]:
         """Find names of rooms that a room must not know of."""
         return [
@@ -520,6 +530,14 @@ class ArchitectureTests(unittest.TestCase):
             with self.subTest(use):
                 self.assertEqual(len(self.broken("1", use, "2", "def later(): pass").arrow_faults()), 1)
         self.assertEqual(self.broken("1", "def f(later): return later", "2", "def later(): pass").arrow_faults(), [])
+
+    def test_no_name_means_two_things(self) -> None:
+        self.assertEqual(self.rules.twice_faults(), [])
+        self.assertEqual(SourceRules(Path(__file__).read_text(encoding="utf-8")).twice_faults(), [])
+        for line in ("x = 2", "def x(): pass", "import x", "y, x = 1, 2"):
+            with self.subTest(line):
+                self.assertEqual(len(self.broken("x = 1", line).twice_faults()), 1)
+        self.assertEqual(self.broken("try:", "    import x", "except ImportError:", "    x = None").twice_faults(), [])
 
     def test_rooms_do_not_know_what_they_must_not_know(self) -> None:
         self.assertEqual(self.rules.room_wall_faults(), [])
