@@ -403,7 +403,8 @@ class SourceRules:
         first: dict[str, int] = {}
         faults = []
         for node in self.tree.body:
-            if not isinstance(node, (ast.Try, ast.If)):
+            dotted = isinstance(node, ast.Import) and "." in node.names[0].name  # a package again, for its module
+            if not dotted and not isinstance(node, (ast.Try, ast.If)):
                 names = self._definitions(ast.Module([node], []))
                 faults += [f"line {line}: {name} again" for line, name in names if first.setdefault(name, line) != line]
         return faults
