@@ -4630,13 +4630,11 @@ class BuiltinBusSource(Source):
         UsageError: the address is not one.
     """
 
-    backend = "builtin"
-
     def __init__(self, address: str, kind: str = "zmq", *, bind: bool = False) -> None:
         # source
-        self.address = address
-        self.kind = kind  # as /api/status has it
-        self.connected = False  # whether a peer is there whose handshake is over
+        super().__init__(kind, address)
+        self.backend = "builtin"  # what speaks ZMQ
+        self.connected = False  # no handshake is done yet
         self._endpoint = parse_endpoint(address, bind=bind)  # what the address says
         self._bind = bind  # whether publishers connect to us
         # prefix -> how often subscribed, as a SUB socket counts
@@ -8923,7 +8921,7 @@ def _member(value: Mapping[str, Any], *keys: str) -> dict[str, Any]:
 
 def _percent(figures: Figures) -> float:
     percent = figures.progress.get("percent_complete")
-    return min(100.0, max(0.0, float(percent))) if is_number(percent) else 0.0
+    return min(100.0, max(0.0, float(percent))) if isinstance(percent, (int, float)) else 0.0
 
 
 def _counts(figures: Figures) -> str:
@@ -9001,7 +8999,7 @@ def _worker_lines(figures: Figures) -> list[str]:
         tasks, health = _member({"w": worker}, "w", "task_stats"), _member({"w": worker}, "w", "health")
         memory = health.get("memory_usage")
         figure = (tasks.get("completed"), tasks.get("failed"), health.get("cpu_usage"))
-        megabytes = memory / 1e6 if is_number(memory) else None
+        megabytes = memory / 1e6 if isinstance(memory, (int, float)) else None
         status = _member({"w": worker}, "w").get("status")
         rows.append([_terminal_text(cell, 40) for cell in (name, status, *figure, megabytes)])
     return [f"{total} workers, {active} active", *(_columns(rows) if rows[1:] else [])]
