@@ -5567,7 +5567,7 @@ class TestHubModel(HubTestCase):
         self.assertEqual((subscriber.sent, subscriber.skipped), (len(got), sum(told.values())))
         self.assertEqual((subscriber.backlog_bytes, subscriber.backlog_events, subscriber.newest), (0, 0, {}))
 
-    SMALL = {
+    SMALL: Mapping[str, int] = {
         "CLIENT_SOFT_MARK_BYTES": 20_000,
         "CLIENT_QUEUE_BYTES_MAX": 30_000,
         "CLIENT_QUEUE_EVENTS_MAX": 8,
@@ -5577,21 +5577,21 @@ class TestHubModel(HubTestCase):
 
     def test_order_counts_bounds_and_the_newest_state_hold_in_random_histories(self) -> None:
         dice = random.Random(20)
-        with unittest.mock.patch.multiple(aiperf_api, **self.SMALL):
-            with unittest.mock.patch.multiple(PipeTransport, HIGH=2000, LOW=500):
-                for _ in range(300):
-                    self.setUp()
-                    self.run_model([(dice.randrange(7), dice.randrange(200)) for _ in range(dice.randrange(150))])
+        small = unittest.mock.patch.multiple(aiperf_api, **self.SMALL)
+        with small, unittest.mock.patch.multiple(PipeTransport, HIGH=2000, LOW=500):
+            for _ in range(300):
+                self.setUp()
+                self.run_model([(dice.randrange(7), dice.randrange(200)) for _ in range(dice.randrange(150))])
 
     @unittest.skipUnless(hypothesis, "needs the hypothesis package")
     def test_the_same_by_hypothesis(self) -> None:
-        with unittest.mock.patch.multiple(aiperf_api, **self.SMALL):
-            with unittest.mock.patch.multiple(PipeTransport, HIGH=2000, LOW=500):
+        small = unittest.mock.patch.multiple(aiperf_api, **self.SMALL)
+        with small, unittest.mock.patch.multiple(PipeTransport, HIGH=2000, LOW=500):
 
-                @for_all(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 200)), max_size=60), examples=150)
-                def check(actions: list[tuple[int, int]]) -> None:
-                    self.setUp()
-                    self.run_model(actions)
+            @for_all(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 200)), max_size=60), examples=150)
+            def check(actions: list[tuple[int, int]]) -> None:
+                self.setUp()
+                self.run_model(actions)
 
 
 # == 13 == Connection ==================================================================================================
