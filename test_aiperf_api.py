@@ -18,6 +18,7 @@ import os
 import pathlib
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -6892,6 +6893,12 @@ def masked(text: str) -> str:
     return re.sub(r"-?\d+(\.\d+)?(e-?\d+)?", "N", text)
 
 
+def runnable(command: str, url: str) -> str:
+    """A command of the README, for this copy of the module and the server at `url`."""
+    program = shlex.join((sys.executable, str(ROOT / "aiperf_api.py")))
+    return command.replace("localhost:9090", url.partition("//")[2]).replace("aiperf-api ", f"{program} ")
+
+
 class LineReader:
     """Runs a shell line and gives the lines it prints; `close()`, or half a minute, ends all that it started."""
 
@@ -6944,6 +6951,19 @@ class DocumentationTests(unittest.TestCase):
         self.assertGreaterEqual(flags, {option.flag for option in aiperf_api.OPTIONS})
         section = self.text[self.text.index("## Command line") : self.text.index("## HTTP")]
         self.assertEqual({flag for flag in flags if f"`{flag}" not in section}, set())
+
+    def test_the_client_commands_and_their_options_are_documented(self) -> None:
+        _, _, rest = self.text.partition("## The client in the same file")
+        for command in aiperf_api.CLIENT_COMMANDS:
+            done = subprocess.run(
+                [sys.executable, str(ROOT / "aiperf_api.py"), command, "--help"],
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+            self.assertIn(f"`aiperf-api {command}", rest)
+            for flag in set(re.findall(r"^ +(--[a-z][a-z-]+)", done.stdout, re.MULTILINE)):
+                self.assertIn(f"`{flag}", rest)
 
     def test_links_lead_somewhere(self) -> None:
         anchors = {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in self.titles()}
@@ -7006,12 +7026,12 @@ class ReadmeSessionTests(unittest.TestCase):
 
     def check(self, session: Session, url: str) -> None:
         with self.subTest(session.command):
-            reader = LineReader(session.command.replace("localhost:9090", url.partition("//")[2]))
+            reader = LineReader(runnable(session.command, url))
             self.addCleanup(reader.close)
             lines = reader.lines(len(session.shown) - 1 if session.goes_on else None)
             reader.close()
             shown = session.shown[:-1] if session.goes_on else session.shown
-            self.assertEqual(masked("\n".join(lines)), masked("\n".join(shown)))
+            self.assertEqual([masked(line.rstrip()) for line in lines], [masked(line) for line in shown])
 
 
 @needs_demo
