@@ -109,6 +109,9 @@ HTTP_CONNECTIONS_MAX = 512  # beside the WebSocket limit, half-open ones include
 HTTP_GZIP_BYTES_MIN = 1024  # a smaller body is sent as it is; nginx gzip_min_length 20, client_python none
 LINGER_TIMEOUT_SEC = 2  # for the peer to end its side after our last words; nginx lingering_timeout 5
 CONNECTION_BUFFER_BYTES = 64 * 1024  # in a transport before it counts as full; asyncio 64 KiB
+CONNECTION_UNSENT_BYTES = (
+    16 * 1024
+)  # in the kernel, behind what the peer's window takes; Linux: all that fits, megabytes
 CONNECTION_READ_BYTES_MAX = 16 * 1024  # taken in one read, before others have their turn; asyncio 256 KiB, nginx 4 KiB
 HTTP_REFUSED_MAX = 64  # connections above the limit that are being told so; a further one is reset without a word
 DESCRIPTORS_SPARE = 64  # file descriptors for everything but connections: the bus, files, a child
@@ -6167,6 +6170,7 @@ class Connection(asyncio.Protocol):
         self.subscriber: Subscriber | None = None  # in the hub; None for HTTP
         self.number = 0  # the subscriber's in the hub
         self.transport.set_write_buffer_limits(high=CONNECTION_BUFFER_BYTES, low=CONNECTION_BUFFER_BYTES // 4)
+        limit_unsent(self.transport)
         # What one read brings is worked off at once.  asyncio reads up to 256 KiB: 40,000 tiny frames, or a second in
         # which nobody else is served.  (The attribute is asyncio's own since 3.4, though not documented.)
         setattr(self.transport, "max_size", CONNECTION_READ_BYTES_MAX)  # noqa: B010 - it is not in typeshed
@@ -6444,6 +6448,19 @@ class Connection(asyncio.Protocol):
 
 
 UNIX_PEER = "unix"  # stands for the address of a peer on a Unix socket, which has none
+
+
+def limit_unsent(transport: asyncio.BaseTransport) -> None:
+    """Have the kernel take little more than the peer does.
+
+    Otherwise it takes megabytes and wakes us when a third of them has gone: one that reads a KiB a second would look
+    like one that reads nothing, and the newest state would stand behind minutes of old ones.
+    """
+    connected = transport.get_extra_info("socket")
+    option = getattr(socket, "TCP_NOTSENT_LOWAT", None)
+    if option is not None and connected is not None and connected.family != getattr(socket, "AF_UNIX", None):
+        with contextlib.suppress(OSError):  # an option that the system does not have after all
+            connected.setsockopt(socket.IPPROTO_TCP, option, CONNECTION_UNSENT_BYTES)
 
 
 def peer_name(transport: asyncio.BaseTransport) -> str:
