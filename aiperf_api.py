@@ -113,6 +113,7 @@ HTTP_GZIP_BYTES_MIN = 1024  # a smaller body is sent as it is; nginx gzip_min_le
 LINGER_TIMEOUT_SEC = 2  # for the peer to end its side after our last words; nginx lingering_timeout 5
 CONNECTION_BUFFER_BYTES = 64 * 1024  # in a transport before it counts as full; asyncio 64 KiB
 CONNECTION_READ_BYTES = 16 * 1024  # taken in one read, before others have their turn; asyncio 256 KiB, nginx 4 KiB
+CONNECTION_UNSENT_BYTES = 16 * 1024  # in the kernel, behind what the peer's window takes; Linux: megabytes
 HTTP_REFUSED_MAX = 64  # connections above the limit that are being told so; a further one is reset without a word
 DESCRIPTORS_SPARE = 64  # file descriptors for everything but connections: the bus, files, a child
 LISTEN_BACKLOG = 128  # connections waiting to be accepted; asyncio 100; the peer's SYN is retried
@@ -1424,19 +1425,37 @@ def choose_subprotocol(request: Request) -> str | None:
     return next((name for name in ours if not name.startswith("aiperf.token.")), ours[0] if ours else None)
 
 
-def check_token(request: Request, token: bytes) -> None:
-    """Refuse with 401 a request that presents the token in none of the three ways that clients can.
+TOKEN_COOKIE = "aiperf_api"
 
-    `Authorization: Bearer` is for tools, `?token=` and the subprotocol `aiperf.token.<token>` are for browsers, which
-    cannot set headers on a WebSocket.
+
+def page_cookie(token: bytes) -> str:
+    """What stands in for the token in a browser's cookie: enough for us, and useless for whoever else gets to see it
+    (cookies are not kept apart by port, RFC 6265 8.5)."""
+    return hmac.new(token, b"aiperf-api page cookie", "sha256").hexdigest()
+
+
+def has_page_token(request: Request, token: bytes) -> bool:
+    """Whether the request presents the token as `?token=`, as a person does who opens a page."""
+    return any(hmac.compare_digest(value.encode("utf-8"), token) for value in request.args("token"))
+
+
+def check_token(request: Request, token: bytes) -> None:
+    """Refuse with 401 a request that presents the token in none of the ways that clients can.
+
+    `Authorization: Bearer` is for tools.  Browsers, which can set headers neither on a WebSocket nor on what a page
+    loads, have `?token=`, the subprotocol `aiperf.token.<token>`, and the cookie that a page opened with it sets.
     """
     scheme, _, credentials = request.headers.get("authorization", "").partition(" ")
     given = [credentials.strip(" ").encode("latin-1")] if scheme.lower() == "bearer" else []
     given += [value.encode("utf-8") for value in request.args("token")]
     prefix = "aiperf.token."
     given += [name[len(prefix) :].encode("latin-1") for name in subprotocols(request) if name.startswith(prefix)]
+    cookies = [pair.strip(" ").partition("=") for pair in request.headers.get("cookie", "").split(";")]
+    shown = [value.encode("latin-1") for name, _, value in cookies if name == TOKEN_COOKIE]
     # Constant time, on bytes (str with non-ASCII raises), and never stopping at the first that fits.
-    if not sum([hmac.compare_digest(candidate, token) for candidate in given]):
+    fits = [hmac.compare_digest(candidate, token) for candidate in given]
+    fits += [hmac.compare_digest(candidate, page_cookie(token).encode()) for candidate in shown]
+    if not sum(fits):
         hint = "a token is needed: -H 'Authorization: Bearer TOKEN', or ?token=TOKEN"
         raise HTTPError(401, hint, (("WWW-Authenticate", 'Bearer realm="aiperf-api"'),))
 
@@ -6216,6 +6235,7 @@ class Connection(asyncio.BufferedProtocol):
         self.subscriber: Subscriber | None = None  # in the hub; None for HTTP
         self.number = 0  # the subscriber's in the hub
         self.transport.set_write_buffer_limits(high=CONNECTION_BUFFER_BYTES, low=CONNECTION_BUFFER_BYTES // 4)
+        limit_unsent(self.transport)
 
     # -- Called by the transport --
 
@@ -6504,6 +6524,19 @@ class Connection(asyncio.BufferedProtocol):
 UNIX_PEER = "unix"  # stands for the address of a peer on a Unix socket, which has none
 
 
+def limit_unsent(transport: asyncio.BaseTransport) -> None:
+    """Have the kernel take little more than the peer does.
+
+    Otherwise it takes megabytes and wakes us when a third of them has gone: one that reads a KiB a second would look
+    like one that reads nothing, and the newest state would stand behind minutes of old ones.
+    """
+    connected = transport.get_extra_info("socket")
+    option = getattr(socket, "TCP_NOTSENT_LOWAT", None)
+    if option is not None and connected is not None and connected.family != getattr(socket, "AF_UNIX", None):
+        with contextlib.suppress(OSError):  # an option that the system does not have after all
+            connected.setsockopt(socket.IPPROTO_TCP, option, CONNECTION_UNSENT_BYTES)
+
+
 def peer_name(transport: asyncio.BaseTransport) -> str:
     """The address of the peer, for logs and /api/clients."""
     peer = transport.get_extra_info("peername")
@@ -6531,6 +6564,7 @@ def connection_factory(app: Application) -> Callable[[asyncio.StreamReader, asyn
 BUS_MESSAGE_TYPE = re.compile("[A-Za-z0-9_:-]{1,128}")  # what stands before the target and the `$` of a topic
 CLIENT_MESSAGE_TYPE = re.compile(r"[^\x00-\x20$\x7f]{1,128}")  # what a client may ask for; most of it never comes
 STATIC_ROUTE = "/static/{file}"
+PAGE_PATHS = frozenset(("/", "/dashboard"))  # what a person opens
 FAVICON_PATH = "/favicon.ico"  # browsers ask for it beside a JSON answer, too, where no page names another
 
 
@@ -7263,7 +7297,21 @@ class APIService:
         return not_modified(response) if etag_matches(wanted, etag) else response
 
     def headers_for(self, request: Request) -> HeaderList:
-        """CORS headers for a listed origin (Fetch standard, 3.2); none unless asked for on the command line."""
+        """What an answer says beside its own headers: the cookie of a page opened with a token, CORS."""
+        if self.settings.token is None:
+            return self._cors_headers(request)
+        return (*self._cookie_headers(request, self.settings.token.encode()), *self._cors_headers(request))
+
+    def _cookie_headers(self, request: Request, token: bytes) -> HeaderList:
+        """A page brings along scripts, reloads and a WebSocket; its cookie lets them in.  Without a Path it is for the
+        folder of the page, also behind a proxy (RFC 6265 5.1.4)."""
+        if request.path not in PAGE_PATHS or not has_page_token(request, token):
+            return ()
+        secure = "; Secure" if self.settings.tls_cert else ""
+        return (("Set-Cookie", f"{TOKEN_COOKIE}={page_cookie(token)}; HttpOnly; SameSite=Strict{secure}"),)
+
+    def _cors_headers(self, request: Request) -> HeaderList:
+        """For a listed origin (Fetch standard, 3.2); none unless asked for on the command line."""
         if not self.settings.cors_origins:
             return ()
         origin = request.headers.get("origin")
