@@ -6171,7 +6171,10 @@ class Connection(asyncio.Protocol):
             return True  # answers to pipelined requests are on their way
         if self.mode == "websocket":
             self._drop_if_abandoned()
-        return self.mode == "stream"  # curl and nc may half-close and go on reading
+        elif self.mode == "stream":
+            self._comment()  # nc may half-close and go on reading; one that has gone answers with a reset
+            return True
+        return False
 
     def pause_writing(self) -> None:
         self.paused = True
@@ -6367,7 +6370,7 @@ class Connection(asyncio.Protocol):
     def _keep_alive(self, now_sec: float) -> None:
         """Ping a WebSocket, comment to a stream; a WebSocket that neither speaks nor takes anything is cut off."""
         is_websocket = self.mode == "websocket"
-        interval = WS_PING_INTERVAL_SEC if is_websocket else STREAM_COMMENT_INTERVAL_SEC
+        interval = WS_PING_INTERVAL_SEC if is_websocket else 0 if self._eof else STREAM_COMMENT_INTERVAL_SEC
         moved_sec = self._moved_sec if self._buffered else 0.0
         if is_websocket and now_sec - max(self.heard_sec, moved_sec) > WS_SILENCE_TIMEOUT_SEC:
             self._cut_off()
@@ -6375,10 +6378,16 @@ class Connection(asyncio.Protocol):
             self._pinged_sec = now_sec
             if is_websocket:
                 self.transport.write(encode_frame(OP_PING, b""))
-            elif self.subscriber is not None and self.subscriber.kind == "sse":
-                self.transport.write(b": keepalive\n\n")
-            elif self._eof:
-                self.transport.write(b"\n")  # white space between JSON texts: is anybody still there to read?
+            else:
+                self._comment()
+
+    def _comment(self) -> None:
+        """A sign of life to a stream.  NDJSON has no comments: white space between two texts is for a reader of whom
+        it is not known whether it is still there."""
+        if self.subscriber is not None and self.subscriber.kind == "sse":
+            self.transport.write(b": keepalive\n\n")
+        elif self._eof:
+            self.transport.write(b"\n")
 
     def _cut_off(self) -> None:
         if self.subscriber is not None:
@@ -8486,12 +8495,13 @@ class _Remote:
             raise self._fault(error) from None
 
     def events(self, path: str, last_id: str) -> Iterator[tuple[str, str]]:
-        """(id, data) of each event of a stream, behind the one of `last_id`; raises AskError."""
+        """("", "") when the stream opens, then (id, data) of each event behind the one of `last_id`; raises AskError."""
         import http.client
 
         resume = {"Last_Event_ID": last_id} if last_id else {}
         with self.open(path, CLIENT_SILENCE_SEC, Accept=SSE, **resume) as response:
             fields: dict[str, str] = {}
+            yield "", ""
             try:
                 for line in iter(response.readline, b""):
                     name, _, value = line.decode("utf-8", "replace").rstrip("\r\n").partition(": ")
@@ -8668,7 +8678,8 @@ def follow(events: Callable[[str, str], Iterator[tuple[str, str]]], path: str, *
         try:
             for event_id, data in events(path, last_id):
                 last_id, pause_sec, is_first = event_id or last_id, CLIENT_RETRY_MIN_SEC, False
-                yield data
+                if data:
+                    yield data
         except AskError as error:
             if once or error.is_final or (is_first and not error.status):
                 raise
@@ -8775,8 +8786,11 @@ def _member(value: Mapping[str, Any], *keys: str) -> dict[str, Any]:
 
 
 def _percent(figures: Figures) -> float:
-    percent = figures.progress.get("percent_complete")
-    return min(100.0, max(0.0, float(percent))) if is_number(percent) else 0.0
+    return min(100.0, max(0.0, _number_or(figures.progress.get("percent_complete"), 0.0)))
+
+
+def _number_or(value: JSONValue, other: float) -> float:
+    return float(value) if is_number(value) else other
 
 
 def _counts(figures: Figures) -> str:
@@ -8852,9 +8866,8 @@ def _worker_lines(figures: Figures) -> list[str]:
     rows = [["worker", "status", "done", "failed", "cpu %", "MB"]]
     for name, worker in sorted(_member(figures.workers, "workers").items()):
         tasks, health = _member({"w": worker}, "w", "task_stats"), _member({"w": worker}, "w", "health")
-        memory = health.get("memory_usage")
         figure = (tasks.get("completed"), tasks.get("failed"), health.get("cpu_usage"))
-        megabytes = memory / 1e6 if is_number(memory) else None
+        megabytes = round(_number_or(health["memory_usage"], 0.0) / 1e6) if "memory_usage" in health else None
         status = _member({"w": worker}, "w").get("status")
         rows.append([_terminal_text(cell, 40) for cell in (name, status, *figure, megabytes)])
     return [f"{total} workers, {active} active", *(_columns(rows) if rows[1:] else [])]

@@ -4943,6 +4943,13 @@ class TestWebSocketProtocol(ServiceTestCase):
         self.assertEqual(await idle.read_to_end(), b"")
 
 
+def service_sweeps(service: aiperf_api.APIService) -> bool:
+    """Have a service look at its connections now, rather than within a second."""
+    for connection in list(service.connections):
+        connection.check(time.monotonic())
+    return True
+
+
 class TestStreams(ServiceTestCase):
     """`curl -N` on /api/stream."""
 
@@ -4952,6 +4959,13 @@ class TestStreams(ServiceTestCase):
         client.send(f"GET /api/stream{query} HTTP/1.1\r\nHost: localhost\r\n{lines}\r\n".encode())
         self.head = await client.read_answer("HEAD")
         return client
+
+    async def leave(self, service: aiperf_api.APIService, *clients: Client) -> None:
+        """Close streams as curl does at Ctrl-C, and wait until the server knows."""
+        stay = len(service.hub.subscribers) - len(clients)
+        for client in clients:
+            client.writer.close()
+        await self.until(lambda: service_sweeps(service) and len(service.hub.subscribers) == stay)
 
     async def read_event(self, client: Client) -> dict[str, str]:
         text = (await client.within(client.reader.readuntil(b"\n\n"))).decode()
@@ -4993,6 +5007,268 @@ class TestStreams(ServiceTestCase):
         service = await self.serve()
         for query in ("?format=xml", "?types=" + "x" * 200, "?types=a%0Ab"):
             self.assertEqual((await self.get(service, "/api/stream" + query)).status, 400, query)
+
+    async def test_head_shows_what_get_would_begin_with_and_ends(self) -> None:
+        service = await self.serve()
+        for query, kind in (("", "text/event-stream"), ("?format=ndjson", "application/x-ndjson")):
+            client = await self.client(service)
+            answer = await client.get("/api/stream" + query, method="HEAD")
+            self.assertEqual((answer.status, answer.headers["content-type"]), (200, kind))
+            self.assertEqual(answer.headers["connection"], "close")
+            self.assertEqual(await client.read_to_end(), b"")
+        self.assertEqual(service.hub.subscribers, {})
+
+    async def test_an_http_1_0_client_is_served_too(self) -> None:
+        service = await self.serve()
+        client = await self.client(service)
+        client.send(b"GET /api/stream?format=ndjson HTTP/1.0\r\n\r\n")
+        head = await client.within(client.reader.readuntil(b"\r\n\r\n"))
+        self.assertNotIn(b"chunked", head.lower())
+        service.publish({"message_type": "heartbeat", "n": 1})
+        self.assertEqual(json.loads(await client.within(client.reader.readline()))["n"], 1)
+
+    async def test_a_token_may_stand_in_the_header_or_the_query(self) -> None:
+        service = await self.serve(token="s3cret-token")
+        await self.open(service)
+        self.assertEqual(self.head.status, 401)
+        await self.open(service, Authorization="Bearer s3cret-token")
+        self.assertEqual(self.head.status, 200)
+        await self.open(service, "?token=s3cret-token")
+        self.assertEqual(self.head.status, 200)
+
+    async def test_a_stream_may_begin_with_the_next_message(self) -> None:
+        service = await self.serve()
+        service.publish({"message_type": "heartbeat", "n": 1})
+        client = await self.open(service, "?snapshot=0")
+        service.publish({"message_type": "heartbeat", "n": 2})
+        await self.read_event(client)
+        self.assertEqual(json.loads((await self.read_event(client))["data"])["n"], 2)
+
+    async def test_a_quiet_event_stream_has_comments_and_is_not_timed_out(self) -> None:
+        service = await self.serve()
+        client = await self.open(service)
+        await self.read_event(client)
+        (connection,) = service.connections
+        now = time.monotonic()
+        for after in (16, 17, 32, 3600):
+            connection.check(now + after)
+        text = await client.within(client.reader.readexactly(3 * len(b": keepalive\n\n")))
+        self.assertEqual(text, b": keepalive\n\n" * 3)
+        service.publish({"message_type": "heartbeat", "n": 1})
+        self.assertEqual((await self.read_event(client))["event"], "heartbeat")
+
+    async def test_a_reader_that_has_left_is_noticed_without_a_message(self) -> None:
+        service = await self.serve()
+        for query in ("", "?format=ndjson"):
+            await self.leave(service, await self.open(service, query))
+        self.assertEqual(service.hub.subscribers, {})
+
+    async def test_a_reader_that_has_half_closed_is_served_on(self) -> None:
+        service = await self.serve()
+        client = await self.open(service, "?format=ndjson")
+        client.writer.write_eof()
+        (connection,) = service.connections
+        await self.until(lambda: connection._eof)
+        connection.check(time.monotonic() + 16)
+        service.publish({"message_type": "heartbeat", "n": 5})
+        line = await client.within(client.reader.readuntil(b"}\n"))
+        self.assertEqual(json.loads(line)["n"], 5)
+
+    async def test_slow_readers_are_told_what_they_missed_and_get_the_newest(self) -> None:
+        service = await self.serve()
+        total = 40
+        with unittest.mock.patch.object(aiperf_api, "CLIENT_SOFT_MARK_BYTES", 300_000):
+            client = await self.open(service, "?types=worker_status_summary,heartbeat")
+            (connection,) = service.connections
+            filler = {f"worker_{n:05}": "healthy" for n in range(10_000)}
+            published = 0
+            while published < total or not connection.paused:  # until the kernel takes no more, and then some
+                message = {"message_type": "worker_status_summary", "worker_statuses": filler, "n": published}
+                service.publish(message)
+                published += 1
+                await asyncio.sleep(0)
+            for _ in range(10):
+                service.publish({**message, "n": published})
+                published += 1
+            service.publish({"message_type": "heartbeat", "n": "event"})
+        heard, missed = [], 0
+        await self.read_event(client)
+        while not heard or heard[-1] != "event":
+            event = await self.read_big_event(client)
+            if event["event"] == "skipped":
+                missed += json.loads(event["data"])["counts"]["worker_status_summary"]
+            else:
+                heard.append(json.loads(event["data"])["n"])
+        self.assertGreater(missed, 0)
+        self.assertEqual(len(heard) - 1 + missed, published)
+        self.assertEqual(heard[-2], published - 1)
+        self.assertEqual(heard[:-1], sorted(heard[:-1]))
+
+    async def read_big_event(self, client: Client) -> dict[str, str]:
+        lines: list[str] = []
+        while not lines or lines[-1]:
+            size = b""
+            while not size.endswith(b"\n"):
+                try:
+                    size += await client.within(client.reader.readuntil(b"\n"))
+                except asyncio.LimitOverrunError as error:
+                    size += await client.within(client.reader.readexactly(error.consumed))
+            lines.append(size.decode().rstrip("\n"))
+        return dict(line.partition(": ")[::2] for line in lines[:-1])
+
+    async def test_beyond_what_is_kept_a_resumed_stream_begins_with_the_snapshot(self) -> None:
+        service = await self.serve()
+        client = await self.open(service)
+        await self.read_event(client)
+        with unittest.mock.patch.object(aiperf_api, "RESUME_MESSAGES_MAX", 5):
+            for n in range(4):
+                service.publish({"message_type": "heartbeat", "n": n})
+            ids = [(await self.read_event(client))["id"] for _ in range(4)]
+            for n in range(4, 9):  # message 4 of 0..8 is now the oldest that is kept
+                service.publish({"message_type": "status" if n == 6 else "heartbeat", "n": n})
+        for seen, expected in ((3, [4, 5, 6, 7, 8]), (2, [6, 8]), (0, [6, 8])):
+            again = await self.open(service, Last_Event_ID=ids[seen])
+            await self.read_event(again)
+            got = [json.loads((await self.read_event(again))["data"])["n"] for _ in expected]
+            self.assertEqual(got, expected, f"after {seen}")
+
+    async def test_ids_of_another_server_or_of_the_future_get_the_snapshot(self) -> None:
+        service = await self.serve()
+        service.publish({"message_type": "heartbeat", "n": 1})
+        epoch = f"{service.started_ns:x}"
+        for event_id in ("0-1", f"{epoch}-99", f"{epoch}-", f"{epoch}--1", f"{epoch}-" + "9" * 40, f"{epoch}-\u0661"):
+            client = await self.open(service, "?last_event_id=" + quote(event_id))
+            await self.read_event(client)
+            self.assertEqual(json.loads((await self.read_event(client))["data"])["n"], 1, event_id)
+
+    async def test_what_came_while_nobody_listened_is_resumed_as_clients_should_see_it(self) -> None:
+        service = await self.serve()
+        client = await self.open(service, "?types=realtime_metrics")
+        await self.read_event(client)
+        rows = [{"tag": "request_latency", "unit": "ns", "avg": 2e6, "p99": None}, {"tag": "min_request_timestamp"}]
+        message = {"message_type": "realtime_metrics", "api_key": "sk-0123456789", "metrics": rows}
+        service.publish(message)
+        first = await self.read_event(client)
+        await self.leave(service, client)
+        service.publish(message)
+        again = await self.open(service, "?types=realtime_metrics", Last_Event_ID=first["id"])
+        await self.read_event(again)
+        second = await self.read_event(again)
+        self.assertEqual(second["data"], first["data"])
+        self.assertEqual(json.loads(second["data"])["metrics"], [{"tag": "request_latency", "unit": "ms", "avg": 2.0}])
+        self.assertNotIn("sk-0123456789", second["data"])
+
+    async def test_the_bus_goes_on_bringing_what_a_stream_took_for_a_while(self) -> None:
+        source = SpySource()
+        service = await self.serve(source=source)
+        client = await self.open(service, "?types=heartbeat")
+        self.assertIn(b"heartbeat$", source.topics)
+        await self.leave(service, client)
+        self.assertIn(b"heartbeat$", source.topics)
+        again = await self.open(service, "?types=heartbeat")
+        self.assertEqual(source.orders.count(("+", b"heartbeat$")), 1)  # it was never gone
+        await self.leave(service, again)
+        service._release_held(time.monotonic() + aiperf_api.RESUME_HOLD_SEC - 1)
+        self.assertIn(b"heartbeat$", source.topics)
+        service._release_held(time.monotonic() + aiperf_api.RESUME_HOLD_SEC + 1)
+        self.assertNotIn(b"heartbeat$", source.topics)
+
+    async def test_what_another_client_still_takes_is_not_given_up(self) -> None:
+        source = SpySource()
+        service = await self.serve(source=source)
+        stream, listener = await self.open(service, "?types=heartbeat"), await self.listen(service, "heartbeat")
+        await self.leave(service, stream)
+        service._release_held(time.monotonic() + 3600)
+        self.assertIn(b"heartbeat$", source.topics)
+        listener.close()
+        await self.until(lambda: b"heartbeat$" not in source.topics)
+
+
+class SpySource(aiperf_api.Source):
+    """A source that brings nothing and remembers what was asked of it."""
+
+    def __init__(self) -> None:
+        super().__init__("tcp", "nowhere")
+        self.topics: set[bytes] = set()
+        self.orders: list[tuple[str, bytes]] = []
+
+    def subscribe(self, prefix: bytes) -> None:
+        self.orders.append(("+", prefix))
+        self.topics.add(prefix)
+
+    def unsubscribe(self, prefix: bytes) -> None:
+        self.orders.append(("-", prefix))
+        self.topics.discard(prefix)
+
+
+@needs_recordings
+@unittest.skipUnless(shutil.which("curl"), "needs the curl program")
+class TestStreamsThroughCurl(ServiceTestCase):
+    """curl -N on a replayed run."""
+
+    RECORDING = "run_0_13_gpu_and_server_metrics"
+
+    async def asyncSetUp(self) -> None:
+        self.service = await self.serve()
+        messages = wire_recording(self.RECORDING)
+        self.expected = [json.loads(self.prepared(topic, payload)) for _, topic, payload in messages]
+
+    def prepared(self, topic: bytes, payload: bytes) -> bytes:
+        return self.service._prepare(self.service._type_of(topic), self.service._scrub(payload))
+
+    async def curl(self, *arguments: str) -> asyncio.subprocess.Process:
+        before = len(self.service.hub.subscribers)
+        command = ("curl", "-sSN", *arguments, self.service.url + "/api/stream")
+        process = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE, limit=1 << 20)
+        self.addCleanup(lambda: process.returncode is None and process.kill())
+        await self.until(lambda: len(self.service.hub.subscribers) > before)
+        return process
+
+    async def lines(self, process: asyncio.subprocess.Process) -> list[str]:
+        assert process.stdout is not None
+        return (await asyncio.wait_for(process.stdout.read(), 20)).decode().split("\n")
+
+    async def test_every_message_comes_in_order_as_events_and_as_lines(self) -> None:
+        events, lines = await self.curl(), await self.curl("-H", "Accept: application/x-ndjson")
+        self.feed(self.service, self.RECORDING)
+        reading = asyncio.gather(self.lines(events), self.lines(lines))
+        sent = list(self.service.hub.subscribers.values())
+        await self.until(lambda: not any(client.outstanding for client in sent))
+        await self.service.stop()
+        from_events, from_lines = await reading
+        data = [line[len("data: ") :] for line in from_events if line.startswith("data: ")]
+        for got in (data, [line for line in from_lines if line]):
+            self.assertEqual(len(got), len(self.expected))
+            self.assertTrue([json.loads(line) for line in got] == self.expected, "they are not the same")
+        self.assertEqual([await process.wait() for process in (events, lines)], [0, 0])
+
+    async def test_cut_off_again_and_again_and_resumed_it_misses_none(self) -> None:
+        messages = wire_recording(self.RECORDING)
+        got: list[Any] = []
+        last_id, place = "", 0
+        while place < len(messages):
+            process = await self.curl(*(("-H", f"Last-Event-ID: {last_id}") if last_id else ()))
+            assert process.stdout is not None
+            for _, topic, payload in messages[place : place + 9]:
+                self.service._deliver([[topic, payload]])
+            place = min(place + 9, len(messages))
+            while len(got) < place - 2:  # two of each nine are still on their way when it is cut off
+                line = (await asyncio.wait_for(process.stdout.readline(), 10)).decode().rstrip("\n")
+                if line.startswith("id: "):
+                    next_id = line[len("id: ") :]
+                elif line.startswith("data: "):
+                    last_id = next_id
+                    got.append(json.loads(line[len("data: ") :]))
+            process.kill()
+            await process.wait()
+            await self.until(lambda: service_sweeps(self.service) and not self.service.hub.subscribers)
+        process = await self.curl("-H", f"Last-Event-ID: {last_id}")
+        await self.until(lambda: not any(client.outstanding for client in self.service.hub.subscribers.values()))
+        await self.service.stop()
+        rest = [line[len("data: ") :] for line in await self.lines(process) if line.startswith("data: ")]
+        got += [json.loads(line) for line in rest]
+        self.assertEqual(len(got), len(self.expected))
+        self.assertTrue(got == self.expected, "they are not the same")  # and no diff of a megabyte
 
 
 # == 15 == Command line ================================================================================================
