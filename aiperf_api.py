@@ -8629,13 +8629,15 @@ def _numbered(row: JSONValue) -> Iterator[tuple[str, Any]]:
 
 
 def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Cells in columns two spaces apart, numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = []
-    for row in rows:
-        cells = (cell.rjust(width) if _looks_numeric(cell) else cell.ljust(width) for cell, width in zip(row, widths))
-        lines.append("  ".join(cells).rstrip())
-    return lines
+    """Cells in columns two spaces apart; a column of numbers under a head stands to the right."""
+    columns = []
+    for column in zip(*rows):
+        width = max(map(len, column))
+        is_numeric = any(map(_looks_numeric, column)) and all(
+            _looks_numeric(cell) or cell in "-" for cell in column[1:]
+        )
+        columns.append([cell.rjust(width) if is_numeric else cell.ljust(width) for cell in column])
+    return ["  ".join(cells).rstrip() for cells in zip(*columns)]
 
 
 def _looks_numeric(cell: str) -> bool:
@@ -8763,7 +8765,7 @@ def _draw_on_screen(remote: _Remote, figures: Figures, interval_sec: float) -> N
             lines = top_lines(seen, remote.url, size.columns)
             shown = ([trouble[: size.columns]] if trouble else []) + lines
             ended = (line + _END_OF_LINE for line in shown[: size.lines])
-            sys.stdout.write(_HOME + "\r\n".join(ended) + _END_OF_SCREEN)
+            sys.stdout.write(_HOME + "\n".join(ended) + _END_OF_SCREEN)
             sys.stdout.flush()
     finally:
         sys.stdout.write(_NORMAL_SCREEN + "\n".join([*lines, ""]))
