@@ -5491,7 +5491,7 @@ class TestClient(ServiceTestCase):
             {"tag": "t", "points": [[1, 0.5], [2, None]], "empty": {}, "deep": {"a": {"b": 1}}}
         )
         self.assertEqual(
-            lines, ["tag  t", "", "points:", "   0     1", "0  1  0.50", "1  2  -", "", "deep:", "   b", "a  1"]
+            lines, ["tag  t", "", "points:", "   0     1", "0  1  0.50", "1  2     -", "", "deep:", "   b", "a  1"]
         )
 
     async def test_the_server_may_be_named_in_many_ways(self) -> None:
