@@ -112,6 +112,9 @@ HTTP_CONNECTIONS_MAX = 512  # beside the WebSocket limit, half-open ones include
 HTTP_GZIP_BYTES_MIN = 1024  # a smaller body is sent as it is; nginx gzip_min_length 20, client_python none
 LINGER_TIMEOUT_SEC = 2  # for the peer to end its side after our last words; nginx lingering_timeout 5
 CONNECTION_BUFFER_BYTES = 64 * 1024  # in a transport before it counts as full; asyncio 64 KiB
+CONNECTION_READ_BYTES = 16 * 1024  # taken in one read, before others have their turn; asyncio 256 KiB, nginx 4 KiB
+HTTP_REFUSED_MAX = 64  # connections above the limit that are being told so; a further one is reset without a word
+DESCRIPTORS_SPARE = 64  # file descriptors for everything but connections: the bus, files, a child
 LISTEN_BACKLOG = 128  # connections waiting to be accepted; asyncio 100; the peer's SYN is retried
 
 # WebSocket, from the client to us
@@ -123,6 +126,7 @@ WS_FRAGMENT_BYTES_MEAN = 64  # above 64 KiB the cap grows: one fragment for each
 WS_CONNECTIONS_MAX = 1000  # WebSockets and streams, unless --ws-max-connections says otherwise; 503 before the upgrade
 WS_PING_INTERVAL_SEC = 20  # keepalive; websockets 20
 WS_SILENCE_TIMEOUT_SEC = 40  # without a byte either way; websockets 20 behind a ping; cut off
+WS_PINGS_PER_READ_MAX = 10  # answered one by one (Autobahn's case 2.10 sends ten); of more, only the last
 CLIENT_TYPES_MAX = 256  # message types of one client; an error answer
 
 # WebSocket and streams, from us to the client
@@ -204,6 +208,7 @@ LOG_QUOTE_CHARS_MAX = 200  # a quoted string of a peer; websockets 75; cut with 
 #   ├── JSONError             bytes that are not JSON
 #   ├── BusMessageError       a bus message that cannot be used                           counted, logged once a kind
 #   ├── ClientMessageError    a WebSocket message that cannot be obeyed                   an error answer
+#   ├── ZMTPError             a bus peer that does not speak ZMTP as we do      reconnect, logged once a kind
 #   ├── HTTPError             carries the HTTP status of its answer
 #   └── WebSocketError        carries the close code of its answer
 
@@ -955,7 +960,8 @@ _FIELD_VALUE = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")
 _ORIGIN_FORM = re.compile(rb"(/[^?#]*)(?:\?([^#]*))?")
 # RFC 9112 3.2.2: absolute-form = absolute-URI; the authority without userinfo (RFC 9110 4.2.4)
 _ABSOLUTE_FORM = re.compile(rb"(?i:https?)://([^/?#]+)(/[^?#]*)?(?:\?([^#]*))?")
-# RFC 9110 7.2: Host = uri-host [ ":" port ]; names as DNS and containers have them, addresses as IP-literal (RFC 3986 3.2.2)
+# RFC 9110 7.2: Host = uri-host [ ":" port ]; names as DNS and containers have them, addresses as IP-literal
+# (RFC 3986 3.2.2)
 _HOST = re.compile(r"(?:([A-Za-z0-9._~-]*)|\[([0-9A-Fa-f:.]+)\])(?::([0-9]{0,5}))?")
 # RFC 9110 8.6: Content-Length = 1*DIGIT
 _CONTENT_LENGTH = re.compile(rf"[0-9]{{1,{HTTP_CONTENT_LENGTH_DIGITS_MAX}}}")
@@ -987,7 +993,8 @@ _REASONS: Mapping[int, str] = MappingProxyType({
     101: "Switching Protocols", 200: "OK", 204: "No Content", 304: "Not Modified", 400: "Bad Request",
     401: "Unauthorized", 403: "Forbidden", 404: "Not Found", 405: "Method Not Allowed", 408: "Request Timeout",
     413: "Content Too Large", 414: "URI Too Long", 417: "Expectation Failed", 421: "Misdirected Request",
-    426: "Upgrade Required", 429: "Too Many Requests", 431: "Request Header Fields Too Large", 500: "Internal Server Error",
+    426: "Upgrade Required", 429: "Too Many Requests", 431: "Request Header Fields Too Large",
+    500: "Internal Server Error",
     501: "Not Implemented", 503: "Service Unavailable", 505: "HTTP Version Not Supported",
 })  # fmt: skip
 
@@ -1482,7 +1489,9 @@ def accepts(header: str | None, offered: Sequence[str]) -> str | None:
 
 def accepts_gzip(header: str | None) -> bool:
     """Whether an Accept-Encoding header takes gzip (RFC 9110 12.5.3)."""
-    codings = {value: q for value, _, q in _weighted(header or "")}
+    if not header:
+        return False
+    codings = {value: q for value, _, q in _weighted(header)}
     return codings.get("gzip", codings.get("x-gzip", codings.get("*", 0.0))) > 0
 
 
@@ -1498,6 +1507,10 @@ def etag_matches(header: str | None, etag: str) -> bool:
 
 
 # -- Writing responses
+
+
+# The head of nearly every answer, as _fixed_head() makes it; to make it anew took longer than the answer itself.
+_JSON_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nX-Content-Type-Options: nosniff\r\nCache-Control: no-store\r\n"
 
 
 def _header_bytes(headers: HeaderList) -> bytes:
@@ -1537,7 +1550,8 @@ class Response:
         self.body = body
         self.headers = tuple(headers)
         self.is_compressible = body is not None and status == 200 and len(body) >= HTTP_GZIP_BYTES_MIN
-        self._head = self._fixed_head(content_type)
+        plain = status == 200 and content_type == "application/json" and not headers and not self.is_compressible
+        self._head = _JSON_HEAD if plain else self._fixed_head(content_type)
         self._gzip_head, self._gzip_body = b"", b""  # made when a client first takes it
 
     def _fixed_head(self, content_type: str) -> bytes:
@@ -2081,10 +2095,10 @@ QUANTILES: Mapping[str, str] = MappingProxyType({f"p{p}": f"{p / 100}" for p in 
 STATISTICS = frozenset(("avg", "min", "max", "std", "sum", "current", *QUANTILES))
 # Fields that AIPerf uses between its own processes.
 INTERNAL_FIELDS = frozenset({"console_group"})
-# (unit, display unit) -> the (factor, divisor) that leads from one to the other. Two figures, because dividing by a
-# million is exact where multiplying by a millionth is not.
-_CONVERSIONS: Mapping[tuple[str, str], tuple[float, float]] = MappingProxyType(
-    {("ns", "ms"): (1, 1e6), ("ns", "sec"): (1, 1e9), ("B", "KB"): (1, 1024), ("sec", "ms"): (1000, 1)}
+# (unit, display unit) -> the factor that leads from one to the other. Dividing by a million would be more exact than
+# multiplying by a millionth, but AIPerf multiplies, and its exports and ours are to agree to the last digit.
+_CONVERSIONS: Mapping[tuple[str, str], float] = MappingProxyType(
+    {("ns", "ms"): 1e-6, ("ns", "sec"): 1e-9, ("B", "KB"): 1 / 1024, ("sec", "ms"): 1000.0}
 )
 
 
@@ -2098,12 +2112,12 @@ def text_or(value: Any, default: str) -> str:
     return value if isinstance(value, str) and value else default
 
 
-def _conversion(tag: str, unit: Any) -> Optional[tuple[float, float, str]]:
-    """Return (factor, divisor, display unit) where a unit on the bus is not the one people read, else None."""
+def _conversion(tag: str, unit: Any) -> Optional[tuple[float, str]]:
+    """Return (factor, display unit) where a unit on the bus is not the one people read, else None."""
     metric = CATALOGUE.get(tag)
     if metric is None or unit != metric.unit or unit == metric.display_unit:
         return None
-    return (*_CONVERSIONS[metric.unit, metric.display_unit], metric.display_unit)
+    return _CONVERSIONS[metric.unit, metric.display_unit], metric.display_unit
 
 
 def _tag_of(row: Any) -> str:
@@ -2138,8 +2152,8 @@ def display_row(row: Any) -> Optional[dict[str, Any]]:
     }
     conversion = _conversion(tag, shown.get("unit"))
     if conversion is not None:
-        factor, divisor, shown["unit"] = conversion
-        shown.update((key, shown[key] * factor / divisor) for key in STATISTICS & shown.keys())
+        factor, shown["unit"] = conversion
+        shown.update((key, shown[key] * factor) for key in STATISTICS & shown.keys())
     return shown
 
 
@@ -2801,7 +2815,8 @@ class Phase:
 
     @property
     def in_flight(self) -> int:
-        return 0 if self.is_complete else max(0, self.sent - self.done - self.cancelled)
+        """Return the requests on their way, by the credit counters alone: they are of one moment."""
+        return 0 if self.is_complete else max(0, self.sent - self.completed - self.cancelled)
 
     def history_row(self) -> dict[str, Any]:
         return {
@@ -3661,6 +3676,7 @@ class BenchmarkState:
     def __init__(self) -> None:
         self._configs: dict[str, dict[str, Any]] = {}  # given from outside, by origin ("file", "command")
         self._run = Run()  # the run at hand
+        self._identified: tuple[list[dict[str, Any]], dict[str, Any]] = [], {}  # configurations, and what they identify
         self._late_errors_before = 0  # messages of earlier runs that proved bad when they were read late
 
     @property
@@ -3838,7 +3854,7 @@ class BenchmarkState:
 
     def _known_configs(self) -> list[dict[str, Any]]:
         """Return all configurations, the one that counts most first."""
-        phases = {"phases": self._run.phase_configs} if self._run.phase_configs else {}
+        phases = {"phases": dict(self._run.phase_configs)} if self._run.phase_configs else {}
         found = {**self._configs, "bus": self._run.config or self._configs.get("bus", {}), "phases": phases}
         return [found[origin] for origin in CONFIG_ORIGINS if found.get(origin)]
 
@@ -3848,12 +3864,14 @@ class BenchmarkState:
 
     def _identity(self) -> dict[str, Any]:
         """Return the identity field by field, each from the first origin that tells it."""
-        found: dict[str, Any] = {}
-        for config in reversed(self._known_configs()):
-            found.update(identity_of(config))
-        if self._run.benchmark_id:
-            found["benchmark_id"] = self._run.benchmark_id
-        return found
+        configs = self._known_configs()
+        if configs != self._identified[0]:  # quick: mostly the very same objects
+            found: dict[str, Any] = {}
+            for config in reversed(configs):
+                found.update(identity_of(config))
+            self._identified = configs, found
+        run_id = {"benchmark_id": self._run.benchmark_id} if self._run.benchmark_id else {}
+        return {**self._identified[1], **run_id}
 
     def labels(self) -> dict[str, str]:
         """Return the identity as labels for Prometheus, as far as it is known, written as AIPerf's exporter does."""
@@ -3971,8 +3989,8 @@ def state_families(state: BenchmarkState, now_ns: int) -> list[Family]:
 
 # == 11 == Sources =====================================================================================================
 #
-# Where bus messages come from.  A source yields batches: what one poll turn found, each message a list of frames as they
-# came off the wire, normally [topic, payload].  It knows nothing of state, HTTP or clients; `deliver` never waits.
+# Where bus messages come from.  A source yields batches: what one poll turn found, each message a list of frames as
+# they came off the wire, normally [topic, payload].  It knows nothing of state, HTTP or clients; `deliver` never waits.
 
 log = logging.getLogger("aiperf_api")
 
@@ -4493,6 +4511,7 @@ class _BusPeer(asyncio.Protocol):
         self._proof: asyncio.TimerHandle | None = None  # when the connection has lasted BUS_PROVEN_SEC
         self._heard = False  # whether bytes came since the last heartbeat
         self._misses = 0  # heartbeats in a row before which no byte came
+        self.at_fault = False  # whether the connection ends because of what the peer did
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport
@@ -4550,6 +4569,7 @@ class _BusPeer(asyncio.Protocol):
     def fail(self, error: ZMTPError) -> None:
         """End the connection because of the peer."""
         if not self._transport.is_closing():
+            self.at_fault = True
             self._source.peer_failed(error)
             self._transport.abort()
 
@@ -4610,12 +4630,11 @@ class BuiltinBusSource(Source):
         UsageError: the address is not one.
     """
 
-    backend = "builtin"
-
     def __init__(self, address: str, kind: str = "zmq", *, bind: bool = False) -> None:
         # source
-        self.address = address
-        self.kind = kind  # as /api/status has it
+        super().__init__(kind, address)
+        self.backend = "builtin"
+        self.connected = False  # no handshake is done yet
         self._endpoint = parse_endpoint(address, bind=bind)  # what the address says
         self._bind = bind  # whether publishers connect to us
         # prefix -> how often subscribed, as a SUB socket counts
@@ -4667,6 +4686,8 @@ class BuiltinBusSource(Source):
     async def stop(self) -> None:
         """Close everything; nothing is delivered afterwards."""
         self._stopped = True
+        for peer in list(self._peers):
+            peer.abort()
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
@@ -4674,8 +4695,6 @@ class BuiltinBusSource(Source):
             self._server.close()
         elif self._listener is not None:
             self._listener.close()
-        for peer in list(self._peers):
-            peer.abort()
         self._remove_file()
         await asyncio.sleep(0)  # lets the transports close their sockets
 
@@ -4698,7 +4717,7 @@ class BuiltinBusSource(Source):
     def peer_proven(self, peer: _BusPeer) -> None:
         """The connection lasts: the next loss is news, and is followed by a quick attempt again."""
         self._retry_sec = BUS_RETRY_MIN_SEC
-        self._said -= {"up", "down"}
+        self._said -= {"up", "down", "hung_up"}
         if not self._said_up:
             self._say_up(peer)
 
@@ -4709,6 +4728,10 @@ class BuiltinBusSource(Source):
 
     def peer_lost(self, peer: _BusPeer, exc: Exception | None) -> None:
         """The connection is over."""
+        if peer in self._peers and peer not in self._ready and not peer.at_fault and not self._stopped:
+            # libzmq hangs up without a word on a socket type or a mechanism that does not suit it.
+            why = "it hung up during the handshake; is it a PUB or XPUB socket without security?"
+            self.peer_failed(ZMTPError("hung_up", why))
         self._peers.discard(peer)
         if peer in self._ready:
             self._ready.discard(peer)
@@ -4757,6 +4780,8 @@ class BuiltinBusSource(Source):
                 self._say_down("no bus at {} yet", error, "trying until there is one")
             else:
                 await peer.gone
+            if self._stopped:  # wait_for() before Python 3.12 may swallow a cancellation (bpo-37658)
+                return
             await asyncio.sleep(self._retry_sec * random.uniform(0.75, 1.25))
             self._retry_sec = min(self._retry_sec * 2, BUS_RETRY_MAX_SEC)
 
@@ -4764,8 +4789,9 @@ class BuiltinBusSource(Source):
         loop, (host, port, path) = asyncio.get_running_loop(), self._endpoint
         if path:
             return (await loop.create_unix_connection(lambda: _BusPeer(self), path))[1]
-        # All addresses of the name are tried, 0.25 s apart (RFC 8305): a `localhost` that is ::1 too does no harm.
-        return (await loop.create_connection(lambda: _BusPeer(self), host, port, happy_eyeballs_delay=0.25))[1]
+        # All addresses of a name are tried, 0.25 s apart (RFC 8305), so `localhost` may mean ::1 as well as 127.0.0.1.
+        delay = 0.25 if re.search("[a-z]", host, re.I) and ":" not in host else None
+        return (await loop.create_connection(lambda: _BusPeer(self), host, port, happy_eyeballs_delay=delay))[1]
 
     def _open_listener(self) -> socket.socket:
         host, _, path = self._endpoint
@@ -5033,8 +5059,6 @@ _WRAPPERS = frozenset(
         "pixi",
         "poetry",
         "prlimit",
-    )
-    + (
         "rye",
         "setarch",
         "setpriv",
@@ -5616,8 +5640,8 @@ class ChildProcess:
     """
 
     def __init__(self, argv: Sequence[str], environ: Mapping[str, str]) -> None:
-        self.argv = tuple(argv)
-        self.environment = dict(environ)
+        self.argv = tuple(argv)  # the command line
+        self.environment = dict(environ)  # all of its variables
         self.signals = 0  # how many ending signals have come while it ran
         self._process: asyncio.subprocess.Process | None = None  # None until it is started
 
@@ -5751,6 +5775,7 @@ class Encoded(NamedTuple):
     type: str  # message type; "" for an answer to one client
     data: bytes  # a whole frame, event or line
     replaceable: bool  # a state message: the next of its type replaces it
+    taken_sec: float  # monotonic: when the hub took it
 
 
 Encoder = Callable[[Message], bytes]
@@ -5762,17 +5787,57 @@ class Transport(Protocol):
 
     def write(self, data: bytes) -> None: ...
     def abort(self) -> None: ...
+    def is_closing(self) -> bool: ...
     def get_write_buffer_size(self) -> int: ...
+
+
+class Outlet:
+    """The way out to one client.  It counts, because the size of a transport's buffer does not tell a slow client from
+    one that takes nothing: it stands still or grows, too, while as much or more comes in than goes out."""
+
+    __slots__ = ("_left", "closed", "moved_sec", "transport", "written")
+
+    def __init__(self, transport: Transport, now_sec: float) -> None:
+        self.transport = transport  # asyncio's
+        self.closed = False  # our side has ended: nothing more is written
+        self.written = 0  # bytes, ever
+        self._left = 0  # bytes that had left the transport at the last look
+        self.moved_sec = now_sec  # monotonic: the last look at which some had left, or none waited
+
+    @property
+    def waiting(self) -> int:
+        """Bytes in the transport."""
+        return self.transport.get_write_buffer_size()
+
+    def write(self, data: bytes) -> None:
+        """Hand bytes to the transport, unless our side has ended: asyncio raises after write_eof(), and logs a line
+        for each write after the peer's reset."""
+        if not self.closed and not self.transport.is_closing():
+            self.written += len(data)
+            self.transport.write(data)
+
+    def abort(self) -> None:
+        """End at once and free all that waits; close() would wait for the peer to take it."""
+        self.closed = True
+        self.transport.abort()
+
+    def has_stalled(self, now_sec: float) -> bool:
+        """Whether bytes wait and none has moved for too long; to be asked about once a second."""
+        waiting = self.waiting
+        left = self.written - waiting
+        # Over TLS `waiting` may hold more than was written, by the overhead of a record: only growth is movement.
+        if left > self._left or not waiting:
+            self.moved_sec = now_sec
+        self._left = left
+        return now_sec - self.moved_sec > CLIENT_STALL_SEC
 
 
 class Subscriber:
     """One client that listens: a WebSocket or a stream."""
 
-    def __init__(
-        self, transport: Transport, kind: str, address: str, encode: Encoder, now_sec: float, connected_ns: int = 0
-    ) -> None:
+    def __init__(self, outlet: Outlet, kind: str, address: str, encode: Encoder, connected_ns: int = 0) -> None:
         # The connection's, for as long as it lasts.
-        self.transport = transport
+        self.outlet = outlet  # the way to it
         self.kind = kind  # websocket | sse | ndjson
         self.address = address  # of the peer, as text
         self.encode = encode  # makes of a message what this kind of client takes
@@ -5780,7 +5845,9 @@ class Subscriber:
         self.asked: set[str] = set()  # message types as it named them, "*" among them
         self.types: frozenset[str] | None = frozenset()  # what it takes; None: everything
         self.paused = False  # the transport is full: messages queue here
-        self.gone = False  # cut off or closed: nothing more is written
+        self.held = 0  # bytes in the transport when it became full
+        self.gone = False  # cut off or leaving: it takes nothing more
+        self.fault = ""  # why it was cut off; "" if it was not
         # Counters for /api/clients.
         self.sent = 0  # messages written
         self.skipped = 0  # messages left out, ever
@@ -5790,26 +5857,30 @@ class Subscriber:
         self.newest: dict[str, int] = {}  # state type -> number of its newest in the backlog
         self.backlog_bytes = 0  # of all messages in it
         self.backlog_events = 0  # messages that nothing replaces
-        self.backlog_since_sec = 0.0  # monotonic: since when there has been one without a break
-        self.compacted = False  # superseded state messages are out of it
+        self.reached_sec = 0.0  # monotonic: when the hub took what was last written out of it, or first put into it
+        self.slow = False  # it has been behind by more than the soft mark, and has not caught up since
         self.missed: dict[str, int] = {}  # type -> left out since the last notice
-        # Stall detection.
-        self.moved_sec = now_sec  # monotonic: when the transport last took or sent anything
-        self.buffered = 0  # bytes in the transport at the last look
 
     @property
     def outstanding(self) -> int:
         """Bytes that wait for this client, here and in the transport."""
-        return self.backlog_bytes + self.transport.get_write_buffer_size()
+        return self.backlog_bytes + self.outlet.waiting
+
+    def pause(self) -> None:
+        """The transport is full."""
+        self.paused = True
+        self.held = self.outlet.waiting
 
     def send(self, chunks: Sequence[Chunk], now_sec: float) -> None:
         """Take a batch: written while the transport has room, queued from the first chunk on that finds it full."""
         for data, messages in chunks:
+            if self.gone:
+                return
             if self.paused or self.backlog:
                 for message in messages:
                     self._queue(message, now_sec)
             else:
-                self.transport.write(data)
+                self.outlet.write(data)
                 self.sent += len(messages)
 
     def reply(self, data: bytes, now_sec: float) -> None:
@@ -5817,27 +5888,29 @@ class Subscriber:
         if self.gone:
             return
         if self.paused or self.backlog:
-            self._append(Encoded("", data, False), now_sec)
-            self._cut_off_if_above_hard_mark()
+            self._append(Encoded("", data, False, now_sec))
         else:
-            self.transport.write(data)
+            self.outlet.write(data)
 
     def is_slow(self, now_sec: float) -> bool:
-        """Whether it is behind by more than the soft mark allows."""
-        return bool(self.backlog) and (
-            self.backlog_bytes > CLIENT_SOFT_MARK_BYTES or now_sec - self.backlog_since_sec > CLIENT_SOFT_MARK_SEC
-        )
+        """Whether it is behind by more than the soft mark allows; then it stays slow until it has caught up."""
+        behind_sec = now_sec - self.reached_sec if self.backlog else 0.0
+        if not self.slow and (self.backlog_bytes > CLIENT_SOFT_MARK_BYTES or behind_sec > CLIENT_SOFT_MARK_SEC):
+            self.slow = True
+            for number in [n for n, m in self.backlog.items() if m.replaceable and self.newest[m.type] != n]:
+                self._leave_out(number)
+        return self.slow
 
     def _queue(self, message: Encoded, now_sec: float) -> None:
         if self.gone:
             return
         if self.is_slow(now_sec):
-            self._make_room(message)
-            if not message.replaceable and not self._has_room_for_event(message):
+            if message.replaceable and message.type in self.newest:
+                self._leave_out(self.newest.pop(message.type))
+            elif not message.replaceable and not self._has_room_for_event(message):
                 self._miss(message.type)
                 return
-        self._append(message, now_sec)
-        self._cut_off_if_above_hard_mark()
+        self._append(message)
 
     def _has_room_for_event(self, message: Encoded) -> bool:
         return (
@@ -5845,9 +5918,9 @@ class Subscriber:
             and self.backlog_bytes + len(message.data) <= CLIENT_QUEUE_BYTES_MAX
         )
 
-    def _append(self, message: Encoded, now_sec: float) -> None:
+    def _append(self, message: Encoded) -> None:
         if not self.backlog:
-            self.backlog_since_sec = now_sec
+            self.reached_sec = message.taken_sec
         self.queued += 1
         self.backlog[self.queued] = message
         self.backlog_bytes += len(message.data)
@@ -5855,15 +5928,9 @@ class Subscriber:
             self.newest[message.type] = self.queued
         else:
             self.backlog_events += 1
-
-    def _make_room(self, message: Encoded) -> None:
-        """Leave out the state messages that a later one replaces: first all, then one for each that comes."""
-        if not self.compacted:
-            self.compacted = True
-            for number in [n for n, m in self.backlog.items() if m.replaceable and self.newest[m.type] != n]:
-                self._leave_out(number)
-        if message.replaceable and message.type in self.newest:
-            self._leave_out(self.newest.pop(message.type))
+        # `held` instead of a look into the transport, which newer Pythons sum up over all its pieces.
+        if self.backlog_bytes + self.held > CLIENT_HARD_MARK_BYTES:
+            self.cut_off(f"{self.outstanding} bytes waited for it")
 
     def _leave_out(self, number: int) -> None:
         message = self.backlog.pop(number)
@@ -5876,12 +5943,13 @@ class Subscriber:
 
     def flush(self) -> None:
         """The transport has room again: say what was left out, then send what waits, oldest first."""
+        self.paused = False
         if self.missed and not self.gone:
             notice = json_bytes({"type": "skipped", "counts": self.missed})
             self.missed = {}
-            self.transport.write(self.encode(Message(0, "skipped", notice, False)))
+            self.outlet.write(self.encode(Message(0, "skipped", notice, False)))
         while self.backlog and not self.paused and not self.gone:
-            self.transport.write(self._take_chunk())
+            self.outlet.write(self._take_chunk())
         if not self.backlog:
             self._forget_backlog()
 
@@ -5898,6 +5966,7 @@ class Subscriber:
                 del self.newest[message.type]
             self.backlog_events -= not message.replaceable
             self.sent += bool(message.type)  # an answer is no bus message
+            self.reached_sec = message.taken_sec
             parts.append(message.data)
             size += len(message.data)
         self.backlog_bytes -= size
@@ -5907,25 +5976,18 @@ class Subscriber:
         self.backlog.clear()
         self.newest.clear()
         self.backlog_bytes = self.backlog_events = 0
-        self.compacted = False
+        self.slow = False
 
-    def _cut_off_if_above_hard_mark(self) -> None:
-        if self.outstanding > CLIENT_HARD_MARK_BYTES:
-            self.cut_off()
-
-    def cut_off(self) -> None:
-        """End the connection at once and free all that waits; close() would wait for the peer to take it."""
+    def leave(self) -> None:
+        """Take nothing more: what waits here is dropped, what is in the transport still goes out."""
         self.gone = True
         self._forget_backlog()
-        self.transport.abort()
 
-    def has_stalled(self, now_sec: float) -> bool:
-        """Whether bytes wait for it and none has moved for too long; to be asked about once a second."""
-        buffered = self.transport.get_write_buffer_size()
-        if buffered < self.buffered or not buffered:
-            self.moved_sec = now_sec
-        self.buffered = buffered
-        return now_sec - self.moved_sec > CLIENT_STALL_SEC
+    def cut_off(self, fault: str) -> None:
+        """End the connection at once, because it does not keep up; `fault` is for the log."""
+        self.fault = self.fault or fault
+        self.leave()
+        self.outlet.abort()
 
 
 class Hub:
@@ -6023,12 +6085,18 @@ class Hub:
             if self.remember:
                 self._remember(message)
         self.last_number = messages[-1].number if messages else self.last_number
+        encoded: dict[tuple[Encoder, int], Encoded] = {}  # once for all clients, however they group
         for (encode, types), group in self._groups.items():
-            taken = messages if types is None else [message for message in messages if message.type in types]
-            if taken:
-                chunks = _chunks(encode, taken)
-                for subscriber in list(group.values()):
-                    subscriber.send(chunks, now_sec)
+            taken = []
+            for message in messages:
+                if types is None or message.type in types:
+                    key = encode, message.number
+                    if key not in encoded:
+                        encoded[key] = Encoded(message.type, encode(message), message.replaceable, now_sec)
+                    taken.append(encoded[key])
+            chunks = _chunks(taken)
+            for subscriber in list(group.values()):
+                subscriber.send(chunks, now_sec)
 
     def _retain(self, message: Message) -> None:
         before = self.retained.pop(message.type, None)
@@ -6056,14 +6124,7 @@ class Hub:
         found = [message for message in self.retained.values() if types is None or message.type in types]
         return sorted(found)  # by number
 
-    # -- The sweep --
-
-    def cut_off_stalled(self, now_sec: float) -> list[Subscriber]:
-        """Cut off the clients for whom nothing has moved; to be called once a second."""
-        stalled = [s for s in self.subscribers.values() if not s.gone and s.has_stalled(now_sec)]
-        for subscriber in stalled:
-            subscriber.cut_off()
-        return stalled
+    # -- Figures --
 
     def totals(self) -> tuple[int, int]:
         """(messages sent, messages skipped) over all clients, present and past."""
@@ -6071,19 +6132,19 @@ class Hub:
         return self.sent_total + sum(s.sent for s in present), self.skipped_total + sum(s.skipped for s in present)
 
 
-def _chunks(encode: Encoder, messages: Sequence[Message]) -> list[Chunk]:
-    """The messages encoded and joined into writes of moderate size, once for all clients of a group."""
+def _chunks(messages: Sequence[Encoded]) -> list[Chunk]:
+    """The messages joined into writes of moderate size, once for all clients of a group."""
     chunks: list[Chunk] = []
     parts: list[Encoded] = []
     size = 0
     for message in messages:
-        encoded = Encoded(message.type, encode(message), message.replaceable)
-        if parts and size + len(encoded.data) > CLIENT_WRITE_BYTES_MAX:
+        if parts and size + len(message.data) > CLIENT_WRITE_BYTES_MAX:
             chunks.append((b"".join(part.data for part in parts), parts))
             parts, size = [], 0
-        parts.append(encoded)
-        size += len(encoded.data)
-    chunks.append((parts[0].data if len(parts) == 1 else b"".join(part.data for part in parts), parts))
+        parts.append(message)
+        size += len(message.data)
+    if parts:
+        chunks.append((parts[0].data if len(parts) == 1 else b"".join(part.data for part in parts), parts))
     return chunks
 
 
@@ -6091,7 +6152,7 @@ def _chunks(encode: Encoder, messages: Sequence[Message]) -> list[Chunk]:
 #
 # One TCP (or Unix) connection: deadline -> parse -> route -> respond -> keep alive, or -> upgrade -> frames.
 #
-# It is an asyncio.Protocol, not a coroutine: no handler ever waits for anything, so a request is answered within the
+# It is an asyncio protocol, not a coroutine: no handler ever waits for anything, so a request is answered within the
 # callback that brought its last byte.  That gives order to pipelined requests for free, no task per connection, and
 # nothing to cancel at the end.  Deadlines are looked at by a sweep once a second (`check`), not by timers.
 
@@ -6101,6 +6162,7 @@ class Application(Protocol):
 
     memo: dict[bytes, Request]  # heads already parsed, shared by all connections
     date: bytes  # the Date header, kept up to date by the sweep
+    read_buffer: memoryview  # what has just come from any connection
     message_bytes_max: int  # of a WebSocket message from a client
 
     def opened(self, connection: Connection) -> Response | None:
@@ -6122,7 +6184,7 @@ class Application(Protocol):
         """One of the above raised what it should not: the place to log it."""
 
 
-class Connection(asyncio.Protocol):
+class Connection(asyncio.BufferedProtocol):
     """One client, from accept to the last byte."""
 
     def __init__(self, app: Application, writer: asyncio.StreamWriter) -> None:
@@ -6134,25 +6196,36 @@ class Connection(asyncio.Protocol):
         self.mode = "http"  # http | websocket | stream | closing
         self.paused = False  # the transport is full
         self._eof = False  # the peer has half-closed
+        self._ending = False  # the server stops: goodbye when the backlog is out
         # Deadlines, monotonic seconds.
         now = time.monotonic()
+        self.outlet = Outlet(self.transport, now)  # the way to the peer
         self.heard_sec = now  # when the peer last sent anything
         self._deadline_sec = now + HTTP_HEAD_TIMEOUT_SEC  # when the mode at hand must have moved on
-        self._moved_sec = now  # when the transport last sent anything that had waited
-        self._buffered = 0  # bytes in the transport at the last look
         self._pinged_sec = now  # when the last keepalive went out
         # HTTP.
         self._requests: RequestParser | None = RequestParser(app.memo)
         self._in_head = False  # a head has begun: its deadline runs
+        self.admitted: tuple[Request, Any] | None = None  # the last request that passed all checks, and its route
         # WebSocket or stream.
         self._frames: FrameParser | None = None
+        self._owed_pong: bytes | None = None  # the data of the last ping that came while the transport was full
         self.subscriber: Subscriber | None = None  # in the hub; None for HTTP
         self.number = 0  # the subscriber's in the hub
         self.transport.set_write_buffer_limits(high=CONNECTION_BUFFER_BYTES, low=CONNECTION_BUFFER_BYTES // 4)
 
     # -- Called by the transport --
 
-    def data_received(self, data: bytes) -> None:
+    def get_buffer(self, sizehint: int) -> memoryview:
+        """Where the transport reads to.  A plain Protocol would get a new bytes of 256 KiB for each read, which costs more
+        than all that is done with it, and could hold 40,000 tiny frames, a second in which nobody else is served.  One
+        small buffer serves all, because it is filled and emptied in one call of the loop."""
+        return self.app.read_buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self._take(bytes(self.app.read_buffer[:nbytes]))
+
+    def _take(self, data: bytes) -> None:
         self.heard_sec = time.monotonic()
         try:
             if self.mode == "http" and self._requests is not None:
@@ -6167,40 +6240,45 @@ class Connection(asyncio.Protocol):
     def eof_received(self) -> bool:
         """The peer will send no more; True keeps the connection open for what it is still owed."""
         self._eof = True
-        if self.mode == "http" and self.paused:
-            return True  # answers to pipelined requests are on their way
         if self.mode == "websocket":
-            self._drop_if_abandoned()
+            self._leave()  # without a Close: the peer is gone, and takes nothing more
         elif self.mode == "stream":
-            self._comment()  # nc may half-close and go on reading; one that has gone answers with a reset
-            return True
-        return False
+            self._comment()  # curl and nc may half-close and read on; one that is gone answers this with a reset
+        may_stay = (self.mode == "http" and self.paused) or self.mode == "stream"
+        return may_stay and self.transport.can_write_eof()  # TLS cannot half-close
 
     def pause_writing(self) -> None:
         self.paused = True
         if self.subscriber is not None:
-            self.subscriber.paused = True
+            self.subscriber.pause()
         else:
             self._set_reading(False)  # no answers to be had: no further requests
 
     def resume_writing(self) -> None:
         self.paused = False
+        if self._owed_pong is not None and self.mode == "websocket":
+            self.outlet.write(encode_frame(OP_PONG, self._owed_pong))
+        self._owed_pong = None
         if self.subscriber is not None:
-            self.subscriber.paused = False
             self.subscriber.flush()
-            return
+            if self.subscriber.backlog:
+                return
         self._set_reading(True)
-        if self.mode == "http":
-            self.data_received(b"")
+        if self._ending:
+            self.end()
+        elif self.mode == "http":
+            self._take(b"")
             if self._eof and not self.paused:
                 self.transport.close()
 
     def connection_lost(self, error: Exception | None) -> None:
         self.mode = "closing"
+        self.outlet.closed = True
         self.app.closed(self)
 
     def _set_reading(self, on: bool) -> None:
-        if not self.transport.is_closing() and self.transport.is_reading() != on:
+        if not self._eof and not self.transport.is_closing() and self.transport.is_reading() != on:
+            self.heard_sec = time.monotonic()  # while we do not read, its silence is ours
             (self.transport.resume_reading if on else self.transport.pause_reading)()
 
     # -- HTTP --
@@ -6232,9 +6310,6 @@ class Connection(asyncio.Protocol):
         try:
             response = self.app.respond(self, request)
         except HTTPError as error:
-            if error.close:
-                self.refuse(error_response(error))
-                return
             response = error_response(error, request.arg("pretty") is not None)
         if response is not None:
             self.send(response, request)
@@ -6242,7 +6317,7 @@ class Connection(asyncio.Protocol):
     def send(self, response: Response, request: Request) -> None:
         """Write an answer, and end the connection behind it when the request or the answer says so."""
         close = not request.keep_alive or response.body is None
-        self.transport.write(
+        self.outlet.write(
             response.encode(
                 date=self.app.date,
                 head_only=request.method == "HEAD",
@@ -6252,18 +6327,18 @@ class Connection(asyncio.Protocol):
             )
         )
         if close:
-            self.mode = "closing"
-            self.transport.close()
+            self.linger()
 
     def refuse(self, response: Response) -> None:
         """Write a last answer; what the peer sends from now on is thrown away."""
-        self.transport.write(response.encode(date=self.app.date, close=True))
+        self.outlet.write(response.encode(date=self.app.date, close=True))
         self.linger()
 
     def linger(self) -> None:
         """End our side and wait a moment for the peer to end its own: closing with unread bytes would reset the
         connection, and the peer would lose our last words (RFC 9112 section 9.6)."""
         self.mode = "closing"
+        self.outlet.closed = True
         self._deadline_sec = time.monotonic() + LINGER_TIMEOUT_SEC
         if self.transport.is_closing():
             return
@@ -6283,7 +6358,7 @@ class Connection(asyncio.Protocol):
         elif self.mode == "websocket":
             self.close_websocket(CLOSE_INTERNAL_ERROR)
         else:
-            self.transport.abort()
+            self.outlet.abort()
 
     # -- WebSocket and streams --
 
@@ -6291,117 +6366,131 @@ class Connection(asyncio.Protocol):
         """Switch protocols; frames that came right behind the request are read, too."""
         self.mode = "websocket"
         self._frames = FrameParser(self.app.message_bytes_max)
-        self.transport.write(upgrade_response(key, subprotocol))
+        self.outlet.write(upgrade_response(key, subprotocol))
         early = self._requests.take_rest() if self._requests is not None else b""
         self._requests = None
         if early:
-            asyncio.get_running_loop().call_soon(self.data_received, early)
+            asyncio.get_running_loop().call_soon(self._take, early)
 
     def open_stream(self, head: bytes) -> None:
         """Switch to an endless body."""
         self.mode = "stream"
         self._requests = None
-        self.transport.write(head)
+        self.outlet.write(head)
+        connected = self.transport.get_extra_info("socket")
+        if connected is not None:  # a stream may be silent for ever: only TCP can find out that its peer has vanished
+            connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
 
     def _read_frames(self, data: bytes) -> None:
-        ping: Ping | None = None
-        for event in self._frames.feed(data) if self._frames is not None else ():
+        events = self._frames.feed(data) if self._frames is not None else []
+        pings = [event for event in events if isinstance(event, Ping)]
+        # RFC 6455 5.5.3: of several pings a peer "MAY elect to send a Pong frame for only the most recently processed".
+        if len(pings) > WS_PINGS_PER_READ_MAX:
+            del pings[:-1]
+        for event in events:
             if isinstance(event, (TextMessage, BinaryMessage)):
                 self.app.received(self, event)
             elif isinstance(event, Ping):
-                ping = event
+                if any(event is ping for ping in pings):
+                    self._pong(event)
             elif isinstance(event, Close):
                 self._echo_close(event)
             elif isinstance(event, Failure):
                 self.close_websocket(event.code, event.reason)
-        # RFC 6455 5.5.3: of several pings a peer "MAY elect to send a Pong frame for only the most recently processed".
-        if ping is not None and self.mode == "websocket" and not self.paused:
-            self.transport.write(encode_frame(OP_PONG, ping.data))
+
+    def _pong(self, ping: Ping) -> None:
+        if self.paused:
+            self._owed_pong = ping.data
+        else:
+            self.outlet.write(encode_frame(OP_PONG, ping.data))
 
     def _echo_close(self, event: Close) -> None:
         """RFC 6455 5.5.1: the answer to a Close is a Close; 7.1.1: then the server closes the connection first."""
-        self._drop_if_abandoned()
         if self.mode == "websocket":
-            self.transport.write(encode_frame(OP_CLOSE, event.payload))
+            self._leave()
+            self.outlet.write(encode_frame(OP_CLOSE, event.payload))
             self.linger()
 
-    def _drop_if_abandoned(self) -> None:
-        """A peer that is leaving takes nothing more: what still waits for it is dropped."""
-        if self.subscriber is not None and self.subscriber.outstanding:
-            self.subscriber.cut_off()
-            self.mode = "closing"
+    def _leave(self) -> None:
+        """A peer that is leaving takes nothing more: what still waits for it in the hub is dropped."""
+        if self.subscriber is not None:
+            self.subscriber.leave()
 
     def close_websocket(self, code: int, reason: str = "") -> None:
         """Send a Close and end; the peer's own is not waited for (some never send it)."""
         if self.mode == "websocket":
-            self.transport.write(encode_close(code, reason))
+            self._leave()
+            self.outlet.write(encode_close(code, reason))
             self.linger()
 
     def send_frame(self, frame: bytes) -> None:
         """Write a frame to this client alone, behind what waits for it."""
-        if self.subscriber is not None:
-            self.subscriber.reply(frame, time.monotonic())
-        elif not self.transport.is_closing():
-            self.transport.write(frame)
+        if self.subscriber is None:
+            self.outlet.write(frame)
+            return
+        self.subscriber.reply(frame, time.monotonic())
+        if self.subscriber.backlog:
+            self._set_reading(False)  # who does not take our answers is not asked for further questions
 
     # -- The sweep --
 
     def check(self, now_sec: float) -> None:
         """Keep the deadlines; called about once a second."""
-        waiting = self.transport.get_write_buffer_size()
-        if waiting < self._buffered or not waiting:
-            self._moved_sec = now_sec
-        self._buffered = waiting
-        if now_sec - self._moved_sec > CLIENT_STALL_SEC:
-            self._cut_off()
-        elif self.mode == "http" and not waiting and now_sec > self._deadline_sec:
-            self._time_out()
-        elif self.mode == "closing" and not waiting and now_sec > self._deadline_sec:
-            self.transport.abort()
+        if self.outlet.has_stalled(now_sec):
+            self._cut_off("it took nothing any more")
         elif self.mode in ("websocket", "stream"):
             self._keep_alive(now_sec)
+        elif now_sec > self._deadline_sec and not self.outlet.waiting:
+            self._time_out()
 
     def _time_out(self) -> None:
-        if self._in_head:
+        if self.mode == "closing":
+            self.transport.abort()
+        elif self._in_head:
             self.refuse(error_response(HTTPError(408, "the request head did not arrive in time")))
         else:
             self.transport.close()
 
     def _keep_alive(self, now_sec: float) -> None:
-        """Ping a WebSocket, comment to a stream; a WebSocket that neither speaks nor takes anything is cut off."""
+        """Ping a WebSocket, comment to a stream; a peer that is no longer there is cut off."""
         is_websocket = self.mode == "websocket"
-        interval = WS_PING_INTERVAL_SEC if is_websocket else 0 if self._eof else STREAM_COMMENT_INTERVAL_SEC
-        moved_sec = self._moved_sec if self._buffered else 0.0
-        if is_websocket and now_sec - max(self.heard_sec, moved_sec) > WS_SILENCE_TIMEOUT_SEC:
-            self._cut_off()
+        interval = WS_PING_INTERVAL_SEC if is_websocket else STREAM_COMMENT_INTERVAL_SEC
+        waits = self.outlet.waiting > 0  # then what it takes is a sign of life, too
+        alive_sec = max(self.heard_sec, self.outlet.moved_sec) if waits else self.heard_sec
+        if is_websocket and now_sec - alive_sec > WS_SILENCE_TIMEOUT_SEC:
+            self._cut_off("it was silent, and did not answer pings")
+        elif not is_websocket and self._eof and self._is_reset():
+            self.outlet.abort()
         elif now_sec - self._pinged_sec >= interval and not self.paused:
             self._pinged_sec = now_sec
             if is_websocket:
-                self.transport.write(encode_frame(OP_PING, b""))
-            else:
+                self.outlet.write(encode_frame(OP_PING, b""))
+            elif self.subscriber is not None and self.subscriber.kind == "sse":
                 self._comment()
 
     def _comment(self) -> None:
-        """A sign of life to a stream.  NDJSON has no comments: white space between two texts is for a reader of whom
-        it is not known whether it is still there."""
-        if self.subscriber is not None and self.subscriber.kind == "sse":
-            self.transport.write(b": keepalive\n\n")
-        elif self._eof:
-            self.transport.write(b"\n")
+        """Say something that means nothing: a comment (HTML standard 9.2.6), or an empty line of NDJSON."""
+        if self.subscriber is not None and not self.paused:
+            self.outlet.write(b": keepalive\n\n" if self.subscriber.kind == "sse" else b"\n")
 
-    def _cut_off(self) -> None:
+    def _is_reset(self) -> bool:
+        """Whether the peer has reset the connection: behind its EOF, asyncio looks only when it writes."""
+        connected = self.transport.get_extra_info("socket")
+        return connected is not None and connected.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) != 0
+
+    def _cut_off(self, fault: str) -> None:
         if self.subscriber is not None:
-            self.subscriber.cut_off()
+            self.subscriber.cut_off(fault)
         else:
-            self.transport.abort()
+            self.outlet.abort()
 
     def end(self) -> None:
-        """The server stops: say goodbye in the way of the mode, without waiting."""
+        """The server stops: say goodbye in the way of the mode, behind what waits, without waiting for an answer."""
+        self._ending = True
+        if self.subscriber is not None and self.subscriber.backlog:
+            return  # resume_writing() comes back here
         if self.mode == "websocket":
-            if self.subscriber is not None and self.subscriber.outstanding:
-                self.subscriber.cut_off()  # it does not take what it has; it will not take a Close
-            else:
-                self.close_websocket(CLOSE_GOING_AWAY, "the server stops")
+            self.close_websocket(CLOSE_GOING_AWAY, "the server stops")
         elif self.mode != "closing":
             self.transport.close()
 
@@ -6556,6 +6645,9 @@ LIMITS: tuple[tuple[str, int, str, str], ...] = (
 )
 
 
+PAGES_MISSING = "the pages are not here: copy the folder static/ beside aiperf_api.py; the API works without"
+
+
 class Settings(NamedTuple):
     """How a service runs; the command line fills it, and so do the arguments of APIService."""
 
@@ -6659,6 +6751,21 @@ def _tls_context(certificate: str, key: str | None) -> ssl.SSLContext:
         reason = error.strerror or str(error)
         raise UsageError(f"--tls-cert {printable(certificate)}: {reason}") from None
     return context
+
+
+def _descriptors(wanted: int) -> int:
+    """Ask for so many file descriptors, and say how many there are: the usual soft limit of 1024 is for select()."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return wanted
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return wanted
+    soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    with contextlib.suppress(OSError, ValueError):  # macOS has a lower limit of its own
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 _DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
@@ -6779,8 +6886,10 @@ class APIService:
         # What the connections share (Application).
         self.memo: dict[bytes, Request] = {}
         self.date = b""  # IMF-fixdate, of this second
+        self.read_buffer = memoryview(bytearray(CONNECTION_READ_BYTES))  # what has just come from any connection
         self.message_bytes_max = WS_MESSAGE_BYTES_MAX  # of one WebSocket message from a client
         self.connections: set[Connection] = set()  # open ones of every kind
+        self._connections_max = HTTP_CONNECTIONS_MAX + self.settings.ws_max_connections  # fewer if the system says so
         self.requests: dict[tuple[str, int], int] = {}  # (route, status) -> answers
         # The benchmark.
         self.state = BenchmarkState()
@@ -6793,6 +6902,7 @@ class APIService:
         self._held: dict[str, float] = {}  # type -> monotonic second until which a stream that took it may resume
         # media type -> the text of /metrics
         self._texts = {TEXT: CachedText() for TEXT in (CONTENT_TYPE_TEXT_0_0_4, CONTENT_TYPE_OPENMETRICS_1_0_0)}
+        self._formats: dict[str | None, str] = {}  # Accept header -> media type of /metrics
         self._complete: asyncio.Event | None = None  # set while a run has ended
         self._stopped: asyncio.Event | None = None  # set when stop() is done
         self._emptied: asyncio.Event | None = None  # set when the last connection has gone, while stopping
@@ -6824,6 +6934,7 @@ class APIService:
     async def _listen(self) -> None:
         settings = self.settings
         tls = _tls_context(settings.tls_cert, settings.tls_key) if settings.tls_cert else None
+        self._limit_connections()
         accept = connection_factory(self)
         if settings.unix_path is not None:
             unix = await asyncio.start_unix_server(accept, sock=_unix_socket(settings.unix_path), ssl=tls)
@@ -6834,6 +6945,14 @@ class APIService:
             listener = _tcp_socket(settings.host, settings.port)
             self._servers.append(await asyncio.start_server(accept, sock=listener, ssl=tls, backlog=LISTEN_BACKLOG))
             self.url = _url("https" if tls else "http", settings.host, listener.getsockname()[1])
+
+    def _limit_connections(self) -> None:
+        """Have descriptors for all connections, or refuse the last ones ourselves: asyncio would log and wait."""
+        spare = HTTP_REFUSED_MAX + DESCRIPTORS_SPARE
+        found = _descriptors(self._connections_max + spare) - spare
+        if found < self._connections_max:
+            log.warning("at most %d connections: the limit on open files allows no more (ulimit -n)", max(found, 0))
+            self._connections_max = max(found, 0)
 
     def _start_source(self) -> None:
         topics = (b"",) if self._recorder else CORE_TOPICS
@@ -6849,13 +6968,14 @@ class APIService:
         """
         for server in self._servers:
             server.close()  # never wait_closed(): on 3.12 and later it waits for the clients
-        await self.source.stop()
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self.source.stop(), STOP_TIMEOUT_SEC / 4)
         for connection in list(self.connections):
             connection.end()
         if self.connections:
             self._emptied = asyncio.Event()
             with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._emptied.wait(), STOP_TIMEOUT_SEC * 0.75)
+                await asyncio.wait_for(self._emptied.wait(), STOP_TIMEOUT_SEC / 2)
         for connection in list(self.connections):
             connection.transport.abort()
         await asyncio.sleep(0)  # lets connection_lost run
@@ -6887,6 +7007,7 @@ class APIService:
 
     def _sweep(self) -> None:
         """Once a second: the Date header, deadlines, stalled clients, the recording."""
+        self._sweep_timer = self._loop.call_later(1.0, self._sweep)  # first: whatever fails below, it goes on
         now_sec = time.monotonic()
         self.date = http_date(time.time())
         for connection in list(self.connections):
@@ -6894,7 +7015,6 @@ class APIService:
         self._release_held(now_sec)
         if self._recorder is not None:
             self._record_safely(self._recorder.flush)
-        self._sweep_timer = self._loop.call_later(1.0, self._sweep)
 
     # -- From the bus --
 
@@ -7066,7 +7186,10 @@ class APIService:
 
     def opened(self, connection: Connection) -> Response | None:
         self.connections.add(connection)
-        if len(self.connections) > HTTP_CONNECTIONS_MAX + self.settings.ws_max_connections:
+        over = len(self.connections) - self._connections_max
+        if over > HTTP_REFUSED_MAX:
+            connection.outlet.abort()
+        elif over > 0:
             return error_response(HTTPError(503, "too many connections", (("Retry-After", "5"),)))
         return None
 
@@ -7075,9 +7198,9 @@ class APIService:
         if self._emptied is not None and not self.connections:
             self._emptied.set()
         if connection.subscriber is not None:
-            if connection.subscriber.gone:
+            if connection.subscriber.fault:
                 self.hub.cut_off_total += 1
-                log.warning("cut off %s, which did not keep up", connection.address)
+                log.warning("cut off %s: %s", connection.address, connection.subscriber.fault)
             if connection.subscriber.kind == "sse":
                 self._hold(connection.subscriber.asked)
             self.hub.remove(connection.number)
@@ -7086,12 +7209,16 @@ class APIService:
         """Check, route, answer; errors are answers, too."""
         route: Route | None = None
         try:
-            self._check(connection, request)
-            if request.method == "OPTIONS":
-                return self.preflight(request)
-            route = self.router.match(request.method, self._routed_path(request))
-            if route.needs_token and self.settings.token is not None:
-                check_token(request, self.settings.token.encode())
+            if connection.admitted is not None and connection.admitted[0] is request:
+                route = connection.admitted[1]  # the memo gave the very object that was checked before
+            else:
+                self._check(connection, request)
+                if request.method == "OPTIONS":
+                    return self.preflight(request)
+                route = self.router.match(request.method, self._routed_path(request))
+                if route.needs_token and self.settings.token is not None:
+                    check_token(request, self.settings.token.encode())
+                connection.admitted = request, route
             response = route.handler(self, connection, request)
         except HTTPError as error:
             response = error_response(error, request.arg("pretty") is not None)
@@ -7163,10 +7290,9 @@ class APIService:
 
     def add_client(self, connection: Connection, kind: str, encode: Encoder) -> Subscriber:
         """Take a connection into the hub; it must have switched to its mode already."""
-        subscriber = Subscriber(
-            connection.transport, kind, connection.address, encode, time.monotonic(), time.time_ns()
-        )
-        subscriber.paused = connection.paused
+        subscriber = Subscriber(connection.outlet, kind, connection.address, encode, time.time_ns())
+        if connection.paused:
+            subscriber.pause()
         connection.subscriber = subscriber
         connection.number = self.hub.add(subscriber)
         return subscriber
@@ -7252,9 +7378,7 @@ class APIService:
         if file is None:
             if self.static:
                 raise HTTPError(404, "no such file")
-            raise HTTPError(
-                404, "the pages are not here: copy the folder static/ beside aiperf_api.py; the API works without"
-            )
+            raise HTTPError(404, PAGES_MISSING)
         response = Response(200, file.body, file.content_type, (_etag(file.body), ("Cache-Control", "no-cache")))
         self._pages[name] = response
         return response
@@ -7288,6 +7412,16 @@ class APIService:
             "last_message_age_sec": None if age_sec is None else max(0.0, round(age_sec, 3)),
         }
         return {**self.state.status(now_ns), "source": source}
+
+    def exposition_format(self, accept: str | None) -> str:
+        """The format of /metrics for an Accept header.  Never 406: a scraper that names neither gets the plain one
+        (Prometheus sends */*, too)."""
+        known = self._formats.get(accept)
+        if known is None:
+            known = accepts(accept, tuple(self._texts)) or CONTENT_TYPE_TEXT_0_0_4
+            if len(self._formats) < HTTP_MEMO_HEADS_MAX:
+                self._formats[accept] = known
+        return known
 
     def exposition(self, content_type: str) -> Response:
         """/metrics in one format, built when something has changed (the clock counts, once a second)."""
@@ -7665,11 +7799,15 @@ def _plain_text(text: str, status: int = 200, headers: HeaderList = ()) -> Respo
     return Response(status, text.encode(), "text/plain; charset=utf-8", headers)
 
 
-def _get_page(name: str) -> Handler:
-    def get_page(service: APIService, _: Connection, request: Request) -> Response:
-        return service.file(name)
+def _get_documentation(service: APIService, _: Connection, request: Request) -> Response:
+    if service.static:
+        return service.file("index.html")
+    paths = "".join(f"  {route.path:20} {route.summary}\n" for route in ROUTES if route.path != STATIC_ROUTE)
+    return _plain_text(f"aiperf-api {__version__}\n\n{PAGES_MISSING}\n\n{paths}")
 
-    return get_page
+
+def _get_dashboard(service: APIService, _: Connection, request: Request) -> Response:
+    return service.file("dashboard.html")
 
 
 def _get_static(service: APIService, _: Connection, request: Request) -> Response:
@@ -7679,9 +7817,7 @@ def _get_static(service: APIService, _: Connection, request: Request) -> Respons
 
 
 def _get_metrics_text(service: APIService, _: Connection, request: Request) -> Response:
-    # Never 406: a scraper that names neither format gets the plain one (Prometheus sends */*, too).
-    offered = (CONTENT_TYPE_TEXT_0_0_4, CONTENT_TYPE_OPENMETRICS_1_0_0)
-    return service.exposition(accepts(request.headers.get("accept"), offered) or CONTENT_TYPE_TEXT_0_0_4)
+    return service.exposition(service.exposition_format(request.headers.get("accept")))
 
 
 def _get_metrics(service: APIService, _: Connection, request: Request) -> Response:
@@ -7863,11 +7999,11 @@ ROUTES: tuple[Route, ...] = (
         "/",
         "documentation",
         "This documentation, with lines to copy and a live try-out",
-        _get_page("index.html"),
+        _get_documentation,
         media_types=_HTML,
         errors=(404,),
     ),
-    Route("/dashboard", "dashboard", "The run, live", _get_page("dashboard.html"), media_types=_HTML, errors=(404,)),
+    Route("/dashboard", "dashboard", "The run, live", _get_dashboard, media_types=_HTML, errors=(404,)),
     Route(
         "/metrics",
         "metrics_text",
@@ -8224,7 +8360,7 @@ class _LogHandler(logging.StreamHandler):  # type: ignore[type-arg]  # its param
         self._held: collections.deque[logging.LogRecord] | None = None  # None: nothing is held back
         self._left_out = 0  # records that were held back for too long
 
-    def hold(self) -> None:
+    def hold_back(self) -> None:
         """Keep back what comes from now on, if stderr is a terminal: a line would tear what is drawn there."""
         if sys.stderr.isatty():
             self._held = collections.deque(maxlen=LOG_LINES_HELD_MAX)
@@ -8236,7 +8372,7 @@ class _LogHandler(logging.StreamHandler):  # type: ignore[type-arg]  # its param
         self._left_out += len(self._held) == LOG_LINES_HELD_MAX
         self._held.append(record)
 
-    def release(self) -> None:
+    def write_held(self) -> None:
         """Write what was held back."""
         held, self._held = self._held or (), None
         for record in held:
@@ -8339,11 +8475,11 @@ async def _serve_command(arguments: Arguments, environ: Mapping[str, str], handl
         try:
             for line in [*start_lines(service), *(f"  note       {note}" for note in child.plan.notes)]:
                 print(line, file=sys.stderr, flush=True)
-            handler.hold()
+            handler.hold_back()
             try:
                 code = await child.run(service)
             finally:
-                handler.release()
+                handler.write_held()
             await _linger(service, child)
         finally:
             await service.stop()

@@ -13,8 +13,10 @@ import gzip
 import io
 import itertools
 import json
+import logging
 import os
 import pathlib
+import random
 import re
 import shutil
 import signal
@@ -26,12 +28,15 @@ import sys
 import tempfile
 import threading
 import time
+import tracemalloc
 import unittest
 import unittest.mock
+import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Optional, cast
+from unittest import mock
 from urllib.parse import quote, urljoin
 
 import aiperf_api
@@ -1981,6 +1986,10 @@ class TestNegotiation(unittest.TestCase):
 
 
 class TestResponses(unittest.TestCase):
+    def test_the_head_that_is_ready_is_the_one_that_would_be_made(self) -> None:
+        response = aiperf_api.Response(200, b"{}")
+        self.assertEqual(response._head, response._fixed_head("application/json"))
+
     def test_the_bytes_of_an_answer(self) -> None:
         self.assertEqual(
             aiperf_api.json_response({"a": 1}).encode(date=DATE),
@@ -2255,8 +2264,12 @@ class TestStaticFiles(ServiceTestCase):
         with unittest.mock.patch.object(aiperf_api, "read_static_files", dict):
             service = await self.serve()
             answer = await self.get(service, "/")
-            self.assertEqual(answer.status, 404)
-            self.assertIn("copy the folder static/", answer.json["error"])
+            self.assertEqual((answer.status, answer.headers["content-type"]), (200, "text/plain; charset=utf-8"))
+            self.assertIn(b"copy the folder static/", answer.body)
+            self.assertIn(b"/api/status", answer.body)
+            dashboard = await self.get(service, "/dashboard")
+            self.assertEqual(dashboard.status, 404)
+            self.assertIn("copy the folder static/", dashboard.json["error"])
             self.assertEqual((await self.get(service, "/api/status")).status, 200)
 
     async def test_pages_have_a_strict_policy_and_are_cached_by_tag(self) -> None:
@@ -2311,8 +2324,10 @@ class MetricCatalogueTests(unittest.TestCase):
 
     def test_raw_units_become_display_units_in_every_statistic_but_the_count(self) -> None:
         raw = {"tag": "request_latency", "unit": "ns", "avg": 270185870, "p99": 3e8, "sum": 1e9, "std": 0, "count": 295}
+        raw["p95"] = 122564750.76  # AIPerf multiplies by a millionth, and so do we, to the same last digit
         raw.update(min=1, max=2e6, current=5e5)
-        shown = {"unit": "ms", "avg": 270.18587, "p99": 300.0, "sum": 1000.0, "std": 0.0, "count": 295}
+        shown = {"unit": "ms", "avg": 270185870 * 1e-6, "p99": 300.0, "sum": 1000.0, "std": 0.0}
+        shown.update(count=295, p95=122564750.76 * 1e-6)
         shown.update(min=1e-6, max=2.0, current=0.5)
         self.assertEqual(aiperf_api.display_rows([raw]), {"request_latency": shown})
 
@@ -3641,6 +3656,971 @@ class StateFamiliesTests(unittest.TestCase):
 
 # == 11 == Sources =====================================================================================================
 
+# -- ZMTP: the bus without pyzmq ---------------------------------------------------------------------------------------
+
+# What peers send, recorded from libzmq: their greeting, READY, and `["abc", "1"]`.
+GREETING_4_1 = b"\xff\0\0\0\0\0\0\0\x01\x7f\x03\x00NULL" + bytes(48)  # libzmq 4.1.6, 4.2.5 and 4.3.2 (ZMTP 3.0)
+GREETING_4_3 = b"\xff\0\0\0\0\0\0\0\x01\x7f\x03\x01NULL" + bytes(48)  # libzmq 4.3.5 (ZMTP 3.1)
+READY_XPUB = b"\x04\x1a\x05READY\x0bSocket-Type\0\0\0\x04XPUB"
+READY_PUB = b"\x04\x29\x05READY\x0bSocket-Type\0\0\0\x03PUB\x08Identity\0\0\0\x03abc"
+ABC_1 = b"\x01\x03abc\x00\x011"
+PING = b"\x04\x09\x04PING\0\0c1"
+
+
+def zmtp_frame(body: bytes, flags: int = 0) -> bytes:
+    if len(body) > 255:
+        return bytes((flags | 2,)) + len(body).to_bytes(8, "big") + body
+    return bytes((flags, len(body))) + body
+
+
+def zmtp_message(*frames: bytes) -> bytes:
+    return b"".join(zmtp_frame(frame, 1) for frame in frames[:-1]) + zmtp_frame(frames[-1])
+
+
+def codec_after(*chunks: bytes) -> tuple[aiperf_api.ZMTPSubscriber, list[list[bytes]]]:
+    codec = aiperf_api.ZMTPSubscriber()
+    messages = []
+    for chunk in chunks:
+        messages += codec.feed(chunk)
+    return codec, messages
+
+
+def ready_codec(greeting: bytes = GREETING_4_3) -> aiperf_api.ZMTPSubscriber:
+    codec = codec_after(greeting, READY_XPUB)[0]
+    codec.take_output()
+    return codec
+
+
+class ZMTPCodecTests(unittest.TestCase):
+    """The bytes of ZMTP 3.0 and 3.1, in both directions."""
+
+    def test_speaks_first_with_the_greeting_and_answers_a_greeting_with_ready(self):
+        codec = aiperf_api.ZMTPSubscriber()
+        self.assertEqual(codec.take_output(), b"\xff\0\0\0\0\0\0\0\0\x7f\x03\x01NULL" + bytes(48))
+        self.assertEqual(codec.feed(GREETING_4_1[:-1]), [])
+        self.assertEqual(codec.take_output(), b"")
+        codec.feed(GREETING_4_1[-1:])
+        self.assertEqual(codec.take_output(), b"\x04\x19\x05READY\x0bSocket-Type\0\0\0\x03SUB")
+        self.assertFalse(codec.ready)
+        codec.feed(READY_PUB)
+        self.assertTrue(codec.ready)
+        self.assertEqual((codec.socket_type, codec.minor), ("PUB", 0))
+        self.assertEqual(codec.metadata["identity"], b"abc")
+
+    def test_a_peer_of_3_0_gets_subscriptions_as_messages(self):
+        codec = ready_codec(GREETING_4_1)
+        self.assertEqual(codec.encode_subscription(b"ab"), b"\x00\x03\x01ab")
+        self.assertEqual(codec.encode_subscription(b"ab", False), b"\x00\x03\x00ab")
+        self.assertEqual(codec.encode_subscription(b"x" * 300), b"\x02\0\0\0\0\0\0\x01\x2d\x01" + b"x" * 300)
+
+    def test_a_peer_of_3_1_gets_subscriptions_as_commands(self):
+        codec = ready_codec(GREETING_4_3)
+        self.assertEqual(codec.encode_subscription(b"ab"), b"\x04\x0c\x09SUBSCRIBEab")
+        self.assertEqual(codec.encode_subscription(b"ab", False), b"\x04\x09\x06CANCELab")
+        self.assertEqual(codec.encode_subscription(b"x" * 300), b"\x06\0\0\0\0\0\0\x01\x36\x09SUBSCRIBE" + b"x" * 300)
+
+    def test_a_peer_of_a_later_version_is_spoken_to_in_3_1(self):
+        self.assertEqual(codec_after(GREETING_4_3[:10] + b"\x04\x00" + GREETING_4_3[12:])[0].minor, 1)
+
+    def test_only_a_peer_of_3_1_gets_a_ping(self):
+        self.assertEqual(ready_codec(GREETING_4_3).encode_ping(), b"\x04\x07\x04PING\0\0")
+        self.assertEqual(ready_codec(GREETING_4_1).encode_ping(), b"")
+
+    def test_every_cut_of_the_stream_gives_the_same_messages_and_answers(self):
+        long_one = zmtp_message(b"topic$", b"p" * 300, b"")
+        tail = ABC_1 + PING + b"\x01\x01x" + PING + b"\x02\0\0\0\0\0\0\0\x01y" + long_one
+        stream = GREETING_4_3 + READY_XPUB + tail
+        wanted = [[b"abc", b"1"], [b"x", b"y"], [b"topic$", b"p" * 300, b""]]
+        whole = codec_after(stream)[0].take_output()
+        self.assertTrue(whole.endswith(b"\x04\x07\x04PONGc1" * 2))
+        for cut in range(len(stream) + 1):
+            codec, messages = codec_after(stream[:cut], stream[cut:])
+            self.assertEqual((messages, codec.take_output(), codec.error), (wanted, whole, None), cut)
+        codec, messages = codec_after(*(stream[i : i + 1] for i in range(len(stream))))
+        self.assertEqual((messages, codec.take_output(), codec.error), (wanted, whole, None))
+
+    def test_a_ping_is_answered_with_its_context_and_names_the_time_to_live(self):
+        codec = ready_codec()
+        codec.feed(b"\x04\x0a\x04PING\x00\x1eabc")
+        self.assertEqual(codec.take_output(), b"\x04\x08\x04PONGabc")
+        self.assertEqual((codec.take_ttl(), codec.take_ttl()), (3.0, 0.0))
+        codec.feed(zmtp_frame(b"\x04PING\0\0" + b"0123456789abcdef and more", 4))
+        self.assertEqual(codec.take_output(), b"\x04\x15\x04PONG0123456789abcdef")
+
+    def test_commands_that_nobody_knows_are_let_pass(self):
+        codec = ready_codec()
+        stream = b"\x04\x05\x04PONG" + b"\x04\x05\x04HUHx" + READY_XPUB + b"\x01\x01x" + b"\x04\x02\x01A" + b"\x00\x01y"
+        self.assertEqual(codec.feed(stream), [[b"x", b"y"]])
+        self.assertEqual((codec.error, codec.take_output()), (None, b""))
+
+    def assert_fault(self, kind: str, stream: bytes, wanted: list[list[bytes]]) -> None:
+        cuts = ([stream], [stream[i : i + 1] for i in range(len(stream))], [stream[:-1], stream[-1:]])
+        for chunks in cuts:
+            codec, messages = codec_after(*chunks)
+            self.assertIsNotNone(codec.error, stream)
+            self.assertEqual((codec.error.kind, messages), (kind, wanted))
+            self.assertNotRegex(str(codec.error), r"[\x00-\x1f]")
+            self.assertEqual(codec.feed(GREETING_4_3 + READY_XPUB + ABC_1), [], "nothing comes after a fault")
+
+    def test_peers_that_speak_otherwise_are_told_apart(self):
+        for kind, stream in (
+            ("not_zmtp", b"HTTP/1.1 400 Bad Request\r\n"),
+            ("not_zmtp", b"\0"),
+            ("old_zmtp", b"\xff\0\0\0\0\0\0\0\x01\x7e"),  # an identity frame of libzmq 2
+            ("old_zmtp", b"\xff\0\0\0\0\0\0\0\x01\x7f\x01\x02"),  # the greeting of libzmq 3.2, type SUB
+            ("mechanism", GREETING_4_3[:12] + b"CURVE".ljust(20, b"\0")),
+            ("mechanism", GREETING_4_3[:12] + b"NULLX"),
+            ("refused", GREETING_4_3 + zmtp_frame(b"\x05ERROR\x0dnot \r\n wanted", 4)),
+            ("socket_type", GREETING_4_3 + b"\x04\x19\x05READY\x0bSocket-Type\0\0\0\x03REP"),
+            ("socket_type", GREETING_4_3 + b"\x04\x06\x05READY"),
+        ):
+            with self.subTest(stream=stream):
+                self.assert_fault(kind, stream, [])
+
+    def test_a_malformed_handshake_is_a_fault(self):
+        for handshake in (
+            b"\x00\x01x",  # a message before READY
+            b"\x04\x00",  # a command without a name
+            b"\x04\x01\x00",
+            b"\x04\x03\x05REA",
+            PING,
+            b"\x04\x08\x05READY\x0bS",  # metadata cut in the name
+            b"\x04\x15\x05READY\x0bSocket-Type\0\0\0",  # in the length
+            b"\x04\x18\x05READY\x0bSocket-Type\0\0\0\x04PU",  # in the value
+            b"\x04\x0b\x05READY\x00\0\0\0\0",  # a property without a name
+        ):
+            with self.subTest(handshake=handshake):
+                self.assert_fault("malformed", GREETING_4_3 + handshake, [])
+
+    def test_a_fault_in_the_stream_leaves_the_messages_before_it(self):
+        for kind, fault in (
+            ("malformed", b"\x08"),  # a reserved bit
+            ("malformed", b"\x05"),  # a command with MORE
+            ("malformed", b"\x04\x06\x04PING\0"),
+            ("malformed", b"\x04\x03\x09SU"),
+            ("refused", b"\x04\x09\x05ERROR\x02no"),
+            ("too_large", b"\x02" + (aiperf_api.BUS_FRAME_MAX + 1).to_bytes(8, "big")),
+            ("too_large", b"\x02" + b"\xff" * 8),
+            ("too_large", b"\x01\x01x\x02" + aiperf_api.BUS_FRAME_MAX.to_bytes(8, "big")),  # the sum of the frames
+            ("too_large", b"\x06" + (aiperf_api.BUS_COMMAND_MAX + 1).to_bytes(8, "big")),
+            ("too_large", b"\x01\x00" * aiperf_api.BUS_PARTS_MAX),
+        ):
+            with self.subTest(fault=fault):
+                self.assert_fault(kind, GREETING_4_3 + READY_XPUB + ABC_1 + fault, [[b"abc", b"1"]])
+
+    def test_the_limits_themselves_are_allowed(self):
+        codec = ready_codec()
+        codec.feed(b"\x02" + aiperf_api.BUS_FRAME_MAX.to_bytes(8, "big"))
+        self.assertIsNone(codec.error)
+        frames = [b""] * aiperf_api.BUS_PARTS_MAX
+        self.assertEqual(ready_codec().feed(zmtp_message(*frames)), [frames])
+
+    def test_a_declared_length_allocates_nothing(self):
+        codec = ready_codec()
+        tracemalloc.start()
+        try:
+            codec.feed(b"\x02" + (200_000_000).to_bytes(8, "big") + b"x")
+            self.assertLess(tracemalloc.get_traced_memory()[1], 100_000)
+        finally:
+            tracemalloc.stop()
+        self.assertIsNone(codec.error)
+
+    def test_a_large_frame_in_small_pieces_takes_time_in_proportion(self):
+        def seconds(size):
+            codec, stream = ready_codec(), zmtp_message(b"t$", bytes(size))
+            begin = time.process_time()
+            messages = [m for i in range(0, len(stream), 4096) for m in codec.feed(stream[i : i + 4096])]
+            self.assertEqual(len(messages[0][1]), size)
+            return time.process_time() - begin
+
+        self.assertLess(seconds(32_000_000), 2.0)  # 0.02 s; copied at every piece it would be minutes
+
+    @unittest.skipUnless(hypothesis, "needs the hypothesis package")
+    def test_whatever_bytes_come_it_neither_raises_nor_grows(self):
+        pieces = st.sampled_from(
+            [GREETING_4_1, GREETING_4_3, READY_XPUB, ABC_1, PING, b"\x02\0\0\0\0\0\0", b"\x01\x00"]
+        )
+        streams = st.lists(st.one_of(pieces, st.binary(max_size=40)), max_size=12).map(b"".join)
+
+        @hypothesis.settings(max_examples=200, deadline=None)
+        @hypothesis.given(
+            st.sampled_from([b"", GREETING_4_3, GREETING_4_3 + READY_XPUB]), streams, st.lists(st.integers(0, 400))
+        )
+        def check(begin, stream, cuts):
+            stream = begin + stream
+            whole, wanted = codec_after(stream)
+            places = sorted({0, len(stream), *(cut for cut in cuts if cut < len(stream))})
+            codec, messages = codec_after(*(stream[a:b] for a, b in zip(places, places[1:])))
+            self.assertEqual(messages, wanted)
+            self.assertEqual(codec.take_output(), whole.take_output())
+            self.assertEqual(getattr(codec.error, "kind", None), getattr(whole.error, "kind", None))
+            self.assertLessEqual(len(codec._held) + sum(map(len, codec._parts)), len(stream))
+
+        check()
+
+
+class BusAddressTests(unittest.TestCase):
+    """What a bus address may look like."""
+
+    def test_addresses_are_taken_apart_as_libzmq_does(self):
+        parse = aiperf_api.parse_endpoint
+        self.assertEqual(parse("tcp://127.0.0.1:5664"), ("127.0.0.1", 5664, ""))
+        self.assertEqual(parse("tcp://head-node.cluster.local:1"), ("head-node.cluster.local", 1, ""))
+        self.assertEqual(parse("tcp://[::1]:65535"), ("::1", 65535, ""))
+        self.assertEqual(parse("tcp://[fe80::1%eth0]:5664"), ("fe80::1%eth0", 5664, ""))
+        self.assertEqual(parse("tcp://::1:5664"), ("::1", 5664, ""))
+        for any_port in ("*", "0"):
+            self.assertEqual(parse(f"tcp://*:{any_port}", bind=True), ("", 0, ""))
+
+    @unittest.skipUnless(hasattr(socket, "AF_UNIX"), "needs Unix sockets")
+    def test_ipc_paths_may_be_abstract_and_have_a_length(self):
+        parse = aiperf_api.parse_endpoint
+        most = aiperf_api.BUS_IPC_PATH_MAX
+        self.assertEqual(parse("ipc:///tmp/with blank.ipc"), ("", 0, "/tmp/with blank.ipc"))
+        self.assertEqual(parse("ipc://@name"), ("", 0, "\0name"))
+        self.assertEqual(parse("ipc://" + "p" * most).path, "p" * most)
+        for path in ("p" * (most + 1), "ü" * most, "@" + "p" * most):
+            with self.assertRaisesRegex(
+                aiperf_api.UsageError, f"bytes long; the system's limit for a socket is {most}"
+            ):
+                parse("ipc://" + path)
+
+    def test_what_is_no_address_is_refused_with_the_reason(self):
+        for text, reason in (
+            ("", "tcp://HOST:PORT or ipc://PATH"),
+            ("127.0.0.1:5664", "tcp://HOST:PORT or ipc://PATH"),
+            ("inproc://x", "tcp://HOST:PORT or ipc://PATH"),
+            ("tcp://", "nothing"),
+            ("ipc://", "nothing"),
+            ("tcp://host", "a port"),
+            ("tcp://host:", "a port"),
+            ("tcp://host:0", "a port"),
+            ("tcp://host:*", "a port"),
+            ("tcp://host:65536", "a port"),
+            ("tcp://host:\u0665", "a port"),
+            ("tcp://host:+5", "a port"),
+            ("tcp://host:5\n", "blank or control"),
+            ("tcp://*:5664", "a host name"),
+            ("tcp://:5664", "a host name"),
+            ("tcp://[]:5664", "a host name"),
+            ("tcp://[host]:5664", "a host name"),
+            ("tcp://1:2:5664", "a host name"),
+            ("tcp://eth0;host:5664", "a host name"),
+            ("tcp://user@host:5664", "a host name"),
+            ("ipc://@", "a name after @"),
+            ("ipc://a\0b", "control character"),
+        ):
+            with self.subTest(text=text), self.assertRaisesRegex(aiperf_api.UsageError, reason):
+                aiperf_api.parse_endpoint(text)
+
+
+class Inbox:
+    """What a source delivers and notifies, to be waited for."""
+
+    def __init__(self, source: aiperf_api.Source) -> None:
+        self.source = source
+        self.messages: list[list[bytes]] = []
+        self.batches: list[int] = []
+        self.lines: list[str] = []
+        self.changed = asyncio.Event()
+
+    def deliver(self, batch):
+        self.messages += batch
+        self.batches.append(len(batch))
+        self.changed.set()
+
+    def notify(self, line):
+        self.lines.append(line)
+        self.changed.set()
+
+    def start(self):
+        self.source.start(self.deliver, self.notify)
+
+    async def until(self, condition, seconds=30):
+        async def wait():
+            while not condition():
+                self.changed.clear()
+                await self.changed.wait()
+
+        try:
+            await asyncio.wait_for(wait(), seconds)
+        except asyncio.TimeoutError:
+            raise AssertionError(f"{len(self.messages)} messages, lines {self.lines}") from None
+
+    async def has(self, count, seconds=30):
+        """Wait for so many messages."""
+        await self.until(lambda: len(self.messages) >= count, seconds)
+
+    async def tells(self, text):
+        """Wait for a line with this text."""
+        await self.until(lambda: any(text in line for line in self.lines))
+
+    async def tells_lines(self, count):
+        """Wait for so many lines."""
+        await self.until(lambda: len(self.lines) >= count)
+
+
+class RawPublisher:
+    """A publisher made of literal bytes; `handshake` is all that it sends by itself."""
+
+    def __init__(self, handshake: bytes = GREETING_4_3 + READY_XPUB) -> None:
+        self.handshake = handshake
+        self.connections: asyncio.Queue[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = asyncio.Queue()
+        self.writers: list[asyncio.StreamWriter] = []
+
+    async def __aenter__(self):
+        self.server = await asyncio.start_server(self.connected, "127.0.0.1", 0)
+        self.address = f"tcp://127.0.0.1:{self.server.sockets[0].getsockname()[1]}"
+        return self
+
+    async def __aexit__(self, *exc):
+        self.server.close()
+        for writer in self.writers:
+            writer.transport.abort()
+        await asyncio.sleep(0)
+
+    async def connected(self, reader, writer):
+        self.writers.append(writer)
+        writer.write(self.handshake)
+        self.connections.put_nowait((reader, writer))
+
+    async def accept(self):
+        return await asyncio.wait_for(self.connections.get(), 30)
+
+    async def accept_until_cut_off(self):
+        """Let the subscriber end a connection; closing with its bytes unread would throw away what was sent."""
+        reader, writer = await self.accept()
+        with contextlib.suppress(ConnectionError):
+            await asyncio.wait_for(reader.read(), 30)
+        writer.close()
+
+
+HELLO = 64 + 27  # bytes of our greeting and our READY
+
+
+class BuiltinBusSourceTests(unittest.IsolatedAsyncioTestCase):
+    """The source against peers of literal bytes."""
+
+    def open(self, address, **options):
+        source = aiperf_api.BuiltinBusSource(address, **options)
+        self.addAsyncCleanup(source.stop)
+        return Inbox(source)
+
+    def patch(self, **constants):
+        for name, value in constants.items():
+            patcher = mock.patch.object(aiperf_api, name, value)
+            patcher.start()
+            self.addCleanup(patcher.stop)
+
+    async def read(self, reader, wanted: bytes):
+        self.assertEqual(await asyncio.wait_for(reader.readexactly(len(wanted)), 30), wanted)
+
+    async def test_a_prefix_is_told_once_however_often_it_is_subscribed(self):
+        async with RawPublisher() as publisher:
+            inbox = self.open(publisher.address)
+            inbox.source.subscribe(b"ab")
+            inbox.source.subscribe(b"ab")
+            inbox.start()
+            reader, _ = await publisher.accept()
+            await reader.readexactly(HELLO)
+            await self.read(reader, b"\x04\x0c\x09SUBSCRIBEab")
+            inbox.source.subscribe(b"ab")
+            inbox.source.subscribe(b"c")
+            await self.read(reader, b"\x04\x0b\x09SUBSCRIBEc")
+            for _ in range(3):
+                inbox.source.unsubscribe(b"ab")
+            inbox.source.unsubscribe(b"never subscribed")
+            inbox.source.unsubscribe(b"c")
+            await self.read(reader, b"\x04\x09\x06CANCELab\x04\x08\x06CANCELc")
+            self.assertEqual(inbox.source.prefixes, ())
+
+    async def test_a_peer_of_3_0_is_spoken_to_in_3_0_and_never_gets_a_ping(self):
+        self.patch(BUS_HEARTBEAT_SEC=0.002)
+        async with RawPublisher(GREETING_4_1 + READY_PUB) as publisher:
+            inbox = self.open(publisher.address)
+            inbox.source.subscribe(b"ab")
+            inbox.start()
+            reader, _ = await publisher.accept()
+            await reader.readexactly(HELLO)
+            await self.read(reader, b"\x00\x03\x01ab")
+            beats = asyncio.Event()
+            with mock.patch.object(aiperf_api.ZMTPSubscriber, "encode_ping", lambda codec: beats.set() or b""):
+                await asyncio.wait_for(beats.wait(), 30)
+            for _ in range(aiperf_api.BUS_HEARTBEAT_MISSES + 3):
+                self.assertTrue(inbox.source.connected)
+                await asyncio.sleep(0.002)
+            inbox.source.subscribe(b"c")
+            await self.read(reader, b"\x00\x02\x01c")
+
+    async def test_what_is_not_subscribed_any_more_is_dropped_here(self):
+        async with RawPublisher() as publisher:
+            inbox = self.open(publisher.address)
+            inbox.source.subscribe(b"ab")
+            inbox.source.subscribe(b"command$")
+            inbox.start()
+            _, writer = await publisher.accept()
+            writer.write(
+                zmtp_message(b"abc", b"1") + zmtp_message(b"command_response$", b"2") + zmtp_message(b"a", b"3")
+            )
+            writer.write(zmtp_message(b"command$", b"4"))
+            await inbox.has(2)
+            inbox.source.unsubscribe(b"ab")
+            writer.write(zmtp_message(b"abc", b"5") + zmtp_message(b"command$", b"6"))
+            await inbox.has(3)
+            self.assertEqual(inbox.messages, [[b"abc", b"1"], [b"command$", b"4"], [b"command$", b"6"]])
+
+    async def test_a_lost_peer_is_found_again_and_told_the_subscriptions(self):
+        async with RawPublisher() as publisher:
+            inbox = self.open(publisher.address)
+            inbox.start()
+            inbox.source.subscribe(b"first")
+            reader, writer = await publisher.accept()
+            await reader.readexactly(HELLO + 17)
+            inbox.source.subscribe(b"later")
+            writer.close()
+            await inbox.tells_lines(2)
+            self.assertFalse(inbox.source.connected)
+            reader, writer = await publisher.accept()
+            await reader.readexactly(HELLO)
+            await self.read(reader, b"\x04\x0f\x09SUBSCRIBEfirst\x04\x0f\x09SUBSCRIBElater")
+            self.assertEqual(inbox.lines[0], f"connected to {publisher.address} (ZMTP 3.1, XPUB)")
+            self.assertRegex(inbox.lines[1], r"^the bus at tcp://127\.0\.0\.1:\d+ is gone.*; trying until it is back$")
+
+    async def test_a_connection_that_lasts_starts_the_log_and_the_back_off_afresh(self):
+        self.patch(BUS_PROVEN_SEC=0.01, BUS_RETRY_MIN_SEC=0.01)
+        proofs = []
+        prove = aiperf_api.BuiltinBusSource.peer_proven
+
+        def watch(source, peer):
+            source._retry_sec = 99.0
+            prove(source, peer)
+            proofs.append(source._retry_sec)
+            inbox.changed.set()
+
+        with mock.patch.object(aiperf_api.BuiltinBusSource, "peer_proven", watch):
+            async with RawPublisher() as publisher:
+                inbox = self.open(publisher.address)
+                inbox.start()
+                for count in (1, 2, 3):
+                    _, writer = await publisher.accept()
+                    await inbox.until(lambda count=count: len(proofs) == count)
+                    writer.close()
+                    await inbox.tells_lines(2 * count)
+        self.assertEqual(proofs, [0.01] * 3)
+        self.assertEqual(["is gone" in line for line in inbox.lines], [False, True] * 3)
+
+    async def test_the_same_fault_again_and_again_is_told_once_and_retried_for_ever(self):
+        self.patch(BUS_RETRY_MIN_SEC=0.001, BUS_RETRY_MAX_SEC=0.002)
+        for handshake, line in (
+            (b"HTTP/1.1 400 Bad Request\r\n\r\n", "does not speak ZMTP: it began with b'HTTP"),
+            (GREETING_4_3[:12] + b"PLAIN".ljust(20, b"\0") + bytes(32), "the security mechanism b'PLAIN'"),
+            (GREETING_4_3 + b"\x04\x19\x05READY\x0bSocket-Type\0\0\0\x03REP", "a socket of type b'REP'"),
+            (b"\xff\0\0\0\0\0\0\0\x01\x7f\x01\x01", "ZMTP 2"),
+            (b"", "hung up during the handshake"),
+        ):
+            async with RawPublisher(handshake) as publisher:
+                inbox = self.open(publisher.address)
+                inbox.start()
+                for _ in range(5):
+                    if handshake:
+                        await publisher.accept_until_cut_off()
+                    else:
+                        (await publisher.accept())[1].close()
+                self.assertEqual(len(inbox.lines), 1, inbox.lines)
+                self.assertIn(line, inbox.lines[0])
+                await inbox.source.stop()
+        async with RawPublisher(GREETING_4_3 + READY_XPUB + ABC_1 + b"\x08") as publisher:
+            inbox = self.open(publisher.address)
+            inbox.source.subscribe(b"")
+            inbox.start()
+            for _ in range(5):
+                await publisher.accept_until_cut_off()
+            self.assertGreaterEqual(inbox.messages.count([b"abc", b"1"]), 4)
+            self.assertEqual(sum("flags 0x08" in line for line in inbox.lines), 1)
+            self.assertLessEqual(len(inbox.lines), 3, inbox.lines)
+
+    async def test_nobody_there_is_one_line_and_the_wait_grows_to_its_limit(self):
+        self.patch(BUS_RETRY_MIN_SEC=0.001, BUS_RETRY_MAX_SEC=0.004)
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = taken.getsockname()[1]
+        waits = []
+        enough = asyncio.Event()
+        real_sleep = asyncio.sleep
+
+        async def sleep(seconds):
+            waits.append(seconds)
+            if len(waits) == 6:
+                enough.set()
+            await real_sleep(0)
+
+        with mock.patch.object(aiperf_api.asyncio, "sleep", sleep):
+            inbox = self.open(f"tcp://127.0.0.1:{port}")
+            inbox.start()
+            await asyncio.wait_for(enough.wait(), 30)
+            await inbox.source.stop()
+        for wait, base in zip(waits, (0.001, 0.002, 0.004, 0.004, 0.004)):
+            self.assertTrue(base * 0.75 <= wait <= base * 1.25, waits)
+        self.assertEqual(len(inbox.lines), 1)
+        self.assertRegex(inbox.lines[0], r"^no bus at tcp://127\.0\.0\.1:\d+ yet \(.+\); trying until there is one$")
+
+    async def test_a_name_that_cannot_be_is_waited_for_like_one_that_is_not_there_yet(self):
+        inbox = self.open(f"tcp://{'x' * 70}.invalid:5664")
+        inbox.start()
+        await inbox.tells_lines(1)
+        self.assertIn("no bus at", inbox.lines[0])
+
+    async def test_a_silent_peer_gets_pings_and_is_given_up(self):
+        self.patch(BUS_HEARTBEAT_SEC=0.01)
+        async with RawPublisher() as publisher:
+            inbox = self.open(publisher.address)
+            inbox.start()
+            reader, _ = await publisher.accept()
+            await reader.readexactly(HELLO)
+            await self.read(reader, b"\x04\x07\x04PING\0\0" * aiperf_api.BUS_HEARTBEAT_MISSES)
+            with contextlib.suppress(ConnectionError):
+                self.assertEqual(await asyncio.wait_for(reader.read(1), 30), b"")
+            await inbox.tells("left 3 PINGs without an answer")
+            await publisher.accept()
+
+    async def test_a_peer_that_answers_pings_is_kept(self):
+        self.patch(BUS_HEARTBEAT_SEC=0.05)
+        async with RawPublisher() as publisher:
+            inbox = self.open(publisher.address)
+            inbox.start()
+            reader, writer = await publisher.accept()
+            await reader.readexactly(HELLO)
+            for _ in range(10):
+                await self.read(reader, b"\x04\x07\x04PING\0\0")
+                writer.write(b"\x04\x05\x04PONG")
+            self.assertEqual((len(publisher.writers), inbox.source.connected), (1, True))
+
+    async def test_a_peer_is_given_up_after_the_silence_that_its_own_ping_names(self):
+        async with RawPublisher(GREETING_4_3 + READY_XPUB + b"\x04\x07\x04PING\x00\x01") as publisher:
+            inbox = self.open(publisher.address)
+            inbox.start()
+            reader, _ = await publisher.accept()
+            await reader.readexactly(HELLO)
+            await self.read(reader, b"\x04\x05\x04PONG")
+            await inbox.tells("silent for 0.1 s")
+            await publisher.accept()
+
+    async def test_a_peer_that_accepts_and_says_nothing_is_given_up(self):
+        self.patch(BUS_HANDSHAKE_SEC=0.02)
+        async with RawPublisher(GREETING_4_3) as publisher:
+            inbox = self.open(publisher.address)
+            inbox.start()
+            await inbox.tells("did not finish the handshake")
+            await publisher.accept()
+            await publisher.accept()
+
+    async def test_a_peer_that_reads_no_answers_is_cut_off(self):
+        async with RawPublisher() as publisher:
+            inbox = self.open(publisher.address)
+            inbox.start()
+            _, writer = await publisher.accept()
+            flood = zmtp_frame(b"\x04PING\0\0" + b"c" * 16, 4) * 4096
+            with self.assertRaises(ConnectionError):
+                while True:
+                    writer.write(flood)
+                    await asyncio.wait_for(writer.drain(), 30)
+            await inbox.tells("does not read")
+
+    async def test_one_read_with_many_messages_is_spread_over_turns_of_the_loop(self):
+        async with RawPublisher() as publisher:
+            inbox = self.open(publisher.address)
+            inbox.source.subscribe(b"")
+            inbox.start()
+            _, writer = await publisher.accept()
+            sent = [[b"t$", b"%d" % i] for i in range(2_000)]
+            writer.write(b"".join(zmtp_message(*message) for message in sent))
+            await inbox.has(len(sent))
+            self.assertEqual(inbox.messages, sent)
+            self.assertEqual(max(inbox.batches), aiperf_api.BUS_BATCH_MAX)
+
+    async def test_messages_before_a_fault_or_an_end_are_all_delivered(self):
+        for end in (b"", b"\x08", b"\x01\x05cut"):
+            many = b"".join(zmtp_message(b"t$", b"%d" % i) for i in range(1_000))
+            async with RawPublisher(GREETING_4_3 + READY_XPUB + many + end) as publisher:
+                inbox = self.open(publisher.address)
+                inbox.source.subscribe(b"")
+                inbox.start()
+                (await publisher.accept())[1].close()
+                await inbox.has(1_000)
+                self.assertEqual(inbox.messages[:1_000], [[b"t$", b"%d" % i] for i in range(1_000)])
+                await inbox.source.stop()
+
+    async def test_nothing_is_delivered_after_stop(self):
+        async with RawPublisher(GREETING_4_3 + READY_XPUB + ABC_1 * 1_000) as publisher:
+            inbox = self.open(publisher.address)
+            inbox.source.subscribe(b"")
+            inbox.start()
+            await publisher.accept()
+            await inbox.has(1)
+            await inbox.source.stop()
+            count = len(inbox.messages)
+            await asyncio.sleep(0)
+            self.assertEqual((len(inbox.messages), inbox.source.connected), (count, False))
+
+    async def test_it_can_be_stopped_at_any_moment_of_a_connection(self):
+        async with RawPublisher() as publisher:
+            for options in ({}, {"bind": True}):
+                for turns in range(40):
+                    inbox = self.open("tcp://127.0.0.1:0" if options else publisher.address, **options)
+                    inbox.start()
+                    for _ in range(turns):
+                        await asyncio.sleep(0)
+                    await asyncio.wait_for(inbox.source.stop(), 30)
+
+    async def test_a_connection_that_met_itself_is_dropped(self):
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = taken.getsockname()[1]
+        inbox = self.open(f"tcp://127.0.0.1:{port}")
+        loop = asyncio.get_running_loop()
+        end = ("127.0.0.1", port)
+        _, peer = await loop.create_connection(lambda: aiperf_api._BusPeer(inbox.source), *end, local_addr=end)
+        await asyncio.wait_for(peer.gone, 30)
+        self.assertFalse(inbox.source.connected)
+
+    async def test_bound_it_takes_several_publishers_at_once_up_to_its_limit(self):
+        self.patch(BUS_PEERS_MAX=3)
+        inbox = self.open("tcp://127.0.0.1:*", bind=True)
+        inbox.source.subscribe(b"abc")
+        inbox.start()
+        host, port = inbox.source.address[len("tcp://") :].split(":")
+        writers = []
+        for minor in (GREETING_4_1, GREETING_4_3, GREETING_4_3):
+            reader, writer = await asyncio.open_connection(host, int(port))
+            writer.write(minor + READY_PUB)
+            await reader.readexactly(HELLO)
+            await self.read(reader, b"\x00\x04\x01abc" if minor == GREETING_4_1 else b"\x04\x0d\x09SUBSCRIBEabc")
+            writers.append(writer)
+        reader, surplus = await asyncio.open_connection(host, int(port))
+        with contextlib.suppress(ConnectionError):
+            self.assertEqual(await asyncio.wait_for(reader.read(1), 30), b"")
+        surplus.close()
+        for writer in writers:
+            writer.write(ABC_1)
+        await inbox.has(3)
+        writers.pop().close()
+        writers.pop().close()
+        writers[0].write(b"\x08")
+        await inbox.tells_lines(3)
+        self.assertEqual(inbox.lines[0], f"a publisher connected to {inbox.source.address} (ZMTP 3.0, PUB)")
+        self.assertEqual(inbox.lines[1], f"a peer at {inbox.source.address}: a frame with the flags 0x08")
+        self.assertEqual(inbox.lines[2], f"the last publisher at {inbox.source.address} left; waiting for the next")
+        writers[0].close()
+
+    async def test_an_address_in_use_cannot_be_bound_and_says_so_at_once(self):
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            inbox = self.open(f"tcp://127.0.0.1:{taken.getsockname()[1]}", bind=True)
+            with self.assertRaisesRegex(aiperf_api.StartError, "cannot bind tcp://127.0.0.1:"):
+                inbox.start()
+
+    async def test_every_interface_can_be_bound(self):
+        inbox = self.open("tcp://*:0", bind=True)
+        inbox.start()
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(inbox.source.address.rpartition(":")[2]))
+        await reader.readexactly(10)
+        writer.close()
+
+    @unittest.skipUnless(hasattr(socket, "AF_UNIX"), "needs Unix sockets")
+    async def test_a_bound_path_is_taken_over_from_the_dead_but_not_from_the_living(self):
+        with tempfile.TemporaryDirectory() as directory:
+            path = f"{directory}/bus.ipc"
+            with socket.socket(socket.AF_UNIX) as dead:
+                dead.bind(path)
+            inbox = self.open(f"ipc://{path}", bind=True)
+            inbox.start()
+            other = self.open(f"ipc://{path}", bind=True)
+            with self.assertRaisesRegex(aiperf_api.StartError, "cannot bind ipc://"):
+                other.start()
+            reader, writer = await asyncio.open_unix_connection(path)
+            await reader.readexactly(10)
+            writer.close()
+            await inbox.source.stop()
+            self.assertEqual(os.listdir(directory), [])
+            os.close(os.open(path, os.O_CREAT))  # an ordinary file
+            other = self.open(f"ipc://{path}", bind=True)
+            with self.assertRaises(aiperf_api.StartError):
+                other.start()
+            self.assertEqual(os.listdir(directory), ["bus.ipc"])
+
+
+# A proxy as AIPerf has it, between XSUB and XPUB, in a process of its own; it prints where it listens.
+PROXY = """
+import sys, zmq
+context = zmq.Context()
+front, back = context.socket(zmq.XSUB), context.socket(zmq.XPUB)
+for sock in (front, back):
+    sock.linger = 0
+    sock.sndhwm = sock.rcvhwm = 0
+front.bind(sys.argv[1])
+back.bind(sys.argv[2])
+print(*[sock.getsockopt(zmq.LAST_ENDPOINT).decode().strip(chr(0)) for sock in (front, back)])
+sys.stdout.flush()
+zmq.proxy(front, back)
+"""
+# Interpreters whose pyzmq brings another libzmq, such as 4.1 (pyzmq 16), 4.2 (17) and 4.3.2 (18).
+PEER_PYTHONS = [sys.executable, *filter(None, os.environ.get("AIPERF_API_TEST_PYTHONS", "").split(os.pathsep))]
+
+
+def recorded_messages():
+    """The committed recordings; without them, messages of many sizes."""
+    paths = sorted((pathlib.Path(__file__).parent / ".ci" / "recordings").glob("*.jsonl.gz"))
+    for path in paths:
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            rows = [json.loads(line) for line in file]
+        yield path.name, [[row["topic"].encode(), row["payload"].encode()] for row in rows if "topic" in row]
+    yield "sizes", [[b"size.%d$" % size, b"x" * size] for size in (*range(600), 65_535, 65_536, 1_000_000)]
+    yield "frames", [[b"%d" % i] * (i + 1) for i in range(20)]
+
+
+@unittest.skipUnless(zmq, "needs the pyzmq package")
+class BuiltinBusSourceWithLibzmqTests(unittest.IsolatedAsyncioTestCase):
+    """The source against the real thing, in another process."""
+
+    def setUp(self):
+        self.context = zmq.Context()
+        self.addCleanup(self.context.destroy, linger=0)
+        directory = tempfile.TemporaryDirectory()
+        self.addCleanup(directory.cleanup)
+        self.directory = directory.name
+
+    def spawn(self, script, *arguments, python=sys.executable):
+        process = subprocess.Popen(
+            [python, "-c", script, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.addCleanup(process.communicate)
+        self.addCleanup(process.kill)
+        return process
+
+    def proxy(self, front="tcp://127.0.0.1:*", back="tcp://127.0.0.1:*", python=sys.executable):
+        process = self.spawn(PROXY, front, back, python=python)
+        front, back = process.stdout.readline().split()
+        return process, front, back
+
+    def socket(self, kind, **options):
+        sock = self.context.socket(kind)
+        self.addCleanup(sock.close)
+        sock.linger = 0
+        sock.sndhwm = sock.rcvhwm = 0
+        sock.rcvtimeo = 30_000
+        for name, value in options.items():
+            setattr(sock, name, value)
+        return sock
+
+    def publisher(self, address):
+        """An XPUB behind a proxy: it sees the subscriptions arrive."""
+        sock = self.socket(zmq.XPUB)
+        sock.connect(address)
+        return sock
+
+    async def open(self, address, *prefixes, **options):
+        source = aiperf_api.BuiltinBusSource(address, **options)
+        self.addAsyncCleanup(source.stop)
+        for prefix in prefixes:
+            source.subscribe(prefix)
+        inbox = Inbox(source)
+        inbox.start()
+        return inbox
+
+    async def subscribed(self, sock, *prefixes):
+        """Wait until the publisher knows these subscriptions."""
+        missing = {b"\x01" + prefix for prefix in prefixes}
+        while missing:
+            missing.discard(await asyncio.get_running_loop().run_in_executor(None, sock.recv))
+
+    async def test_every_message_comes_as_to_a_sub_socket_of_pyzmq(self):
+        for python in PEER_PYTHONS:
+            _, front, back = self.proxy(python=python)
+            publisher, judge = self.publisher(front), self.socket(zmq.SUB)
+            judge.connect(back)
+            judge.subscribe(b"")
+            judge.subscribe(b"sync-judge")
+            inbox = await self.open(back, b"", b"sync-ours")
+            await self.subscribed(publisher, b"", b"sync-judge", b"sync-ours")
+            for name, messages in recorded_messages():
+                with self.subTest(name, python=python):
+                    for message in messages:
+                        publisher.send_multipart(message)
+                    await inbox.has(len(messages))
+                    self.assertEqual(inbox.messages, messages)
+                    self.assertEqual([judge.recv_multipart() for _ in messages], messages)
+                    inbox.messages.clear()
+            await inbox.source.stop()
+
+    async def test_subscriptions_change_while_messages_flow(self):
+        for python in PEER_PYTHONS:
+            with self.subTest(python=python):
+                await self.change_subscriptions(*self.proxy(python=python)[1:])
+
+    async def change_subscriptions(self, front, back):
+        publisher = self.publisher(front)
+        inbox = await self.open(back, b"kept$")
+        await self.subscribed(publisher, b"kept$")
+        number = 0
+
+        async def flow(until_kept=0, until_changed=0):
+            nonlocal number
+            while kept() < until_kept or len(changed()) < until_changed:
+                publisher.send_multipart([b"kept$", b"%d" % number])
+                publisher.send_multipart([b"changed$", b"%d" % number])
+                number += 1
+                await asyncio.sleep(0)
+
+        def kept():
+            return sum(topic == b"kept$" for topic, _ in inbox.messages)
+
+        def changed():  # the numbers of the messages that the changing subscription has brought
+            return [int(payload) for topic, payload in inbox.messages if topic == b"changed$"]
+
+        await flow(until_kept=50)
+        self.assertEqual(changed(), [])
+        for _ in range(3):
+            before = len(changed())
+            inbox.source.subscribe(b"changed$")
+            inbox.source.subscribe(b"chan")
+            await flow(until_changed=before + 50)
+            inbox.source.unsubscribe(b"chan")
+            await flow(until_changed=before + 100)
+            inbox.source.unsubscribe(b"changed$")
+            after = len(changed())
+            run = changed()[before:]
+            self.assertEqual(run, list(range(run[0], run[0] + len(run))), "whole and in order")
+            await flow(until_kept=number + 100)
+            self.assertEqual(len(changed()), after)
+        numbers = [payload for topic, payload in inbox.messages if topic == b"kept$"]
+        self.assertEqual(numbers, [b"%d" % i for i in range(len(numbers))])
+        await inbox.source.stop()
+
+    async def test_a_proxy_that_is_killed_and_comes_back_is_found_again(self):
+        for python in PEER_PYTHONS:
+            with self.subTest(python=python):
+                process, front, back = self.proxy(python=python)
+                inbox = await self.open(back, b"abc")
+                for life in range(3):
+                    publisher = self.publisher(front)
+                    await self.subscribed(publisher, b"abc")
+                    publisher.send_multipart([b"abc$", b"%d" % life])
+                    await inbox.has(life + 1)
+                    publisher.close()
+                    process.kill()
+                    process.wait()
+                    process, *_ = self.proxy(front, back, python=python)
+                self.assertEqual(inbox.messages, [[b"abc$", b"%d" % life] for life in range(3)])
+                await inbox.source.stop()
+
+    async def test_a_burst_of_a_hundred_thousand_messages_loses_none(self):
+        process = self.spawn(
+            "import sys, zmq\n"
+            "sock = zmq.Context().socket(zmq.XPUB)\n"
+            "sock.sndhwm = 0\n"
+            "print('tcp://127.0.0.1:%d' % sock.bind_to_random_port('tcp://127.0.0.1'), flush=True)\n"
+            "sock.recv()\n"
+            "for number in range(100_000):\n"
+            "    sock.send_multipart([b'burst$', b'%01024d' % number])\n"
+            "sys.stdin.read()\n"
+        )
+        inbox = await self.open(process.stdout.readline().strip(), b"burst$")
+        await inbox.has(100_000, 120)
+        wrong = sum(message != [b"burst$", b"%01024d" % i] for i, message in enumerate(inbox.messages))
+        self.assertEqual((len(inbox.messages), wrong, len(inbox.lines)), (100_000, 0, 1))
+        self.assertLessEqual(max(inbox.batches), aiperf_api.BUS_BATCH_MAX)
+
+    async def test_a_message_of_50_megabytes_comes_whole(self):
+        for python in PEER_PYTHONS:
+            _, front, back = self.proxy(python=python)
+            publisher = self.publisher(front)
+            inbox = await self.open(back, b"")
+            await self.subscribed(publisher, b"")
+            large = os.urandom(1000) * 50_000
+            publisher.send_multipart([b"large$", large])
+            publisher.send_multipart([b"small$", b"1"])
+            await inbox.has(2)
+            self.assertTrue(inbox.messages == [[b"large$", large], [b"small$", b"1"]])
+            await inbox.source.stop()
+
+    async def test_heartbeats_of_libzmq_are_answered(self):
+        publisher = self.socket(zmq.XPUB, heartbeat_ivl=20, heartbeat_timeout=1000, heartbeat_ttl=5000)
+        address = f"tcp://127.0.0.1:{publisher.bind_to_random_port('tcp://127.0.0.1')}"
+        seen = []
+        take_command = aiperf_api.ZMTPSubscriber._take_command
+
+        def watch(codec, body):
+            seen.append(body)
+            inbox.changed.set()
+            take_command(codec, body)
+
+        with mock.patch.object(aiperf_api.ZMTPSubscriber, "_take_command", watch):
+            inbox = await self.open(address, b"")
+            await inbox.until(lambda: sum(body.startswith(b"\x04PING\x00\x32") for body in seen) >= 60)
+        await self.subscribed(publisher, b"")
+        publisher.send_multipart([b"t$", b"1"])
+        await inbox.has(1)
+        self.assertEqual(len(inbox.lines), 1, "one connection, never lost")
+
+    @unittest.skipUnless(hasattr(signal, "SIGSTOP"), "needs SIGSTOP")
+    async def test_a_publisher_that_freezes_is_noticed(self):
+        process, front, back = self.proxy()
+        with mock.patch.object(aiperf_api, "BUS_HEARTBEAT_SEC", 0.05):
+            inbox = await self.open(back, b"")
+            await inbox.until(lambda: inbox.source.connected)
+            process.send_signal(signal.SIGSTOP)
+            await inbox.tells("PINGs without an answer")
+            process.send_signal(signal.SIGCONT)
+            publisher = self.publisher(front)
+            await self.subscribed(publisher, b"")
+            publisher.send_multipart([b"t$", b"1"])
+            await inbox.has(1)
+
+    async def test_bound_it_hears_several_publishers(self):
+        addresses = ["tcp://127.0.0.1:*", "tcp://*:*", f"ipc://{self.directory}/bound.ipc"]
+        if socket.has_ipv6 and aiperf_api.socket.has_dualstack_ipv6():
+            addresses.append("tcp://[::1]:*")
+        if sys.platform.startswith("linux"):
+            addresses.append(f"ipc://@aiperf-api-test-{os.getpid()}")
+        for address in addresses:
+            with self.subTest(address):
+                inbox = await self.open(address, b"abc", bind=True)
+                senders = [self.socket(zmq.XPUB, ipv6=1), self.socket(zmq.XPUB, ipv6=1), self.socket(zmq.XPUB, ipv6=1)]
+                for sender in senders:
+                    sender.connect(inbox.source.address.replace("*", "127.0.0.1"))
+                    await self.subscribed(sender, b"abc")
+                for number, sender in enumerate(senders):
+                    sender.send_multipart([b"abc$", b"%d" % number])
+                    sender.send_multipart([b"else$", b"%d" % number])
+                await inbox.has(3)
+                self.assertEqual({payload for _, payload in inbox.messages}, {b"0", b"1", b"2"})
+                await inbox.source.stop()
+
+    async def test_paths_abstract_names_and_host_names_are_connected_to(self):
+        addresses = ["tcp://127.0.0.1:*", f"ipc://{self.directory}/bus.ipc"]
+        if sys.platform.startswith("linux"):
+            addresses.append(f"ipc://@aiperf-api-test-{os.getpid()}")
+        for address in addresses:
+            publisher = self.socket(zmq.XPUB)
+            publisher.bind(address)
+            bound = publisher.last_endpoint.decode().rstrip("\0")
+            for name in {bound, bound.replace("127.0.0.1", "localhost")}:
+                with self.subTest(name):
+                    inbox = await self.open(name, b"abc")
+                    await self.subscribed(publisher, b"abc")
+                    publisher.send_multipart([b"abc$", b"1"])
+                    await inbox.has(1)
+                    await inbox.source.stop()
+                    publisher.recv()  # the end of the subscription
+
+    async def test_a_server_that_wants_a_password_and_one_that_is_no_publisher_are_named(self):
+        secured = self.socket(zmq.PUB, plain_server=True)
+        other = self.socket(zmq.ROUTER)
+        for sock, reason in ((secured, "mechanism b'PLAIN'"), (other, "type b'ROUTER'")):
+            address = f"tcp://127.0.0.1:{sock.bind_to_random_port('tcp://127.0.0.1')}"
+            inbox = await self.open(address)
+            await inbox.tells_lines(1)
+            self.assertRegex(inbox.lines[0], f"the peer at {address}: .*({reason}|is it a PUB or XPUB socket)")
+            self.assertRegex(inbox.lines[0], "connecting again$")
+            await inbox.source.stop()
+
 
 # -- Child -------------------------------------------------------------------------------------------------------------
 
@@ -4095,14 +5075,22 @@ class TestReplayAndRecord(ServiceTestCase):
         self.assertEqual((status["source"]["kind"], status["state"], status["stale"]), ("replay", "complete", False))
         self.assertAlmostEqual(service.now_ns() / 1e9, wire_recording("run_0_13_success")[-1][0] / 1e9, delta=5)
 
+    async def test_played_at_once_it_has_the_history_of_the_run_at_its_own_pace(self) -> None:
+        source = aiperf_api.ReplaySource(self.path("run_0_13_gpu_and_server_metrics"), speed=0)
+        service = await self.serve(source=source)
+        await self.ended(service)
+        latency = (await self.get(service, "/api/history?tag=request_latency&stat=p99")).json["points"]
+        self.assertGreater(len(latency), 5)
+        in_flight = (await self.get(service, "/api/history?tag=phase:profiling&stat=in_flight")).json["points"]
+        self.assertEqual(max(value for _, value in in_flight), 12)  # the concurrency of that run
+
     async def test_a_killed_run_is_stale_ten_seconds_after_its_last_message(self) -> None:
         source = aiperf_api.ReplaySource(self.path("run_0_13_killed"), speed=0)
         service = await self.serve(source=source)
         await self.ended(service)
         self.assertFalse(service.status()["stale"])
-        with unittest.mock.patch.object(
-            aiperf_api.time, "monotonic_ns", lambda later=time.monotonic_ns(): later + 10**10
-        ):
+        later = time.monotonic_ns() + 10**10
+        with unittest.mock.patch.object(aiperf_api.time, "monotonic_ns", lambda: later):
             self.assertTrue(service.status()["stale"])
 
     async def test_what_is_recorded_replays_to_the_same_end(self) -> None:
@@ -4181,7 +5169,7 @@ class TestBoundSources(ServiceTestCase):
                     publisher.connect(service.source.address)
                     self.assertTrue(await asyncio.to_thread(publisher.poll, 5000))
                     publisher.send_multipart([b"system_state_changed$", b'{"state":"configuring"}'])
-                    await self.until(lambda number=number: service.bus.messages == number + 1)
+                    await self.until(lambda bus=service.bus, number=number: bus.messages == number + 1)
 
     def test_endpoints_that_cannot_be_are_refused_with_the_reason(self) -> None:
         for address in ("tcp://", "tcp://host", "tcp://host:99999", "http://x:1", "ipc://" + "x" * 200, "nonsense", ""):
@@ -4190,6 +5178,406 @@ class TestBoundSources(ServiceTestCase):
 
 
 # == 12 == Hub =========================================================================================================
+
+
+class PipeTransport:
+    """An asyncio transport as the hub sees it, whose peer takes bytes when the test says so."""
+
+    HIGH, LOW = aiperf_api.CONNECTION_BUFFER_BYTES, aiperf_api.CONNECTION_BUFFER_BYTES // 4
+
+    def __init__(self) -> None:
+        self.buffer = b""
+        self.taken = b""  # what the peer has read
+        self.writes = 0
+        self.aborted = self.paused = False
+        self.subscriber: aiperf_api.Subscriber | None = None
+
+    def write(self, data: bytes) -> None:
+        assert not self.aborted, "written behind the end"
+        self.writes += 1
+        self.buffer += data
+        if len(self.buffer) > self.HIGH and not self.paused:
+            self.paused = True
+            if self.subscriber is not None:
+                self.subscriber.pause()
+
+    def take(self, size: int) -> None:
+        """The peer reads so many bytes."""
+        self.taken, self.buffer = self.taken + self.buffer[:size], self.buffer[size:]
+        if self.paused and len(self.buffer) <= self.LOW:
+            self.paused = False
+            if self.subscriber is not None:
+                self.subscriber.flush()
+
+    def take_all(self) -> None:
+        while self.buffer:
+            self.take(len(self.buffer))
+
+    def abort(self) -> None:
+        self.aborted, self.buffer = True, b""
+
+    def is_closing(self) -> bool:
+        return self.aborted
+
+    def get_write_buffer_size(self) -> int:
+        return len(self.buffer)
+
+    def lines(self) -> list[Any]:
+        """What the peer has read, as JSON values."""
+        return [json.loads(line) for line in self.taken.splitlines()]
+
+
+class HubTestCase(unittest.TestCase):
+    """A hub with clients of NDJSON, whose peers and clock the test drives."""
+
+    def setUp(self) -> None:
+        self.wanted: list[tuple[str, bool]] = []
+        self.hub = aiperf_api.Hub(lambda name, wanted: self.wanted.append((name, wanted)))
+        self.now = 1000.0
+        self.count = 0
+
+    def client(self, types: Iterable[str] | None = None) -> PipeTransport:
+        transport = PipeTransport()
+        outlet = aiperf_api.Outlet(transport, self.now)
+        transport.subscriber = aiperf_api.Subscriber(outlet, "ndjson", "peer", aiperf_api.encode_line)
+        transport.number = self.hub.add(transport.subscriber)  # type: ignore[attr-defined]
+        self.hub.subscribe(transport.number, None if types is None else frozenset(types))  # type: ignore[attr-defined]
+        return transport
+
+    def send(self, *types: str, size: int = 0) -> None:
+        """Broadcast one batch; a type in lower case is an event, one in upper case a state message."""
+        batch = []
+        for name in types:
+            self.count += 1
+            payload = b'{"type":"%b","n":%d,"fill":"%b"}' % (name.encode(), self.count, b"x" * size)
+            batch.append((name, payload, name.isupper()))
+        self.hub.broadcast(batch, self.now)
+
+    def heard(self, transport: PipeTransport) -> list[Any]:
+        """(type, n) of each message that the peer has read; the counts of a notice."""
+        return [
+            line["counts"] if line["type"] == "skipped" else (line["type"], line["n"]) for line in transport.lines()
+        ]
+
+
+class TestHub(HubTestCase):
+    """Who gets what, while all keep up."""
+
+    def test_each_gets_what_it_asked_for_in_order_in_one_write_a_batch(self) -> None:
+        everything, some, nothing = self.client(), self.client({"a", "S"}), self.client(())
+        self.send("a", "b", "S", "a")
+        for transport in (everything, some, nothing):
+            transport.take_all()
+        self.assertEqual(self.heard(everything), [("a", 1), ("b", 2), ("S", 3), ("a", 4)])
+        self.assertEqual(self.heard(some), [("a", 1), ("S", 3), ("a", 4)])
+        self.assertEqual(self.heard(nothing), [])
+        self.assertEqual([t.writes for t in (everything, some, nothing)], [1, 1, 0])
+
+    def test_a_message_is_encoded_once_whoever_takes_it(self) -> None:
+        calls = []
+
+        def encode(message: aiperf_api.Message) -> bytes:
+            calls.append(message.number)
+            return message.payload + b"\n"
+
+        for types in (None, {"a"}, {"a", "b"}, {"a", "c"}):
+            transport = self.client(types)
+            transport.subscriber.encode = encode  # type: ignore[union-attr]
+            self.hub.subscribe(transport.number, types and frozenset(types))  # type: ignore[attr-defined]
+        self.send("a", "z")
+        self.assertEqual(calls, [1, 2])
+
+    def test_the_bus_is_asked_for_a_type_with_the_first_client_and_no_more_behind_the_last(self) -> None:
+        first, second = self.client({"a"}), self.client({"a", "b"})
+        self.hub.subscribe(second.number, frozenset({"a"}))  # type: ignore[attr-defined]
+        self.hub.remove(first.number)  # type: ignore[attr-defined]
+        self.hub.remove(second.number)  # type: ignore[attr-defined]
+        self.hub.remove(second.number)  # type: ignore[attr-defined]
+        self.assertEqual(self.wanted, [("a", True), ("b", True), ("b", False), ("a", False)])
+        self.assertFalse(self.hub.wants("a"))
+
+    def test_what_is_kept_for_late_clients_is_bounded(self) -> None:
+        for n in range(aiperf_api.RETAINED_TYPES_MAX + 50):
+            self.send(f"type{n}")
+        self.send(*["big"] * 3, size=aiperf_api.RETAINED_BYTES_MAX // 2)
+        self.send("BIGGER", size=aiperf_api.RETAINED_BYTES_MAX)
+        kept = self.hub.snapshot(None)
+        self.assertEqual(len(kept), aiperf_api.RETAINED_TYPES_MAX)
+        self.assertLess(sum(len(m.payload) for m in kept), aiperf_api.RETAINED_BYTES_MAX)
+        self.assertEqual([m.number for m in kept], sorted(m.number for m in kept))
+        self.hub.forget_run()
+        self.assertEqual(self.hub.snapshot(None), [])
+
+    def test_what_is_kept_for_streams_that_resume_is_bounded(self) -> None:
+        self.hub.remember = True
+        for _ in range(3):
+            self.send(*["e"] * aiperf_api.RESUME_MESSAGES_MAX)
+        self.assertEqual(len(self.hub.recent), aiperf_api.RESUME_MESSAGES_MAX)
+        self.send(*["e"] * 10, size=aiperf_api.RESUME_BYTES_MAX // 4)
+        self.assertLessEqual(sum(len(m.payload) for m in self.hub.recent), aiperf_api.RESUME_BYTES_MAX)
+
+
+class TestSlowClients(HubTestCase):
+    """A client that does not keep up costs nobody else anything, and knows what it missed."""
+
+    def fill(self, transport: PipeTransport) -> None:
+        """Fill its transport, so that from now on its messages queue."""
+        self.send("a", size=transport.HIGH)
+        self.assertTrue(transport.paused)
+
+    def test_below_the_soft_mark_nothing_is_left_out(self) -> None:
+        slow, good = self.client(), self.client()
+        self.fill(slow)
+        for _ in range(300):
+            good.take_all()
+            self.send("S", "a", size=1000)
+        self.now += aiperf_api.CLIENT_SOFT_MARK_SEC
+        self.send("S")
+        slow.take_all()
+        self.assertEqual([n for _, n in self.heard(slow)], list(range(1, 603)))
+        self.assertEqual(slow.subscriber.skipped, 0)  # type: ignore[union-attr]
+        self.assertEqual(slow.subscriber.sent, 602)  # type: ignore[union-attr]
+
+    def test_above_the_soft_mark_in_seconds_only_the_newest_of_each_state_remains_and_it_is_told(self) -> None:
+        slow = self.client()
+        self.fill(slow)
+        self.send("S", "T", "a", "S")
+        self.now += aiperf_api.CLIENT_SOFT_MARK_SEC + 0.1
+        self.send("S", "b", "S", "T")
+        slow.take_all()
+        # 1 was in the transport; 2 and 5 (S), 3 (T) and 6 (S) were replaced.
+        self.assertEqual(self.heard(slow), [("a", 1), {"S": 3, "T": 1}, ("a", 4), ("b", 7), ("S", 8), ("T", 9)])
+        self.assertEqual(slow.subscriber.skipped, 4)  # type: ignore[union-attr]
+        self.assertEqual(slow.subscriber.sent, 5)  # type: ignore[union-attr]
+
+    def test_above_the_soft_mark_in_bytes_the_same(self) -> None:
+        slow = self.client()
+        self.fill(slow)
+        size = aiperf_api.CLIENT_SOFT_MARK_BYTES // 16
+        for _ in range(40):
+            self.send("S", size=size)
+        self.assertLess(slow.subscriber.outstanding, 3 * size)  # type: ignore[union-attr]
+        slow.take_all()
+        self.assertEqual(self.heard(slow), [("a", 1), {"S": 39}, ("S", 41)])
+
+    def test_it_is_behind_by_the_age_of_what_it_got_last_not_by_how_long_it_has_queued(self) -> None:
+        slow = self.client()
+        self.fill(slow)
+        for _ in range(40):  # a second each: always behind, never by five seconds
+            self.now += 1
+            self.send("S", size=slow.HIGH)
+            slow.take(slow.HIGH)
+        self.assertFalse(slow.subscriber.slow)  # type: ignore[union-attr]
+        self.assertEqual(slow.subscriber.skipped, 0)  # type: ignore[union-attr]
+
+    def test_it_stays_slow_until_it_has_caught_up(self) -> None:
+        slow = self.client()
+        self.fill(slow)
+        self.send("S", size=aiperf_api.CLIENT_SOFT_MARK_BYTES)
+        for _ in range(30):  # below the mark again, but with old states in the queue they must not gather
+            self.send("S", size=100_000)
+        self.assertEqual(len(slow.subscriber.backlog), 1)  # type: ignore[union-attr]
+        slow.take_all()
+        self.assertFalse(slow.subscriber.slow)  # type: ignore[union-attr]
+        self.fill(slow)
+        self.send("S", "S")
+        self.assertEqual(len(slow.subscriber.backlog), 2)  # type: ignore[union-attr]
+
+    def test_events_are_bounded_in_number_and_left_out_ones_are_counted(self) -> None:
+        slow = self.client()
+        self.fill(slow)
+        self.send("S")
+        self.now += aiperf_api.CLIENT_SOFT_MARK_SEC + 1
+        over = 7
+        for _ in range(aiperf_api.CLIENT_QUEUE_EVENTS_MAX + over):
+            self.send("e")
+        self.send("S")
+        slow.take_all()
+        heard = self.heard(slow)
+        self.assertEqual(heard[1], {"S": 1, "e": over})
+        self.assertEqual([n for _, n in heard[2:-1]], list(range(3, 3 + aiperf_api.CLIENT_QUEUE_EVENTS_MAX)))
+        self.assertEqual(heard[-1], ("S", self.count))
+
+    def test_events_are_bounded_in_bytes_but_the_newest_state_always_fits(self) -> None:
+        slow = self.client()
+        self.fill(slow)
+        for _ in range(20):
+            self.send("e", "S", size=1024 * 1024)
+        self.assertLess(slow.subscriber.backlog_bytes, aiperf_api.CLIENT_QUEUE_BYTES_MAX + 2 * 1024 * 1024)  # type: ignore[union-attr]
+        self.assertFalse(slow.aborted)
+        slow.take_all()
+        heard = self.heard(slow)
+        self.assertEqual(heard[-1], ("S", self.count))
+        self.assertEqual(sum(heard[1].values()) + len(heard) - 1, self.count)
+
+    def test_above_the_hard_mark_it_is_cut_off_and_its_memory_is_free(self) -> None:
+        slow, good = self.client(), self.client()
+        self.fill(slow)
+        for name in "ST":
+            good.take_all()
+            self.send(name, size=aiperf_api.CLIENT_HARD_MARK_BYTES // 2 + 1)
+        self.assertTrue(slow.aborted)
+        self.assertEqual((slow.subscriber.outstanding, slow.subscriber.backlog), (0, {}))  # type: ignore[union-attr]
+        self.assertIn("waited for it", slow.subscriber.fault)  # type: ignore[union-attr]
+        self.send("a")  # and nobody writes to it any more
+        good.take_all()
+        self.assertEqual(len(self.heard(good)), 4)
+
+    def test_answers_nobody_reads_end_at_the_hard_mark_too(self) -> None:
+        slow = self.client()
+        self.fill(slow)
+        for _ in range(20):
+            slow.subscriber.reply(b"x" * 1024 * 1024, self.now)  # type: ignore[union-attr]
+        self.assertTrue(slow.aborted)
+
+    def test_an_answer_comes_behind_what_waits(self) -> None:
+        slow = self.client()
+        self.fill(slow)
+        self.send("a")
+        slow.subscriber.reply(b'{"type":"pong","n":0}\n', self.now)  # type: ignore[union-attr]
+        self.send("b")
+        slow.take_all()
+        self.assertEqual(self.heard(slow), [("a", 1), ("a", 2), ("pong", 0), ("b", 3)])
+
+    def test_one_that_leaves_gets_nothing_more_and_is_not_called_slow(self) -> None:
+        slow = self.client()
+        self.fill(slow)
+        self.send("a")
+        slow.subscriber.leave()  # type: ignore[union-attr]
+        self.send("b")
+        slow.take_all()
+        self.assertEqual((self.heard(slow), slow.subscriber.fault), ([("a", 1)], ""))  # type: ignore[union-attr]
+
+    def test_a_peer_that_has_reset_is_not_written_to(self) -> None:
+        gone = self.client()
+        gone.aborted = True  # as the loop leaves it until it says connection_lost()
+        self.send(*["a"] * 20, size=aiperf_api.CLIENT_WRITE_BYTES_MAX)
+        self.assertEqual(gone.writes, 0)
+
+    def test_totals_outlive_the_client(self) -> None:
+        slow = self.client()
+        self.fill(slow)
+        self.now += 60
+        self.send("S", "S", "S")
+        self.now += 60
+        self.send("S")
+        self.hub.remove(slow.number)  # type: ignore[attr-defined]
+        self.assertEqual(self.hub.totals(), (1, 3))
+
+
+class TestStalls(unittest.TestCase):
+    """Slow is not stalled: what counts is that bytes have left."""
+
+    def setUp(self) -> None:
+        self.transport = PipeTransport()
+        self.outlet = aiperf_api.Outlet(self.transport, 0.0)
+
+    def first_stall(self, step: Callable[[], None], seconds: int = 600) -> int | None:
+        return next((now for now in range(1, seconds) if step() or self.outlet.has_stalled(float(now))), None)
+
+    def test_nothing_taken_for_30_seconds_is_a_stall(self) -> None:
+        self.outlet.write(b"x" * 1000)
+        self.assertEqual(self.first_stall(lambda: None), aiperf_api.CLIENT_STALL_SEC + 1)
+
+    def test_more_and_more_to_take_is_no_movement(self) -> None:
+        self.outlet.write(b"x" * 1000)
+        self.assertEqual(self.first_stall(lambda: self.outlet.write(b"more")), aiperf_api.CLIENT_STALL_SEC + 1)
+
+    def test_who_takes_less_than_comes_in_is_slow_but_not_stalled(self) -> None:
+        def step() -> None:
+            self.outlet.write(b"x" * 100)
+            self.transport.take(50)
+
+        self.assertIsNone(self.first_stall(step))
+
+    def test_who_takes_as_much_as_comes_in_is_not_stalled(self) -> None:
+        self.outlet.write(b"x" * 5000)
+
+        def step() -> None:
+            self.outlet.write(b"x" * 50)
+            self.transport.take(50)
+
+        self.assertIsNone(self.first_stall(step))
+
+    def test_one_byte_in_29_seconds_is_enough(self) -> None:
+        self.outlet.write(b"x" * 1000)
+        clock = itertools.count(1)
+        self.assertIsNone(self.first_stall(lambda: None if next(clock) % 29 else self.transport.take(1)))
+
+    def test_with_nothing_to_take_nobody_stalls(self) -> None:
+        self.assertIsNone(self.first_stall(lambda: None))
+
+
+class TestHubModel(HubTestCase):
+    """Whatever happens in whatever order, the promises of the slow-client policy hold."""
+
+    def run_model(self, actions: Iterable[tuple[int, int]]) -> None:
+        """Each action is (what, how much); the marks are small, so that all of them are met."""
+        clients = [self.client(), self.client({"S", "a"})]
+        takes = [{"S", "T", "a", "b"}, {"S", "a"}]
+        sent: list[tuple[str, int]] = []
+        for what, much in actions:
+            if what < 4:
+                name = "STab"[what]
+                self.send(*[name] * (1 + much % 3), size=much * 40)
+                sent += [(name, n) for n in range(self.count - much % 3, self.count + 1)]
+            elif what < 6:
+                clients[what - 4].take(much * 200)
+            else:
+                self.now += much / 20
+            for transport in clients:
+                assert transport.subscriber is not None
+                self.assertLessEqual(transport.subscriber.backlog_bytes, aiperf_api.CLIENT_HARD_MARK_BYTES)
+        for transport, types in zip(clients, takes):
+            self.check(transport, [item for item in sent if item[0] in types])
+
+    def check(self, transport: PipeTransport, due: list[tuple[str, int]]) -> None:
+        subscriber = transport.subscriber
+        assert subscriber is not None
+        if subscriber.fault:
+            return
+        transport.take_all()
+        heard = self.heard(transport)
+        got = [item for item in heard if not isinstance(item, dict)]
+        told: dict[str, int] = {}
+        for notice in (item for item in heard if isinstance(item, dict)):
+            for name, count in notice.items():
+                told[name] = told.get(name, 0) + count
+        self.assertEqual(got, [item for item in due if item in set(got)], "bus order, nothing twice")
+        for name in "STab":
+            missing = sum(item[0] == name for item in due) - sum(item[0] == name for item in got)
+            self.assertEqual(missing, told.get(name, 0), "lost without a word")
+        for name in "ST":
+            newest = [item for item in due if item[0] == name][-1:]
+            self.assertEqual([item for item in got if item[0] == name][-1:], newest, "the newest state is not there")
+        self.assertEqual((subscriber.sent, subscriber.skipped), (len(got), sum(told.values())))
+        self.assertEqual((subscriber.backlog_bytes, subscriber.backlog_events, subscriber.newest), (0, 0, {}))
+
+    SMALL = {
+        "CLIENT_SOFT_MARK_BYTES": 20_000,
+        "CLIENT_QUEUE_BYTES_MAX": 30_000,
+        "CLIENT_QUEUE_EVENTS_MAX": 8,
+        "CLIENT_HARD_MARK_BYTES": 90_000,
+        "CLIENT_WRITE_BYTES_MAX": 5_000,
+    }
+
+    def test_order_counts_bounds_and_the_newest_state_hold_in_random_histories(self) -> None:
+        dice = random.Random(20)
+        with unittest.mock.patch.multiple(aiperf_api, **self.SMALL):
+            with unittest.mock.patch.multiple(PipeTransport, HIGH=2000, LOW=500):
+                for _ in range(300):
+                    self.setUp()
+                    self.run_model([(dice.randrange(7), dice.randrange(200)) for _ in range(dice.randrange(150))])
+
+    @unittest.skipUnless(hypothesis, "needs the hypothesis package")
+    def test_the_same_by_hypothesis(self) -> None:
+        with unittest.mock.patch.multiple(aiperf_api, **self.SMALL):
+            with unittest.mock.patch.multiple(PipeTransport, HIGH=2000, LOW=500):
+
+                @for_all(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 200)), max_size=60), examples=150)
+                def check(actions: list[tuple[int, int]]) -> None:
+                    self.setUp()
+                    self.run_model(actions)
 
 
 # == 13 == Connection ==================================================================================================
@@ -4932,6 +6320,7 @@ class TestWebSocketProtocol(ServiceTestCase):
     async def test_close_is_answered_with_its_own_code_and_pings_with_pongs(self) -> None:
         client = await self.open()
         client.send(client_frame(aiperf_api.OP_PING, b"a") + client_frame(aiperf_api.OP_PING, b"b"))
+        self.assertEqual(await client.read_frame(), (aiperf_api.OP_PONG, b"a"))
         self.assertEqual(await client.read_frame(), (aiperf_api.OP_PONG, b"b"))
         client.send(client_close(4000, b"bye"))
         self.assertEqual(await client.read_frame(), (aiperf_api.OP_CLOSE, struct.pack("!H", 4000) + b"bye"))
@@ -5755,5 +7144,548 @@ def read_terminal(descriptor: int) -> bytes:
         return b""
 
 
+class ACommandBehindTwoDashes(unittest.TestCase):
+    """`-- COMMAND` as its users run it; the commands are small scripts."""
+
+    def start(self, *argv: str, **env: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, aiperf_api.__file__, "--api-port", "0", *argv],
+            env={**os.environ, **env},
+            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # no terminal: a SIGINT that comes is for this process alone
+        )
+        self.addCleanup(process.communicate)
+        self.addCleanup(process.kill)
+        return process
+
+    def run_to_the_end(self, *argv: str, **env: str) -> tuple[int, str, str]:
+        process = self.start("--linger", "0", *argv, **env)
+        out, err = process.communicate(timeout=30)
+        return process.returncode, out, err
+
+    def url_of(self, process: subprocess.Popen[str]) -> str:
+        assert process.stderr is not None
+        return process.stderr.readline().split()[-1]
+
+    def get(self, url: str) -> Any:
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            return json.loads(answer.read())
+
+    def wait_for_state(self, url: str, *states: str) -> Any:
+        deadline = time.monotonic() + 30
+        while True:
+            status = self.get(url + "/api/status")
+            if status["state"] in states:
+                return status
+            self.assertLess(time.monotonic(), deadline, status)
+
+    def test_status_and_readiness_answer_before_anybody_is_at_the_bus(self) -> None:
+        for backend in ("builtin", "auto"):
+            process = self.start("--zmq-backend", backend, "--", "sleep", "60")
+            url = self.url_of(process)
+            self.assertIs(self.get(url + "/api/status")["source"]["connected"], False)
+            with self.assertRaises(urllib.error.HTTPError) as caught:
+                self.get(url + "/readyz")
+            self.assertEqual(caught.exception.code, 503)
+            caught.exception.close()
+            process.terminate()
+            self.assertEqual(process.wait(10), 143)
+
+    def test_the_exit_code_is_the_childs(self) -> None:
+        for script, code in (("exit 0", 0), ("exit 3", 3), ("kill -KILL $$", 137), ("kill -TERM $$", 143)):
+            self.assertEqual(self.run_to_the_end("--", "sh", "-c", script)[0], code, script)
+
+    def test_a_command_that_is_not_there_is_one_line_and_127(self) -> None:
+        for command in ("no-such-command-4711", "/no/such/file"):
+            code, _, said = self.run_to_the_end("--", command)
+            self.assertEqual(code, 127)
+            self.assertRegex(said, rf"\Aaiperf-api: {command}: [^\n]+\n\Z")
+
+    def test_a_file_that_cannot_be_executed_is_126(self) -> None:
+        self.assertEqual(self.run_to_the_end("--", __file__)[0], 126)
+
+    def test_wrong_usage_is_one_line_and_exit_2(self) -> None:
+        for argv in (
+            ("--",),
+            ("--demo", "--", "true"),
+            ("--zmq-host", "h", "--", "true"),
+            ("--nonsense", "--", "true"),
+        ):
+            code, _, said = self.run_to_the_end(*argv)
+            self.assertEqual(code, 2)
+            self.assertRegex(said, r"\Aaiperf-api: [^\n]+\n\Z")
+
+    def test_the_server_is_up_before_the_command_starts(self) -> None:
+        script = (
+            "import os, re, stat; path = os.environ['AIPERF_API_ZMQ_ADDRESS'][6:];"
+            "print(stat.S_ISSOCK(os.stat(path).st_mode), oct(os.stat(os.path.dirname(path)).st_mode & 0o777), path)"
+        )
+        code, out, said = self.run_to_the_end("--", sys.executable, "-c", script)
+        self.assertEqual(code, 0, said)
+        is_socket, mode, path = out.split()
+        self.assertEqual((is_socket, mode), ("True", "0o700"))
+        self.assertFalse(os.path.exists(os.path.dirname(path)))  # removed at the end
+
+    def test_the_command_keeps_our_terminal_and_group_but_not_our_variables(self) -> None:
+        code, out, said = self.run_to_the_end(
+            "--",
+            "sh",
+            "-c",
+            'ps -o pgid= -p $$ && ps -o pgid= -p $PPID && echo "[$AIPERF_API_TOKEN]"',
+            AIPERF_API_TOKEN="secret-token",
+        )
+        self.assertEqual(code, 0, said)
+        ours, theirs, token = out.split()
+        self.assertEqual((ours, token), (theirs, "[]"))
+
+    def test_a_child_that_dies_without_a_word_is_failed(self) -> None:
+        process = self.start("--linger", "60", "--", "sh", "-c", "exit 7")
+        url = self.url_of(process)
+        status = self.wait_for_state(url, "failed")
+        self.assertEqual((status["state"], status["error"]), ("failed", "exit status 7"))
+        self.assertEqual(status["source"]["kind"], "child")
+        process.send_signal(signal.SIGINT)  # while lingering: at once
+        self.assertEqual(process.wait(10), 7)
+
+    def test_signals_go_through_and_the_second_ends_the_lingering(self) -> None:
+        for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+            process = self.start("--linger", "60", "--", "sh", "-c", "echo up; exec sleep 60")
+            assert process.stdout is not None
+            process.stdout.readline()
+            process.send_signal(number)
+            if number == signal.SIGINT:
+                self.wait_for_state(self.url_of(process), "failed")  # it lingers after a single Ctrl-C
+                process.send_signal(number)
+            self.assertEqual(process.wait(10), code)
+
+    def test_credentials_show_neither_in_ps_nor_in_what_is_served(self) -> None:
+        key = "sk-very-secret-4711"
+        script = f"echo up; exec sleep 60 # --api-key {key}"
+        process = self.start(
+            "--linger", "0", "--", "sh", "-c", script, "--api-key", key, "-H", "X-Team: blue", HF_TOKEN=key
+        )
+        assert process.stdout is not None
+        process.stdout.readline()
+        url = self.url_of(process)
+        config = self.get(url + "/api/config")
+        self.assertEqual(config["command"][3:], ["--api-key", "***", "-H", "X-Team: ***"])
+        self.assertNotIn(key, json.dumps(config))
+        if sys.platform.startswith("linux"):
+            title = pathlib.Path(f"/proc/{process.pid}/cmdline").read_text()
+            self.assertNotIn(key, title)
+            self.assertNotIn("blue", title)
+            self.assertIn("--api-key", title)
+        process.terminate()
+        process.wait(10)
+
+    @unittest.skipUnless(aiperf_api.zmq, "needs the pyzmq package")
+    def test_the_example_of_the_readme_reports_its_progress(self) -> None:
+        readme = (pathlib.Path(aiperf_api.__file__).resolve().parent / "README.md").read_text(encoding="utf-8")
+        example = readme.partition("<!-- example -->")[2].partition("```python\n")[2].partition("```")[0]
+        process = self.start("--linger", "60", "--", sys.executable, "-c", example)
+        url = self.url_of(process)
+        self.wait_for_state(url, "complete")
+        self.assertEqual(self.get(url + "/api/progress")["completed"], 100)
+        self.assertEqual(self.get(url + "/api/metrics")["metrics"]["request_latency"]["count"], 100)
+        assert process.stderr is not None
+        while "the benchmark ended" not in process.stderr.readline():
+            pass
+        process.terminate()
+        self.assertEqual(process.wait(10), 0)
+
+
+class TheLogWhileAChildHasTheTerminal(unittest.TestCase):
+    def setUp(self) -> None:
+        self.stream = io.StringIO()
+        self.handler = aiperf_api._LogHandler()
+        self.handler.setStream(self.stream)
+
+    def say(self, text: str) -> None:
+        self.handler.handle(logging.makeLogRecord({"msg": text, "levelno": logging.INFO, "levelname": "INFO"}))
+
+    def test_it_waits_while_stderr_is_a_terminal(self) -> None:
+        with unittest.mock.patch.object(sys, "stderr", unittest.mock.Mock(isatty=lambda: True)):
+            self.handler.hold_back()
+        self.say("one")
+        self.assertEqual(self.stream.getvalue(), "")
+        self.handler.write_held()
+        self.say("two")
+        self.assertEqual(self.stream.getvalue(), "one\ntwo\n")
+
+    def test_it_goes_on_in_a_file(self) -> None:
+        with unittest.mock.patch.object(sys, "stderr", unittest.mock.Mock(isatty=lambda: False)):
+            self.handler.hold_back()
+        self.say("one")
+        self.assertEqual(self.stream.getvalue(), "one\n")
+
+    def test_what_is_held_is_bounded_and_what_is_left_out_is_said(self) -> None:
+        with unittest.mock.patch.object(sys, "stderr", unittest.mock.Mock(isatty=lambda: True)):
+            self.handler.hold_back()
+        for number in range(aiperf_api.LOG_LINES_HELD_MAX + 3):
+            self.say(str(number))
+        with self.assertLogs(aiperf_api.log, "WARNING") as said:
+            self.handler.write_held()
+        self.assertEqual(self.stream.getvalue().split("\n")[0], "3")
+        self.assertIn("3 older lines", said.output[0])
+
+
+# == Documentation =====================================================================================================
+#
+# The README is checked against the module's own tables and against a real server. After a change of an option, an
+# endpoint, a limit or a metric of ours: `python3 test_aiperf_api.py --write-readme`.
+
+ROOT = Path(__file__).resolve().parent
+README = ROOT / "README.md"
+DEMO = ROOT / "static" / "demo.jsonl.gz"
+OWN_FAMILIES = re.compile("aiperf_(api|benchmark_sta|elapsed|eta|info|phase|progress|worker)")
+HALF_WAY = 122  # messages of the demo until its profiling is half done
+WEBSOCAT = shutil.which("websocat") is not None
+
+needs_readme = unittest.skipUnless(README.exists(), "needs the README.md beside it")
+needs_demo = unittest.skipUnless(DEMO.exists(), "needs the demo in static/")
+
+
+def needs_program(*names: str) -> Callable[[Any], Any]:
+    """Skip a test where a program is missing."""
+    missing = [name for name in names if shutil.which(name) is None]
+    return unittest.skipIf(bool(missing), f"needs the {', '.join(missing)} program")
+
+
+class Program:
+    """The server as its users start it, in a process of its own, on a port of its choice: `with Program(...) as url`."""
+
+    def __init__(self, *arguments: str) -> None:
+        self.command = [sys.executable, str(ROOT / "aiperf_api.py"), "--api-port", "0", *arguments]
+        self.lines: list[str] = []  # what it said before it was ready
+
+    def __enter__(self) -> str:
+        self.process = subprocess.Popen(self.command, stderr=subprocess.PIPE, text=True)
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.lines.append(line.rstrip("\n"))
+            if line.startswith("  source"):
+                return self.lines[0].split()[-1]
+        raise AssertionError(f"it ended: {self.lines}")
+
+    def __exit__(self, *_: object) -> None:
+        self.process.terminate()
+        assert self.process.stderr is not None
+        self.process.stderr.read()
+        self.process.stderr.close()
+        self.process.wait()
+
+
+def fetched(url: str) -> str:
+    """The body of an answer."""
+    with urllib.request.urlopen(url, timeout=10) as answer:
+        return str(answer.read().decode())
+
+
+def status_when(url: str, condition: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+    """The first /api/status for which the condition holds."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        status: dict[str, Any] = json.loads(fetched(url + "/api/status"))
+        if condition(status):
+            return status
+    raise AssertionError(f"it did not happen in time: {status}")
+
+
+def markdown_table(head: str, rows: Iterable[Sequence[str]]) -> str:
+    """A table, a line each row; `|` in a cell is quoted."""
+    lines = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
+    return "\n".join((head, re.sub(r"[^|]+", "---", head), *(re.sub(r" +", " ", line) for line in lines)))
+
+
+def options_table() -> str:
+    rows = []
+    for option in aiperf_api.OPTIONS:
+        flag = f"`{option.flag} {option.metavar}`" if option.metavar else f"`{option.flag}`"
+        rows.append((flag, option.default, f"`{option.env}`" if option.env else "", option.help))
+    return markdown_table("| option | default | variable | |", rows)
+
+
+def endpoints_table() -> str:
+    rows = []
+    for route in aiperf_api.ROUTES:
+        parameters = ", ".join(f"`{parameter.name}`" for parameter in route.params)
+        rows.append((f"`{route.path}`", route.summary, parameters))
+    return markdown_table("| path | answer | parameters |", rows)
+
+
+def shown_size(value: float, unit: str) -> str:
+    """A limit as people write it: 65536 bytes are 64 KiB."""
+    for power, prefix in ((2, "MiB"), (1, "KiB")):
+        if unit == "bytes" and value and value % 1024**power == 0:
+            return f"{value // 1024**power} {prefix}"
+    return f"{value:,} {unit}".strip() if value else "0"
+
+
+def limits_table() -> str:
+    rows = [(name, shown_size(value, unit), past) for name, value, unit, past in aiperf_api.LIMITS]
+    return markdown_table("| limit | | past it |", rows)
+
+
+def constants_table() -> str:
+    """Each constant of room 1: its value, and what its comment says."""
+    rules = SourceRules(Path(aiperf_api.__file__).read_text(encoding="utf-8"))
+    rows = []
+    for node in rules.tree.body:
+        if isinstance(node, ast.Assign) and rules.room(node.lineno) == 1:
+            comment = rules.lines[node.lineno - 1].partition("  # ")[2]
+            for name in ast.walk(node.targets[0]):
+                if isinstance(name, ast.Name):
+                    unit = "bytes" if "BYTES" in name.id else ""
+                    rows.append((f"`{name.id}`", shown_size(getattr(aiperf_api, name.id), unit), comment))
+    return markdown_table("| constant | | |", rows)
+
+
+def families_table() -> str:
+    """The metrics of our own, as a server that has heard a run exposes them."""
+    with Program("--replay", str(DEMO), "--replay-speed", "0") as url:
+        text = fetched(url + "/metrics")
+    helps = dict(re.findall(r"^# HELP (\S+) (.*)$", text, re.MULTILINE))
+    rows = []
+    for name, kind in re.findall(r"^# TYPE (\S+) (\S+)$", text, re.MULTILINE):
+        if OWN_FAMILIES.match(name):
+            labels = set(re.findall(r"(\w+)=\"", "".join(re.findall(rf"^{name}{{.*$", text, re.MULTILINE))))
+            own = sorted(labels - {"benchmark_id", "concurrency"}) if name != "aiperf_info" else []
+            rows.append((f"`{name}`", kind, ", ".join(own), helps[name]))
+    return markdown_table("| name | type | labels | |", rows)
+
+
+README_TABLES: Mapping[str, Callable[[], str]] = {
+    "options": options_table,
+    "endpoints": endpoints_table,
+    "limits": limits_table,
+    "constants": constants_table,
+    "families": families_table,
+}
+
+
+def readme_with_tables(text: str) -> str:
+    """The README with each table behind its marker, `<!-- NAME -->`, made anew."""
+    for name, make in README_TABLES.items():
+        table = make()
+        text, count = re.subn(
+            rf"(<!-- {name} -->\n)(?:\|.*\n)*", lambda marker, table=table: f"{marker[1]}{table}\n", text
+        )
+        assert count == 1, f"README.md has no <!-- {name} -->"
+    return text
+
+
+class Session(NamedTuple):
+    """A command of the README and what it shows."""
+
+    command: str
+    shown: list[str]  # lines; a last line of "..." means that more follow
+
+    @property
+    def goes_on(self) -> bool:
+        return self.shown[-1:] == ["..."]
+
+
+def readme_blocks(marker: str) -> Iterator[str]:
+    """The console blocks right behind a marker."""
+    yield from re.findall(rf"^<!-- {marker} -->\n```console\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def readme_sessions(marker: str) -> Iterator[Session]:
+    """The commands in the console blocks right behind a marker."""
+    for block in readme_blocks(marker):
+        for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
+            command, rest = re.fullmatch(r"((?:.*\\\n)*.*)\n((?:.*\n)*)", part).groups()  # type: ignore[union-attr]
+            yield Session(command, rest.splitlines())
+
+
+def masked(text: str) -> str:
+    """Text without what differs from run to run: numbers and ids."""
+    text = re.sub(r"\b[0-9a-f]{8,}-\d+", "ID", text)
+    return re.sub(r"-?\d+(\.\d+)?(e-?\d+)?", "N", text)
+
+
+class LineReader:
+    """Runs a shell line and gives the lines it prints; `close()`, or half a minute, ends all that it started."""
+
+    def __init__(self, command: str) -> None:
+        self.process = subprocess.Popen(
+            ["bash", "-c", command], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
+        self.timer = threading.Timer(30, self._kill)
+        self.timer.start()
+
+    def lines(self, count: int | None) -> list[str]:
+        """The first `count` lines, or all."""
+        assert self.process.stdout is not None
+        return [line.rstrip("\n") for line in itertools.islice(self.process.stdout, count)]
+
+    def close(self) -> None:
+        self.timer.cancel()
+        self._kill()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+        self.process.wait()
+
+    def _kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+
+@needs_readme
+class DocumentationTests(unittest.TestCase):
+    """What the README says is so."""
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.text = README.read_text(encoding="utf-8")
+
+    text: str
+
+    def test_every_option_endpoint_limit_and_metric_is_documented(self) -> None:
+        for name, make in README_TABLES.items():
+            if name == "families" and not DEMO.exists():
+                continue
+            with self.subTest(name):
+                self.assertIn(f"<!-- {name} -->\n{make()}\n\n", self.text, "see --write-readme at the top of this room")
+
+    def test_help_names_the_documented_options(self) -> None:
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "aiperf_api.py"), "--help"], capture_output=True, text=True, check=True
+        )
+        flags = set(re.findall(r"^ +(--[a-z][a-z-]+)", done.stdout, re.MULTILINE))
+        self.assertGreaterEqual(flags, {option.flag for option in aiperf_api.OPTIONS})
+        section = self.text[self.text.index("## Command line") : self.text.index("## HTTP")]
+        self.assertEqual({flag for flag in flags if f"`{flag}" not in section}, set())
+
+    def test_links_lead_somewhere(self) -> None:
+        anchors = {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in self.titles()}
+        for target in re.findall(r"\]\(([^)]+)\)", self.text):
+            with self.subTest(target):
+                if target.startswith("#"):
+                    self.assertIn(target[1:], anchors)
+                elif not target.startswith("https://"):
+                    self.assertTrue((ROOT / target).exists())
+
+    def titles(self) -> list[str]:
+        text = re.sub(r"^```.*?^```", "", self.text, flags=re.MULTILINE | re.DOTALL)
+        return re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+
+    def test_python_blocks_compile(self) -> None:
+        blocks = re.findall(r"^```python\n(.*?)^```", self.text, re.MULTILINE | re.DOTALL)
+        self.assertGreaterEqual(len(blocks), 2)
+        for block in blocks:
+            compile(block, "README.md", "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+
+    def test_options_in_examples_exist(self) -> None:
+        known = {option.flag for option in aiperf_api.OPTIONS} | {"--version", "--help"}
+        for line in re.findall(r"^.*(?:aiperf-api|aiperf_api\.py\S*) --.*$", self.text, re.MULTILINE):
+            ours = re.split(r"aiperf-api |aiperf_api\.py\S* ", line, maxsplit=1)[1].split(" -- ")[0]
+            with self.subTest(line):
+                self.assertLessEqual(set(re.findall(r"(?<!\S)--[a-z-]+", ours)), known)
+
+
+@needs_readme
+@needs_demo
+@needs_program("bash", "curl", "jq")
+class ReadmeSessionTests(unittest.TestCase):
+    """The README's terminal sessions, run as they stand against a real server."""
+
+    maxDiff = None
+
+    def test_what_is_shown_once_a_run_is_half_way(self) -> None:
+        with tempfile.TemporaryDirectory() as folder, gzip.open(DEMO) as demo:
+            half = Path(folder) / "demo.jsonl"
+            half.write_bytes(b"".join(itertools.islice(demo, HALF_WAY)))
+            with Program("--replay", str(half), "--replay-speed", "0") as url:
+                sessions = list(readme_sessions("half-way"))
+                self.assertGreater(len(sessions), 3)
+                for session in sessions:
+                    self.check(session, url)
+
+    def test_what_goes_on_while_a_run_lasts(self) -> None:
+        with Program("--replay", str(DEMO), "--replay-speed", "4") as url:
+            status_when(url, lambda status: status["phase"] == "profiling")
+            sessions = [one for one in readme_sessions("live") if "websocat" not in one.command or WEBSOCAT]
+            self.assertGreater(len(sessions), 1)
+            for session in sessions:
+                self.check(session, url)
+
+    def test_the_first_lines(self) -> None:
+        [demo] = [one for one in readme_sessions("start") if one.command.startswith("aiperf-api")]
+        program = Program("--demo")
+        with program as url:
+            self.assertEqual([line.replace(url, "http://127.0.0.1:9090") for line in program.lines], demo.shown)
+
+    def check(self, session: Session, url: str) -> None:
+        with self.subTest(session.command):
+            reader = LineReader(session.command.replace("localhost:9090", url.partition("//")[2]))
+            self.addCleanup(reader.close)
+            lines = reader.lines(len(session.shown) - 1 if session.goes_on else None)
+            reader.close()
+            shown = session.shown[:-1] if session.goes_on else session.shown
+            self.assertEqual(masked("\n".join(lines)), masked("\n".join(shown)))
+
+
+@needs_readme
+class OwnBenchmarkTests(unittest.TestCase):
+    """The README's home-made benchmark, run as it stands."""
+
+    @unittest.skipUnless(aiperf_api.zmq, "needs the pyzmq package")
+    def test_it_reports_through_the_server(self) -> None:
+        text = README.read_text(encoding="utf-8")
+        [program] = re.findall(r"<!-- example -->\n```python\n(.*?)```", text, re.DOTALL)
+        self.assertLessEqual(len(program.strip().splitlines()), 16)
+        with tempfile.TemporaryDirectory() as folder:
+            script = Path(folder) / "benchmark.py"
+            script.write_text(program)
+            with Program("--linger", "60", "--", sys.executable, str(script)) as url:
+                status = status_when(url, lambda status: status["state"] not in {"waiting", "profiling"})
+                progress = json.loads(fetched(url + "/api/progress"))
+                metrics = json.loads(fetched(url + "/api/metrics"))["metrics"]
+        self.assertEqual(status["state"], "complete", status)
+        self.assertEqual((progress["completed"], progress["percent_complete"]), (100, 100))
+        self.assertEqual(metrics["request_latency"]["count"], 100)
+
+
+@needs_demo
+class GrafanaDashboardTests(unittest.TestCase):
+    """static/grafana-dashboard.json against the demo's real /metrics."""
+
+    def test_each_query_asks_for_metrics_and_labels_that_exist(self) -> None:
+        dashboard = json.loads((ROOT / "static" / "grafana-dashboard.json").read_text(encoding="utf-8"))
+        targets = [target for panel in dashboard["panels"] for target in panel.get("targets", ())]
+        self.assertGreater(len(targets), 40)
+        labels = self.labels_of_metrics()
+        for target in targets:
+            with self.subTest(target["expr"]):
+                for name, selector in re.findall(r"(aiperf_\w+)\{(.*?)\}", target["expr"]):
+                    self.assertTrue(name in labels, f"there is no {name}")
+                    asked = set(re.findall(r"(\w+)\s*[!=]~?\"", selector)) | self.legend(target)
+                    self.assertLessEqual(asked - {"job", "instance"}, labels[name], name)
+
+    @staticmethod
+    def legend(target: dict[str, Any]) -> set[str]:
+        return set(re.findall(r"\{\{(\w+)\}\}", target["legendFormat"]))
+
+    @staticmethod
+    def labels_of_metrics() -> dict[str, set[str]]:
+        """The labels of each metric, half-way through the demo and at its end."""
+        labels: dict[str, set[str]] = {}
+        with tempfile.TemporaryDirectory() as folder, gzip.open(DEMO) as demo:
+            half = Path(folder) / "demo.jsonl"
+            half.write_bytes(b"".join(itertools.islice(demo, HALF_WAY)))
+            for recording in (half, DEMO):
+                with Program("--replay", str(recording), "--replay-speed", "0") as url:
+                    fetched(url + "/api/status")  # so that there is a request to count
+                    for name, pairs in re.findall(r"^(\w+)(?:\{(.*)\})? ", fetched(url + "/metrics"), re.MULTILINE):
+                        labels.setdefault(name, set()).update(re.findall(r"(\w+)=\"", pairs))
+        return labels
+
+
 if __name__ == "__main__":
-    unittest.main()
+    if sys.argv[1:] == ["--write-readme"]:
+        README.write_text(readme_with_tables(README.read_text(encoding="utf-8")), encoding="utf-8")
+    else:
+        unittest.main()
