@@ -5745,6 +5745,83 @@ class TestRecordingsThroughARealProxy(ServiceTestCase):
         await self.until(lambda: self.service.status()["state"] == "configuring")
 
 
+class TestExpositionOfRecordings(unittest.TestCase):
+    """/metrics after each message of each recording, in both formats, before judges that know nothing of us."""
+
+    @staticmethod
+    def points(path: Path) -> Iterator[tuple[str, bytes, bytes]]:
+        """(where it is, text 0.0.4, OpenMetrics) after each message."""
+        state, errors = aiperf_api.BenchmarkState(), 0
+        for number, (t_ns, topic, payload) in enumerate(wire_recording(path.name.partition(".")[0]), 1):
+            state.apply(topic.decode().partition("$")[0].partition(".")[0], payload, t_ns)
+            families = aiperf_api.unique_families(aiperf_api.state_families(state, t_ns))
+            errors = max(errors, state.late_errors)
+            yield f"{path.name} {number}", aiperf_api.render_text(families), aiperf_api.render_openmetrics(families)
+        assert errors == 0
+
+    @classmethod
+    def distinct_points(cls) -> Iterator[tuple[str, bytes, bytes]]:
+        """Those at which anything but the values differs from what was there before: one in seven."""
+        seen = set()
+        for path in sorted(RECORDINGS.glob("*.jsonl.gz")):
+            for where, text, openmetrics in cls.points(path):
+                form = frozenset(line.rpartition(b" ")[0] for line in text.splitlines())
+                if form not in seen:
+                    seen.add(form)
+                    yield where, text, openmetrics
+
+    @needs_recordings
+    def test_each_line_has_the_form_of_its_format_at_every_point(self) -> None:
+        number = rb"(?:-?[0-9]+(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?|[+-]Inf|NaN)"
+        label = rb'[a-zA-Z_][a-zA-Z0-9_]*="(?:[^"\\\n]|\\[\\"n])*"'
+        sample = rb"[a-zA-Z_:][a-zA-Z0-9_:]*(?:\{" + label + rb"(?:," + label + rb")*\})? " + number + rb"\n"
+        comment = rb"# (?:HELP|TYPE|UNIT) [a-zA-Z_:][a-zA-Z0-9_:]* [^\n]+\n"
+        exposition = re.compile(rb"(?:" + sample + rb"|" + comment + rb")*")
+        for path in sorted(RECORDINGS.glob("*.jsonl.gz")):
+            for where, text, openmetrics in self.points(path):
+                self.assertTrue(exposition.fullmatch(text), where)
+                self.assertTrue(exposition.fullmatch(openmetrics[: -len(b"# EOF\n")]), where)
+                self.assertTrue(openmetrics.endswith(b"\n# EOF\n"), where)
+
+    @needs_recordings
+    @unittest.skipUnless(prometheus_client, "needs the prometheus_client package")
+    def test_two_parsers_read_the_same_values_out_of_both_formats(self) -> None:
+        for where, text, openmetrics in self.distinct_points():
+            values = [self.values(parse_text(text.decode())), self.values(parse_openmetrics(openmetrics.decode()))]
+            self.assertTrue(values[0] == values[1], where)
+            self.assertGreater(len(values[0]), 10)
+
+    def values(self, families: Iterable[Any]) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+        found: dict[tuple[str, frozenset[tuple[str, str]]], float] = {}
+        for family in families:
+            for sample in family.samples:
+                series = (sample.name, frozenset(sample.labels.items()))
+                self.assertNotIn(series, found)
+                found[series] = sample.value
+        return found
+
+    @needs_recordings
+    @unittest.skipUnless(shutil.which("promtool"), "needs the promtool program")
+    def test_promtool_reads_it(self) -> None:
+        for where, text, _ in self.distinct_points():
+            done = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, check=False)
+            self.assertIn(done.returncode, (0, 3), f"{where}: {done.stderr[:500]!r}")  # 3: advice on names
+
+    @needs_recordings
+    @unittest.skipUnless(shutil.which("promtool"), "needs the promtool program")
+    def test_promtool_reads_openmetrics_at_the_end_of_each_recording(self) -> None:
+        for path in sorted(RECORDINGS.glob("*.jsonl.gz")):
+            *_, (where, _, openmetrics) = self.points(path)
+            # Its reader of OpenMetrics is one of archives, which have a time in each line.
+            lines = (line if line.startswith(b"#") else line + b" 1.0" for line in openmetrics.splitlines())
+            with tempfile.TemporaryDirectory() as folder:
+                archive = Path(folder) / "openmetrics.txt"
+                archive.write_bytes(b"\n".join(lines) + b"\n")
+                command = ["promtool", "tsdb", "create-blocks-from", "openmetrics", str(archive), folder]
+                done = subprocess.run(command, capture_output=True, check=False)
+            self.assertEqual(done.returncode, 0, f"{where}: {done.stderr[:500]!r}")
+
+
 class TestServiceAnswers(ServiceTestCase):
     """What the endpoints say, with messages published in-process."""
 
