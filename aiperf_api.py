@@ -8993,10 +8993,11 @@ def _figure_lines(figures: Figures) -> list[str]:
         unit = _member(figures.metrics, "metrics", tag).get("unit", "ms")
         rows.append([name, *values, _terminal_text(unit, 12)])
     widths = [max(map(len, column)) for column in zip(*rows)]
-    return [
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:4], widths[1:4])), row[4]])
-        for row in rows
-    ]
+    lines = []
+    for name, *values, unit in rows:
+        cells = (value.rjust(width) for value, width in zip(values, widths[1:]))
+        lines.append("  ".join([name.ljust(widths[0]), *cells, unit]).rstrip())
+    return lines
 
 
 def _worker_lines(figures: Figures) -> list[str]:
@@ -9008,7 +9009,7 @@ def _worker_lines(figures: Figures) -> list[str]:
         megabytes = round(_number_or(health["memory_usage"], 0.0) / 1e6) if "memory_usage" in health else None
         status = _member({"w": worker}, "w").get("status")
         rows.append([_terminal_text(cell, 40) for cell in (name, status, *figure, megabytes)])
-    return [f"{total} workers, {active} active", *(_columns(rows) if rows[1:] else [])]
+    return [f"workers: {total}, {active} active", *(_columns(rows) if rows[1:] else [])]
 
 
 # -- The program -------------------------------------------------------------------------------------------------------

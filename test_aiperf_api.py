@@ -7697,7 +7697,9 @@ class ReadmeSessionTests(unittest.TestCase):
 
     def check(self, session: Session, url: str) -> None:
         with self.subTest(session.command):
-            reader = LineReader(session.command.replace("localhost:9090", url.partition("//")[2]))
+            ours = f'aiperf-api() {{ "{sys.executable}" "{aiperf_api.__file__}" "$@"; }}\n'
+            ours += f"export COLUMNS=80 AIPERF_API_URL={url}\n"
+            reader = LineReader(ours + session.command.replace("localhost:9090", url.partition("//")[2]))
             self.addCleanup(reader.close)
             lines = reader.lines(len(session.shown) - 1 if session.goes_on else None)
             reader.close()
