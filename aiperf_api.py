@@ -1510,7 +1510,10 @@ def etag_matches(header: str | None, etag: str) -> bool:
 
 
 # The head of nearly every answer, as _fixed_head() makes it; to make it anew took longer than the answer itself.
-_JSON_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nX-Content-Type-Options: nosniff\r\nCache-Control: no-store\r\n"
+_JSON_HEAD = (
+    b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+    b"X-Content-Type-Options: nosniff\r\nCache-Control: no-store\r\n"
+)
 
 
 def _header_bytes(headers: HeaderList) -> bytes:
@@ -4633,7 +4636,7 @@ class BuiltinBusSource(Source):
     def __init__(self, address: str, kind: str = "zmq", *, bind: bool = False) -> None:
         # source
         super().__init__(kind, address)
-        self.backend = "builtin"
+        self.backend = "builtin"  # what speaks ZMQ
         self.connected = False  # no handshake is done yet
         self._endpoint = parse_endpoint(address, bind=bind)  # what the address says
         self._bind = bind  # whether publishers connect to us
@@ -6217,9 +6220,12 @@ class Connection(asyncio.BufferedProtocol):
     # -- Called by the transport --
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        """Where the transport reads to.  A plain Protocol would get a new bytes of 256 KiB for each read, which costs more
-        than all that is done with it, and could hold 40,000 tiny frames, a second in which nobody else is served.  One
-        small buffer serves all, because it is filled and emptied in one call of the loop."""
+        """Where the transport reads to.
+
+        A plain Protocol would get new bytes of 256 KiB for each read, which costs more than all that is done with them,
+        and could hold 40,000 tiny frames, a second in which nobody else is served.  One small buffer serves all: it is
+        filled and emptied in one call of the loop.
+        """
         return self.app.read_buffer
 
     def buffer_updated(self, nbytes: int) -> None:
@@ -8631,7 +8637,7 @@ class _Remote:
             raise self._fault(error) from None
 
     def events(self, path: str, last_id: str) -> Iterator[tuple[str, str]]:
-        """("", "") when the stream opens, then (id, data) of each event behind the one of `last_id`; raises AskError."""
+        """("", "") as the stream opens, then (id, data) of each event behind that of `last_id`; raises AskError."""
         import http.client
 
         resume = {"Last_Event_ID": last_id} if last_id else {}
