@@ -8685,12 +8685,13 @@ class _Remote:
             raise self._fault(error) from None
 
     def events(self, path: str, last_id: str) -> Iterator[tuple[str, str]]:
-        """(id, data) of each event of a stream, behind the one of `last_id`; raises AskError."""
+        """("", "") as the stream opens, then (id, data) of each event behind that of `last_id`; raises AskError."""
         import http.client
 
         resume = {"Last_Event_ID": last_id} if last_id else {}
         with self.open(path, CLIENT_SILENCE_SEC, Accept=SSE, **resume) as response:
             fields: dict[str, str] = {}
+            yield "", ""
             try:
                 for line in iter(response.readline, b""):
                     name, _, value = line.decode("utf-8", "replace").rstrip("\r\n").partition(": ")
@@ -8818,13 +8819,15 @@ def _numbered(row: JSONValue) -> Iterator[tuple[str, Any]]:
 
 
 def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Cells in columns two spaces apart, numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = []
-    for row in rows:
-        cells = (cell.rjust(width) if _looks_numeric(cell) else cell.ljust(width) for cell, width in zip(row, widths))
-        lines.append("  ".join(cells).rstrip())
-    return lines
+    """Cells in columns two spaces apart; a column of numbers under a head stands to the right."""
+    columns = []
+    for column in zip(*rows):
+        width = max(map(len, column))
+        is_numeric = any(map(_looks_numeric, column)) and all(
+            _looks_numeric(cell) or cell in "-" for cell in column[1:]
+        )
+        columns.append([cell.rjust(width) if is_numeric else cell.ljust(width) for cell in column])
+    return ["  ".join(cells).rstrip() for cells in zip(*columns)]
 
 
 def _looks_numeric(cell: str) -> bool:
@@ -8867,7 +8870,8 @@ def follow(events: Callable[[str, str], Iterator[tuple[str, str]]], path: str, *
         try:
             for event_id, data in events(path, last_id):
                 last_id, pause_sec, is_first = event_id or last_id, CLIENT_RETRY_MIN_SEC, False
-                yield data
+                if data:
+                    yield data
         except AskError as error:
             if once or error.is_final or (is_first and not error.status):
                 raise
@@ -8951,7 +8955,7 @@ def _draw_on_screen(remote: _Remote, figures: Figures, interval_sec: float) -> N
             lines = top_lines(seen, remote.url, size.columns)
             shown = ([trouble[: size.columns]] if trouble else []) + lines
             ended = (line + _END_OF_LINE for line in shown[: size.lines])
-            sys.stdout.write(_HOME + "\r\n".join(ended) + _END_OF_SCREEN)
+            sys.stdout.write(_HOME + "\n".join(ended) + _END_OF_SCREEN)
             sys.stdout.flush()
     finally:
         sys.stdout.write(_NORMAL_SCREEN + "\n".join([*lines, ""]))
@@ -8974,8 +8978,11 @@ def _member(value: Mapping[str, Any], *keys: str) -> dict[str, Any]:
 
 
 def _percent(figures: Figures) -> float:
-    percent = figures.progress.get("percent_complete")
-    return min(100.0, max(0.0, float(percent))) if isinstance(percent, (int, float)) else 0.0
+    return min(100.0, max(0.0, _number_or(figures.progress.get("percent_complete"), 0.0)))
+
+
+def _number_or(value: JSONValue, other: float) -> float:
+    return float(value) if is_number(value) else other
 
 
 def _counts(figures: Figures) -> str:
@@ -9040,10 +9047,11 @@ def _figure_lines(figures: Figures) -> list[str]:
         unit = _member(figures.metrics, "metrics", tag).get("unit", "ms")
         rows.append([name, *values, _terminal_text(unit, 12)])
     widths = [max(map(len, column)) for column in zip(*rows)]
-    return [
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:4], widths[1:4])), row[4]])
-        for row in rows
-    ]
+    lines = []
+    for name, *values, unit in rows:
+        cells = (value.rjust(width) for value, width in zip(values, widths[1:]))
+        lines.append("  ".join([name.ljust(widths[0]), *cells, unit]).rstrip())
+    return lines
 
 
 def _worker_lines(figures: Figures) -> list[str]:
@@ -9051,12 +9059,11 @@ def _worker_lines(figures: Figures) -> list[str]:
     rows = [["worker", "status", "done", "failed", "cpu %", "MB"]]
     for name, worker in sorted(_member(figures.workers, "workers").items()):
         tasks, health = _member({"w": worker}, "w", "task_stats"), _member({"w": worker}, "w", "health")
-        memory = health.get("memory_usage")
         figure = (tasks.get("completed"), tasks.get("failed"), health.get("cpu_usage"))
-        megabytes = memory / 1e6 if isinstance(memory, (int, float)) else None
+        megabytes = round(_number_or(health["memory_usage"], 0.0) / 1e6) if "memory_usage" in health else None
         status = _member({"w": worker}, "w").get("status")
         rows.append([_terminal_text(cell, 40) for cell in (name, status, *figure, megabytes)])
-    return [f"{total} workers, {active} active", *(_columns(rows) if rows[1:] else [])]
+    return [f"workers: {total}, {active} active", *(_columns(rows) if rows[1:] else [])]
 
 
 # -- The program -------------------------------------------------------------------------------------------------------
