@@ -7131,8 +7131,9 @@ class APIService:
 
     def configure(self, config: Mapping[str, Any], origin: str) -> None:
         """Take a configuration of the benchmark; `origin` is "file" or "command"."""
-        self.state.configure(redact(config, self._secrets_found), origin)
+        clean = redact(config, self._secrets_found)
         self.secrets = secret_forms(self._secrets_found)
+        self.state.configure(_scrub_strings(clean, self.secrets), origin)
         self.state_version += 1
 
     def end_child(self, exit_text: str) -> None:

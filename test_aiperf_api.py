@@ -4826,6 +4826,11 @@ class TheConfigurationOfACommandLine(unittest.TestCase):
             aiperf_api.config_from_argv(["aiperf", "profile", "--streaming=false"])["endpoint"]["streaming"], False
         )
 
+    def test_a_known_secret_is_hidden_wherever_a_configuration_repeats_it(self) -> None:
+        service = aiperf_api.APIService(settings=aiperf_api.Settings(secrets=("sk-very-secret",)))
+        service.configure({"cli_command": "aiperf profile --api-key 'sk-very-secret'"}, "command")
+        self.assertEqual(service.state.config_answer(), {"cli_command": "aiperf profile --api-key '***'"})
+
     def test_other_commands_have_only_their_words(self) -> None:
         self.assertEqual(
             aiperf_api.config_from_argv(["./run", "--api-key", "k"]), {"command": ["./run", "--api-key", "***"]}
