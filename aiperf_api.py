@@ -1510,7 +1510,10 @@ def etag_matches(header: str | None, etag: str) -> bool:
 
 
 # The head of nearly every answer, as _fixed_head() makes it; to make it anew took longer than the answer itself.
-_JSON_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nX-Content-Type-Options: nosniff\r\nCache-Control: no-store\r\n"
+_JSON_HEAD = (
+    b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+    b"X-Content-Type-Options: nosniff\r\nCache-Control: no-store\r\n"
+)
 
 
 def _header_bytes(headers: HeaderList) -> bytes:
@@ -4630,11 +4633,10 @@ class BuiltinBusSource(Source):
         UsageError: the address is not one.
     """
 
-
     def __init__(self, address: str, kind: str = "zmq", *, bind: bool = False) -> None:
         # source
         super().__init__(kind, address)
-        self.backend = "builtin"
+        self.backend = "builtin"  # what speaks ZMQ
         self.connected = False  # no handshake is done yet
         self._endpoint = parse_endpoint(address, bind=bind)  # what the address says
         self._bind = bind  # whether publishers connect to us
@@ -6218,9 +6220,12 @@ class Connection(asyncio.BufferedProtocol):
     # -- Called by the transport --
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        """Where the transport reads to.  A plain Protocol would get a new bytes of 256 KiB for each read, which costs more
-        than all that is done with it, and could hold 40,000 tiny frames, a second in which nobody else is served.  One
-        small buffer serves all, because it is filled and emptied in one call of the loop."""
+        """Where the transport reads to.
+
+        A plain Protocol would get new bytes of 256 KiB for each read, which costs more than all that is done with them,
+        and could hold 40,000 tiny frames, a second in which nobody else is served.  One small buffer serves all: it is
+        filled and emptied in one call of the loop.
+        """
         return self.app.read_buffer
 
     def buffer_updated(self, nbytes: int) -> None:
@@ -8923,7 +8928,7 @@ def _member(value: Mapping[str, Any], *keys: str) -> dict[str, Any]:
 
 def _percent(figures: Figures) -> float:
     percent = figures.progress.get("percent_complete")
-    return min(100.0, max(0.0, float(percent))) if is_number(percent) else 0.0
+    return min(100.0, max(0.0, float(percent))) if isinstance(percent, (int, float)) else 0.0
 
 
 def _counts(figures: Figures) -> str:
@@ -9001,7 +9006,7 @@ def _worker_lines(figures: Figures) -> list[str]:
         tasks, health = _member({"w": worker}, "w", "task_stats"), _member({"w": worker}, "w", "health")
         memory = health.get("memory_usage")
         figure = (tasks.get("completed"), tasks.get("failed"), health.get("cpu_usage"))
-        megabytes = memory / 1e6 if is_number(memory) else None
+        megabytes = memory / 1e6 if isinstance(memory, (int, float)) else None
         status = _member({"w": worker}, "w").get("status")
         rows.append([_terminal_text(cell, 40) for cell in (name, status, *figure, megabytes)])
     return [f"{total} workers, {active} active", *(_columns(rows) if rows[1:] else [])]
