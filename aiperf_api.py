@@ -5201,17 +5201,20 @@ def child_plan(
 
 def _find_profile(argv: Sequence[str]) -> int | None:
     """Where the flags of an `aiperf profile` begin in a command line, behind wrappers; None if it is none."""
-    for index, word in enumerate(argv[:-1]):
-        name = os.path.basename(word)
-        module = name == "aiperf" and index >= 2 and argv[index - 1] == "-m"
-        if name in ("aiperf", "aiperf.exe") and argv[index + 1] == "profile":
-            return index + 2 if module or index == 0 or _is_wrapper(argv[0]) else None
+    for index, (word, after) in enumerate(zip(argv, argv[1:])):
+        if os.path.basename(word) in ("aiperf", "aiperf.exe") and after == "profile":
+            return index + 2 if _hands_over(argv[:index]) else None
     return None
 
 
-def _is_wrapper(word: str) -> bool:
-    name = os.path.basename(word)
-    return name in _WRAPPERS or _PYTHON_NAME.fullmatch(name) is not None
+def _hands_over(words: Sequence[str]) -> bool:
+    """Whether these words before a command only wrap it: nothing, `python -m`, `python`, or a known wrapper."""
+    if not words:
+        return True
+    name = os.path.basename(words[0])
+    if _PYTHON_NAME.fullmatch(name):
+        return words[-1] == "-m" or all(word.startswith("-") for word in words[1:])  # else it is a script's argument
+    return name in _WRAPPERS
 
 
 def _publishes_no_live_metrics(version: str, flags: Mapping[str, JSONValue]) -> bool:
@@ -8460,7 +8463,8 @@ class _Child:
         config = load_artifact_config(directory, self.started_sec) if directory else {}
         if config:
             service.configure({**config, "command": redact_command(self.command)}, "command")
-        service.end_child(self.process.exit_text if code else "")
+        if code or service.bus.messages:  # a command that ended well and never reported has not failed
+            service.end_child(self.process.exit_text if code else "")
         return code
 
 

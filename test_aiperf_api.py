@@ -4664,7 +4664,14 @@ class ChildPlanDecidesWhereTheBusIs(unittest.TestCase):
             self.assertEqual(made.argv[-2:], ("--zmq-ipc-path", "/p"), line)
 
     def test_any_other_command_finds_a_bound_bus_in_its_environment(self) -> None:
-        for line in ("python bench.py", "echo aiperf profile", "aiperf plot", "aiperf", "ssh host aiperf profile"):
+        for line in (
+            "python bench.py",
+            "python bench.py aiperf profile",
+            "echo aiperf profile",
+            "aiperf plot",
+            "aiperf",
+            "ssh h aiperf profile",
+        ):
             made = plan(*line.split(), environ={"X": "y"})
             self.assertEqual(made.argv, tuple(line.split()))
             self.assertEqual(made.environ, {"X": "y", "AIPERF_API_ZMQ_ADDRESS": "ipc:///p/bus.ipc"}, line)
@@ -6620,6 +6627,16 @@ class ACommandBehindTwoDashes(unittest.TestCase):
         self.assertEqual(status["source"]["kind"], "child")
         process.send_signal(signal.SIGINT)  # while lingering: at once
         self.assertEqual(process.wait(10), 7)
+
+    def test_a_command_that_never_reports_and_ends_well_has_not_failed(self) -> None:
+        process = self.start("--linger", "60", "--", "true")
+        url = self.url_of(process)
+        assert process.stderr is not None
+        while "the benchmark ended" not in process.stderr.readline():
+            pass
+        self.assertEqual(self.get(url + "/api/status")["state"], "waiting")
+        process.terminate()
+        self.assertEqual(process.wait(10), 0)
 
     def test_signals_go_through_and_the_second_ends_the_lingering(self) -> None:
         for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
