@@ -8432,7 +8432,7 @@ class _Child:
         self.process = ChildProcess(plan.argv, plan.environ)
         self.command = command
         self.started_sec = time.time()
-        self.signals = 0  # how many have come, also after its end
+        self.signals: list[int] = []  # those that have come, also after its end
         self.ended = asyncio.Event()  # the process is gone
         self.hurried = asyncio.Event()  # a second signal, or one after the end: no lingering
 
@@ -8445,16 +8445,19 @@ class _Child:
 
     def on_signal(self, number: int) -> None:
         """The child's first; it is on us to go when it has gone."""
-        self.signals += 1
+        self.signals.append(number)
         if not self.ended.is_set():
             self.process.pass_on(number)
-        if self.signals > 1 or self.ended.is_set() or number != signal.SIGINT:
+        if len(self.signals) > 1 or self.ended.is_set() or number != signal.SIGINT:
             if self.hurried.is_set() and self.ended.is_set():
                 os._exit(128 + number)
             self.hurried.set()
 
     async def run(self, service: APIService) -> int:
         """Run it to its end, and tell the service; returns the exit code."""
+        if self.signals:  # already: then it need not begin
+            self.ended.set()
+            return 128 + self.signals[0]
         await self.process.start()
         code = await self.process.wait()
         self.ended.set()
@@ -8499,7 +8502,7 @@ async def _serve_command(arguments: Arguments, environ: Mapping[str, str], handl
 
 async def _linger(service: APIService, child: _Child) -> None:
     seconds = LINGER_SEC if service.settings.linger_sec is None else service.settings.linger_sec
-    if seconds and not child.hurried.is_set():
+    if seconds and child.process.exit_text and not child.hurried.is_set():
         log.info("the benchmark ended (%s); serving its last state for %g s", child.process.exit_text, seconds)
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(child.hurried.wait(), seconds)
