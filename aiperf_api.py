@@ -5207,6 +5207,12 @@ def _find_profile(argv: Sequence[str]) -> int | None:
     return None
 
 
+def aiperf_word(argv: Sequence[str]) -> str:
+    """The word of an `aiperf profile` that names its program; "" if it is none."""
+    start = _find_profile(argv)
+    return "" if start is None else argv[start - 2]
+
+
 def _hands_over(words: Sequence[str]) -> bool:
     """Whether these words before a command only wrap it: nothing, `python -m`, `python`, or a known wrapper."""
     if not words:
@@ -8427,10 +8433,12 @@ def start_lines(service: APIService) -> list[str]:
 class _Child:
     """The benchmark behind `--`: how it is to be run, its process, and the signals that come meanwhile."""
 
-    def __init__(self, plan: ChildPlan, command: Sequence[str]) -> None:
+    def __init__(self, plan: ChildPlan, command: Sequence[str], version: str) -> None:
         self.plan = plan
         self.process = ChildProcess(plan.argv, plan.environ)
-        self.command = command
+        self.config = config_from_argv(command)  # what the command line tells
+        if version:
+            self.config["aiperf_version"] = version
         self.started_sec = time.time()
         self.signals: list[int] = []  # those that have come, also after its end
         self.ended = asyncio.Event()  # the process is gone
@@ -8465,7 +8473,10 @@ class _Child:
         directory = self.plan.artifact_dir or service.state.artifact_dir()
         config = load_artifact_config(directory, self.started_sec) if directory else {}
         if config:
-            service.configure({**config, "command": redact_command(self.command)}, "command")
+            told: dict[str, Any] = {
+                key: self.config[key] for key in ("command", "aiperf_version") if key in self.config
+            }
+            service.configure({**config, **told}, "command")
         if code or service.bus.messages:  # a command that ended well and never reported has not failed
             service.end_child(self.process.exit_text if code else "")
         return code
@@ -8475,15 +8486,16 @@ async def _serve_command(arguments: Arguments, environ: Mapping[str, str], handl
     """Serve, run the benchmark behind `--`, go on serving for a while; returns the benchmark's exit code."""
     check_command(arguments.command, environ)
     with ipc_directory() as directory:
-        version = aiperf_version(arguments.command[0], environ.get("PATH"))
-        child = _Child(child_plan(arguments.command, environ, directory, version=version), arguments.command)
+        command = arguments.command
+        version = aiperf_version(aiperf_word(command), environ.get("PATH"))
+        child = _Child(child_plan(command, environ, directory, version=version), command, version)
         service = APIService(
             source=child.source(arguments.backend),
             config=arguments.config,
             record=arguments.record,
             settings=arguments.settings,
         )
-        service.configure(config_from_argv(arguments.command), "command")
+        service.configure(child.config, "command")
         _watch_signals(child.on_signal)
         await service.start()
         try:

@@ -4661,6 +4661,7 @@ class ChildPlanDecidesWhereTheBusIs(unittest.TestCase):
         ):
             made = plan(*line.split())
             self.assertTrue(made.is_aiperf, line)
+            self.assertEqual(os.path.basename(aiperf_api.aiperf_word(line.split())), "aiperf")
             self.assertEqual(made.argv[-2:], ("--zmq-ipc-path", "/p"), line)
 
     def test_any_other_command_finds_a_bound_bus_in_its_environment(self) -> None:
@@ -5059,6 +5060,7 @@ class TheVersionOfAnInstalledAIPerf(unittest.TestCase):
             script.write_bytes(b"\x7fELF\xff")
             self.assertEqual(aiperf_api.aiperf_version(str(script)), "")
             self.assertEqual(aiperf_api.aiperf_version(str(root / "missing")), "")
+            self.assertEqual(aiperf_api.aiperf_version(aiperf_api.aiperf_word(["true"])), "")
 
 
 # -- Recordings --

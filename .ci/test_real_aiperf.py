@@ -351,6 +351,7 @@ class RealAIPerf(unittest.TestCase):
         self.wait_for_requests(program, 60)
         self.check_workers(program)
         self.check_config(program)
+        self.assertEqual(program.get("/api/metrics")["aiperf_version"], version)
         status = self.wait_for_state(program, *ENDS)
         self.assertEqual(status["state"], "complete", status)
         self.wait_for_end_of_child(program)
