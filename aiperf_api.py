@@ -5220,17 +5220,26 @@ def child_plan(
 
 def _find_profile(argv: Sequence[str]) -> int | None:
     """Where the flags of an `aiperf profile` begin in a command line, behind wrappers; None if it is none."""
-    for index, word in enumerate(argv[:-1]):
-        name = os.path.basename(word)
-        module = name == "aiperf" and index >= 2 and argv[index - 1] == "-m"
-        if name in ("aiperf", "aiperf.exe") and argv[index + 1] == "profile":
-            return index + 2 if module or index == 0 or _is_wrapper(argv[0]) else None
+    for index, (word, after) in enumerate(zip(argv, argv[1:])):
+        if os.path.basename(word) in ("aiperf", "aiperf.exe") and after == "profile":
+            return index + 2 if _hands_over(argv[:index]) else None
     return None
 
 
-def _is_wrapper(word: str) -> bool:
-    name = os.path.basename(word)
-    return name in _WRAPPERS or _PYTHON_NAME.fullmatch(name) is not None
+def aiperf_word(argv: Sequence[str]) -> str:
+    """The word of an `aiperf profile` that names its program; "" if it is none."""
+    start = _find_profile(argv)
+    return "" if start is None else argv[start - 2]
+
+
+def _hands_over(words: Sequence[str]) -> bool:
+    """Whether these words before a command only wrap it: nothing, `python -m`, `python`, or a known wrapper."""
+    if not words:
+        return True
+    name = os.path.basename(words[0])
+    if _PYTHON_NAME.fullmatch(name):
+        return words[-1] == "-m" or all(word.startswith("-") for word in words[1:])  # else it is a script's argument
+    return name in _WRAPPERS
 
 
 def _publishes_no_live_metrics(version: str, flags: Mapping[str, JSONValue]) -> bool:
@@ -7170,8 +7179,9 @@ class APIService:
 
     def configure(self, config: Mapping[str, Any], origin: str) -> None:
         """Take a configuration of the benchmark; `origin` is "file" or "command"."""
-        self.state.configure(redact(config, self._secrets_found), origin)
+        clean = redact(config, self._secrets_found)
         self.secrets = secret_forms(self._secrets_found)
+        self.state.configure(_scrub_strings(clean, self.secrets), origin)
         self.state_version += 1
 
     def end_child(self, exit_text: str) -> None:
@@ -8471,12 +8481,14 @@ def start_lines(service: APIService) -> list[str]:
 class _Child:
     """The benchmark behind `--`: how it is to be run, its process, and the signals that come meanwhile."""
 
-    def __init__(self, plan: ChildPlan, command: Sequence[str]) -> None:
+    def __init__(self, plan: ChildPlan, command: Sequence[str], version: str) -> None:
         self.plan = plan
         self.process = ChildProcess(plan.argv, plan.environ)
-        self.command = command
+        self.config = config_from_argv(command)  # what the command line tells
+        if version:
+            self.config["aiperf_version"] = version
         self.started_sec = time.time()
-        self.signals = 0  # how many have come, also after its end
+        self.signals: list[int] = []  # those that have come, also after its end
         self.ended = asyncio.Event()  # the process is gone
         self.hurried = asyncio.Event()  # a second signal, or one after the end: no lingering
 
@@ -8489,16 +8501,19 @@ class _Child:
 
     def on_signal(self, number: int) -> None:
         """The child's first; it is on us to go when it has gone."""
-        self.signals += 1
+        self.signals.append(number)
         if not self.ended.is_set():
             self.process.pass_on(number)
-        if self.signals > 1 or self.ended.is_set() or number != signal.SIGINT:
+        if len(self.signals) > 1 or self.ended.is_set() or number != signal.SIGINT:
             if self.hurried.is_set() and self.ended.is_set():
                 os._exit(128 + number)
             self.hurried.set()
 
     async def run(self, service: APIService) -> int:
         """Run it to its end, and tell the service; returns the exit code."""
+        if self.signals:  # already: then it need not begin
+            self.ended.set()
+            return 128 + self.signals[0]
         await self.process.start()
         code = await self.process.wait()
         self.ended.set()
@@ -8506,8 +8521,12 @@ class _Child:
         directory = self.plan.artifact_dir or service.state.artifact_dir()
         config = load_artifact_config(directory, self.started_sec) if directory else {}
         if config:
-            service.configure({**config, "command": redact_command(self.command)}, "command")
-        service.end_child(self.process.exit_text if code else "")
+            told: dict[str, Any] = {
+                key: self.config[key] for key in ("command", "aiperf_version") if key in self.config
+            }
+            service.configure({**config, **told}, "command")
+        if code or service.bus.messages:  # a command that ended well and never reported has not failed
+            service.end_child(self.process.exit_text if code else "")
         return code
 
 
@@ -8515,15 +8534,16 @@ async def _serve_command(arguments: Arguments, environ: Mapping[str, str], handl
     """Serve, run the benchmark behind `--`, go on serving for a while; returns the benchmark's exit code."""
     check_command(arguments.command, environ)
     with ipc_directory() as directory:
-        version = aiperf_version(arguments.command[0], environ.get("PATH"))
-        child = _Child(child_plan(arguments.command, environ, directory, version=version), arguments.command)
+        command = arguments.command
+        version = aiperf_version(aiperf_word(command), environ.get("PATH"))
+        child = _Child(child_plan(command, environ, directory, version=version), command, version)
         service = APIService(
             source=child.source(arguments.backend),
             config=arguments.config,
             record=arguments.record,
             settings=arguments.settings,
         )
-        service.configure(config_from_argv(arguments.command), "command")
+        service.configure(child.config, "command")
         _watch_signals(child.on_signal)
         await service.start()
         try:
@@ -8542,7 +8562,7 @@ async def _serve_command(arguments: Arguments, environ: Mapping[str, str], handl
 
 async def _linger(service: APIService, child: _Child) -> None:
     seconds = LINGER_SEC if service.settings.linger_sec is None else service.settings.linger_sec
-    if seconds and not child.hurried.is_set():
+    if seconds and child.process.exit_text and not child.hurried.is_set():
         log.info("the benchmark ended (%s); serving its last state for %g s", child.process.exit_text, seconds)
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(child.hurried.wait(), seconds)

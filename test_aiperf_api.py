@@ -4687,10 +4687,18 @@ class ChildPlanDecidesWhereTheBusIs(unittest.TestCase):
         ):
             made = plan(*line.split())
             self.assertTrue(made.is_aiperf, line)
+            self.assertEqual(os.path.basename(aiperf_api.aiperf_word(line.split())), "aiperf")
             self.assertEqual(made.argv[-2:], ("--zmq-ipc-path", "/p"), line)
 
     def test_any_other_command_finds_a_bound_bus_in_its_environment(self) -> None:
-        for line in ("python bench.py", "echo aiperf profile", "aiperf plot", "aiperf", "ssh host aiperf profile"):
+        for line in (
+            "python bench.py",
+            "python bench.py aiperf profile",
+            "echo aiperf profile",
+            "aiperf plot",
+            "aiperf",
+            "ssh h aiperf profile",
+        ):
             made = plan(*line.split(), environ={"X": "y"})
             self.assertEqual(made.argv, tuple(line.split()))
             self.assertEqual(made.environ, {"X": "y", "AIPERF_API_ZMQ_ADDRESS": "ipc:///p/bus.ipc"}, line)
@@ -4851,6 +4859,11 @@ class TheConfigurationOfACommandLine(unittest.TestCase):
         self.assertIs(
             aiperf_api.config_from_argv(["aiperf", "profile", "--streaming=false"])["endpoint"]["streaming"], False
         )
+
+    def test_a_known_secret_is_hidden_wherever_a_configuration_repeats_it(self) -> None:
+        service = aiperf_api.APIService(settings=aiperf_api.Settings(secrets=("sk-very-secret",)))
+        service.configure({"cli_command": "aiperf profile --api-key 'sk-very-secret'"}, "command")
+        self.assertEqual(service.state.config_answer(), {"cli_command": "aiperf profile --api-key '***'"})
 
     def test_other_commands_have_only_their_words(self) -> None:
         self.assertEqual(
@@ -5073,6 +5086,7 @@ class TheVersionOfAnInstalledAIPerf(unittest.TestCase):
             script.write_bytes(b"\x7fELF\xff")
             self.assertEqual(aiperf_api.aiperf_version(str(script)), "")
             self.assertEqual(aiperf_api.aiperf_version(str(root / "missing")), "")
+            self.assertEqual(aiperf_api.aiperf_version(aiperf_api.aiperf_word(["true"])), "")
 
 
 # -- Recordings --
@@ -8753,6 +8767,16 @@ class ACommandBehindTwoDashes(unittest.TestCase):
         self.assertEqual(status["source"]["kind"], "child")
         process.send_signal(signal.SIGINT)  # while lingering: at once
         self.assertEqual(process.wait(10), 7)
+
+    def test_a_command_that_never_reports_and_ends_well_has_not_failed(self) -> None:
+        process = self.start("--linger", "60", "--", "true")
+        url = self.url_of(process)
+        assert process.stderr is not None
+        while "the benchmark ended" not in process.stderr.readline():
+            pass
+        self.assertEqual(self.get(url + "/api/status")["state"], "waiting")
+        process.terminate()
+        self.assertEqual(process.wait(10), 0)
 
     def test_signals_go_through_and_the_second_ends_the_lingering(self) -> None:
         for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
