@@ -1201,6 +1201,14 @@ class RequestParser:
         self._buffer.clear()
         return rest
 
+    def recall(self, data: bytes) -> Request | None:
+        """The request that these bytes are, if they are just a head seen before, and nothing else waits to be read: what
+        a keep-alive client sends.  They must not be fed then."""
+        if self._buffer or self._skipped or self._done:
+            return None
+        request = self._memo.get(data)
+        return request if request is not None and request.keep_alive else None
+
     def next_request(self) -> Request | None:
         """The next request, or None until there are more bytes.
 
@@ -1506,7 +1514,17 @@ class Response:
     (`W/"…"`), because one tag then stands for both forms.
     """
 
-    __slots__ = ("_gzip_body", "_gzip_head", "_head", "body", "headers", "is_compressible", "status")
+    __slots__ = (
+        "_gzip_body",
+        "_gzip_head",
+        "_head",
+        "_sent",
+        "_sent_as",
+        "body",
+        "headers",
+        "is_compressible",
+        "status",
+    )
 
     def __init__(
         self,
@@ -1522,6 +1540,10 @@ class Response:
         plain = status == 200 and content_type == "application/json" and not headers and not self.is_compressible
         self._head = _JSON_HEAD if plain else self._fixed_head(content_type)
         self._gzip_head, self._gzip_body = b"", b""  # made when a client first takes it
+        self._sent_as, self._sent = (
+            (b"", False),
+            b"",
+        )  # date and coding of the last answer, and its bytes: all of a second
 
     def _fixed_head(self, content_type: str) -> bytes:
         names = {name.lower() for name, _ in self.headers}
@@ -1554,6 +1576,9 @@ class Response:
             gzip: the client takes gzip (accepts_gzip); used if the body is worth it.
             extra: headers of this one answer, such as CORS.
         """
+        usual = not (head_only or close or extra)
+        if usual and self._sent_as == (date, gzip):
+            return self._sent
         head, body = self._head, self.body
         if gzip and self.is_compressible:
             if not self._gzip_body:
@@ -1565,7 +1590,10 @@ class Response:
         end = b"\r\n" + _header_bytes(extra) if extra else b"\r\n"
         if close or body is None:
             end += b"Connection: close\r\n"
-        return b"".join((head, length, b"Date: ", date, end, b"\r\n", b"" if head_only or body is None else body))
+        sent = b"".join((head, length, b"Date: ", date, end, b"\r\n", b"" if head_only or body is None else body))
+        if usual:
+            self._sent_as, self._sent = (date, gzip), sent
+        return sent
 
 
 def json_response(value: JSONValue, status: int = 200, pretty: bool = False, headers: HeaderList = ()) -> Response:
@@ -4597,7 +4625,6 @@ class BuiltinBusSource(Source):
         UsageError: the address is not one.
     """
 
-
     def __init__(self, address: str, kind: str = "zmq", *, bind: bool = False) -> None:
         # source
         super().__init__(kind, address)
@@ -6195,8 +6222,13 @@ class Connection(asyncio.BufferedProtocol):
         self.heard_sec = time.monotonic()
         try:
             if self.mode == "http" and self._requests is not None:
-                self._requests.feed(data)
-                self._serve()
+                known = self._requests.recall(data) if not self.paused else None
+                if known is None:
+                    self._requests.feed(data)
+                    self._serve()
+                else:
+                    self._await_head(begun=False)
+                    self._answer(known)
             elif self.mode == "websocket":
                 self._read_frames(data)
         except Exception as error:  # a fault of ours must not leave the client hanging, nor take the server along

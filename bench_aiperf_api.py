@@ -99,7 +99,7 @@ QUICK = Effort(
     paced_clients=(100,),
     paced_sec=1.0,
     http_connections=(1, 16),
-    http_sec=0.4,
+    http_sec=1.2,
     ingest=10_000,
     recordings=3,
     starts=1,
@@ -1335,7 +1335,9 @@ def ingest_turn(file: str, count: int, each: int) -> Turn:
 def start(bench: Bench) -> None:
     """exec to the first answer; memory at rest; memory of an idle WebSocket client."""
     work = "exec to first answer"
-    contenders = [c for c in (WE, WE_CACHED, WE_BUILTIN, AIOHTTP, FASTAPI, PROMETHEUS) if not skip_missing(bench, c, work)]
+    contenders = [
+        c for c in (WE, WE_CACHED, WE_BUILTIN, AIOHTTP, FASTAPI, PROMETHEUS) if not skip_missing(bench, c, work)
+    ]
     for contender in contenders:  # once uncounted, so that bytecode is cached
         with contextlib.suppress(BenchError, OSError):
             start_turn(bench, contender)
