@@ -14,6 +14,8 @@ Three commands to try:
     python3 aiperf_api.py --api-port 9090 --zmq-host 127.0.0.1
     python3 aiperf_api.py --api-port 9090 -- aiperf profile --model ... --url ... --streaming
 
+and three that ask such a server: `aiperf_api.py get status`, `watch realtime_metrics`, `top`.
+
 What it deliberately does not do: HTTP/2, request bodies, Range requests, permessage-deflate, writing to the bus
 that it watches.
 
@@ -67,7 +69,7 @@ from dataclasses import dataclass
 from stat import S_ISSOCK
 from types import MappingProxyType
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn, Optional, Protocol, Union, cast
-from urllib.parse import unquote_to_bytes
+from urllib.parse import quote, unquote_to_bytes, urlencode, urlsplit
 
 try:
     import orjson
@@ -80,6 +82,7 @@ except ImportError:  # room 11 has a subscriber of its own
     zmq = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
+    import http.client
     import ssl
 
 __version__ = "1.0.0"
@@ -181,6 +184,12 @@ BUS_SETTLE_TIMEOUT_SEC = 3  # at most, for a bus that outlives its benchmark
 # Log lines that wait while a child has the terminal
 LOG_LINES_HELD_MAX = 1000  # older ones are left out, and counted
 
+# The client commands
+CLIENT_TIMEOUT_SEC = 10  # for an answer; curl has no limit
+CLIENT_SILENCE_SEC = 40  # of a stream, which has a comment every 15 s; then another attempt
+CLIENT_RETRY_MIN_SEC, CLIENT_RETRY_MAX_SEC = 0.5, 10  # between attempts, doubling
+CLIENT_ERROR_BYTES_MAX = 4096  # read of an error answer, for its one line
+
 # Stopping
 STOP_TIMEOUT_SEC = 2  # in all, from the signal to the exit
 
@@ -194,10 +203,12 @@ LOG_QUOTE_CHARS_MAX = 200  # a quoted string of a peer; websockets 75; cut with 
 #   AIPerfAPIError            everything this module raises on purpose
 #   ├── UsageError            the command line or an argument of APIService is wrong      exit code 2
 #   ├── StartError            the machine says no: port in use, file unreadable           exit code 1
+#   ├── AskError              a server that `get`, `watch` or `top` asked says no          exit code 1
 #   ├── CommandError          the command behind `--` cannot be started                   exit code 126 or 127
 #   ├── JSONError             bytes that are not JSON
 #   ├── BusMessageError       a bus message that cannot be used                           counted, logged once a kind
 #   ├── ClientMessageError    a WebSocket message that cannot be obeyed                   an error answer
+#   ├── ZMTPError             a bus peer that does not speak ZMTP as we do      reconnect, logged once a kind
 #   ├── HTTPError             carries the HTTP status of its answer
 #   └── WebSocketError        carries the close code of its answer
 
@@ -212,6 +223,24 @@ class UsageError(AIPerfAPIError):
 
 class StartError(AIPerfAPIError):
     """The machine cannot do it (a port in use, a file that cannot be read); the exit code is 1."""
+
+
+class AskError(AIPerfAPIError):
+    """A server that a client command asked cannot be reached, or says no; the exit code is 1.
+
+    Args:
+        message: for the user, in one line.
+        status: of its answer; 0 if there was none.
+    """
+
+    def __init__(self, message: str, status: int = 0) -> None:
+        super().__init__(message)
+        self.status = status
+
+    @property
+    def is_final(self) -> bool:
+        """Whether asking again would bring the same answer."""
+        return 400 <= self.status < 500
 
 
 class JSONError(AIPerfAPIError):
@@ -931,7 +960,8 @@ _FIELD_VALUE = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")
 _ORIGIN_FORM = re.compile(rb"(/[^?#]*)(?:\?([^#]*))?")
 # RFC 9112 3.2.2: absolute-form = absolute-URI; the authority without userinfo (RFC 9110 4.2.4)
 _ABSOLUTE_FORM = re.compile(rb"(?i:https?)://([^/?#]+)(/[^?#]*)?(?:\?([^#]*))?")
-# RFC 9110 7.2: Host = uri-host [ ":" port ]; names as DNS and containers have them, addresses as IP-literal (RFC 3986 3.2.2)
+# RFC 9110 7.2: Host = uri-host [ ":" port ]; names as DNS and containers have them, addresses as IP-literal
+# (RFC 3986 3.2.2)
 _HOST = re.compile(r"(?:([A-Za-z0-9._~-]*)|\[([0-9A-Fa-f:.]+)\])(?::([0-9]{0,5}))?")
 # RFC 9110 8.6: Content-Length = 1*DIGIT
 _CONTENT_LENGTH = re.compile(rf"[0-9]{{1,{HTTP_CONTENT_LENGTH_DIGITS_MAX}}}")
@@ -963,7 +993,8 @@ _REASONS: Mapping[int, str] = MappingProxyType({
     101: "Switching Protocols", 200: "OK", 204: "No Content", 304: "Not Modified", 400: "Bad Request",
     401: "Unauthorized", 403: "Forbidden", 404: "Not Found", 405: "Method Not Allowed", 408: "Request Timeout",
     413: "Content Too Large", 414: "URI Too Long", 417: "Expectation Failed", 421: "Misdirected Request",
-    426: "Upgrade Required", 429: "Too Many Requests", 431: "Request Header Fields Too Large", 500: "Internal Server Error",
+    426: "Upgrade Required", 429: "Too Many Requests", 431: "Request Header Fields Too Large",
+    500: "Internal Server Error",
     501: "Not Implemented", 503: "Service Unavailable", 505: "HTTP Version Not Supported",
 })  # fmt: skip
 
@@ -3986,8 +4017,8 @@ def state_families(state: BenchmarkState, now_ns: int) -> list[Family]:
 
 # == 11 == Sources =====================================================================================================
 #
-# Where bus messages come from.  A source yields batches: what one poll turn found, each message a list of frames as they
-# came off the wire, normally [topic, payload].  It knows nothing of state, HTTP or clients; `deliver` never waits.
+# Where bus messages come from.  A source yields batches: what one poll turn found, each message a list of frames as
+# they came off the wire, normally [topic, payload].  It knows nothing of state, HTTP or clients; `deliver` never waits.
 
 log = logging.getLogger("aiperf_api")
 
@@ -4508,6 +4539,7 @@ class _BusPeer(asyncio.Protocol):
         self._proof: asyncio.TimerHandle | None = None  # when the connection has lasted BUS_PROVEN_SEC
         self._heard = False  # whether bytes came since the last heartbeat
         self._misses = 0  # heartbeats in a row before which no byte came
+        self.at_fault = False  # whether the connection ends because of what the peer did
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport
@@ -4565,6 +4597,7 @@ class _BusPeer(asyncio.Protocol):
     def fail(self, error: ZMTPError) -> None:
         """End the connection because of the peer."""
         if not self._transport.is_closing():
+            self.at_fault = True
             self._source.peer_failed(error)
             self._transport.abort()
 
@@ -4712,7 +4745,7 @@ class BuiltinBusSource(Source):
     def peer_proven(self, peer: _BusPeer) -> None:
         """The connection lasts: the next loss is news, and is followed by a quick attempt again."""
         self._retry_sec = BUS_RETRY_MIN_SEC
-        self._said -= {"up", "down"}
+        self._said -= {"up", "down", "hung_up"}
         if not self._said_up:
             self._say_up(peer)
 
@@ -4723,6 +4756,10 @@ class BuiltinBusSource(Source):
 
     def peer_lost(self, peer: _BusPeer, exc: Exception | None) -> None:
         """The connection is over."""
+        if peer in self._peers and peer not in self._ready and not peer.at_fault and not self._stopped:
+            # libzmq hangs up without a word on a socket type or a mechanism that does not suit it.
+            why = "it hung up during the handshake; is it a PUB or XPUB socket without security?"
+            self.peer_failed(ZMTPError("hung_up", why))
         self._peers.discard(peer)
         if peer in self._ready:
             self._ready.discard(peer)
@@ -5050,8 +5087,6 @@ _WRAPPERS = frozenset(
         "pixi",
         "poetry",
         "prlimit",
-    )
-    + (
         "rye",
         "setarch",
         "setpriv",
@@ -6465,8 +6500,6 @@ class Connection(asyncio.BufferedProtocol):
                 self.outlet.write(encode_frame(OP_PING, b""))
             elif self.subscriber is not None and self.subscriber.kind == "sse":
                 self._comment()
-            elif self._eof:
-                self._comment()  # is anybody still there to read?
 
     def _comment(self) -> None:
         """Say something that means nothing: a comment (HTML standard 9.2.6), or an empty line of NDJSON."""
@@ -8149,7 +8182,10 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(message)
 
 
-_EPILOG = "Everything after -- is run as the benchmark: aiperf-api --api-port 9090 -- aiperf profile --model ..."
+_EPILOG = (
+    "Everything after -- is run as the benchmark: aiperf-api --api-port 9090 -- aiperf profile --model ...  "
+    "To ask a server: aiperf-api get | watch | top, each with --help."
+)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -8528,10 +8564,489 @@ def _watch_signals(ask: Callable[[int], None]) -> None:
             signal.signal(number, lambda n, _: loop.call_soon_threadsafe(ask, n))
 
 
+# -- The client --------------------------------------------------------------------------------------------------------
+#
+# `aiperf-api get | watch | top`, for machines without curl or websocat.  `watch` reads /api/stream rather than /ws: its
+# events carry ids, so that a reader that was cut off goes on behind the last one it saw and misses none.
+#
+# What a server says goes to a terminal: control characters of strings on the bus must not drive it.
+
+CLIENT_COMMANDS = ("get", "watch", "top")
+_CLIENT_OPTIONS = (
+    ("--url", "URL", "AIPERF_API_URL", "the server: http://HOST:PORT, https://..., or unix:PATH"),
+    ("--token", "TOKEN", "AIPERF_API_TOKEN", "the token of the server; better given in the environment"),
+)
+_CLIENT_URL = "http://127.0.0.1:9090"
+# What can drive a terminal or turn its text around, besides what JSON escapes anyway.
+_TERMINAL_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+_ALTERNATE_SCREEN, _NORMAL_SCREEN = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"  # and without a cursor
+_HOME, _END_OF_LINE, _END_OF_SCREEN = "\x1b[H", "\x1b[K", "\x1b[J"
+
+
+def _terminal_json(text: str) -> str:
+    """JSON for a terminal: the same document, with what could drive a terminal escaped (it stands in strings only)."""
+    return "\n".join(_TERMINAL_CONTROLS.sub(lambda m: f"\\u{ord(m[0]):04x}", line) for line in text.split("\n"))
+
+
+def _terminal_text(value: JSONValue, limit: int = 80) -> str:
+    """A value in a table or a headline: one line, nothing in it that could drive a terminal."""
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.2f}"
+    text = value if isinstance(value, str) else json_bytes(value).decode()
+    shown = _TERMINAL_CONTROLS.sub("?", text[: limit + 1])
+    return shown if len(shown) <= limit else shown[: limit - 3] + "..."
+
+
+class _Remote:
+    """The server that a client command asks; one connection a request."""
+
+    def __init__(self, url: str, token: str | None) -> None:
+        self.url = url  # as it was given
+        self._headers = {"Authorization": f"Bearer {token}"} if token else {}
+        self._unix_path = url[len("unix:") :] if url.startswith("unix:") else None
+        try:
+            parts = urlsplit("http://localhost" if self._unix_path else url if "://" in url else f"http://{url}")
+            self._scheme, self._host, self._port = parts.scheme, parts.hostname or "", parts.port
+        except ValueError:
+            raise UsageError(f"--url {printable(url)}: not a URL") from None
+        self._prefix = parts.path.rstrip("/")
+        if self._scheme not in ("http", "https") or not self._host or _TERMINAL_CONTROLS.search(url) or " " in url:
+            raise UsageError(f"--url {printable(url)}: one such as {_CLIENT_URL}, or unix:PATH")
+
+    def _connect(self, timeout_sec: float) -> http.client.HTTPConnection:
+        import http.client  # only a client needs it
+
+        kind = http.client.HTTPSConnection if self._scheme == "https" else http.client.HTTPConnection
+        connection = kind(self._host, self._port, timeout=timeout_sec)
+        if self._unix_path is not None:
+            connection.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            connection.sock.settimeout(timeout_sec)
+            connection.sock.connect(self._unix_path)
+        return connection
+
+    def _fault(self, error: Exception) -> AskError:
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        hint = "; is the server running there? See --url" if isinstance(error, ConnectionRefusedError) else ""
+        return AskError(f"{printable(self.url)}: {printable(reason)}{hint}")
+
+    def open(self, path: str, timeout_sec: float, **headers: str) -> http.client.HTTPResponse:
+        """A GET, its answer ready to be read.
+
+        Raises:
+            AskError: no answer, or an answer that says no.
+        """
+        import http.client
+
+        sent = {**self._headers, "Connection": "close", **{k.replace("_", "-"): v for k, v in headers.items()}}
+        try:
+            connection = self._connect(timeout_sec)
+            connection.request("GET", self._prefix + path, headers=sent)
+            response = connection.getresponse()
+            if response.status == 200:
+                return response
+            body = response.read(CLIENT_ERROR_BYTES_MAX)
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            raise self._fault(error) from None
+        raise AskError(f"{printable(self.url + path)}: {response.status} {_error_of(body)}", response.status)
+
+    def get(self, path: str) -> JSONValue:
+        """The JSON value at a path; raises AskError."""
+        import http.client
+
+        try:
+            with self.open(path, CLIENT_TIMEOUT_SEC) as response:
+                return json_load(response.read())
+        except JSONError:
+            raise AskError(f"{printable(self.url + path)}: the answer is not JSON") from None
+        except (OSError, http.client.HTTPException) as error:
+            raise self._fault(error) from None
+
+    def events(self, path: str, last_id: str) -> Iterator[tuple[str, str]]:
+        """(id, data) of each event of a stream, behind the one of `last_id`; raises AskError."""
+        import http.client
+
+        resume = {"Last_Event_ID": last_id} if last_id else {}
+        with self.open(path, CLIENT_SILENCE_SEC, Accept=SSE, **resume) as response:
+            fields: dict[str, str] = {}
+            try:
+                for line in iter(response.readline, b""):
+                    name, _, value = line.decode("utf-8", "replace").rstrip("\r\n").partition(": ")
+                    if name:
+                        fields[name] = value
+                    elif "data" in fields:
+                        yield fields.get("id", ""), fields["data"]
+                        fields = {}
+            except (OSError, http.client.HTTPException) as error:
+                raise self._fault(error) from None
+
+
+def _error_of(body: bytes) -> str:
+    """What an error answer says, whoever gave it."""
+    try:
+        return printable(str(json_load(body)["error"]))
+    except (JSONError, KeyError, TypeError):
+        return printable(body.strip())
+
+
+class _ClientParser(_Parser):
+    """The command line of one client command."""
+
+    def __init__(self, command: str, description: str, environ: Mapping[str, str]) -> None:
+        super().__init__(prog=f"aiperf-api {command}", description=description, allow_abbrev=False)
+        for flag, metavar, variable, text in _CLIENT_OPTIONS:
+            self.add_argument(flag, metavar=metavar, default=environ.get(variable) or None, help=f"{text} [{variable}]")
+
+
+def run_client(argv: Sequence[str], environ: Mapping[str, str]) -> int:
+    """`get`, `watch` or `top`; the exit code.
+
+    Raises:
+        UsageError: the command line is wrong.
+        AskError: the server cannot be reached, or says no.
+    """
+    command, *words = argv
+    run = {"get": _run_get, "watch": _run_watch, "top": _run_top}[command]
+    try:
+        return run(words, environ)
+    except KeyboardInterrupt:  # how one leaves them
+        return 0
+    except BrokenPipeError:  # `| head`: whoever reads has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes there at the exit
+        return 0
+
+
+def _parse_client(parser: _ClientParser, words: Sequence[str]) -> tuple[argparse.Namespace, _Remote]:
+    given = parser.parse_args(words)
+    hide_in_process_title([given.token] if given.token in words else [])
+    return given, _Remote(given.url or _CLIENT_URL, given.token)
+
+
+# get
+
+
+def _answers() -> dict[str, str]:
+    """The paths that `get` knows, by their last part."""
+    json_routes = (route for route in ROUTES if "application/json" in route.media_types and not route.websocket)
+    return {route.path.rpartition("/")[2]: route.path for route in json_routes if route.shape}
+
+
+def _run_get(words: Sequence[str], environ: Mapping[str, str]) -> int:
+    names = _answers()
+    parser = _ClientParser("get", "Print an answer of the server as JSON, or as a table.", environ)
+    parser.add_argument("name", metavar="NAME", help=f"one of: {', '.join(sorted(names))}")
+    parser.add_argument("arguments", metavar="KEY=VALUE", nargs="*", help="arguments, such as tag=request_latency")
+    parser.add_argument("--table", action="store_true", help="columns for people instead of JSON")
+    given, remote = _parse_client(parser, words)
+    if given.name not in names:
+        near = difflib.get_close_matches(given.name, names, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(names))}"
+        raise UsageError(f"get {printable(given.name)}: {hint}")
+    pairs = [argument.partition("=") for argument in given.arguments]
+    if not all(equals for _, equals, _ in pairs):
+        raise UsageError("get: arguments are written KEY=VALUE")
+    query = urlencode([(key, value) for key, _, value in pairs])
+    value = remote.get(names[given.name] + (f"?{query}" if query else ""))
+    shown = "\n".join(table_lines(value)) if given.table else _terminal_json(json_bytes(value, pretty=True).decode())
+    print(shown, flush=True)
+    return 0
+
+
+def table_lines(value: JSONValue) -> list[str]:
+    """Any answer in columns: first what is single, by name, then each map or list of objects as a table of its own."""
+    if isinstance(value, list):
+        return _rows_table({str(number): row for number, row in enumerate(value)})
+    single, tables = _sorted_out(value)
+    lines = _columns([[name, _terminal_text(item)] for name, item in single.items()])
+    for name, rows in tables.items():
+        lines += ["", f"{_terminal_text(name)}:", *_rows_table(rows)]
+    return lines
+
+
+def _sorted_out(value: Mapping[str, Any], prefix: str = "") -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """The single values of an object by their dotted names, and its maps and lists of objects."""
+    single: dict[str, Any] = {}
+    tables: dict[str, dict[str, Any]] = {}
+    for key, item in value.items():
+        name = prefix + key
+        if isinstance(item, dict) and item and not all(isinstance(row, dict) for row in item.values()):
+            below, further = _sorted_out(item, f"{name}.")
+            single.update(below)
+            tables.update(further)
+        elif isinstance(item, dict) and item:
+            tables[name] = item
+        elif isinstance(item, list) and item and isinstance(item[0], (dict, list)):
+            tables[name] = {str(number): row for number, row in enumerate(item)}
+        elif item not in ({}, []):
+            single[_terminal_text(name)] = item
+    return single, tables
+
+
+def _rows_table(rows: Mapping[str, Any]) -> list[str]:
+    flat = {name: _sorted_out(row)[0] if isinstance(row, dict) else dict(_numbered(row)) for name, row in rows.items()}
+    heads = list(dict.fromkeys(key for row in flat.values() for key in row))
+    cells = [
+        [_terminal_text(name), *(_terminal_text(row.get(head, "")) for head in heads)] for name, row in flat.items()
+    ]
+    return _columns([["", *heads], *cells])
+
+
+def _numbered(row: JSONValue) -> Iterator[tuple[str, Any]]:
+    return ((str(number), item) for number, item in enumerate(row if isinstance(row, list) else [row]))
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Cells in columns two spaces apart, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = []
+    for row in rows:
+        cells = (cell.rjust(width) if _looks_numeric(cell) else cell.ljust(width) for cell, width in zip(row, widths))
+        lines.append("  ".join(cells).rstrip())
+    return lines
+
+
+def _looks_numeric(cell: str) -> bool:
+    return cell[:1].isdigit() or (cell[:1] == "-" and cell[1:2].isdigit())
+
+
+# watch
+
+
+def _run_watch(words: Sequence[str], environ: Mapping[str, str]) -> int:
+    parser = _ClientParser("watch", "Print messages of the bus, a line each, for as long as there are some.", environ)
+    parser.add_argument("types", metavar="TYPE", nargs="*", help="message types, such as realtime_metrics; all without")
+    parser.add_argument("--once", action="store_true", help="end with the connection instead of connecting again")
+    given, remote = _parse_client(parser, words)
+    for name in given.types:
+        if name != "*" and name not in KNOWN_MESSAGE_TYPES:
+            near = difflib.get_close_matches(name, KNOWN_MESSAGE_TYPES, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            print(f"aiperf-api: AIPerf knows no message type {printable(name)}{hint}", file=sys.stderr)
+    types = ",".join(quote(name, safe="*") for name in given.types if name)
+    path = "/api/stream?format=sse" + (f"&types={types}" if types else "")
+    for data in follow(remote.events, path, once=given.once):
+        print(_terminal_json(data), flush=True)
+    return 0
+
+
+def follow(events: Callable[[str, str], Iterator[tuple[str, str]]], path: str, *, once: bool) -> Iterator[str]:
+    """The data of each event, over any number of connections; the first must come about.
+
+    Args:
+        events: opens the stream at a path behind the event of an id; AskError when it cannot, or when it breaks.
+        once: stop at the end of the first connection.
+
+    Raises:
+        AskError: the first attempt failed, a later one was refused for good (4xx), or `once` and the stream broke.
+    """
+    last_id, pause_sec, is_first = "", CLIENT_RETRY_MIN_SEC, True
+    while True:
+        reason = "the server ended the stream"
+        try:
+            for event_id, data in events(path, last_id):
+                last_id, pause_sec, is_first = event_id or last_id, CLIENT_RETRY_MIN_SEC, False
+                yield data
+        except AskError as error:
+            if once or error.is_final or (is_first and not error.status):
+                raise
+            reason = str(error)
+        if once:
+            return
+        print(f"aiperf-api: {reason}; trying again in {pause_sec:g} s", file=sys.stderr, flush=True)
+        time.sleep(pause_sec)
+        pause_sec, is_first = min(2 * pause_sec, CLIENT_RETRY_MAX_SEC), False
+
+
+# top
+
+
+class Figures(NamedTuple):
+    """What `top` shows: four answers of one moment."""
+
+    status: dict[str, Any]  # /api/status
+    progress: dict[str, Any]  # /api/progress
+    metrics: dict[str, Any]  # /api/metrics
+    workers: dict[str, Any]  # /api/workers
+
+
+_THROUGHPUTS = (("output tokens/s", "output_token_throughput"), ("requests/s", "request_throughput"))
+_LATENCIES = (
+    ("time to first token", "time_to_first_token"),
+    ("inter token latency", "inter_token_latency"),
+    ("request latency", "request_latency"),
+)
+
+
+def _run_top(words: Sequence[str], environ: Mapping[str, str]) -> int:
+    parser = _ClientParser("top", "Draw the run in the terminal, refreshed in place.", environ)
+    parser.add_argument("--interval", metavar="SEC", default="1", help="between two looks, 0.1 to 3600 (default: 1)")
+    parser.add_argument("--once", action="store_true", help="one look, then end")
+    given, remote = _parse_client(parser, words)
+    if not re.fullmatch(r"[0-9]{1,4}(\.[0-9]{1,3})?", given.interval) or not 0.1 <= float(given.interval) <= 3600:
+        raise UsageError(f"--interval: seconds from 0.1 to 3600, not {printable(given.interval)}")
+    figures = _look(remote)
+    if given.once:
+        print("\n".join(top_lines(figures, remote.url, shutil.get_terminal_size().columns)))
+    elif sys.stdout.isatty():
+        _draw_on_screen(remote, figures, float(given.interval))
+    else:
+        _print_lines(remote, figures, float(given.interval))
+    return 0
+
+
+def _look(remote: _Remote) -> Figures:
+    found = [remote.get(f"/api/{name}") for name in Figures._fields]
+    if not all(isinstance(answer, dict) for answer in found):
+        raise AskError(f"{printable(remote.url)}: these are not the answers of aiperf-api")
+    return Figures(*found)
+
+
+def _looks(remote: _Remote, figures: Figures, interval_sec: float) -> Iterator[tuple[Figures, str]]:
+    """(the latest figures, what is wrong), again and again; a server that has gone may come back."""
+    trouble = ""
+    while True:
+        yield figures, trouble
+        time.sleep(interval_sec)
+        try:
+            figures, trouble = _look(remote), ""
+        except AskError as error:
+            trouble = str(error)
+
+
+def _print_lines(remote: _Remote, figures: Figures, interval_sec: float) -> None:
+    for seen, trouble in _looks(remote, figures, interval_sec):
+        print(time.strftime("%H:%M:%S"), trouble or top_line(seen), flush=True)
+
+
+def _draw_on_screen(remote: _Remote, figures: Figures, interval_sec: float) -> None:
+    """Draw in place, on a screen of its own; the last look stays behind on the normal one."""
+    lines: list[str] = []
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # the terminal must be put right then, too
+    try:
+        sys.stdout.write(_ALTERNATE_SCREEN)
+        for seen, trouble in _looks(remote, figures, interval_sec):
+            size = shutil.get_terminal_size()
+            lines = top_lines(seen, remote.url, size.columns)
+            shown = ([trouble[: size.columns]] if trouble else []) + lines
+            ended = (line + _END_OF_LINE for line in shown[: size.lines])
+            sys.stdout.write(_HOME + "\r\n".join(ended) + _END_OF_SCREEN)
+            sys.stdout.flush()
+    finally:
+        sys.stdout.write(_NORMAL_SCREEN + "\n".join([*lines, ""]))
+        sys.stdout.flush()
+        signal.signal(signal.SIGTERM, before)
+
+
+def _figure(figures: Figures, tag: str, *stats: str) -> Any:
+    """The first of these statistics of a metric that there is."""
+    row = _member(figures.metrics, "metrics", tag)
+    return next((row[stat] for stat in stats if is_number(row.get(stat))), None)
+
+
+def _member(value: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+    """An object within objects; empty where there is none."""
+    found: Any = value
+    for key in keys:
+        found = found.get(key) if isinstance(found, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
+def _percent(figures: Figures) -> float:
+    percent = figures.progress.get("percent_complete")
+    return min(100.0, max(0.0, float(percent))) if is_number(percent) else 0.0
+
+
+def _counts(figures: Figures) -> str:
+    """`120/300 requests, 3 errors, 0:42 left`."""
+    progress = figures.progress
+    total = f"/{_terminal_text(progress['total'])}" if progress.get("total") else ""
+    text = (
+        f"{_terminal_text(progress.get('completed'))}{total} requests, {_terminal_text(progress.get('errors'))} errors"
+    )
+    left = progress.get("eta_sec")
+    return f"{text}, {_clock(left)} left" if is_number(left) and left else text
+
+
+def _clock(seconds: float) -> str:
+    minutes, sec = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{sec:02}" if minutes >= 60 else f"{minutes}:{sec:02}"
+
+
+def _state(figures: Figures) -> str:
+    """`profiling`, `warmup (profiling)`, `failed: why`, `profiling (silent)`."""
+    status = figures.status
+    text = _terminal_text(status.get("state"))
+    if status.get("error"):
+        text += f": {_terminal_text(status['error'])}"
+    phase = status.get("phase")
+    text += f", phase {_terminal_text(phase, 24)}" if phase and phase != status.get("state") else ""
+    return f"{text} (silent)" if status.get("stale") else text
+
+
+def top_line(figures: Figures) -> str:
+    """A look at the run in one line, for logs."""
+    parts = [_state(figures), f"{_percent(figures):.1f}%", _counts(figures)]
+    for name, tag in _THROUGHPUTS:
+        parts.append(f"{_terminal_text(_figure(figures, tag, 'avg', 'current'))} {name}")
+    for name, tag in _LATENCIES:
+        parts.append(f"{name} p50 {_terminal_text(_figure(figures, tag, 'p50', 'avg'))} ms")
+    return ", ".join(parts)
+
+
+def top_lines(figures: Figures, url: str, columns: int) -> list[str]:
+    """A look at the run, none of its lines longer than `columns`."""
+    identity = [
+        _terminal_text(figures.metrics[key], 40) for key in ("model", "endpoint_type") if figures.metrics.get(key)
+    ]
+    head = "  ".join([_state(figures), *identity])
+    lines = [f"{head}  {_terminal_text(url, 60)}", _bar(_percent(figures), columns), _counts(figures), ""]
+    return [line[:columns] for line in [*lines, *_figure_lines(figures), "", *_worker_lines(figures)]]
+
+
+def _bar(percent: float, columns: int) -> str:
+    width = max(10, min(columns, 100) - 10)
+    done = int(width * percent / 100)
+    return f"[{'#' * done}{'-' * (width - done)}] {percent:5.1f} %"
+
+
+def _figure_lines(figures: Figures) -> list[str]:
+    rows = [["", "avg", "p50", "p99", ""]]
+    for name, tag in _THROUGHPUTS:
+        rows.append([name, _terminal_text(_figure(figures, tag, "avg", "current")), "", "", ""])
+    for name, tag in _LATENCIES:
+        values = [_terminal_text(_figure(figures, tag, stat)) for stat in ("avg", "p50", "p99")]
+        unit = _member(figures.metrics, "metrics", tag).get("unit", "ms")
+        rows.append([name, *values, _terminal_text(unit, 12)])
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:4], widths[1:4])), row[4]])
+        for row in rows
+    ]
+
+
+def _worker_lines(figures: Figures) -> list[str]:
+    total, active = (_terminal_text(figures.workers.get(key)) for key in ("total_workers", "active_workers"))
+    rows = [["worker", "status", "done", "failed", "cpu %", "MB"]]
+    for name, worker in sorted(_member(figures.workers, "workers").items()):
+        tasks, health = _member({"w": worker}, "w", "task_stats"), _member({"w": worker}, "w", "health")
+        memory = health.get("memory_usage")
+        figure = (tasks.get("completed"), tasks.get("failed"), health.get("cpu_usage"))
+        megabytes = memory / 1e6 if is_number(memory) else None
+        status = _member({"w": worker}, "w").get("status")
+        rows.append([_terminal_text(cell, 40) for cell in (name, status, *figure, megabytes)])
+    return [f"{total} workers, {active} active", *(_columns(rows) if rows[1:] else [])]
+
+
+# -- The program -------------------------------------------------------------------------------------------------------
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """The program: serve until told to stop; returns the exit code."""
+    """The program: serve until told to stop, or ask a server; returns the exit code."""
     try:
         words = sys.argv[1:] if argv is None else argv
+        if words and words[0] in CLIENT_COMMANDS:
+            return run_client(words, os.environ)
         arguments = parse_arguments(words, os.environ)
         handler = _set_up_log(arguments)
         hide_in_process_title(title_secrets(words))
@@ -8544,7 +9059,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CommandError as error:
         print(f"aiperf-api: {error}", file=sys.stderr)
         return error.exit_code
-    except StartError as error:
+    except (StartError, AskError) as error:
         print(f"aiperf-api: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

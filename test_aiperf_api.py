@@ -31,8 +31,9 @@ import time
 import tracemalloc
 import unittest
 import unittest.mock
+import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Optional, cast
 from unittest import mock
@@ -3930,7 +3931,7 @@ class BusAddressTests(unittest.TestCase):
             ("tcp://host:0", "a port"),
             ("tcp://host:*", "a port"),
             ("tcp://host:65536", "a port"),
-            ("tcp://host:٥", "a port"),
+            ("tcp://host:\u0665", "a port"),
             ("tcp://host:+5", "a port"),
             ("tcp://host:5\n", "blank or control"),
             ("tcp://*:5664", "a host name"),
@@ -4149,12 +4150,16 @@ class BuiltinBusSourceTests(unittest.IsolatedAsyncioTestCase):
             (GREETING_4_3[:12] + b"PLAIN".ljust(20, b"\0") + bytes(32), "the security mechanism b'PLAIN'"),
             (GREETING_4_3 + b"\x04\x19\x05READY\x0bSocket-Type\0\0\0\x03REP", "a socket of type b'REP'"),
             (b"\xff\0\0\0\0\0\0\0\x01\x7f\x01\x01", "ZMTP 2"),
+            (b"", "hung up during the handshake"),
         ):
             async with RawPublisher(handshake) as publisher:
                 inbox = self.open(publisher.address)
                 inbox.start()
                 for _ in range(5):
-                    await publisher.accept_until_cut_off()
+                    if handshake:
+                        await publisher.accept_until_cut_off()
+                    else:
+                        (await publisher.accept())[1].close()
                 self.assertEqual(len(inbox.lines), 1, inbox.lines)
                 self.assertIn(line, inbox.lines[0])
                 await inbox.source.stop()
@@ -4355,7 +4360,7 @@ class BuiltinBusSourceTests(unittest.IsolatedAsyncioTestCase):
     @unittest.skipUnless(hasattr(socket, "AF_UNIX"), "needs Unix sockets")
     async def test_a_bound_path_is_taken_over_from_the_dead_but_not_from_the_living(self):
         with tempfile.TemporaryDirectory() as directory:
-            path = os.path.join(directory, "bus.ipc")
+            path = f"{directory}/bus.ipc"
             with socket.socket(socket.AF_UNIX) as dead:
                 dead.bind(path)
             inbox = self.open(f"ipc://{path}", bind=True)
@@ -4367,12 +4372,12 @@ class BuiltinBusSourceTests(unittest.IsolatedAsyncioTestCase):
             await reader.readexactly(10)
             writer.close()
             await inbox.source.stop()
-            self.assertFalse(os.path.exists(path))
-            pathlib.Path(path).touch()
+            self.assertEqual(os.listdir(directory), [])
+            os.close(os.open(path, os.O_CREAT))  # an ordinary file
             other = self.open(f"ipc://{path}", bind=True)
             with self.assertRaises(aiperf_api.StartError):
                 other.start()
-            self.assertTrue(os.path.exists(path))
+            self.assertEqual(os.listdir(directory), ["bus.ipc"])
 
 
 # A proxy as AIPerf has it, between XSUB and XPUB, in a process of its own; it prints where it listens.
@@ -4430,6 +4435,7 @@ class BuiltinBusSourceWithLibzmqTests(unittest.IsolatedAsyncioTestCase):
 
     def socket(self, kind, **options):
         sock = self.context.socket(kind)
+        self.addCleanup(sock.close)
         sock.linger = 0
         sock.sndhwm = sock.rcvhwm = 0
         sock.rcvtimeo = 30_000
@@ -4628,8 +4634,8 @@ class BuiltinBusSourceWithLibzmqTests(unittest.IsolatedAsyncioTestCase):
         for address in addresses:
             publisher = self.socket(zmq.XPUB)
             publisher.bind(address)
-            address = publisher.last_endpoint.decode().rstrip("\0")
-            for name in {address, address.replace("127.0.0.1", "localhost")}:
+            bound = publisher.last_endpoint.decode().rstrip("\0")
+            for name in {bound, bound.replace("127.0.0.1", "localhost")}:
                 with self.subTest(name):
                     inbox = await self.open(name, b"abc")
                     await self.subscribed(publisher, b"abc")
@@ -4641,10 +4647,12 @@ class BuiltinBusSourceWithLibzmqTests(unittest.IsolatedAsyncioTestCase):
     async def test_a_server_that_wants_a_password_and_one_that_is_no_publisher_are_named(self):
         secured = self.socket(zmq.PUB, plain_server=True)
         other = self.socket(zmq.ROUTER)
-        for sock, text in ((secured, "the security mechanism b'PLAIN'"), (other, "a socket of type b'ROUTER'")):
+        for sock, reason in ((secured, "mechanism b'PLAIN'"), (other, "type b'ROUTER'")):
             address = f"tcp://127.0.0.1:{sock.bind_to_random_port('tcp://127.0.0.1')}"
             inbox = await self.open(address)
-            await inbox.tells(text)
+            await inbox.tells_lines(1)
+            self.assertRegex(inbox.lines[0], f"the peer at {address}: .*({reason}|is it a PUB or XPUB socket)")
+            self.assertRegex(inbox.lines[0], "connecting again$")
             await inbox.source.stop()
 
 
@@ -5115,9 +5123,8 @@ class TestReplayAndRecord(ServiceTestCase):
         service = await self.serve(source=source)
         await self.ended(service)
         self.assertFalse(service.status()["stale"])
-        with unittest.mock.patch.object(
-            aiperf_api.time, "monotonic_ns", lambda later=time.monotonic_ns(): later + 10**10
-        ):
+        later = time.monotonic_ns() + 10**10
+        with unittest.mock.patch.object(aiperf_api.time, "monotonic_ns", lambda: later):
             self.assertTrue(service.status()["stale"])
 
     async def test_what_is_recorded_replays_to_the_same_end(self) -> None:
@@ -5196,7 +5203,7 @@ class TestBoundSources(ServiceTestCase):
                     publisher.connect(service.source.address)
                     self.assertTrue(await asyncio.to_thread(publisher.poll, 5000))
                     publisher.send_multipart([b"system_state_changed$", b'{"state":"configuring"}'])
-                    await self.until(lambda number=number: service.bus.messages == number + 1)
+                    await self.until(lambda bus=service.bus, number=number: bus.messages == number + 1)
 
     def test_endpoints_that_cannot_be_are_refused_with_the_reason(self) -> None:
         for address in ("tcp://", "tcp://host", "tcp://host:99999", "http://x:1", "ipc://" + "x" * 200, "nonsense", ""):
@@ -6572,6 +6579,26 @@ class ACommandBehindTwoDashes(unittest.TestCase):
         with urllib.request.urlopen(url, timeout=10) as answer:
             return json.loads(answer.read())
 
+    def wait_for_state(self, url: str, *states: str) -> Any:
+        deadline = time.monotonic() + 30
+        while True:
+            status = self.get(url + "/api/status")
+            if status["state"] in states:
+                return status
+            self.assertLess(time.monotonic(), deadline, status)
+
+    def test_status_and_readiness_answer_before_anybody_is_at_the_bus(self) -> None:
+        for backend in ("builtin", "auto"):
+            process = self.start("--zmq-backend", backend, "--", "sleep", "60")
+            url = self.url_of(process)
+            self.assertIs(self.get(url + "/api/status")["source"]["connected"], False)
+            with self.assertRaises(urllib.error.HTTPError) as caught:
+                self.get(url + "/readyz")
+            self.assertEqual(caught.exception.code, 503)
+            caught.exception.close()
+            process.terminate()
+            self.assertEqual(process.wait(10), 143)
+
     def test_the_exit_code_is_the_childs(self) -> None:
         for script, code in (("exit 0", 0), ("exit 3", 3), ("kill -KILL $$", 137), ("kill -TERM $$", 143)):
             self.assertEqual(self.run_to_the_end("--", "sh", "-c", script)[0], code, script)
@@ -6622,10 +6649,7 @@ class ACommandBehindTwoDashes(unittest.TestCase):
     def test_a_child_that_dies_without_a_word_is_failed(self) -> None:
         process = self.start("--linger", "60", "--", "sh", "-c", "exit 7")
         url = self.url_of(process)
-        for _ in range(600):
-            status = self.get(url + "/api/status")
-            if status["state"] == "failed":
-                break
+        status = self.wait_for_state(url, "failed")
         self.assertEqual((status["state"], status["error"]), ("failed", "exit status 7"))
         self.assertEqual(status["source"]["kind"], "child")
         process.send_signal(signal.SIGINT)  # while lingering: at once
@@ -6638,10 +6662,7 @@ class ACommandBehindTwoDashes(unittest.TestCase):
             process.stdout.readline()
             process.send_signal(number)
             if number == signal.SIGINT:
-                url = self.url_of(process)
-                for _ in range(600):  # it lingers after a single Ctrl-C
-                    if self.get(url + "/api/status")["state"] == "failed":
-                        break
+                self.wait_for_state(self.url_of(process), "failed")  # it lingers after a single Ctrl-C
                 process.send_signal(number)
             self.assertEqual(process.wait(10), code)
 
@@ -6671,13 +6692,12 @@ class ACommandBehindTwoDashes(unittest.TestCase):
         example = readme.partition("<!-- example -->")[2].partition("```python\n")[2].partition("```")[0]
         process = self.start("--linger", "60", "--", sys.executable, "-c", example)
         url = self.url_of(process)
-        for _ in range(3000):
-            status = self.get(url + "/api/status")
-            if status["state"] in ("complete", "failed"):
-                break
-        self.assertEqual(status["state"], "complete")
+        self.wait_for_state(url, "complete")
         self.assertEqual(self.get(url + "/api/progress")["completed"], 100)
         self.assertEqual(self.get(url + "/api/metrics")["metrics"]["request_latency"]["count"], 100)
+        assert process.stderr is not None
+        while "the benchmark ended" not in process.stderr.readline():
+            pass
         process.terminate()
         self.assertEqual(process.wait(10), 0)
 
@@ -6717,5 +6737,361 @@ class TheLogWhileAChildHasTheTerminal(unittest.TestCase):
         self.assertIn("3 older lines", said.output[0])
 
 
+# == Documentation =====================================================================================================
+#
+# The README is checked against the module's own tables and against a real server. After a change of an option, an
+# endpoint, a limit or a metric of ours: `python3 test_aiperf_api.py --write-readme`.
+
+ROOT = Path(__file__).resolve().parent
+README = ROOT / "README.md"
+DEMO = ROOT / "static" / "demo.jsonl.gz"
+OWN_FAMILIES = re.compile("aiperf_(api|benchmark_sta|elapsed|eta|info|phase|progress|worker)")
+HALF_WAY = 122  # messages of the demo until its profiling is half done
+WEBSOCAT = shutil.which("websocat") is not None
+
+needs_readme = unittest.skipUnless(README.exists(), "needs the README.md beside it")
+needs_demo = unittest.skipUnless(DEMO.exists(), "needs the demo in static/")
+
+
+def needs_program(*names: str) -> Callable[[Any], Any]:
+    """Skip a test where a program is missing."""
+    missing = [name for name in names if shutil.which(name) is None]
+    return unittest.skipIf(bool(missing), f"needs the {', '.join(missing)} program")
+
+
+class Program:
+    """The server as its users start it, in a process of its own, on a port of its choice: `with Program(...) as url`."""
+
+    def __init__(self, *arguments: str) -> None:
+        self.command = [sys.executable, str(ROOT / "aiperf_api.py"), "--api-port", "0", *arguments]
+        self.lines: list[str] = []  # what it said before it was ready
+
+    def __enter__(self) -> str:
+        self.process = subprocess.Popen(self.command, stderr=subprocess.PIPE, text=True)
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.lines.append(line.rstrip("\n"))
+            if line.startswith("  source"):
+                return self.lines[0].split()[-1]
+        raise AssertionError(f"it ended: {self.lines}")
+
+    def __exit__(self, *_: object) -> None:
+        self.process.terminate()
+        assert self.process.stderr is not None
+        self.process.stderr.read()
+        self.process.stderr.close()
+        self.process.wait()
+
+
+def fetched(url: str) -> str:
+    """The body of an answer."""
+    with urllib.request.urlopen(url, timeout=10) as answer:
+        return str(answer.read().decode())
+
+
+def status_when(url: str, condition: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+    """The first /api/status for which the condition holds."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        status: dict[str, Any] = json.loads(fetched(url + "/api/status"))
+        if condition(status):
+            return status
+    raise AssertionError(f"it did not happen in time: {status}")
+
+
+def markdown_table(head: str, rows: Iterable[Sequence[str]]) -> str:
+    """A table, a line each row; `|` in a cell is quoted."""
+    lines = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
+    return "\n".join((head, re.sub(r"[^|]+", "---", head), *(re.sub(r" +", " ", line) for line in lines)))
+
+
+def options_table() -> str:
+    rows = []
+    for option in aiperf_api.OPTIONS:
+        flag = f"`{option.flag} {option.metavar}`" if option.metavar else f"`{option.flag}`"
+        rows.append((flag, option.default, f"`{option.env}`" if option.env else "", option.help))
+    return markdown_table("| option | default | variable | |", rows)
+
+
+def endpoints_table() -> str:
+    rows = []
+    for route in aiperf_api.ROUTES:
+        parameters = ", ".join(f"`{parameter.name}`" for parameter in route.params)
+        rows.append((f"`{route.path}`", route.summary, parameters))
+    return markdown_table("| path | answer | parameters |", rows)
+
+
+def shown_size(value: float, unit: str) -> str:
+    """A limit as people write it: 65536 bytes are 64 KiB."""
+    for power, prefix in ((2, "MiB"), (1, "KiB")):
+        if unit == "bytes" and value and value % 1024**power == 0:
+            return f"{value // 1024**power} {prefix}"
+    return f"{value:,} {unit}".strip() if value else "0"
+
+
+def limits_table() -> str:
+    rows = [(name, shown_size(value, unit), past) for name, value, unit, past in aiperf_api.LIMITS]
+    return markdown_table("| limit | | past it |", rows)
+
+
+def constants_table() -> str:
+    """Each constant of room 1: its value, and what its comment says."""
+    rules = SourceRules(Path(aiperf_api.__file__).read_text(encoding="utf-8"))
+    rows = []
+    for node in rules.tree.body:
+        if isinstance(node, ast.Assign) and rules.room(node.lineno) == 1:
+            comment = rules.lines[node.lineno - 1].partition("  # ")[2]
+            for name in ast.walk(node.targets[0]):
+                if isinstance(name, ast.Name):
+                    unit = "bytes" if "BYTES" in name.id else ""
+                    rows.append((f"`{name.id}`", shown_size(getattr(aiperf_api, name.id), unit), comment))
+    return markdown_table("| constant | | |", rows)
+
+
+def families_table() -> str:
+    """The metrics of our own, as a server that has heard a run exposes them."""
+    with Program("--replay", str(DEMO), "--replay-speed", "0") as url:
+        text = fetched(url + "/metrics")
+    helps = dict(re.findall(r"^# HELP (\S+) (.*)$", text, re.MULTILINE))
+    rows = []
+    for name, kind in re.findall(r"^# TYPE (\S+) (\S+)$", text, re.MULTILINE):
+        if OWN_FAMILIES.match(name):
+            labels = set(re.findall(r"(\w+)=\"", "".join(re.findall(rf"^{name}{{.*$", text, re.MULTILINE))))
+            own = sorted(labels - {"benchmark_id", "concurrency"}) if name != "aiperf_info" else []
+            rows.append((f"`{name}`", kind, ", ".join(own), helps[name]))
+    return markdown_table("| name | type | labels | |", rows)
+
+
+README_TABLES: Mapping[str, Callable[[], str]] = {
+    "options": options_table,
+    "endpoints": endpoints_table,
+    "limits": limits_table,
+    "constants": constants_table,
+    "families": families_table,
+}
+
+
+def readme_with_tables(text: str) -> str:
+    """The README with each table behind its marker, `<!-- NAME -->`, made anew."""
+    for name, make in README_TABLES.items():
+        table = make()
+        text, count = re.subn(
+            rf"(<!-- {name} -->\n)(?:\|.*\n)*", lambda marker, table=table: f"{marker[1]}{table}\n", text
+        )
+        assert count == 1, f"README.md has no <!-- {name} -->"
+    return text
+
+
+class Session(NamedTuple):
+    """A command of the README and what it shows."""
+
+    command: str
+    shown: list[str]  # lines; a last line of "..." means that more follow
+
+    @property
+    def goes_on(self) -> bool:
+        return self.shown[-1:] == ["..."]
+
+
+def readme_blocks(marker: str) -> Iterator[str]:
+    """The console blocks right behind a marker."""
+    yield from re.findall(rf"^<!-- {marker} -->\n```console\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def readme_sessions(marker: str) -> Iterator[Session]:
+    """The commands in the console blocks right behind a marker."""
+    for block in readme_blocks(marker):
+        for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
+            command, rest = re.fullmatch(r"((?:.*\\\n)*.*)\n((?:.*\n)*)", part).groups()  # type: ignore[union-attr]
+            yield Session(command, rest.splitlines())
+
+
+def masked(text: str) -> str:
+    """Text without what differs from run to run: numbers and ids."""
+    text = re.sub(r"\b[0-9a-f]{8,}-\d+", "ID", text)
+    return re.sub(r"-?\d+(\.\d+)?(e-?\d+)?", "N", text)
+
+
+class LineReader:
+    """Runs a shell line and gives the lines it prints; `close()`, or half a minute, ends all that it started."""
+
+    def __init__(self, command: str) -> None:
+        self.process = subprocess.Popen(
+            ["bash", "-c", command], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
+        self.timer = threading.Timer(30, self._kill)
+        self.timer.start()
+
+    def lines(self, count: int | None) -> list[str]:
+        """The first `count` lines, or all."""
+        assert self.process.stdout is not None
+        return [line.rstrip("\n") for line in itertools.islice(self.process.stdout, count)]
+
+    def close(self) -> None:
+        self.timer.cancel()
+        self._kill()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+        self.process.wait()
+
+    def _kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+
+@needs_readme
+class DocumentationTests(unittest.TestCase):
+    """What the README says is so."""
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.text = README.read_text(encoding="utf-8")
+
+    text: str
+
+    def test_every_option_endpoint_limit_and_metric_is_documented(self) -> None:
+        for name, make in README_TABLES.items():
+            if name == "families" and not DEMO.exists():
+                continue
+            with self.subTest(name):
+                self.assertIn(f"<!-- {name} -->\n{make()}\n\n", self.text, "see --write-readme at the top of this room")
+
+    def test_help_names_the_documented_options(self) -> None:
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "aiperf_api.py"), "--help"], capture_output=True, text=True, check=True
+        )
+        flags = set(re.findall(r"^ +(--[a-z][a-z-]+)", done.stdout, re.MULTILINE))
+        self.assertGreaterEqual(flags, {option.flag for option in aiperf_api.OPTIONS})
+        section = self.text[self.text.index("## Command line") : self.text.index("## HTTP")]
+        self.assertEqual({flag for flag in flags if f"`{flag}" not in section}, set())
+
+    def test_links_lead_somewhere(self) -> None:
+        anchors = {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in self.titles()}
+        for target in re.findall(r"\]\(([^)]+)\)", self.text):
+            with self.subTest(target):
+                if target.startswith("#"):
+                    self.assertIn(target[1:], anchors)
+                elif not target.startswith("https://"):
+                    self.assertTrue((ROOT / target).exists())
+
+    def titles(self) -> list[str]:
+        text = re.sub(r"^```.*?^```", "", self.text, flags=re.MULTILINE | re.DOTALL)
+        return re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+
+    def test_python_blocks_compile(self) -> None:
+        blocks = re.findall(r"^```python\n(.*?)^```", self.text, re.MULTILINE | re.DOTALL)
+        self.assertGreaterEqual(len(blocks), 2)
+        for block in blocks:
+            compile(block, "README.md", "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+
+    def test_options_in_examples_exist(self) -> None:
+        known = {option.flag for option in aiperf_api.OPTIONS} | {"--version", "--help"}
+        for line in re.findall(r"^.*(?:aiperf-api|aiperf_api\.py\S*) --.*$", self.text, re.MULTILINE):
+            ours = re.split(r"aiperf-api |aiperf_api\.py\S* ", line, maxsplit=1)[1].split(" -- ")[0]
+            with self.subTest(line):
+                self.assertLessEqual(set(re.findall(r"(?<!\S)--[a-z-]+", ours)), known)
+
+
+@needs_readme
+@needs_demo
+@needs_program("bash", "curl", "jq")
+class ReadmeSessionTests(unittest.TestCase):
+    """The README's terminal sessions, run as they stand against a real server."""
+
+    maxDiff = None
+
+    def test_what_is_shown_once_a_run_is_half_way(self) -> None:
+        with tempfile.TemporaryDirectory() as folder, gzip.open(DEMO) as demo:
+            half = Path(folder) / "demo.jsonl"
+            half.write_bytes(b"".join(itertools.islice(demo, HALF_WAY)))
+            with Program("--replay", str(half), "--replay-speed", "0") as url:
+                sessions = list(readme_sessions("half-way"))
+                self.assertGreater(len(sessions), 3)
+                for session in sessions:
+                    self.check(session, url)
+
+    def test_what_goes_on_while_a_run_lasts(self) -> None:
+        with Program("--replay", str(DEMO), "--replay-speed", "4") as url:
+            status_when(url, lambda status: status["phase"] == "profiling")
+            sessions = [one for one in readme_sessions("live") if "websocat" not in one.command or WEBSOCAT]
+            self.assertGreater(len(sessions), 1)
+            for session in sessions:
+                self.check(session, url)
+
+    def test_the_first_lines(self) -> None:
+        [demo] = [one for one in readme_sessions("start") if one.command.startswith("aiperf-api")]
+        program = Program("--demo")
+        with program as url:
+            self.assertEqual([line.replace(url, "http://127.0.0.1:9090") for line in program.lines], demo.shown)
+
+    def check(self, session: Session, url: str) -> None:
+        with self.subTest(session.command):
+            reader = LineReader(session.command.replace("localhost:9090", url.partition("//")[2]))
+            self.addCleanup(reader.close)
+            lines = reader.lines(len(session.shown) - 1 if session.goes_on else None)
+            reader.close()
+            shown = session.shown[:-1] if session.goes_on else session.shown
+            self.assertEqual(masked("\n".join(lines)), masked("\n".join(shown)))
+
+
+@needs_readme
+class OwnBenchmarkTests(unittest.TestCase):
+    """The README's home-made benchmark, run as it stands."""
+
+    @unittest.skipUnless(aiperf_api.zmq, "needs the pyzmq package")
+    def test_it_reports_through_the_server(self) -> None:
+        text = README.read_text(encoding="utf-8")
+        [program] = re.findall(r"<!-- example -->\n```python\n(.*?)```", text, re.DOTALL)
+        self.assertLessEqual(len(program.strip().splitlines()), 16)
+        with tempfile.TemporaryDirectory() as folder:
+            script = Path(folder) / "benchmark.py"
+            script.write_text(program)
+            with Program("--linger", "60", "--", sys.executable, str(script)) as url:
+                status = status_when(url, lambda status: status["state"] not in {"waiting", "profiling"})
+                progress = json.loads(fetched(url + "/api/progress"))
+                metrics = json.loads(fetched(url + "/api/metrics"))["metrics"]
+        self.assertEqual(status["state"], "complete", status)
+        self.assertEqual((progress["completed"], progress["percent_complete"]), (100, 100))
+        self.assertEqual(metrics["request_latency"]["count"], 100)
+
+
+@needs_demo
+class GrafanaDashboardTests(unittest.TestCase):
+    """static/grafana-dashboard.json against the demo's real /metrics."""
+
+    def test_each_query_asks_for_metrics_and_labels_that_exist(self) -> None:
+        dashboard = json.loads((ROOT / "static" / "grafana-dashboard.json").read_text(encoding="utf-8"))
+        targets = [target for panel in dashboard["panels"] for target in panel.get("targets", ())]
+        self.assertGreater(len(targets), 40)
+        labels = self.labels_of_metrics()
+        for target in targets:
+            with self.subTest(target["expr"]):
+                for name, selector in re.findall(r"(aiperf_\w+)\{(.*?)\}", target["expr"]):
+                    self.assertTrue(name in labels, f"there is no {name}")
+                    asked = set(re.findall(r"(\w+)\s*[!=]~?\"", selector)) | self.legend(target)
+                    self.assertLessEqual(asked - {"job", "instance"}, labels[name], name)
+
+    @staticmethod
+    def legend(target: dict[str, Any]) -> set[str]:
+        return set(re.findall(r"\{\{(\w+)\}\}", target["legendFormat"]))
+
+    @staticmethod
+    def labels_of_metrics() -> dict[str, set[str]]:
+        """The labels of each metric, half-way through the demo and at its end."""
+        labels: dict[str, set[str]] = {}
+        with tempfile.TemporaryDirectory() as folder, gzip.open(DEMO) as demo:
+            half = Path(folder) / "demo.jsonl"
+            half.write_bytes(b"".join(itertools.islice(demo, HALF_WAY)))
+            for recording in (half, DEMO):
+                with Program("--replay", str(recording), "--replay-speed", "0") as url:
+                    fetched(url + "/api/status")  # so that there is a request to count
+                    for name, pairs in re.findall(r"^(\w+)(?:\{(.*)\})? ", fetched(url + "/metrics"), re.MULTILINE):
+                        labels.setdefault(name, set()).update(re.findall(r"(\w+)=\"", pairs))
+        return labels
+
+
 if __name__ == "__main__":
-    unittest.main()
+    if sys.argv[1:] == ["--write-readme"]:
+        README.write_text(readme_with_tables(README.read_text(encoding="utf-8")), encoding="utf-8")
+    else:
+        unittest.main()

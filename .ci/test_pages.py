@@ -23,7 +23,7 @@ import time
 import unittest
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -352,8 +352,7 @@ class TestStates(PagesTestCase):
         share = 100 * progress["errors"] / progress["completed"]
         self.assertEqual(page.text("#card-errors [data-unit]"), f"{share:.1f} %")
         self.assertIn(f"{progress['completed']:,} of {progress['total']:,} requests", page.text("#state-detail"))
-        rows = page.evaluate("document.querySelectorAll('#pane-metrics tbody tr').length")
-        self.assertEqual(rows, len(metrics))
+        page.wait(f"document.querySelectorAll('#pane-metrics tbody tr').length === {len(metrics)}")
 
     def check_downloads(self, server: Server, page: Page) -> None:
         metrics = server.ask("api/metrics")["metrics"]
@@ -480,7 +479,7 @@ class TestCharts(PagesTestCase):
         self.assertEqual(numbers, sorted(numbers, reverse=True))
 
     def test_the_figures_of_now_are_differences_and_named_so(self) -> None:
-        server = self.serve("--replay", str(ROOT / "static" / "demo.jsonl.gz"), "--replay-speed", "0", "--linger", "60")
+        server = self.serve("--replay", str(ROOT / "static" / "demo.jsonl.gz"), "--replay-speed", "8")
         page = self.open(server.url + "dashboard")
         page.wait_text("#state-name", "Complete")
         page.wait("aiperf.run.history.get('request_latency', 'count').t.length > 10")
@@ -540,8 +539,8 @@ class TestSafety(PagesTestCase):
         self.begin(bus)
         self.profile(bus)
         metrics = json.loads(json.dumps(self.metrics(3)))
-        metrics["metrics"].append(
-            {"tag": evil, "header": evil, "unit": evil, "avg": 1.0, "p50": 1.0, "p99": 2.0, "count": 3}
+        metrics["metrics"].insert(
+            0, {"tag": evil, "header": evil, "unit": evil, "avg": 1.0, "p50": 1.0, "p99": 2.0, "count": 3}
         )
         telemetry = json.loads(json.dumps(self.messages["realtime_telemetry_metrics"][3]))
         for row in telemetry["metrics"]:
@@ -666,7 +665,10 @@ class TestComfort(PagesTestCase):
             self.write_hour(recording)
             server = self.serve("--replay", str(recording), "--replay-speed", "150")
             page = self.open(server.url + "dashboard")
-            page.wait("aiperf.run.history.get('request_latency', 'p50').t.length > 3500", seconds=60)
+            self.wait_for("half of the hour", lambda: server.ask("api/status")["elapsed_sec"] > 1800)
+            page.evaluate("watched.frames.length = 0")
+            page.wait("document.querySelector('#phases p').textContent.includes('100 %')", seconds=60)
+            page.wait("aiperf.run.history.get('request_latency', 'p50').t.length > 2500")
             heap = page.call("heap")
             frames = sorted(page.evaluate("watched.frames"))
             print(
@@ -721,59 +723,55 @@ class TestComfort(PagesTestCase):
 class TestDocumentation(PagesTestCase):
     """The page that tells how, told by the tables that do."""
 
-    @contextlib.contextmanager
-    def page_of_a_run(self) -> Iterator[tuple[Server, Page]]:
-        server = self.serve(
-            "--replay", str(ROOT / "static" / "demo.jsonl.gz"), "--replay-speed", "0", "--linger", "300"
-        )
+    def page_of_a_run(self) -> tuple[Server, Page]:
+        server = self.serve("--demo")
         page = self.open(server.url)
         page.wait("document.getElementById('limits')")
-        yield server, page
+        return server, page
 
     def test_every_endpoint_option_and_limit_is_there(self) -> None:
-        with self.page_of_a_run() as (server, page):
-            docs = server.ask("api/docs")
-            paths = page.evaluate("[...document.querySelectorAll('.endpoint h3')].map((e) => e.textContent)")
-            self.assertEqual(paths, [route["path"] for route in docs["routes"]])
-            options = page.text("#options")
-            for option in docs["options"]:
-                self.assertIn(option["flag"], options)
-                self.assertIn(option["help"], options)
-            for limit in docs["limits"]:
-                self.assertIn(limit["name"], page.text("#limits"))
-            for name in docs["message_types"]["known"]:
-                self.assertIn(name, page.text("#websocket"))
-            self.assertIn(f'targets: ["127.0.0.1:{server.port}"]', page.text("#prometheus"))
+        server, page = self.page_of_a_run()
+        docs = server.ask("api/docs")
+        paths = page.evaluate("[...document.querySelectorAll('.endpoint h3')].map((e) => e.textContent)")
+        self.assertEqual(paths, [route["path"] for route in docs["routes"]])
+        options = page.text("#options")
+        for option in docs["options"]:
+            self.assertIn(option["flag"], options)
+            self.assertIn(option["help"], options)
+        for limit in docs["limits"]:
+            self.assertIn(limit["name"], page.text("#limits"))
+        for name in docs["message_types"]["known"]:
+            self.assertIn(name, page.text("#websocket"))
+        self.assertIn(f'targets: ["127.0.0.1:{server.port}"]', page.text("#prometheus"))
 
     def test_the_curl_lines_work_when_pasted(self) -> None:
-        with self.page_of_a_run() as (server, page):
-            lines = page.evaluate(
-                "[...document.querySelectorAll('.endpoint .snippet pre')].map((e) => e.textContent).filter((e) => e.startsWith('curl'))"
-            )
-            self.assertGreater(len(lines), 12)
-            for line in lines:
-                with self.subTest(line=line):
-                    done = subprocess.run(
-                        ["bash", "-c", f"{line} -f --max-time 3"], stdout=subprocess.PIPE, check=False
-                    )
-                    self.assertIn(done.returncode, (0, 28) if "-sN" in line else (0,))
-                    self.assertTrue(done.stdout)
+        server, page = self.page_of_a_run()
+        self.wait_for("metrics", lambda: server.ask("api/metrics")["metrics"])
+        lines = page.evaluate(
+            "[...document.querySelectorAll('.endpoint .snippet pre')].map((e) => e.textContent).filter((e) => e.startsWith('curl'))"
+        )
+        self.assertGreater(len(lines), 12)
+        for line in lines:
+            with self.subTest(line=line):
+                done = subprocess.run(["bash", "-c", f"{line} -f --max-time 3"], stdout=subprocess.PIPE, check=False)
+                self.assertIn(done.returncode, (0, 28) if "-sN" in line else (0,))
+                self.assertTrue(done.stdout)
 
     def test_try_it_shows_the_live_answer(self) -> None:
-        with self.page_of_a_run() as (server, page):
-            self.wait_for("the end of the replay", lambda: server.ask("api/status")["state"] == "complete")
-            page.call("click", selector='[aria-label="Try /api/status"]')
-            page.wait_text("#endpoint-api-status .answer", '"complete"')
-            self.assertRegex(page.text("#endpoint-api-status .result"), r"^200 .*application/json")
-            page.call("click", selector='[aria-label="Try /ws"]')
-            page.wait_text("#endpoint-ws .answer", '"subscribed"')
-            page.wait_text("#endpoint-ws .answer", '"realtime_metrics"')
-            page.call("click", selector='[aria-label="Try /ws"]')
-            page.wait_text("#endpoint-ws .result", "Stopped")
-            page.call("click", selector='[aria-label="Try /api/stream"]')
-            page.wait_text("#endpoint-api-stream .answer", "data:")
-            page.call("click", selector='[aria-label="Try /api/stream"]')
-            page.wait_text("#endpoint-api-stream .result", "Stopped")
+        server, page = self.page_of_a_run()
+        self.wait_for("metrics", lambda: server.ask("api/metrics")["metrics"])
+        page.call("click", selector='[aria-label="Try it: /api/status"]')
+        page.wait_text("#endpoint-api-status .answer", '"kind": "demo"')
+        self.assertRegex(page.text("#endpoint-api-status .result"), r"^200 .*application/json")
+        page.call("click", selector='[aria-label="Try it: /ws"]')
+        page.wait_text("#endpoint-ws .answer", '"subscribed"')
+        page.wait_text("#endpoint-ws .answer", '"realtime_metrics"')
+        page.call("click", selector='[aria-label="Stop: /ws"]')
+        page.wait_text("#endpoint-ws .result", "Stopped")
+        page.call("click", selector='[aria-label="Try it: /api/stream"]')
+        page.wait_text("#endpoint-api-stream .answer", "data:")
+        page.call("click", selector='[aria-label="Stop: /api/stream"]')
+        page.wait_text("#endpoint-api-stream .result", "Stopped")
 
     def test_without_its_tables_it_says_so(self) -> None:
         server = self.serve("--demo")

@@ -54,7 +54,9 @@ export class RunHistory {
   /** Forgets the run, not what is wanted. */
   reset() {
     this.index = {}; // tag -> {unit, header, group, stats}
-    this.loaded = new Set(); // tags whose past we have
+    // tag -> the newest point, in ns, of the answer that brought it last: an answer is of one moment, so nothing of its
+    // tags up to there can be missing, while another answer's newest point says nothing about them
+    this.followed = new Map();
     this.series = new Map(); // tag -> stat -> Series
     this.origin = null; // seconds since the epoch at which the run began
     this.last = 0; // the newest point of all, in ns as the server wrote it
@@ -81,19 +83,15 @@ export class RunHistory {
   /** Gets what is new for every wanted tag; returns whether anything was. */
   async poll() {
     const have = [...this.wanted].filter((tag) => Object.hasOwn(this.index, tag));
-    const fresh = have.filter((tag) => !this.loaded.has(tag));
-    const following = have.filter((tag) => this.loaded.has(tag));
-    const answers = await Promise.all([this.fetch(following, this.last), this.fetch(fresh, 0)]);
-    return answers.some(Boolean);
-  }
-
-  async fetch(tags, since) {
+    const fresh = have.filter((tag) => !this.followed.has(tag));
+    const following = have.filter((tag) => this.followed.has(tag));
     let changed = false;
-    for (const some of batches(tags)) changed = (await this.fetchSome(some, since)) || changed;
+    for (const some of [...batches(following), ...batches(fresh)]) changed = (await this.fetch(some)) || changed;
     return changed;
   }
 
-  async fetchSome(tags, since) {
+  async fetch(tags) {
+    const since = Math.min(...tags.map((tag) => this.followed.get(tag) ?? 0));
     const generation = this.generation;
     const query = new URLSearchParams();
     for (const tag of tags) query.append("tag", tag);
@@ -107,8 +105,13 @@ export class RunHistory {
     if (generation !== this.generation) return false;
     let changed = false;
     // One tag with one statistic comes without the list around it.
-    for (const one of answer.series ?? [answer]) changed = this.take(one) || changed;
-    for (const tag of tags) this.loaded.add(tag);
+    let newest = since;
+    for (const one of answer.series ?? [answer]) {
+      changed = this.take(one) || changed;
+      if (one.points?.length) newest = Math.max(newest, one.points[one.points.length - 1][0]);
+    }
+    for (const tag of tags) this.followed.set(tag, newest);
+    this.last = Math.max(this.last, newest);
     return changed;
   }
 
@@ -124,7 +127,6 @@ export class RunHistory {
     if (!stats) this.series.set(tag, (stats = new Map()));
     let series = stats.get(stat);
     if (!series) stats.set(stat, (series = new Series()));
-    this.last = Math.max(this.last, points[points.length - 1][0]);
     return series.add(points);
   }
 
