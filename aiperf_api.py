@@ -1233,7 +1233,7 @@ class RequestParser:
         return rest
 
     def recall(self, data: bytes) -> Request | None:
-        """The request that these bytes are, if they are just a head seen before, and nothing else waits to be read: what
+        """The request that these bytes are, if just a head seen before, and nothing else waits to be read: what
         a keep-alive client sends.  They must not be fed then."""
         if self._buffer or self._skipped or self._done:
             return None
@@ -1518,7 +1518,10 @@ def etag_matches(header: str | None, etag: str) -> bool:
 
 
 # The head of nearly every answer, as _fixed_head() makes it; to make it anew took longer than the answer itself.
-_JSON_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nX-Content-Type-Options: nosniff\r\nCache-Control: no-store\r\n"
+_JSON_HEAD = (
+    b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+    b"X-Content-Type-Options: nosniff\r\nCache-Control: no-store\r\n"
+)
 
 
 def _header_bytes(headers: HeaderList) -> bytes:
@@ -6245,8 +6248,8 @@ class Connection(asyncio.BufferedProtocol):
     # -- Called by the transport --
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        """Where the transport reads to.  A plain Protocol would get a new bytes of 256 KiB for each read, which costs more
-        than all that is done with it, and could hold 40,000 tiny frames, a second in which nobody else is served.  One
+        """Where the transport reads to.  A plain Protocol would get 256 KiB of new bytes for each read, which costs more
+        than all that is done with them, and could hold 40,000 tiny frames, a second in which nobody else is served.  One
         small buffer serves all, because it is filled and emptied in one call of the loop."""
         return self.app.read_buffer
 

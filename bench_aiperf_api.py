@@ -140,9 +140,11 @@ class Recording:
         return [payload for topic, payload in self.messages if topic.partition("$")[0] == message_type]
 
     def before_the_end(self) -> list[tuple[str, str]]:
-        """All up to the last realtime_metrics: a run in full swing, with every kind of metric known."""
+        """All up to the last realtime_metrics: a run in full swing.  Without what GPUs and the inference server say of
+        themselves, which most runs have not: /metrics is then some 80 KB, with them 190."""
         last = max(index for index, (topic, _) in enumerate(self.messages) if topic == "realtime_metrics$")
-        return self.messages[: last + 1]
+        extra = ("realtime_telemetry_metrics$", "realtime_server_metrics$")
+        return [message for message in self.messages[: last + 1] if message[0] not in extra]
 
 
 def text_of(payload: Any) -> str:
