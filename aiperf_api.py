@@ -436,11 +436,19 @@ _CREDENTIAL_KEY = re.compile(  # of a key in snake_case: api_key, x_api_key, hf_
 )
 _HEADERS_KEY = re.compile(r"(?:.*_)?headers")
 _CAMEL_HUMP = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
-# Ends of such keys, lower-cased: a payload with none of them, nor an escape that could hide one, needs no parsing.
-_CREDENTIAL_ENDS = (
-    "key keys authorization auth bearer token password passwd cookie secret secrets credential credentials headers"
+# Ends of such keys, lower-cased, by what they begin with: a payload with none of them, nor an escape that could hide
+# one, needs no parsing.
+_CREDENTIAL_HINTS: tuple[tuple[bytes, tuple[bytes, ...]], ...] = (
+    (b"key", (b'key"', b'keys"')),
+    (b"auth", (b'auth"', b'authorization"')),
+    (b"bearer", (b'bearer"',)),
+    (b"token", (b'token"',)),
+    (b"passw", (b'password"', b'passwd"')),
+    (b"cookie", (b'cookie"',)),
+    (b"secret", (b'secret"', b'secrets"')),
+    (b"credential", (b'credential"', b'credentials"')),
+    (b"headers", (b'headers"',)),
 )
-_CREDENTIAL_HINTS = tuple(end.encode() + b'"' for end in _CREDENTIAL_ENDS.split())
 _URL_USERINFO = re.compile(r'(://)[^/\s"@]+@')  # RFC 3986 section 3.2.1
 _BEARER_VALUE = re.compile(r"(bearer +)[\w.~+/=-]+", re.IGNORECASE)  # RFC 6750 section 2.1
 
@@ -552,7 +560,7 @@ def _may_hold_secret(payload: bytes, secrets: Sequence[str]) -> bool:
     """A quick look, at a hundredth of the cost of parsing; wrong only on the side of caution."""
     lowered = payload.lower()
     return (
-        any(hint in lowered and _ends_key(hint, lowered) for hint in _CREDENTIAL_HINTS)
+        any(root in lowered and any(_ends_key(end, lowered) for end in ends) for root, ends in _CREDENTIAL_HINTS)
         or b"bearer " in lowered
         or b"\\u00" in lowered
         or (b"@" in payload and b"://" in payload)
@@ -2174,13 +2182,14 @@ def display_row(row: Any) -> Optional[dict[str, Any]]:
     tag = _tag_of(row)
     if not tag:
         return None
+    # Nearly all fields are finite floats and integers: shown, and told so without a call.
     shown = {
         key: value
         for key, value in row.items()
-        # Nearly all fields are integers and finite floats: shown, and told so without a call.
-        if (type(value) is int or (type(value) is float and value - value == 0.0) or _is_shown(key, value))
-        and key not in INTERNAL_FIELDS
+        if (value - value == 0.0 if type(value) is float else type(value) is int or _is_shown(key, value))
     }
+    for field in INTERNAL_FIELDS:
+        shown.pop(field, None)
     conversion = _conversion(tag, shown.get("unit"))
     if conversion is not None:
         factor, shown["unit"] = conversion
@@ -4664,7 +4673,7 @@ class BuiltinBusSource(Source):
     def __init__(self, address: str, kind: str = "zmq", *, bind: bool = False) -> None:
         # source
         super().__init__(kind, address)
-        self.backend = "builtin"
+        self.backend = "builtin"  # what speaks ZMQ
         self.connected = False  # no handshake is done yet
         self._endpoint = parse_endpoint(address, bind=bind)  # what the address says
         self._bind = bind  # whether publishers connect to us
@@ -6248,9 +6257,12 @@ class Connection(asyncio.BufferedProtocol):
     # -- Called by the transport --
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        """Where the transport reads to.  A plain Protocol would get 256 KiB of new bytes for each read, which costs more
-        than all that is done with them, and could hold 40,000 tiny frames, a second in which nobody else is served.  One
-        small buffer serves all, because it is filled and emptied in one call of the loop."""
+        """Where the transport reads to.
+
+        A plain Protocol would get new bytes of 256 KiB for each read, which costs more than all that is done with them,
+        and could hold 40,000 tiny frames, a second in which nobody else is served.  One small buffer serves all: it is
+        filled and emptied in one call of the loop.
+        """
         return self.app.read_buffer
 
     def buffer_updated(self, nbytes: int) -> None:
@@ -8957,7 +8969,7 @@ def _member(value: Mapping[str, Any], *keys: str) -> dict[str, Any]:
 
 def _percent(figures: Figures) -> float:
     percent = figures.progress.get("percent_complete")
-    return min(100.0, max(0.0, float(percent))) if is_number(percent) else 0.0
+    return min(100.0, max(0.0, float(percent))) if isinstance(percent, (int, float)) else 0.0
 
 
 def _counts(figures: Figures) -> str:
@@ -9035,7 +9047,7 @@ def _worker_lines(figures: Figures) -> list[str]:
         tasks, health = _member({"w": worker}, "w", "task_stats"), _member({"w": worker}, "w", "health")
         memory = health.get("memory_usage")
         figure = (tasks.get("completed"), tasks.get("failed"), health.get("cpu_usage"))
-        megabytes = memory / 1e6 if is_number(memory) else None
+        megabytes = memory / 1e6 if isinstance(memory, (int, float)) else None
         status = _member({"w": worker}, "w").get("status")
         rows.append([_terminal_text(cell, 40) for cell in (name, status, *figure, megabytes)])
     return [f"{total} workers, {active} active", *(_columns(rows) if rows[1:] else [])]

@@ -1510,7 +1510,7 @@ def scale_run(bench: Bench, server: Server, feeder: Feeder, quick: bool) -> Poin
     done = 0
     with connected(server, feeder, 100, bench.small) as group:
         group.burst(feeder, bench.small, 500)  # the first burst grows the buffers once and for all
-        for block in (300, 300) if quick else (1_000, 2_000, 4_000, 8_000):
+        for block in (300, 300) if quick else (3_000,) * 6:
             group.burst(feeder, bench.small, block)
             done += block
             points.append((done, server.memory()["rss"]))

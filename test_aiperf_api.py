@@ -3698,7 +3698,7 @@ GREETING_4_3 = b"\xff\0\0\0\0\0\0\0\x01\x7f\x03\x01NULL" + bytes(48)  # libzmq 4
 READY_XPUB = b"\x04\x1a\x05READY\x0bSocket-Type\0\0\0\x04XPUB"
 READY_PUB = b"\x04\x29\x05READY\x0bSocket-Type\0\0\0\x03PUB\x08Identity\0\0\0\x03abc"
 ABC_1 = b"\x01\x03abc\x00\x011"
-PING = b"\x04\x09\x04PING\0\0c1"
+ZMTP_PING = b"\x04\x09\x04PING\0\0c1"
 
 
 def zmtp_frame(body: bytes, flags: int = 0) -> bytes:
@@ -3762,7 +3762,7 @@ class ZMTPCodecTests(unittest.TestCase):
 
     def test_every_cut_of_the_stream_gives_the_same_messages_and_answers(self):
         long_one = zmtp_message(b"topic$", b"p" * 300, b"")
-        tail = ABC_1 + PING + b"\x01\x01x" + PING + b"\x02\0\0\0\0\0\0\0\x01y" + long_one
+        tail = ABC_1 + ZMTP_PING + b"\x01\x01x" + ZMTP_PING + b"\x02\0\0\0\0\0\0\0\x01y" + long_one
         stream = GREETING_4_3 + READY_XPUB + tail
         wanted = [[b"abc", b"1"], [b"x", b"y"], [b"topic$", b"p" * 300, b""]]
         whole = codec_after(stream)[0].take_output()
@@ -3817,7 +3817,7 @@ class ZMTPCodecTests(unittest.TestCase):
             b"\x04\x00",  # a command without a name
             b"\x04\x01\x00",
             b"\x04\x03\x05REA",
-            PING,
+            ZMTP_PING,
             b"\x04\x08\x05READY\x0bS",  # metadata cut in the name
             b"\x04\x15\x05READY\x0bSocket-Type\0\0\0",  # in the length
             b"\x04\x18\x05READY\x0bSocket-Type\0\0\0\x04PU",  # in the value
@@ -3872,7 +3872,7 @@ class ZMTPCodecTests(unittest.TestCase):
     @unittest.skipUnless(hypothesis, "needs the hypothesis package")
     def test_whatever_bytes_come_it_neither_raises_nor_grows(self):
         pieces = st.sampled_from(
-            [GREETING_4_1, GREETING_4_3, READY_XPUB, ABC_1, PING, b"\x02\0\0\0\0\0\0", b"\x01\x00"]
+            [GREETING_4_1, GREETING_4_3, READY_XPUB, ABC_1, ZMTP_PING, b"\x02\0\0\0\0\0\0", b"\x01\x00"]
         )
         streams = st.lists(st.one_of(pieces, st.binary(max_size=40)), max_size=12).map(b"".join)
 
