@@ -437,11 +437,19 @@ _CREDENTIAL_KEY = re.compile(  # of a key in snake_case: api_key, x_api_key, hf_
 )
 _HEADERS_KEY = re.compile(r"(?:.*_)?headers")
 _CAMEL_HUMP = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
-# Ends of such keys, lower-cased: a payload with none of them, nor an escape that could hide one, needs no parsing.
-_CREDENTIAL_ENDS = (
-    "key keys authorization auth bearer token password passwd cookie secret secrets credential credentials headers"
+# Ends of such keys, lower-cased, by what they begin with: a payload with none of them, nor an escape that could hide
+# one, needs no parsing.
+_CREDENTIAL_HINTS: tuple[tuple[bytes, tuple[bytes, ...]], ...] = (
+    (b"key", (b'key"', b'keys"')),
+    (b"auth", (b'auth"', b'authorization"')),
+    (b"bearer", (b'bearer"',)),
+    (b"token", (b'token"',)),
+    (b"passw", (b'password"', b'passwd"')),
+    (b"cookie", (b'cookie"',)),
+    (b"secret", (b'secret"', b'secrets"')),
+    (b"credential", (b'credential"', b'credentials"')),
+    (b"headers", (b'headers"',)),
 )
-_CREDENTIAL_HINTS = tuple(end.encode() + b'"' for end in _CREDENTIAL_ENDS.split())
 _URL_USERINFO = re.compile(r'(://)[^/\s"@]+@')  # RFC 3986 section 3.2.1
 _BEARER_VALUE = re.compile(r"(bearer +)[\w.~+/=-]+", re.IGNORECASE)  # RFC 6750 section 2.1
 
@@ -553,7 +561,7 @@ def _may_hold_secret(payload: bytes, secrets: Sequence[str]) -> bool:
     """A quick look, at a hundredth of the cost of parsing; wrong only on the side of caution."""
     lowered = payload.lower()
     return (
-        any(hint in lowered and _ends_key(hint, lowered) for hint in _CREDENTIAL_HINTS)
+        any(root in lowered and any(_ends_key(end, lowered) for end in ends) for root, ends in _CREDENTIAL_HINTS)
         or b"bearer " in lowered
         or b"\\u00" in lowered
         or (b"@" in payload and b"://" in payload)
@@ -1233,6 +1241,14 @@ class RequestParser:
         self._buffer.clear()
         return rest
 
+    def recall(self, data: bytes) -> Request | None:
+        """The request that these bytes are, if just a head seen before, and nothing else waits to be read: what
+        a keep-alive client sends.  They must not be fed then."""
+        if self._buffer or self._skipped or self._done:
+            return None
+        request = self._memo.get(data)
+        return request if request is not None and request.keep_alive else None
+
     def next_request(self) -> Request | None:
         """The next request, or None until there are more bytes.
 
@@ -1559,7 +1575,17 @@ class Response:
     (`W/"…"`), because one tag then stands for both forms.
     """
 
-    __slots__ = ("_gzip_body", "_gzip_head", "_head", "body", "headers", "is_compressible", "status")
+    __slots__ = (
+        "_gzip_body",
+        "_gzip_head",
+        "_head",
+        "_sent",
+        "_sent_as",
+        "body",
+        "headers",
+        "is_compressible",
+        "status",
+    )
 
     def __init__(
         self,
@@ -1575,6 +1601,10 @@ class Response:
         plain = status == 200 and content_type == "application/json" and not headers and not self.is_compressible
         self._head = _JSON_HEAD if plain else self._fixed_head(content_type)
         self._gzip_head, self._gzip_body = b"", b""  # made when a client first takes it
+        self._sent_as, self._sent = (
+            (b"", False),
+            b"",
+        )  # date and coding of the last answer, and its bytes: all of a second
 
     def _fixed_head(self, content_type: str) -> bytes:
         names = {name.lower() for name, _ in self.headers}
@@ -1607,6 +1637,9 @@ class Response:
             gzip: the client takes gzip (accepts_gzip); used if the body is worth it.
             extra: headers of this one answer, such as CORS.
         """
+        usual = not (head_only or close or extra)
+        if usual and self._sent_as == (date, gzip):
+            return self._sent
         head, body = self._head, self.body
         if gzip and self.is_compressible:
             if not self._gzip_body:
@@ -1618,7 +1651,10 @@ class Response:
         end = b"\r\n" + _header_bytes(extra) if extra else b"\r\n"
         if close or body is None:
             end += b"Connection: close\r\n"
-        return b"".join((head, length, b"Date: ", date, end, b"\r\n", b"" if head_only or body is None else body))
+        sent = b"".join((head, length, b"Date: ", date, end, b"\r\n", b"" if head_only or body is None else body))
+        if usual:
+            self._sent_as, self._sent = (date, gzip), sent
+        return sent
 
 
 def json_response(value: JSONValue, status: int = 200, pretty: bool = False, headers: HeaderList = ()) -> Response:
@@ -2165,13 +2201,14 @@ def display_row(row: Any) -> Optional[dict[str, Any]]:
     tag = _tag_of(row)
     if not tag:
         return None
+    # Nearly all fields are finite floats and integers: shown, and told so without a call.
     shown = {
         key: value
         for key, value in row.items()
-        # Nearly all fields are integers and finite floats: shown, and told so without a call.
-        if (type(value) is int or (type(value) is float and value - value == 0.0) or _is_shown(key, value))
-        and key not in INTERNAL_FIELDS
+        if (value - value == 0.0 if type(value) is float else type(value) is int or _is_shown(key, value))
     }
+    for field in INTERNAL_FIELDS:
+        shown.pop(field, None)
     conversion = _conversion(tag, shown.get("unit"))
     if conversion is not None:
         factor, shown["unit"] = conversion
@@ -6264,8 +6301,13 @@ class Connection(asyncio.BufferedProtocol):
         self.heard_sec = time.monotonic()
         try:
             if self.mode == "http" and self._requests is not None:
-                self._requests.feed(data)
-                self._serve()
+                known = self._requests.recall(data) if not self.paused else None
+                if known is None:
+                    self._requests.feed(data)
+                    self._serve()
+                else:
+                    self._await_head(begun=False)
+                    self._answer(known)
             elif self.mode == "websocket":
                 self._read_frames(data)
         except Exception as error:  # a fault of ours must not leave the client hanging, nor take the server along

@@ -1591,6 +1591,34 @@ class TestRequestsRefused(unittest.TestCase):
 
 
 class TestRequestMemo(unittest.TestCase):
+    def test_recall_knows_whole_heads_that_may_be_followed_by_others(self) -> None:
+        head = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+        last = b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+        memo: dict[bytes, aiperf_api.Request] = {}
+        for data in (head, last):
+            parser = aiperf_api.RequestParser(memo)
+            self.assertIsNone(parser.recall(data))
+            parser.feed(data)
+            first = parser.next_request()
+        parser = aiperf_api.RequestParser(memo)
+        self.assertIs(parser.recall(head), memo[head])
+        self.assertIsNone(parser.recall(head + head))
+        self.assertIsNone(parser.recall(head[:-1]))
+        self.assertIsNone(parser.recall(last), "it ends the connection, which the parser has to note")
+        self.assertIs(memo[last], first)
+        parser.feed(head[:5])
+        self.assertIsNone(parser.recall(head), "bytes wait to be read first")
+
+    def test_recall_knows_nothing_behind_an_empty_line_or_the_last_request(self) -> None:
+        head = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+        for before in (b"\r\n", b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"):
+            parser = aiperf_api.RequestParser({})
+            parser.feed(head)
+            parser.next_request()
+            parser.feed(before)
+            parser.next_request()
+            self.assertIsNone(parser.recall(head))
+
     def test_a_repeated_head_is_the_same_request(self) -> None:
         first, second = read_requests([GET + GET])
         self.assertIs(first, second)
@@ -2007,6 +2035,17 @@ class TestNegotiation(unittest.TestCase):
 
 
 class TestResponses(unittest.TestCase):
+    def test_what_was_sent_is_sent_again_only_where_it_is_the_same(self) -> None:
+        response = aiperf_api.Response(200, b"x" * 2000, "text/plain")
+        plain = response.encode(date=b"1")
+        self.assertIs(response.encode(date=b"1"), plain)
+        self.assertIn(b"Date: 2\r\n", response.encode(date=b"2"))
+        self.assertIn(b"Content-Encoding: gzip", response.encode(date=b"2", gzip=True))
+        self.assertIn(b"Connection: close", response.encode(date=b"2", gzip=True, close=True))
+        self.assertIn(b"Vary: Origin", response.encode(date=b"2", gzip=True, extra=(("Vary", "Origin"),)))
+        self.assertTrue(response.encode(date=b"2", head_only=True).endswith(b"\r\n\r\n"))
+        self.assertEqual(response.encode(date=b"1"), plain)
+
     def test_the_head_that_is_ready_is_the_one_that_would_be_made(self) -> None:
         response = aiperf_api.Response(200, b"{}")
         self.assertEqual(response._head, response._fixed_head("application/json"))
