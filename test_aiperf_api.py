@@ -5660,6 +5660,7 @@ class EchoServer:
     def __init__(self, message_bytes_max: int = 32 << 20) -> None:
         self.memo: dict[bytes, aiperf_api.Request] = {}
         self.date = aiperf_api.http_date(0)
+        self.read_buffer = memoryview(bytearray(aiperf_api.CONNECTION_READ_BYTES))
         self.message_bytes_max = message_bytes_max
         self.connections: set[aiperf_api.Connection] = set()
         self.errors: list[Exception] = []
@@ -9207,7 +9208,8 @@ class ReadmeSessionTests(unittest.TestCase):
 
     def check(self, session: Session, url: str) -> None:
         with self.subTest(session.command):
-            reader = LineReader(runnable(session.command, url))
+            environment = f"export COLUMNS=80 AIPERF_API_URL={url}\n"
+            reader = LineReader(environment + runnable(session.command, url))
             self.addCleanup(reader.close)
             lines = reader.lines(len(session.shown) - 1 if session.goes_on else None)
             reader.close()
