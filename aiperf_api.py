@@ -14,6 +14,8 @@ Three commands to try:
     python3 aiperf_api.py --api-port 9090 --zmq-host 127.0.0.1
     python3 aiperf_api.py --api-port 9090 -- aiperf profile --model ... --url ... --streaming
 
+and three that ask such a server: `aiperf_api.py get status`, `watch realtime_metrics`, `top`.
+
 What it deliberately does not do: HTTP/2, request bodies, Range requests, permessage-deflate, writing to the bus
 that it watches.
 
@@ -67,7 +69,7 @@ from dataclasses import dataclass
 from stat import S_ISSOCK
 from types import MappingProxyType
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn, Optional, Protocol, Union, cast
-from urllib.parse import unquote_to_bytes
+from urllib.parse import quote, unquote_to_bytes, urlencode, urlsplit
 
 try:
     import orjson
@@ -80,6 +82,7 @@ except ImportError:  # room 11 has a subscriber of its own
     zmq = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
+    import http.client
     import ssl
 
 __version__ = "1.0.0"
@@ -109,10 +112,8 @@ HTTP_CONNECTIONS_MAX = 512  # beside the WebSocket limit, half-open ones include
 HTTP_GZIP_BYTES_MIN = 1024  # a smaller body is sent as it is; nginx gzip_min_length 20, client_python none
 LINGER_TIMEOUT_SEC = 2  # for the peer to end its side after our last words; nginx lingering_timeout 5
 CONNECTION_BUFFER_BYTES = 64 * 1024  # in a transport before it counts as full; asyncio 64 KiB
-CONNECTION_UNSENT_BYTES = (
-    16 * 1024
-)  # in the kernel, behind what the peer's window takes; Linux: all that fits, megabytes
-CONNECTION_READ_BYTES_MAX = 16 * 1024  # taken in one read, before others have their turn; asyncio 256 KiB, nginx 4 KiB
+CONNECTION_READ_BYTES = 16 * 1024  # taken in one read, before others have their turn; asyncio 256 KiB, nginx 4 KiB
+CONNECTION_UNSENT_BYTES = 16 * 1024  # in the kernel, behind what the peer's window takes; Linux: megabytes
 HTTP_REFUSED_MAX = 64  # connections above the limit that are being told so; a further one is reset without a word
 DESCRIPTORS_SPARE = 64  # file descriptors for everything but connections: the bus, files, a child
 LISTEN_BACKLOG = 128  # connections waiting to be accepted; asyncio 100; the peer's SYN is retried
@@ -184,6 +185,12 @@ BUS_SETTLE_TIMEOUT_SEC = 3  # at most, for a bus that outlives its benchmark
 # Log lines that wait while a child has the terminal
 LOG_LINES_HELD_MAX = 1000  # older ones are left out, and counted
 
+# The client commands
+CLIENT_TIMEOUT_SEC = 10  # for an answer; curl has no limit
+CLIENT_SILENCE_SEC = 40  # of a stream, which has a comment every 15 s; then another attempt
+CLIENT_RETRY_MIN_SEC, CLIENT_RETRY_MAX_SEC = 0.5, 10  # between attempts, doubling
+CLIENT_ERROR_BYTES_MAX = 4096  # read of an error answer, for its one line
+
 # Stopping
 STOP_TIMEOUT_SEC = 2  # in all, from the signal to the exit
 
@@ -197,10 +204,12 @@ LOG_QUOTE_CHARS_MAX = 200  # a quoted string of a peer; websockets 75; cut with 
 #   AIPerfAPIError            everything this module raises on purpose
 #   ├── UsageError            the command line or an argument of APIService is wrong      exit code 2
 #   ├── StartError            the machine says no: port in use, file unreadable           exit code 1
+#   ├── AskError              a server that `get`, `watch` or `top` asked says no          exit code 1
 #   ├── CommandError          the command behind `--` cannot be started                   exit code 126 or 127
 #   ├── JSONError             bytes that are not JSON
 #   ├── BusMessageError       a bus message that cannot be used                           counted, logged once a kind
 #   ├── ClientMessageError    a WebSocket message that cannot be obeyed                   an error answer
+#   ├── ZMTPError             a bus peer that does not speak ZMTP as we do      reconnect, logged once a kind
 #   ├── HTTPError             carries the HTTP status of its answer
 #   └── WebSocketError        carries the close code of its answer
 
@@ -215,6 +224,24 @@ class UsageError(AIPerfAPIError):
 
 class StartError(AIPerfAPIError):
     """The machine cannot do it (a port in use, a file that cannot be read); the exit code is 1."""
+
+
+class AskError(AIPerfAPIError):
+    """A server that a client command asked cannot be reached, or says no; the exit code is 1.
+
+    Args:
+        message: for the user, in one line.
+        status: of its answer; 0 if there was none.
+    """
+
+    def __init__(self, message: str, status: int = 0) -> None:
+        super().__init__(message)
+        self.status = status
+
+    @property
+    def is_final(self) -> bool:
+        """Whether asking again would bring the same answer."""
+        return 400 <= self.status < 500
 
 
 class JSONError(AIPerfAPIError):
@@ -410,11 +437,19 @@ _CREDENTIAL_KEY = re.compile(  # of a key in snake_case: api_key, x_api_key, hf_
 )
 _HEADERS_KEY = re.compile(r"(?:.*_)?headers")
 _CAMEL_HUMP = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
-# Ends of such keys, lower-cased: a payload with none of them, nor an escape that could hide one, needs no parsing.
-_CREDENTIAL_ENDS = (
-    "key keys authorization auth bearer token password passwd cookie secret secrets credential credentials headers"
+# Ends of such keys, lower-cased, by what they begin with: a payload with none of them, nor an escape that could hide
+# one, needs no parsing.
+_CREDENTIAL_HINTS: tuple[tuple[bytes, tuple[bytes, ...]], ...] = (
+    (b"key", (b'key"', b'keys"')),
+    (b"auth", (b'auth"', b'authorization"')),
+    (b"bearer", (b'bearer"',)),
+    (b"token", (b'token"',)),
+    (b"passw", (b'password"', b'passwd"')),
+    (b"cookie", (b'cookie"',)),
+    (b"secret", (b'secret"', b'secrets"')),
+    (b"credential", (b'credential"', b'credentials"')),
+    (b"headers", (b'headers"',)),
 )
-_CREDENTIAL_HINTS = tuple(end.encode() + b'"' for end in _CREDENTIAL_ENDS.split())
 _URL_USERINFO = re.compile(r'(://)[^/\s"@]+@')  # RFC 3986 section 3.2.1
 _BEARER_VALUE = re.compile(r"(bearer +)[\w.~+/=-]+", re.IGNORECASE)  # RFC 6750 section 2.1
 
@@ -526,7 +561,7 @@ def _may_hold_secret(payload: bytes, secrets: Sequence[str]) -> bool:
     """A quick look, at a hundredth of the cost of parsing; wrong only on the side of caution."""
     lowered = payload.lower()
     return (
-        any(hint in lowered and _ends_key(hint, lowered) for hint in _CREDENTIAL_HINTS)
+        any(root in lowered and any(_ends_key(end, lowered) for end in ends) for root, ends in _CREDENTIAL_HINTS)
         or b"bearer " in lowered
         or b"\\u00" in lowered
         or (b"@" in payload and b"://" in payload)
@@ -934,7 +969,8 @@ _FIELD_VALUE = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")
 _ORIGIN_FORM = re.compile(rb"(/[^?#]*)(?:\?([^#]*))?")
 # RFC 9112 3.2.2: absolute-form = absolute-URI; the authority without userinfo (RFC 9110 4.2.4)
 _ABSOLUTE_FORM = re.compile(rb"(?i:https?)://([^/?#]+)(/[^?#]*)?(?:\?([^#]*))?")
-# RFC 9110 7.2: Host = uri-host [ ":" port ]; names as DNS and containers have them, addresses as IP-literal (RFC 3986 3.2.2)
+# RFC 9110 7.2: Host = uri-host [ ":" port ]; names as DNS and containers have them, addresses as IP-literal
+# (RFC 3986 3.2.2)
 _HOST = re.compile(r"(?:([A-Za-z0-9._~-]*)|\[([0-9A-Fa-f:.]+)\])(?::([0-9]{0,5}))?")
 # RFC 9110 8.6: Content-Length = 1*DIGIT
 _CONTENT_LENGTH = re.compile(rf"[0-9]{{1,{HTTP_CONTENT_LENGTH_DIGITS_MAX}}}")
@@ -966,7 +1002,8 @@ _REASONS: Mapping[int, str] = MappingProxyType({
     101: "Switching Protocols", 200: "OK", 204: "No Content", 304: "Not Modified", 400: "Bad Request",
     401: "Unauthorized", 403: "Forbidden", 404: "Not Found", 405: "Method Not Allowed", 408: "Request Timeout",
     413: "Content Too Large", 414: "URI Too Long", 417: "Expectation Failed", 421: "Misdirected Request",
-    426: "Upgrade Required", 429: "Too Many Requests", 431: "Request Header Fields Too Large", 500: "Internal Server Error",
+    426: "Upgrade Required", 429: "Too Many Requests", 431: "Request Header Fields Too Large",
+    500: "Internal Server Error",
     501: "Not Implemented", 503: "Service Unavailable", 505: "HTTP Version Not Supported",
 })  # fmt: skip
 
@@ -1204,6 +1241,14 @@ class RequestParser:
         self._buffer.clear()
         return rest
 
+    def recall(self, data: bytes) -> Request | None:
+        """The request that these bytes are, if just a head seen before, and nothing else waits to be read: what
+        a keep-alive client sends.  They must not be fed then."""
+        if self._buffer or self._skipped or self._done:
+            return None
+        request = self._memo.get(data)
+        return request if request is not None and request.keep_alive else None
+
     def next_request(self) -> Request | None:
         """The next request, or None until there are more bytes.
 
@@ -1396,19 +1441,37 @@ def choose_subprotocol(request: Request) -> str | None:
     return next((name for name in ours if not name.startswith("aiperf.token.")), ours[0] if ours else None)
 
 
-def check_token(request: Request, token: bytes) -> None:
-    """Refuse with 401 a request that presents the token in none of the three ways that clients can.
+TOKEN_COOKIE = "aiperf_api"
 
-    `Authorization: Bearer` is for tools, `?token=` and the subprotocol `aiperf.token.<token>` are for browsers, which
-    cannot set headers on a WebSocket.
+
+def page_cookie(token: bytes) -> str:
+    """What stands in for the token in a browser's cookie: enough for us, and useless for whoever else gets to see it
+    (cookies are not kept apart by port, RFC 6265 8.5)."""
+    return hmac.new(token, b"aiperf-api page cookie", "sha256").hexdigest()
+
+
+def has_page_token(request: Request, token: bytes) -> bool:
+    """Whether the request presents the token as `?token=`, as a person does who opens a page."""
+    return any(hmac.compare_digest(value.encode("utf-8"), token) for value in request.args("token"))
+
+
+def check_token(request: Request, token: bytes) -> None:
+    """Refuse with 401 a request that presents the token in none of the ways that clients can.
+
+    `Authorization: Bearer` is for tools.  Browsers, which can set headers neither on a WebSocket nor on what a page
+    loads, have `?token=`, the subprotocol `aiperf.token.<token>`, and the cookie that a page opened with it sets.
     """
     scheme, _, credentials = request.headers.get("authorization", "").partition(" ")
     given = [credentials.strip(" ").encode("latin-1")] if scheme.lower() == "bearer" else []
     given += [value.encode("utf-8") for value in request.args("token")]
     prefix = "aiperf.token."
     given += [name[len(prefix) :].encode("latin-1") for name in subprotocols(request) if name.startswith(prefix)]
+    cookies = [pair.strip(" ").partition("=") for pair in request.headers.get("cookie", "").split(";")]
+    shown = [value.encode("latin-1") for name, _, value in cookies if name == TOKEN_COOKIE]
     # Constant time, on bytes (str with non-ASCII raises), and never stopping at the first that fits.
-    if not sum([hmac.compare_digest(candidate, token) for candidate in given]):
+    fits = [hmac.compare_digest(candidate, token) for candidate in given]
+    fits += [hmac.compare_digest(candidate, page_cookie(token).encode()) for candidate in shown]
+    if not sum(fits):
         hint = "a token is needed: -H 'Authorization: Bearer TOKEN', or ?token=TOKEN"
         raise HTTPError(401, hint, (("WWW-Authenticate", 'Bearer realm="aiperf-api"'),))
 
@@ -1461,7 +1524,9 @@ def accepts(header: str | None, offered: Sequence[str]) -> str | None:
 
 def accepts_gzip(header: str | None) -> bool:
     """Whether an Accept-Encoding header takes gzip (RFC 9110 12.5.3)."""
-    codings = {value: q for value, _, q in _weighted(header or "")}
+    if not header:
+        return False
+    codings = {value: q for value, _, q in _weighted(header)}
     return codings.get("gzip", codings.get("x-gzip", codings.get("*", 0.0))) > 0
 
 
@@ -1477,6 +1542,13 @@ def etag_matches(header: str | None, etag: str) -> bool:
 
 
 # -- Writing responses
+
+
+# The head of nearly every answer, as _fixed_head() makes it; to make it anew took longer than the answer itself.
+_JSON_HEAD = (
+    b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+    b"X-Content-Type-Options: nosniff\r\nCache-Control: no-store\r\n"
+)
 
 
 def _header_bytes(headers: HeaderList) -> bytes:
@@ -1503,7 +1575,17 @@ class Response:
     (`W/"…"`), because one tag then stands for both forms.
     """
 
-    __slots__ = ("_gzip_body", "_gzip_head", "_head", "body", "headers", "is_compressible", "status")
+    __slots__ = (
+        "_gzip_body",
+        "_gzip_head",
+        "_head",
+        "_sent",
+        "_sent_as",
+        "body",
+        "headers",
+        "is_compressible",
+        "status",
+    )
 
     def __init__(
         self,
@@ -1516,8 +1598,13 @@ class Response:
         self.body = body
         self.headers = tuple(headers)
         self.is_compressible = body is not None and status == 200 and len(body) >= HTTP_GZIP_BYTES_MIN
-        self._head = self._fixed_head(content_type)
+        plain = status == 200 and content_type == "application/json" and not headers and not self.is_compressible
+        self._head = _JSON_HEAD if plain else self._fixed_head(content_type)
         self._gzip_head, self._gzip_body = b"", b""  # made when a client first takes it
+        self._sent_as, self._sent = (
+            (b"", False),
+            b"",
+        )  # date and coding of the last answer, and its bytes: all of a second
 
     def _fixed_head(self, content_type: str) -> bytes:
         names = {name.lower() for name, _ in self.headers}
@@ -1550,6 +1637,9 @@ class Response:
             gzip: the client takes gzip (accepts_gzip); used if the body is worth it.
             extra: headers of this one answer, such as CORS.
         """
+        usual = not (head_only or close or extra)
+        if usual and self._sent_as == (date, gzip):
+            return self._sent
         head, body = self._head, self.body
         if gzip and self.is_compressible:
             if not self._gzip_body:
@@ -1561,7 +1651,10 @@ class Response:
         end = b"\r\n" + _header_bytes(extra) if extra else b"\r\n"
         if close or body is None:
             end += b"Connection: close\r\n"
-        return b"".join((head, length, b"Date: ", date, end, b"\r\n", b"" if head_only or body is None else body))
+        sent = b"".join((head, length, b"Date: ", date, end, b"\r\n", b"" if head_only or body is None else body))
+        if usual:
+            self._sent_as, self._sent = (date, gzip), sent
+        return sent
 
 
 def json_response(value: JSONValue, status: int = 200, pretty: bool = False, headers: HeaderList = ()) -> Response:
@@ -1668,7 +1761,10 @@ class Router:
         errors = {str(status): _error_answer(status) for status in sorted({*_ANY_ERRORS, *own, 401})}
         components: dict[str, Any] = {"schemas": shapes, "responses": errors}
         if secured:
-            components["securitySchemes"] = _SECURITY_SCHEMES
+            components["securitySchemes"] = {
+                "bearer": {"type": "http", "scheme": "bearer"},
+                "query": {"type": "apiKey", "in": "query", "name": "token"},
+            }
         return {
             "openapi": "3.1.0",
             "info": info,
@@ -1694,12 +1790,6 @@ _ERROR_TEXTS: Mapping[int, str] = MappingProxyType(
         421: "The Host is not served here",
         426: "Only as a WebSocket",
         503: "Too many connections; come back later",
-    }
-)
-_SECURITY_SCHEMES: Mapping[str, Mapping[str, str]] = MappingProxyType(
-    {
-        "bearer": MappingProxyType({"type": "http", "scheme": "bearer"}),
-        "query": MappingProxyType({"type": "apiKey", "in": "query", "name": "token"}),
     }
 )
 _PLAIN_TYPES = frozenset(("boolean", "integer", "number", "object", "string"))
@@ -2063,10 +2153,10 @@ QUANTILES: Mapping[str, str] = MappingProxyType({f"p{p}": f"{p / 100}" for p in 
 STATISTICS = frozenset(("avg", "min", "max", "std", "sum", "current", *QUANTILES))
 # Fields that AIPerf uses between its own processes.
 INTERNAL_FIELDS = frozenset({"console_group"})
-# (unit, display unit) -> the (factor, divisor) that leads from one to the other. Two figures, because dividing by a
-# million is exact where multiplying by a millionth is not.
-_CONVERSIONS: Mapping[tuple[str, str], tuple[float, float]] = MappingProxyType(
-    {("ns", "ms"): (1, 1e6), ("ns", "sec"): (1, 1e9), ("B", "KB"): (1, 1024), ("sec", "ms"): (1000, 1)}
+# (unit, display unit) -> the factor that leads from one to the other. Dividing by a million would be more exact than
+# multiplying by a millionth, but AIPerf multiplies, and its exports and ours are to agree to the last digit.
+_CONVERSIONS: Mapping[tuple[str, str], float] = MappingProxyType(
+    {("ns", "ms"): 1e-6, ("ns", "sec"): 1e-9, ("B", "KB"): 1 / 1024, ("sec", "ms"): 1000.0}
 )
 
 
@@ -2080,12 +2170,12 @@ def text_or(value: Any, default: str) -> str:
     return value if isinstance(value, str) and value else default
 
 
-def _conversion(tag: str, unit: Any) -> Optional[tuple[float, float, str]]:
-    """Return (factor, divisor, display unit) where a unit on the bus is not the one people read, else None."""
+def _conversion(tag: str, unit: Any) -> Optional[tuple[float, str]]:
+    """Return (factor, display unit) where a unit on the bus is not the one people read, else None."""
     metric = CATALOGUE.get(tag)
     if metric is None or unit != metric.unit or unit == metric.display_unit:
         return None
-    return (*_CONVERSIONS[metric.unit, metric.display_unit], metric.display_unit)
+    return _CONVERSIONS[metric.unit, metric.display_unit], metric.display_unit
 
 
 def _tag_of(row: Any) -> str:
@@ -2111,17 +2201,18 @@ def display_row(row: Any) -> Optional[dict[str, Any]]:
     tag = _tag_of(row)
     if not tag:
         return None
+    # Nearly all fields are finite floats and integers: shown, and told so without a call.
     shown = {
         key: value
         for key, value in row.items()
-        # Nearly all fields are integers and finite floats: shown, and told so without a call.
-        if (type(value) is int or (type(value) is float and value - value == 0.0) or _is_shown(key, value))
-        and key not in INTERNAL_FIELDS
+        if (value - value == 0.0 if type(value) is float else type(value) is int or _is_shown(key, value))
     }
+    for field in INTERNAL_FIELDS:
+        shown.pop(field, None)
     conversion = _conversion(tag, shown.get("unit"))
     if conversion is not None:
-        factor, divisor, shown["unit"] = conversion
-        shown.update((key, shown[key] * factor / divisor) for key in STATISTICS & shown.keys())
+        factor, shown["unit"] = conversion
+        shown.update((key, shown[key] * factor) for key in STATISTICS & shown.keys())
     return shown
 
 
@@ -3644,6 +3735,7 @@ class BenchmarkState:
     def __init__(self) -> None:
         self._configs: dict[str, dict[str, Any]] = {}  # given from outside, by origin ("file", "command")
         self._run = Run()  # the run at hand
+        self._identified: tuple[list[dict[str, Any]], dict[str, Any]] = [], {}  # configurations, and what they identify
         self._late_errors_before = 0  # messages of earlier runs that proved bad when they were read late
 
     @property
@@ -3821,7 +3913,7 @@ class BenchmarkState:
 
     def _known_configs(self) -> list[dict[str, Any]]:
         """Return all configurations, the one that counts most first."""
-        phases = {"phases": self._run.phase_configs} if self._run.phase_configs else {}
+        phases = {"phases": dict(self._run.phase_configs)} if self._run.phase_configs else {}
         found = {**self._configs, "bus": self._run.config or self._configs.get("bus", {}), "phases": phases}
         return [found[origin] for origin in CONFIG_ORIGINS if found.get(origin)]
 
@@ -3831,12 +3923,14 @@ class BenchmarkState:
 
     def _identity(self) -> dict[str, Any]:
         """Return the identity field by field, each from the first origin that tells it."""
-        found: dict[str, Any] = {}
-        for config in reversed(self._known_configs()):
-            found.update(identity_of(config))
-        if self._run.benchmark_id:
-            found["benchmark_id"] = self._run.benchmark_id
-        return found
+        configs = self._known_configs()
+        if configs != self._identified[0]:  # quick: mostly the very same objects
+            found: dict[str, Any] = {}
+            for config in reversed(configs):
+                found.update(identity_of(config))
+            self._identified = configs, found
+        run_id = {"benchmark_id": self._run.benchmark_id} if self._run.benchmark_id else {}
+        return {**self._identified[1], **run_id}
 
     def labels(self) -> dict[str, str]:
         """Return the identity as labels for Prometheus, as far as it is known, written as AIPerf's exporter does."""
@@ -3954,8 +4048,8 @@ def state_families(state: BenchmarkState, now_ns: int) -> list[Family]:
 
 # == 11 == Sources =====================================================================================================
 #
-# Where bus messages come from.  A source yields batches: what one poll turn found, each message a list of frames as they
-# came off the wire, normally [topic, payload].  It knows nothing of state, HTTP or clients; `deliver` never waits.
+# Where bus messages come from.  A source yields batches: what one poll turn found, each message a list of frames as
+# they came off the wire, normally [topic, payload].  It knows nothing of state, HTTP or clients; `deliver` never waits.
 
 log = logging.getLogger("aiperf_api")
 
@@ -4476,6 +4570,7 @@ class _BusPeer(asyncio.Protocol):
         self._proof: asyncio.TimerHandle | None = None  # when the connection has lasted BUS_PROVEN_SEC
         self._heard = False  # whether bytes came since the last heartbeat
         self._misses = 0  # heartbeats in a row before which no byte came
+        self.at_fault = False  # whether the connection ends because of what the peer did
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport
@@ -4533,6 +4628,7 @@ class _BusPeer(asyncio.Protocol):
     def fail(self, error: ZMTPError) -> None:
         """End the connection because of the peer."""
         if not self._transport.is_closing():
+            self.at_fault = True
             self._source.peer_failed(error)
             self._transport.abort()
 
@@ -4593,12 +4689,11 @@ class BuiltinBusSource(Source):
         UsageError: the address is not one.
     """
 
-    backend = "builtin"
-
     def __init__(self, address: str, kind: str = "zmq", *, bind: bool = False) -> None:
         # source
-        self.address = address
-        self.kind = kind  # as /api/status has it
+        super().__init__(kind, address)
+        self.backend = "builtin"  # what speaks ZMQ
+        self.connected = False  # no handshake is done yet
         self._endpoint = parse_endpoint(address, bind=bind)  # what the address says
         self._bind = bind  # whether publishers connect to us
         # prefix -> how often subscribed, as a SUB socket counts
@@ -4650,6 +4745,8 @@ class BuiltinBusSource(Source):
     async def stop(self) -> None:
         """Close everything; nothing is delivered afterwards."""
         self._stopped = True
+        for peer in list(self._peers):
+            peer.abort()
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
@@ -4657,8 +4754,6 @@ class BuiltinBusSource(Source):
             self._server.close()
         elif self._listener is not None:
             self._listener.close()
-        for peer in list(self._peers):
-            peer.abort()
         self._remove_file()
         await asyncio.sleep(0)  # lets the transports close their sockets
 
@@ -4681,7 +4776,7 @@ class BuiltinBusSource(Source):
     def peer_proven(self, peer: _BusPeer) -> None:
         """The connection lasts: the next loss is news, and is followed by a quick attempt again."""
         self._retry_sec = BUS_RETRY_MIN_SEC
-        self._said -= {"up", "down"}
+        self._said -= {"up", "down", "hung_up"}
         if not self._said_up:
             self._say_up(peer)
 
@@ -4692,6 +4787,10 @@ class BuiltinBusSource(Source):
 
     def peer_lost(self, peer: _BusPeer, exc: Exception | None) -> None:
         """The connection is over."""
+        if peer in self._peers and peer not in self._ready and not peer.at_fault and not self._stopped:
+            # libzmq hangs up without a word on a socket type or a mechanism that does not suit it.
+            why = "it hung up during the handshake; is it a PUB or XPUB socket without security?"
+            self.peer_failed(ZMTPError("hung_up", why))
         self._peers.discard(peer)
         if peer in self._ready:
             self._ready.discard(peer)
@@ -4740,6 +4839,8 @@ class BuiltinBusSource(Source):
                 self._say_down("no bus at {} yet", error, "trying until there is one")
             else:
                 await peer.gone
+            if self._stopped:  # wait_for() before Python 3.12 may swallow a cancellation (bpo-37658)
+                return
             await asyncio.sleep(self._retry_sec * random.uniform(0.75, 1.25))
             self._retry_sec = min(self._retry_sec * 2, BUS_RETRY_MAX_SEC)
 
@@ -4747,8 +4848,9 @@ class BuiltinBusSource(Source):
         loop, (host, port, path) = asyncio.get_running_loop(), self._endpoint
         if path:
             return (await loop.create_unix_connection(lambda: _BusPeer(self), path))[1]
-        # All addresses of the name are tried, 0.25 s apart (RFC 8305): a `localhost` that is ::1 too does no harm.
-        return (await loop.create_connection(lambda: _BusPeer(self), host, port, happy_eyeballs_delay=0.25))[1]
+        # All addresses of a name are tried, 0.25 s apart (RFC 8305), so `localhost` may mean ::1 as well as 127.0.0.1.
+        delay = 0.25 if re.search("[a-z]", host, re.I) and ":" not in host else None
+        return (await loop.create_connection(lambda: _BusPeer(self), host, port, happy_eyeballs_delay=delay))[1]
 
     def _open_listener(self) -> socket.socket:
         host, _, path = self._endpoint
@@ -5016,8 +5118,6 @@ _WRAPPERS = frozenset(
         "pixi",
         "poetry",
         "prlimit",
-    )
-    + (
         "rye",
         "setarch",
         "setpriv",
@@ -5157,17 +5257,26 @@ def child_plan(
 
 def _find_profile(argv: Sequence[str]) -> int | None:
     """Where the flags of an `aiperf profile` begin in a command line, behind wrappers; None if it is none."""
-    for index, word in enumerate(argv[:-1]):
-        name = os.path.basename(word)
-        module = name == "aiperf" and index >= 2 and argv[index - 1] == "-m"
-        if name in ("aiperf", "aiperf.exe") and argv[index + 1] == "profile":
-            return index + 2 if module or index == 0 or _is_wrapper(argv[0]) else None
+    for index, (word, after) in enumerate(zip(argv, argv[1:])):
+        if os.path.basename(word) in ("aiperf", "aiperf.exe") and after == "profile":
+            return index + 2 if _hands_over(argv[:index]) else None
     return None
 
 
-def _is_wrapper(word: str) -> bool:
-    name = os.path.basename(word)
-    return name in _WRAPPERS or _PYTHON_NAME.fullmatch(name) is not None
+def aiperf_word(argv: Sequence[str]) -> str:
+    """The word of an `aiperf profile` that names its program; "" if it is none."""
+    start = _find_profile(argv)
+    return "" if start is None else argv[start - 2]
+
+
+def _hands_over(words: Sequence[str]) -> bool:
+    """Whether these words before a command only wrap it: nothing, `python -m`, `python`, or a known wrapper."""
+    if not words:
+        return True
+    name = os.path.basename(words[0])
+    if _PYTHON_NAME.fullmatch(name):
+        return words[-1] == "-m" or all(word.startswith("-") for word in words[1:])  # else it is a script's argument
+    return name in _WRAPPERS
 
 
 def _publishes_no_live_metrics(version: str, flags: Mapping[str, JSONValue]) -> bool:
@@ -5599,8 +5708,8 @@ class ChildProcess:
     """
 
     def __init__(self, argv: Sequence[str], environ: Mapping[str, str]) -> None:
-        self.argv = tuple(argv)
-        self.environment = dict(environ)
+        self.argv = tuple(argv)  # the command line
+        self.environment = dict(environ)  # all of its variables
         self.signals = 0  # how many ending signals have come while it ran
         self._process: asyncio.subprocess.Process | None = None  # None until it is started
 
@@ -6111,7 +6220,7 @@ def _chunks(messages: Sequence[Encoded]) -> list[Chunk]:
 #
 # One TCP (or Unix) connection: deadline -> parse -> route -> respond -> keep alive, or -> upgrade -> frames.
 #
-# It is an asyncio.Protocol, not a coroutine: no handler ever waits for anything, so a request is answered within the
+# It is an asyncio protocol, not a coroutine: no handler ever waits for anything, so a request is answered within the
 # callback that brought its last byte.  That gives order to pipelined requests for free, no task per connection, and
 # nothing to cancel at the end.  Deadlines are looked at by a sweep once a second (`check`), not by timers.
 
@@ -6121,6 +6230,7 @@ class Application(Protocol):
 
     memo: dict[bytes, Request]  # heads already parsed, shared by all connections
     date: bytes  # the Date header, kept up to date by the sweep
+    read_buffer: memoryview  # what has just come from any connection
     message_bytes_max: int  # of a WebSocket message from a client
 
     def opened(self, connection: Connection) -> Response | None:
@@ -6142,7 +6252,7 @@ class Application(Protocol):
         """One of the above raised what it should not: the place to log it."""
 
 
-class Connection(asyncio.Protocol):
+class Connection(asyncio.BufferedProtocol):
     """One client, from accept to the last byte."""
 
     def __init__(self, app: Application, writer: asyncio.StreamWriter) -> None:
@@ -6165,6 +6275,7 @@ class Connection(asyncio.Protocol):
         # HTTP.
         self._requests: RequestParser | None = RequestParser(app.memo)
         self._in_head = False  # a head has begun: its deadline runs
+        self.admitted: tuple[Request, Any] | None = None  # the last request that passed all checks, and its route
         # WebSocket or stream.
         self._frames: FrameParser | None = None
         self._owed_pong: bytes | None = None  # the data of the last ping that came while the transport was full
@@ -6172,18 +6283,32 @@ class Connection(asyncio.Protocol):
         self.number = 0  # the subscriber's in the hub
         self.transport.set_write_buffer_limits(high=CONNECTION_BUFFER_BYTES, low=CONNECTION_BUFFER_BYTES // 4)
         limit_unsent(self.transport)
-        # What one read brings is worked off at once.  asyncio reads up to 256 KiB: 40,000 tiny frames, or a second in
-        # which nobody else is served.  (The attribute is asyncio's own since 3.4, though not documented.)
-        setattr(self.transport, "max_size", CONNECTION_READ_BYTES_MAX)  # noqa: B010 - it is not in typeshed
 
     # -- Called by the transport --
 
-    def data_received(self, data: bytes) -> None:
+    def get_buffer(self, sizehint: int) -> memoryview:
+        """Where the transport reads to.
+
+        A plain Protocol would get new bytes of 256 KiB for each read, which costs more than all that is done with them,
+        and could hold 40,000 tiny frames, a second in which nobody else is served.  One small buffer serves all: it is
+        filled and emptied in one call of the loop.
+        """
+        return self.app.read_buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self._take(bytes(self.app.read_buffer[:nbytes]))
+
+    def _take(self, data: bytes) -> None:
         self.heard_sec = time.monotonic()
         try:
             if self.mode == "http" and self._requests is not None:
-                self._requests.feed(data)
-                self._serve()
+                known = self._requests.recall(data) if not self.paused else None
+                if known is None:
+                    self._requests.feed(data)
+                    self._serve()
+                else:
+                    self._await_head(begun=False)
+                    self._answer(known)
             elif self.mode == "websocket":
                 self._read_frames(data)
         except Exception as error:  # a fault of ours must not leave the client hanging, nor take the server along
@@ -6220,7 +6345,7 @@ class Connection(asyncio.Protocol):
         if self._ending:
             self.end()
         elif self.mode == "http":
-            self.data_received(b"")
+            self._take(b"")
             if self._eof and not self.paused:
                 self.transport.close()
 
@@ -6325,7 +6450,7 @@ class Connection(asyncio.Protocol):
         early = self._requests.take_rest() if self._requests is not None else b""
         self._requests = None
         if early:
-            asyncio.get_running_loop().call_soon(self.data_received, early)
+            asyncio.get_running_loop().call_soon(self._take, early)
 
     def open_stream(self, head: bytes) -> None:
         """Switch to an endless body."""
@@ -6493,6 +6618,7 @@ def connection_factory(app: Application) -> Callable[[asyncio.StreamReader, asyn
 BUS_MESSAGE_TYPE = re.compile("[A-Za-z0-9_:-]{1,128}")  # what stands before the target and the `$` of a topic
 CLIENT_MESSAGE_TYPE = re.compile(r"[^\x00-\x20$\x7f]{1,128}")  # what a client may ask for; most of it never comes
 STATIC_ROUTE = "/static/{file}"
+PAGE_PATHS = frozenset(("/", "/dashboard"))  # what a person opens
 FAVICON_PATH = "/favicon.ico"  # browsers ask for it beside a JSON answer, too, where no page names another
 
 
@@ -6854,6 +6980,7 @@ class APIService:
         # What the connections share (Application).
         self.memo: dict[bytes, Request] = {}
         self.date = b""  # IMF-fixdate, of this second
+        self.read_buffer = memoryview(bytearray(CONNECTION_READ_BYTES))  # what has just come from any connection
         self.message_bytes_max = WS_MESSAGE_BYTES_MAX  # of one WebSocket message from a client
         self.connections: set[Connection] = set()  # open ones of every kind
         self._connections_max = HTTP_CONNECTIONS_MAX + self.settings.ws_max_connections  # fewer if the system says so
@@ -6869,6 +6996,7 @@ class APIService:
         self._held: dict[str, float] = {}  # type -> monotonic second until which a stream that took it may resume
         # media type -> the text of /metrics
         self._texts = {TEXT: CachedText() for TEXT in (CONTENT_TYPE_TEXT_0_0_4, CONTENT_TYPE_OPENMETRICS_1_0_0)}
+        self._formats: dict[str | None, str] = {}  # Accept header -> media type of /metrics
         self._complete: asyncio.Event | None = None  # set while a run has ended
         self._stopped: asyncio.Event | None = None  # set when stop() is done
         self._emptied: asyncio.Event | None = None  # set when the last connection has gone, while stopping
@@ -7096,8 +7224,9 @@ class APIService:
 
     def configure(self, config: Mapping[str, Any], origin: str) -> None:
         """Take a configuration of the benchmark; `origin` is "file" or "command"."""
-        self.state.configure(redact(config, self._secrets_found), origin)
+        clean = redact(config, self._secrets_found)
         self.secrets = secret_forms(self._secrets_found)
+        self.state.configure(_scrub_strings(clean, self.secrets), origin)
         self.state_version += 1
 
     def end_child(self, exit_text: str) -> None:
@@ -7175,12 +7304,16 @@ class APIService:
         """Check, route, answer; errors are answers, too."""
         route: Route | None = None
         try:
-            self._check(connection, request)
-            if request.method == "OPTIONS":
-                return self.preflight(request)
-            route = self.router.match(request.method, self._routed_path(request))
-            if route.needs_token and self.settings.token is not None:
-                check_token(request, self.settings.token.encode())
+            if connection.admitted is not None and connection.admitted[0] is request:
+                route = connection.admitted[1]  # the memo gave the very object that was checked before
+            else:
+                self._check(connection, request)
+                if request.method == "OPTIONS":
+                    return self.preflight(request)
+                route = self.router.match(request.method, self._routed_path(request))
+                if route.needs_token and self.settings.token is not None:
+                    check_token(request, self.settings.token.encode())
+                connection.admitted = request, route
             response = route.handler(self, connection, request)
         except HTTPError as error:
             response = error_response(error, request.arg("pretty") is not None)
@@ -7219,7 +7352,21 @@ class APIService:
         return not_modified(response) if etag_matches(wanted, etag) else response
 
     def headers_for(self, request: Request) -> HeaderList:
-        """CORS headers for a listed origin (Fetch standard, 3.2); none unless asked for on the command line."""
+        """What an answer says beside its own headers: the cookie of a page opened with a token, CORS."""
+        if self.settings.token is None:
+            return self._cors_headers(request)
+        return (*self._cookie_headers(request, self.settings.token.encode()), *self._cors_headers(request))
+
+    def _cookie_headers(self, request: Request, token: bytes) -> HeaderList:
+        """A page brings along scripts, reloads and a WebSocket; its cookie lets them in.  Without a Path it is for the
+        folder of the page, also behind a proxy (RFC 6265 5.1.4)."""
+        if request.path not in PAGE_PATHS or not has_page_token(request, token):
+            return ()
+        secure = "; Secure" if self.settings.tls_cert else ""
+        return (("Set-Cookie", f"{TOKEN_COOKIE}={page_cookie(token)}; HttpOnly; SameSite=Strict{secure}"),)
+
+    def _cors_headers(self, request: Request) -> HeaderList:
+        """For a listed origin (Fetch standard, 3.2); none unless asked for on the command line."""
         if not self.settings.cors_origins:
             return ()
         origin = request.headers.get("origin")
@@ -7374,6 +7521,16 @@ class APIService:
             "last_message_age_sec": None if age_sec is None else max(0.0, round(age_sec, 3)),
         }
         return {**self.state.status(now_ns), "source": source}
+
+    def exposition_format(self, accept: str | None) -> str:
+        """The format of /metrics for an Accept header.  Never 406: a scraper that names neither gets the plain one
+        (Prometheus sends */*, too)."""
+        known = self._formats.get(accept)
+        if known is None:
+            known = accepts(accept, tuple(self._texts)) or CONTENT_TYPE_TEXT_0_0_4
+            if len(self._formats) < HTTP_MEMO_HEADS_MAX:
+                self._formats[accept] = known
+        return known
 
     def exposition(self, content_type: str) -> Response:
         """/metrics in one format, built when something has changed (the clock counts, once a second)."""
@@ -7769,9 +7926,7 @@ def _get_static(service: APIService, _: Connection, request: Request) -> Respons
 
 
 def _get_metrics_text(service: APIService, _: Connection, request: Request) -> Response:
-    # Never 406: a scraper that names neither format gets the plain one (Prometheus sends */*, too).
-    offered = (CONTENT_TYPE_TEXT_0_0_4, CONTENT_TYPE_OPENMETRICS_1_0_0)
-    return service.exposition(accepts(request.headers.get("accept"), offered) or CONTENT_TYPE_TEXT_0_0_4)
+    return service.exposition(service.exposition_format(request.headers.get("accept")))
 
 
 def _get_metrics(service: APIService, _: Connection, request: Request) -> Response:
@@ -8103,7 +8258,10 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(message)
 
 
-_EPILOG = "Everything after -- is run as the benchmark: aiperf-api --api-port 9090 -- aiperf profile --model ..."
+_EPILOG = (
+    "Everything after -- is run as the benchmark: aiperf-api --api-port 9090 -- aiperf profile --model ...  "
+    "To ask a server: aiperf-api get | watch | top, each with --help."
+)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -8311,7 +8469,7 @@ class _LogHandler(logging.StreamHandler):  # type: ignore[type-arg]  # its param
         self._held: collections.deque[logging.LogRecord] | None = None  # None: nothing is held back
         self._left_out = 0  # records that were held back for too long
 
-    def hold(self) -> None:
+    def hold_back(self) -> None:
         """Keep back what comes from now on, if stderr is a terminal: a line would tear what is drawn there."""
         if sys.stderr.isatty():
             self._held = collections.deque(maxlen=LOG_LINES_HELD_MAX)
@@ -8323,7 +8481,7 @@ class _LogHandler(logging.StreamHandler):  # type: ignore[type-arg]  # its param
         self._left_out += len(self._held) == LOG_LINES_HELD_MAX
         self._held.append(record)
 
-    def release(self) -> None:
+    def write_held(self) -> None:
         """Write what was held back."""
         held, self._held = self._held or (), None
         for record in held:
@@ -8368,12 +8526,14 @@ def start_lines(service: APIService) -> list[str]:
 class _Child:
     """The benchmark behind `--`: how it is to be run, its process, and the signals that come meanwhile."""
 
-    def __init__(self, plan: ChildPlan, command: Sequence[str]) -> None:
+    def __init__(self, plan: ChildPlan, command: Sequence[str], version: str) -> None:
         self.plan = plan
         self.process = ChildProcess(plan.argv, plan.environ)
-        self.command = command
+        self.config = config_from_argv(command)  # what the command line tells
+        if version:
+            self.config["aiperf_version"] = version
         self.started_sec = time.time()
-        self.signals = 0  # how many have come, also after its end
+        self.signals: list[int] = []  # those that have come, also after its end
         self.ended = asyncio.Event()  # the process is gone
         self.hurried = asyncio.Event()  # a second signal, or one after the end: no lingering
 
@@ -8386,16 +8546,19 @@ class _Child:
 
     def on_signal(self, number: int) -> None:
         """The child's first; it is on us to go when it has gone."""
-        self.signals += 1
+        self.signals.append(number)
         if not self.ended.is_set():
             self.process.pass_on(number)
-        if self.signals > 1 or self.ended.is_set() or number != signal.SIGINT:
+        if len(self.signals) > 1 or self.ended.is_set() or number != signal.SIGINT:
             if self.hurried.is_set() and self.ended.is_set():
                 os._exit(128 + number)
             self.hurried.set()
 
     async def run(self, service: APIService) -> int:
         """Run it to its end, and tell the service; returns the exit code."""
+        if self.signals:  # already: then it need not begin
+            self.ended.set()
+            return 128 + self.signals[0]
         await self.process.start()
         code = await self.process.wait()
         self.ended.set()
@@ -8403,8 +8566,12 @@ class _Child:
         directory = self.plan.artifact_dir or service.state.artifact_dir()
         config = load_artifact_config(directory, self.started_sec) if directory else {}
         if config:
-            service.configure({**config, "command": redact_command(self.command)}, "command")
-        service.end_child(self.process.exit_text if code else "")
+            told: dict[str, Any] = {
+                key: self.config[key] for key in ("command", "aiperf_version") if key in self.config
+            }
+            service.configure({**config, **told}, "command")
+        if code or service.bus.messages:  # a command that ended well and never reported has not failed
+            service.end_child(self.process.exit_text if code else "")
         return code
 
 
@@ -8412,25 +8579,26 @@ async def _serve_command(arguments: Arguments, environ: Mapping[str, str], handl
     """Serve, run the benchmark behind `--`, go on serving for a while; returns the benchmark's exit code."""
     check_command(arguments.command, environ)
     with ipc_directory() as directory:
-        version = aiperf_version(arguments.command[0], environ.get("PATH"))
-        child = _Child(child_plan(arguments.command, environ, directory, version=version), arguments.command)
+        command = arguments.command
+        version = aiperf_version(aiperf_word(command), environ.get("PATH"))
+        child = _Child(child_plan(command, environ, directory, version=version), command, version)
         service = APIService(
             source=child.source(arguments.backend),
             config=arguments.config,
             record=arguments.record,
             settings=arguments.settings,
         )
-        service.configure(config_from_argv(arguments.command), "command")
+        service.configure(child.config, "command")
         _watch_signals(child.on_signal)
         await service.start()
         try:
             for line in [*start_lines(service), *(f"  note       {note}" for note in child.plan.notes)]:
                 print(line, file=sys.stderr, flush=True)
-            handler.hold()
+            handler.hold_back()
             try:
                 code = await child.run(service)
             finally:
-                handler.release()
+                handler.write_held()
             await _linger(service, child)
         finally:
             await service.stop()
@@ -8439,7 +8607,7 @@ async def _serve_command(arguments: Arguments, environ: Mapping[str, str], handl
 
 async def _linger(service: APIService, child: _Child) -> None:
     seconds = LINGER_SEC if service.settings.linger_sec is None else service.settings.linger_sec
-    if seconds and not child.hurried.is_set():
+    if seconds and child.process.exit_text and not child.hurried.is_set():
         log.info("the benchmark ended (%s); serving its last state for %g s", child.process.exit_text, seconds)
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(child.hurried.wait(), seconds)
@@ -8482,10 +8650,496 @@ def _watch_signals(ask: Callable[[int], None]) -> None:
             signal.signal(number, lambda n, _: loop.call_soon_threadsafe(ask, n))
 
 
+# -- The client --------------------------------------------------------------------------------------------------------
+#
+# `aiperf-api get | watch | top`, for machines without curl or websocat.  `watch` reads /api/stream rather than /ws: its
+# events carry ids, so that a reader that was cut off goes on behind the last one it saw and misses none.
+#
+# What a server says goes to a terminal: control characters of strings on the bus must not drive it.
+
+CLIENT_COMMANDS = ("get", "watch", "top")
+_CLIENT_OPTIONS = (
+    ("--url", "URL", "AIPERF_API_URL", "the server: http://HOST:PORT, https://..., or unix:PATH"),
+    ("--token", "TOKEN", "AIPERF_API_TOKEN", "the token of the server; better given in the environment"),
+)
+_CLIENT_URL = "http://127.0.0.1:9090"
+# What can drive a terminal or turn its text around, besides what JSON escapes anyway.
+_TERMINAL_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+_ALTERNATE_SCREEN, _NORMAL_SCREEN = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"  # and without a cursor
+_HOME, _END_OF_LINE, _END_OF_SCREEN = "\x1b[H", "\x1b[K", "\x1b[J"
+
+
+def _terminal_json(text: str) -> str:
+    """JSON for a terminal: the same document, with what could drive a terminal escaped (it stands in strings only)."""
+    return "\n".join(_TERMINAL_CONTROLS.sub(lambda m: f"\\u{ord(m[0]):04x}", line) for line in text.split("\n"))
+
+
+def _terminal_text(value: JSONValue, limit: int = 80) -> str:
+    """A value in a table or a headline: one line, nothing in it that could drive a terminal."""
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.2f}"
+    text = value if isinstance(value, str) else json_bytes(value).decode()
+    shown = _TERMINAL_CONTROLS.sub("?", text[: limit + 1])
+    return shown if len(shown) <= limit else shown[: limit - 3] + "..."
+
+
+class _Remote:
+    """The server that a client command asks; one connection a request."""
+
+    def __init__(self, url: str, token: str | None) -> None:
+        self.url = url  # as it was given
+        self._headers = {"Authorization": f"Bearer {token}"} if token else {}
+        self._unix_path = url[len("unix:") :] if url.startswith("unix:") else None
+        try:
+            parts = urlsplit("http://localhost" if self._unix_path else url if "://" in url else f"http://{url}")
+            self._scheme, self._host, self._port = parts.scheme, parts.hostname or "", parts.port
+        except ValueError:
+            raise UsageError(f"--url {printable(url)}: not a URL") from None
+        self._prefix = parts.path.rstrip("/")
+        if self._scheme not in ("http", "https") or not self._host or _TERMINAL_CONTROLS.search(url) or " " in url:
+            raise UsageError(f"--url {printable(url)}: one such as {_CLIENT_URL}, or unix:PATH")
+
+    def _connect(self, timeout_sec: float) -> http.client.HTTPConnection:
+        import http.client  # only a client needs it
+
+        kind = http.client.HTTPSConnection if self._scheme == "https" else http.client.HTTPConnection
+        connection = kind(self._host, self._port, timeout=timeout_sec)
+        if self._unix_path is not None:
+            connection.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            connection.sock.settimeout(timeout_sec)
+            connection.sock.connect(self._unix_path)
+        return connection
+
+    def _fault(self, error: Exception) -> AskError:
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        hint = "; is the server running there? See --url" if isinstance(error, ConnectionRefusedError) else ""
+        return AskError(f"{printable(self.url)}: {printable(reason)}{hint}")
+
+    def open(self, path: str, timeout_sec: float, **headers: str) -> http.client.HTTPResponse:
+        """A GET, its answer ready to be read.
+
+        Raises:
+            AskError: no answer, or an answer that says no.
+        """
+        import http.client
+
+        sent = {**self._headers, "Connection": "close", **{k.replace("_", "-"): v for k, v in headers.items()}}
+        try:
+            connection = self._connect(timeout_sec)
+            connection.request("GET", self._prefix + path, headers=sent)
+            response = connection.getresponse()
+            if response.status == 200:
+                return response
+            body = response.read(CLIENT_ERROR_BYTES_MAX)
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            raise self._fault(error) from None
+        raise AskError(f"{printable(self.url + path)}: {response.status} {_error_of(body)}", response.status)
+
+    def get(self, path: str) -> JSONValue:
+        """The JSON value at a path; raises AskError."""
+        import http.client
+
+        try:
+            with self.open(path, CLIENT_TIMEOUT_SEC) as response:
+                return json_load(response.read())
+        except JSONError:
+            raise AskError(f"{printable(self.url + path)}: the answer is not JSON") from None
+        except (OSError, http.client.HTTPException) as error:
+            raise self._fault(error) from None
+
+    def events(self, path: str, last_id: str) -> Iterator[tuple[str, str]]:
+        """("", "") as the stream opens, then (id, data) of each event behind that of `last_id`; raises AskError."""
+        import http.client
+
+        resume = {"Last_Event_ID": last_id} if last_id else {}
+        with self.open(path, CLIENT_SILENCE_SEC, Accept=SSE, **resume) as response:
+            fields: dict[str, str] = {}
+            yield "", ""
+            try:
+                for line in iter(response.readline, b""):
+                    name, _, value = line.decode("utf-8", "replace").rstrip("\r\n").partition(": ")
+                    if name:
+                        fields[name] = value
+                    elif "data" in fields:
+                        yield fields.get("id", ""), fields["data"]
+                        fields = {}
+            except (OSError, http.client.HTTPException) as error:
+                raise self._fault(error) from None
+
+
+def _error_of(body: bytes) -> str:
+    """What an error answer says, whoever gave it."""
+    try:
+        return printable(str(json_load(body)["error"]))
+    except (JSONError, KeyError, TypeError):
+        return printable(body.strip())
+
+
+class _ClientParser(_Parser):
+    """The command line of one client command."""
+
+    def __init__(self, command: str, description: str, environ: Mapping[str, str]) -> None:
+        super().__init__(prog=f"aiperf-api {command}", description=description, allow_abbrev=False)
+        for flag, metavar, variable, text in _CLIENT_OPTIONS:
+            self.add_argument(flag, metavar=metavar, default=environ.get(variable) or None, help=f"{text} [{variable}]")
+
+
+def run_client(argv: Sequence[str], environ: Mapping[str, str]) -> int:
+    """`get`, `watch` or `top`; the exit code.
+
+    Raises:
+        UsageError: the command line is wrong.
+        AskError: the server cannot be reached, or says no.
+    """
+    command, *words = argv
+    run = {"get": _run_get, "watch": _run_watch, "top": _run_top}[command]
+    try:
+        return run(words, environ)
+    except KeyboardInterrupt:  # how one leaves them
+        return 0
+    except BrokenPipeError:  # `| head`: whoever reads has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes there at the exit
+        return 0
+
+
+def _parse_client(parser: _ClientParser, words: Sequence[str]) -> tuple[argparse.Namespace, _Remote]:
+    given = parser.parse_args(words)
+    hide_in_process_title([given.token] if given.token in words else [])
+    return given, _Remote(given.url or _CLIENT_URL, given.token)
+
+
+# get
+
+
+def _answers() -> dict[str, str]:
+    """The paths that `get` knows, by their last part."""
+    json_routes = (route for route in ROUTES if "application/json" in route.media_types and not route.websocket)
+    return {route.path.rpartition("/")[2]: route.path for route in json_routes if route.shape}
+
+
+def _run_get(words: Sequence[str], environ: Mapping[str, str]) -> int:
+    names = _answers()
+    parser = _ClientParser("get", "Print an answer of the server as JSON, or as a table.", environ)
+    parser.add_argument("name", metavar="NAME", help=f"one of: {', '.join(sorted(names))}")
+    parser.add_argument("arguments", metavar="KEY=VALUE", nargs="*", help="arguments, such as tag=request_latency")
+    parser.add_argument("--table", action="store_true", help="columns for people instead of JSON")
+    given, remote = _parse_client(parser, words)
+    if given.name not in names:
+        near = difflib.get_close_matches(given.name, names, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(names))}"
+        raise UsageError(f"get {printable(given.name)}: {hint}")
+    pairs = [argument.partition("=") for argument in given.arguments]
+    if not all(equals for _, equals, _ in pairs):
+        raise UsageError("get: arguments are written KEY=VALUE")
+    query = urlencode([(key, value) for key, _, value in pairs])
+    value = remote.get(names[given.name] + (f"?{query}" if query else ""))
+    shown = "\n".join(table_lines(value)) if given.table else _terminal_json(json_bytes(value, pretty=True).decode())
+    print(shown, flush=True)
+    return 0
+
+
+def table_lines(value: JSONValue) -> list[str]:
+    """Any answer in columns: first what is single, by name, then each map or list of objects as a table of its own."""
+    if isinstance(value, list):
+        return _rows_table({str(number): row for number, row in enumerate(value)})
+    single, tables = _sorted_out(value)
+    lines = _columns([[name, _terminal_text(item)] for name, item in single.items()])
+    for name, rows in tables.items():
+        lines += ["", f"{_terminal_text(name)}:", *_rows_table(rows)]
+    return lines
+
+
+def _sorted_out(value: Mapping[str, Any], prefix: str = "") -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """The single values of an object by their dotted names, and its maps and lists of objects."""
+    single: dict[str, Any] = {}
+    tables: dict[str, dict[str, Any]] = {}
+    for key, item in value.items():
+        name = prefix + key
+        if isinstance(item, dict) and item and not all(isinstance(row, dict) for row in item.values()):
+            below, further = _sorted_out(item, f"{name}.")
+            single.update(below)
+            tables.update(further)
+        elif isinstance(item, dict) and item:
+            tables[name] = item
+        elif isinstance(item, list) and item and isinstance(item[0], (dict, list)):
+            tables[name] = {str(number): row for number, row in enumerate(item)}
+        elif item not in ({}, []):
+            single[_terminal_text(name)] = item
+    return single, tables
+
+
+def _rows_table(rows: Mapping[str, Any]) -> list[str]:
+    flat = {name: _sorted_out(row)[0] if isinstance(row, dict) else dict(_numbered(row)) for name, row in rows.items()}
+    heads = list(dict.fromkeys(key for row in flat.values() for key in row))
+    cells = [
+        [_terminal_text(name), *(_terminal_text(row.get(head, "")) for head in heads)] for name, row in flat.items()
+    ]
+    return _columns([["", *heads], *cells])
+
+
+def _numbered(row: JSONValue) -> Iterator[tuple[str, Any]]:
+    return ((str(number), item) for number, item in enumerate(row if isinstance(row, list) else [row]))
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Cells in columns two spaces apart; a column of numbers under a head stands to the right."""
+    columns = []
+    for column in zip(*rows):
+        width = max(map(len, column))
+        is_numeric = any(map(_looks_numeric, column)) and all(
+            _looks_numeric(cell) or cell in "-" for cell in column[1:]
+        )
+        columns.append([cell.rjust(width) if is_numeric else cell.ljust(width) for cell in column])
+    return ["  ".join(cells).rstrip() for cells in zip(*columns)]
+
+
+def _looks_numeric(cell: str) -> bool:
+    return cell[:1].isdigit() or (cell[:1] == "-" and cell[1:2].isdigit())
+
+
+# watch
+
+
+def _run_watch(words: Sequence[str], environ: Mapping[str, str]) -> int:
+    parser = _ClientParser("watch", "Print messages of the bus, a line each, for as long as there are some.", environ)
+    parser.add_argument("types", metavar="TYPE", nargs="*", help="message types, such as realtime_metrics; all without")
+    parser.add_argument("--once", action="store_true", help="end with the connection instead of connecting again")
+    given, remote = _parse_client(parser, words)
+    for name in given.types:
+        if name != "*" and name not in KNOWN_MESSAGE_TYPES:
+            near = difflib.get_close_matches(name, KNOWN_MESSAGE_TYPES, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            print(f"aiperf-api: AIPerf knows no message type {printable(name)}{hint}", file=sys.stderr)
+    types = ",".join(quote(name, safe="*") for name in given.types if name)
+    path = "/api/stream?format=sse" + (f"&types={types}" if types else "")
+    for data in follow(remote.events, path, once=given.once):
+        print(_terminal_json(data), flush=True)
+    return 0
+
+
+def follow(events: Callable[[str, str], Iterator[tuple[str, str]]], path: str, *, once: bool) -> Iterator[str]:
+    """The data of each event, over any number of connections; the first must come about.
+
+    Args:
+        events: opens the stream at a path behind the event of an id; AskError when it cannot, or when it breaks.
+        once: stop at the end of the first connection.
+
+    Raises:
+        AskError: the first attempt failed, a later one was refused for good (4xx), or `once` and the stream broke.
+    """
+    last_id, pause_sec, is_first = "", CLIENT_RETRY_MIN_SEC, True
+    while True:
+        reason = "the server ended the stream"
+        try:
+            for event_id, data in events(path, last_id):
+                last_id, pause_sec, is_first = event_id or last_id, CLIENT_RETRY_MIN_SEC, False
+                if data:
+                    yield data
+        except AskError as error:
+            if once or error.is_final or (is_first and not error.status):
+                raise
+            reason = str(error)
+        if once:
+            return
+        print(f"aiperf-api: {reason}; trying again in {pause_sec:g} s", file=sys.stderr, flush=True)
+        time.sleep(pause_sec)
+        pause_sec, is_first = min(2 * pause_sec, CLIENT_RETRY_MAX_SEC), False
+
+
+# top
+
+
+class Figures(NamedTuple):
+    """What `top` shows: four answers of one moment."""
+
+    status: dict[str, Any]  # /api/status
+    progress: dict[str, Any]  # /api/progress
+    metrics: dict[str, Any]  # /api/metrics
+    workers: dict[str, Any]  # /api/workers
+
+
+_THROUGHPUTS = (("output tokens/s", "output_token_throughput"), ("requests/s", "request_throughput"))
+_LATENCIES = (
+    ("time to first token", "time_to_first_token"),
+    ("inter token latency", "inter_token_latency"),
+    ("request latency", "request_latency"),
+)
+
+
+def _run_top(words: Sequence[str], environ: Mapping[str, str]) -> int:
+    parser = _ClientParser("top", "Draw the run in the terminal, refreshed in place.", environ)
+    parser.add_argument("--interval", metavar="SEC", default="1", help="between two looks, 0.1 to 3600 (default: 1)")
+    parser.add_argument("--once", action="store_true", help="one look, then end")
+    given, remote = _parse_client(parser, words)
+    if not re.fullmatch(r"[0-9]{1,4}(\.[0-9]{1,3})?", given.interval) or not 0.1 <= float(given.interval) <= 3600:
+        raise UsageError(f"--interval: seconds from 0.1 to 3600, not {printable(given.interval)}")
+    figures = _look(remote)
+    if given.once:
+        print("\n".join(top_lines(figures, remote.url, shutil.get_terminal_size().columns)))
+    elif sys.stdout.isatty():
+        _draw_on_screen(remote, figures, float(given.interval))
+    else:
+        _print_lines(remote, figures, float(given.interval))
+    return 0
+
+
+def _look(remote: _Remote) -> Figures:
+    found = [remote.get(f"/api/{name}") for name in Figures._fields]
+    if not all(isinstance(answer, dict) for answer in found):
+        raise AskError(f"{printable(remote.url)}: these are not the answers of aiperf-api")
+    return Figures(*found)
+
+
+def _looks(remote: _Remote, figures: Figures, interval_sec: float) -> Iterator[tuple[Figures, str]]:
+    """(the latest figures, what is wrong), again and again; a server that has gone may come back."""
+    trouble = ""
+    while True:
+        yield figures, trouble
+        time.sleep(interval_sec)
+        try:
+            figures, trouble = _look(remote), ""
+        except AskError as error:
+            trouble = str(error)
+
+
+def _print_lines(remote: _Remote, figures: Figures, interval_sec: float) -> None:
+    for seen, trouble in _looks(remote, figures, interval_sec):
+        print(time.strftime("%H:%M:%S"), trouble or top_line(seen), flush=True)
+
+
+def _draw_on_screen(remote: _Remote, figures: Figures, interval_sec: float) -> None:
+    """Draw in place, on a screen of its own; the last look stays behind on the normal one."""
+    lines: list[str] = []
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # the terminal must be put right then, too
+    try:
+        sys.stdout.write(_ALTERNATE_SCREEN)
+        for seen, trouble in _looks(remote, figures, interval_sec):
+            size = shutil.get_terminal_size()
+            lines = top_lines(seen, remote.url, size.columns)
+            shown = ([trouble[: size.columns]] if trouble else []) + lines
+            ended = (line + _END_OF_LINE for line in shown[: size.lines])
+            sys.stdout.write(_HOME + "\n".join(ended) + _END_OF_SCREEN)
+            sys.stdout.flush()
+    finally:
+        sys.stdout.write(_NORMAL_SCREEN + "\n".join([*lines, ""]))
+        sys.stdout.flush()
+        signal.signal(signal.SIGTERM, before)
+
+
+def _figure(figures: Figures, tag: str, *stats: str) -> Any:
+    """The first of these statistics of a metric that there is."""
+    row = _member(figures.metrics, "metrics", tag)
+    return next((row[stat] for stat in stats if is_number(row.get(stat))), None)
+
+
+def _member(value: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+    """An object within objects; empty where there is none."""
+    found: Any = value
+    for key in keys:
+        found = found.get(key) if isinstance(found, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
+def _percent(figures: Figures) -> float:
+    return min(100.0, max(0.0, _number_or(figures.progress.get("percent_complete"), 0.0)))
+
+
+def _number_or(value: JSONValue, other: float) -> float:
+    return float(value) if is_number(value) else other
+
+
+def _counts(figures: Figures) -> str:
+    """`120/300 requests, 3 errors, 0:42 left`."""
+    progress = figures.progress
+    total = f"/{_terminal_text(progress['total'])}" if progress.get("total") else ""
+    text = (
+        f"{_terminal_text(progress.get('completed'))}{total} requests, {_terminal_text(progress.get('errors'))} errors"
+    )
+    left = progress.get("eta_sec")
+    return f"{text}, {_clock(left)} left" if is_number(left) and left else text
+
+
+def _clock(seconds: float) -> str:
+    minutes, sec = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{sec:02}" if minutes >= 60 else f"{minutes}:{sec:02}"
+
+
+def _state(figures: Figures) -> str:
+    """`profiling`, `warmup (profiling)`, `failed: why`, `profiling (silent)`."""
+    status = figures.status
+    text = _terminal_text(status.get("state"))
+    if status.get("error"):
+        text += f": {_terminal_text(status['error'])}"
+    phase = status.get("phase")
+    text += f", phase {_terminal_text(phase, 24)}" if phase and phase != status.get("state") else ""
+    return f"{text} (silent)" if status.get("stale") else text
+
+
+def top_line(figures: Figures) -> str:
+    """A look at the run in one line, for logs."""
+    parts = [_state(figures), f"{_percent(figures):.1f}%", _counts(figures)]
+    for name, tag in _THROUGHPUTS:
+        parts.append(f"{_terminal_text(_figure(figures, tag, 'avg', 'current'))} {name}")
+    for name, tag in _LATENCIES:
+        parts.append(f"{name} p50 {_terminal_text(_figure(figures, tag, 'p50', 'avg'))} ms")
+    return ", ".join(parts)
+
+
+def top_lines(figures: Figures, url: str, columns: int) -> list[str]:
+    """A look at the run, none of its lines longer than `columns`."""
+    identity = [
+        _terminal_text(figures.metrics[key], 40) for key in ("model", "endpoint_type") if figures.metrics.get(key)
+    ]
+    head = "  ".join([_state(figures), *identity])
+    lines = [f"{head}  {_terminal_text(url, 60)}", _bar(_percent(figures), columns), _counts(figures), ""]
+    return [line[:columns] for line in [*lines, *_figure_lines(figures), "", *_worker_lines(figures)]]
+
+
+def _bar(percent: float, columns: int) -> str:
+    width = max(10, min(columns, 100) - 10)
+    done = int(width * percent / 100)
+    return f"[{'#' * done}{'-' * (width - done)}] {percent:5.1f} %"
+
+
+def _figure_lines(figures: Figures) -> list[str]:
+    rows = [["", "avg", "p50", "p99", ""]]
+    for name, tag in _THROUGHPUTS:
+        rows.append([name, _terminal_text(_figure(figures, tag, "avg", "current")), "", "", ""])
+    for name, tag in _LATENCIES:
+        values = [_terminal_text(_figure(figures, tag, stat)) for stat in ("avg", "p50", "p99")]
+        unit = _member(figures.metrics, "metrics", tag).get("unit", "ms")
+        rows.append([name, *values, _terminal_text(unit, 12)])
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = []
+    for name, *values, unit in rows:
+        cells = (value.rjust(width) for value, width in zip(values, widths[1:]))
+        lines.append("  ".join([name.ljust(widths[0]), *cells, unit]).rstrip())
+    return lines
+
+
+def _worker_lines(figures: Figures) -> list[str]:
+    total, active = (_terminal_text(figures.workers.get(key)) for key in ("total_workers", "active_workers"))
+    rows = [["worker", "status", "done", "failed", "cpu %", "MB"]]
+    for name, worker in sorted(_member(figures.workers, "workers").items()):
+        tasks, health = _member({"w": worker}, "w", "task_stats"), _member({"w": worker}, "w", "health")
+        figure = (tasks.get("completed"), tasks.get("failed"), health.get("cpu_usage"))
+        megabytes = round(_number_or(health["memory_usage"], 0.0) / 1e6) if "memory_usage" in health else None
+        status = _member({"w": worker}, "w").get("status")
+        rows.append([_terminal_text(cell, 40) for cell in (name, status, *figure, megabytes)])
+    return [f"workers: {total}, {active} active", *(_columns(rows) if rows[1:] else [])]
+
+
+# -- The program -------------------------------------------------------------------------------------------------------
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """The program: serve until told to stop; returns the exit code."""
+    """The program: serve until told to stop, or ask a server; returns the exit code."""
     try:
         words = sys.argv[1:] if argv is None else argv
+        if words and words[0] in CLIENT_COMMANDS:
+            return run_client(words, os.environ)
         arguments = parse_arguments(words, os.environ)
         handler = _set_up_log(arguments)
         hide_in_process_title(title_secrets(words))
@@ -8498,7 +9152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CommandError as error:
         print(f"aiperf-api: {error}", file=sys.stderr)
         return error.exit_code
-    except StartError as error:
+    except (StartError, AskError) as error:
         print(f"aiperf-api: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

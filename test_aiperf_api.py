@@ -10,6 +10,7 @@ import ast
 import asyncio
 import contextlib
 import gzip
+import io
 import itertools
 import json
 import logging
@@ -17,6 +18,7 @@ import os
 import pathlib
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -28,12 +30,16 @@ import sys
 import tempfile
 import threading
 import time
+import tracemalloc
 import unittest
 import unittest.mock
+import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Optional, cast
+from unittest import mock
+from urllib.parse import quote, urljoin
 
 import aiperf_api
 
@@ -43,6 +49,16 @@ try:
     import hypothesis.strategies as st
 except ImportError:
     hypothesis = st = None  # type: ignore[assignment]
+
+try:
+    import pty
+except ImportError:  # Windows
+    pty = None  # type: ignore[assignment]
+
+try:
+    import jsonschema
+except ImportError:
+    jsonschema = None  # type: ignore[assignment]
 
 try:
     import h11
@@ -245,10 +261,10 @@ class Bus:
     def __init__(self) -> None:
         self.context = zmq.Context()
         self.frontend, self.backend = self.context.socket(zmq.XSUB), self.context.socket(zmq.XPUB)
-        for socket in (self.frontend, self.backend):
-            socket.setsockopt(zmq.LINGER, 0)
-            socket.setsockopt(zmq.SNDHWM, 0)
-            socket.setsockopt(zmq.RCVHWM, 0)
+        for end in (self.frontend, self.backend):
+            end.setsockopt(zmq.LINGER, 0)
+            end.setsockopt(zmq.SNDHWM, 0)
+            end.setsockopt(zmq.RCVHWM, 0)
         self.frontend_port = self.frontend.bind_to_random_port("tcp://127.0.0.1")
         self.backend_port = self.backend.bind_to_random_port("tcp://127.0.0.1")
         self.address = f"tcp://127.0.0.1:{self.backend_port}"
@@ -389,6 +405,17 @@ class SourceRules:
             if name in self.defined and self.defined[name] > self.room(line)
         ]
 
+    def twice_faults(self) -> list[str]:
+        """Find names that two statements of the module bind: the later one would win everywhere."""
+        first: dict[str, int] = {}
+        faults = []
+        for node in self.tree.body:
+            dotted = isinstance(node, ast.Import) and "." in node.names[0].name  # a package again, for its module
+            if not dotted and not isinstance(node, (ast.Try, ast.If)):
+                names = self._definitions(ast.Module([node], []))
+                faults += [f"line {line}: {name} again" for line, name in names if first.setdefault(name, line) != line]
+        return faults
+
     def room_wall_faults(self) -> list[str]:
         """Find names of rooms that a room must not know of."""
         return [
@@ -511,6 +538,14 @@ class ArchitectureTests(unittest.TestCase):
             with self.subTest(use):
                 self.assertEqual(len(self.broken("1", use, "2", "def later(): pass").arrow_faults()), 1)
         self.assertEqual(self.broken("1", "def f(later): return later", "2", "def later(): pass").arrow_faults(), [])
+
+    def test_no_name_means_two_things(self) -> None:
+        self.assertEqual(self.rules.twice_faults(), [])
+        self.assertEqual(SourceRules(Path(__file__).read_text(encoding="utf-8")).twice_faults(), [])
+        for line in ("x = 2", "def x(): pass", "import x", "y, x = 1, 2"):
+            with self.subTest(line):
+                self.assertEqual(len(self.broken("x = 1", line).twice_faults()), 1)
+        self.assertEqual(self.broken("try:", "    import x", "except ImportError:", "    x = None").twice_faults(), [])
 
     def test_rooms_do_not_know_what_they_must_not_know(self) -> None:
         self.assertEqual(self.rules.room_wall_faults(), [])
@@ -1556,6 +1591,34 @@ class TestRequestsRefused(unittest.TestCase):
 
 
 class TestRequestMemo(unittest.TestCase):
+    def test_recall_knows_whole_heads_that_may_be_followed_by_others(self) -> None:
+        head = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+        last = b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+        memo: dict[bytes, aiperf_api.Request] = {}
+        for data in (head, last):
+            parser = aiperf_api.RequestParser(memo)
+            self.assertIsNone(parser.recall(data))
+            parser.feed(data)
+            first = parser.next_request()
+        parser = aiperf_api.RequestParser(memo)
+        self.assertIs(parser.recall(head), memo[head])
+        self.assertIsNone(parser.recall(head + head))
+        self.assertIsNone(parser.recall(head[:-1]))
+        self.assertIsNone(parser.recall(last), "it ends the connection, which the parser has to note")
+        self.assertIs(memo[last], first)
+        parser.feed(head[:5])
+        self.assertIsNone(parser.recall(head), "bytes wait to be read first")
+
+    def test_recall_knows_nothing_behind_an_empty_line_or_the_last_request(self) -> None:
+        head = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+        for before in (b"\r\n", b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"):
+            parser = aiperf_api.RequestParser({})
+            parser.feed(head)
+            parser.next_request()
+            parser.feed(before)
+            parser.next_request()
+            self.assertIsNone(parser.recall(head))
+
     def test_a_repeated_head_is_the_same_request(self) -> None:
         first, second = read_requests([GET + GET])
         self.assertIs(first, second)
@@ -1972,6 +2035,21 @@ class TestNegotiation(unittest.TestCase):
 
 
 class TestResponses(unittest.TestCase):
+    def test_what_was_sent_is_sent_again_only_where_it_is_the_same(self) -> None:
+        response = aiperf_api.Response(200, b"x" * 2000, "text/plain")
+        plain = response.encode(date=b"1")
+        self.assertIs(response.encode(date=b"1"), plain)
+        self.assertIn(b"Date: 2\r\n", response.encode(date=b"2"))
+        self.assertIn(b"Content-Encoding: gzip", response.encode(date=b"2", gzip=True))
+        self.assertIn(b"Connection: close", response.encode(date=b"2", gzip=True, close=True))
+        self.assertIn(b"Vary: Origin", response.encode(date=b"2", gzip=True, extra=(("Vary", "Origin"),)))
+        self.assertTrue(response.encode(date=b"2", head_only=True).endswith(b"\r\n\r\n"))
+        self.assertEqual(response.encode(date=b"1"), plain)
+
+    def test_the_head_that_is_ready_is_the_one_that_would_be_made(self) -> None:
+        response = aiperf_api.Response(200, b"{}")
+        self.assertEqual(response._head, response._fixed_head("application/json"))
+
     def test_the_bytes_of_an_answer(self) -> None:
         self.assertEqual(
             aiperf_api.json_response({"a": 1}).encode(date=DATE),
@@ -2078,8 +2156,10 @@ class TestRouter(unittest.TestCase):
                 "The past.",
                 params=(
                     aiperf_api.Param("tag", "Which.", example="ttft", required=True),
-                    aiperf_api.Param("since", "From."),
+                    aiperf_api.Param("since", "From.", pattern="^[0-9]+$"),
+                    aiperf_api.Param("order", "", words=("up", "down")),
                 ),
+                errors=(404,),
             ),
             aiperf_api.Route("/ws", "ws", "The bus.", methods=("GET",), websocket=True),
         ]
@@ -2098,16 +2178,31 @@ class TestRouter(unittest.TestCase):
         for method in ("POST", "get", "TRACE", "BREW"):
             error = self.refused(method, "/metrics")
             self.assertEqual((error.status, error.headers), (405, (("Allow", "GET, HEAD"),)))
+            self.assertEqual(error.message, "method not allowed; /metrics takes GET, HEAD")
         self.assertEqual(self.refused("HEAD", "/ws").headers, (("Allow", "GET"),))
 
     def test_an_unknown_path_is_404_with_a_suggestion(self) -> None:
         for path, near in (("/metric", "/metrics"), ("/metrics/", "/metrics"), ("/api/histroy", "/api/history")):
             error = self.refused("GET", path)
-            self.assertEqual((error.status, error.message), (404, f"not found; did you mean {near}?"))
+            self.assertEqual((error.status, error.message), (404, f"unknown path {path}; did you mean {near}?"))
+        self.assertEqual(self.refused("GET", "/x").message, "unknown path /x; GET /api lists what there is")
 
-    def test_nothing_of_the_request_comes_back_in_the_answer(self) -> None:
-        for path in ("/<script>", "/" + "x" * 4000, "*", ""):
-            self.assertEqual(self.refused("GET", path).message, "not found; GET / lists what there is")
+    def test_of_the_request_only_what_needs_no_escaping_comes_back(self) -> None:
+        for path in (
+            "/<script>",
+            "/" + "x" * 4000,
+            "*",
+            "",
+            "/a b",
+            "/a'b",
+            '/"',
+            "/\x1b[2J",
+            "/é",
+            "/a\n",
+            "/%41",
+            "/&",
+        ):
+            self.assertEqual(self.refused("GET", path).message, "unknown path; GET /api lists what there is", path)
 
     def test_open_redirect_and_path_traversal(self) -> None:
         for path in ("//metrics", "//evil.example/%2e%2e", "/api/../metrics", "/./metrics", "/metrics/..", "/METRICS"):
@@ -2119,8 +2214,11 @@ class TestRouter(unittest.TestCase):
             with self.assertRaises(ValueError):
                 aiperf_api.Router([aiperf_api.Route("/a", "x", ""), other])
 
-    def test_openapi_describes_every_route(self) -> None:
-        document = self.ROUTER.openapi("aiperf-api", "1.0.0")
+    def openapi(self, *, secured: bool = False) -> dict[str, Any]:
+        return self.ROUTER.openapi({"title": "aiperf-api", "version": "1.0.0"}, {}, secured=secured)
+
+    def test_openapi_describes_every_route_and_method(self) -> None:
+        document = self.openapi()
         self.assertEqual(document["openapi"], "3.1.0")
         self.assertEqual(document["info"], {"title": "aiperf-api", "version": "1.0.0"})
         self.assertEqual(list(document["paths"]), [route.path for route in self.ROUTER.routes])
@@ -2128,29 +2226,62 @@ class TestRouter(unittest.TestCase):
         self.assertEqual(operation["operationId"], "apiMetrics")
         self.assertEqual(
             operation["responses"]["200"]["content"],
-            {"application/json": {"schema": {"type": "object"}, "example": {"metrics": {}}}},
+            {"application/json": {"schema": {"$ref": "#/components/schemas/Metrics"}, "example": {"metrics": {}}}},
         )
+        self.assertEqual(list(operation["responses"]), ["200", "304", "400", "405", "421", "503"])
+        self.assertEqual(document["paths"]["/api/metrics"]["head"]["operationId"], "apiMetrics_head")
+        self.assertNotIn("content", document["paths"]["/api/metrics"]["head"]["responses"]["200"])
+        self.assertEqual(list(document["paths"]["/ws"]), ["get"])
+        self.assertEqual(next(iter(document["paths"]["/ws"]["get"]["responses"])), "101")
+
+    def test_openapi_describes_arguments(self) -> None:
+        history = self.openapi()["paths"]["/api/history"]
+        self.assertIn("404", history["get"]["responses"])
+        tag, since, order = history["parameters"]
         self.assertEqual(
-            document["paths"]["/api/history"]["get"]["parameters"],
-            [
-                {
-                    "name": "tag",
-                    "in": "query",
-                    "description": "Which.",
-                    "required": True,
-                    "schema": {"type": "string"},
-                    "example": "ttft",
-                },
-                {
-                    "name": "since",
-                    "in": "query",
-                    "description": "From.",
-                    "required": False,
-                    "schema": {"type": "string"},
-                },
-            ],
+            tag,
+            {
+                "name": "tag",
+                "in": "query",
+                "description": "Which.",
+                "required": True,
+                "schema": {"type": "string"},
+                "example": "ttft",
+            },
         )
-        self.assertEqual(list(document["paths"]["/ws"]["get"]["responses"]), ["101"])
+        self.assertEqual((since["required"], since["schema"]["pattern"]), (False, "^[0-9]+$"))
+        self.assertEqual(order["schema"], {"type": "string", "enum": ["up", "down"]})
+
+    def test_openapi_names_the_token_where_one_is_asked_for(self) -> None:
+        self.assertNotIn("securitySchemes", self.openapi()["components"])
+        document = self.openapi(secured=True)
+        operation = document["paths"]["/metrics"]["get"]
+        self.assertEqual(operation["security"], [{"bearer": []}, {"query": []}])
+        self.assertIn("401", operation["responses"])
+        self.assertEqual(set(document["components"]["securitySchemes"]), {"bearer", "query"})
+
+    def test_types_of_the_tables_are_json_schemas(self) -> None:
+        for text, schema in (
+            ("integer", {"type": "integer"}),
+            ("integer?", {"type": ["integer", "null"]}),
+            ("number?[][]", {"type": "array", "items": {"type": "array", "items": {"type": ["number", "null"]}}}),
+            ("Row{}", {"type": "object", "additionalProperties": {"$ref": "#/components/schemas/Row"}}),
+            ("Row?", {"anyOf": [{"$ref": "#/components/schemas/Row"}, {"type": "null"}]}),
+            ("a|b", {"enum": ["a", "b"]}),
+            ("=ping", {"const": "ping"}),
+            ("any", {}),
+            ("Row,string", {"anyOf": [{"$ref": "#/components/schemas/Row"}, {"type": "string"}]}),
+        ):
+            self.assertEqual(aiperf_api.type_schema(text), schema, text)
+
+    def test_shapes_are_read_from_a_table(self) -> None:
+        shapes = aiperf_api.read_shapes("One  first\n  x  integer  a number\n  y~  string\nTwo+  second\n")
+        number = {"type": "integer", "description": "a number"}
+        first = {"type": "object", "description": "first", "properties": {"x": number, "y": {"type": "string"}}}
+        self.assertEqual(shapes["One"], {**first, "required": ["x"], "additionalProperties": False})
+        self.assertNotIn("additionalProperties", shapes["Two"])
+        with self.assertRaises(ValueError):
+            aiperf_api.read_shapes("One  first\n x integer\n")
 
 
 # == 7 == Static files =================================================================================================
@@ -2253,8 +2384,10 @@ class MetricCatalogueTests(unittest.TestCase):
 
     def test_raw_units_become_display_units_in_every_statistic_but_the_count(self) -> None:
         raw = {"tag": "request_latency", "unit": "ns", "avg": 270185870, "p99": 3e8, "sum": 1e9, "std": 0, "count": 295}
+        raw["p95"] = 122564750.76  # AIPerf multiplies by a millionth, and so do we, to the same last digit
         raw.update(min=1, max=2e6, current=5e5)
-        shown = {"unit": "ms", "avg": 270.18587, "p99": 300.0, "sum": 1000.0, "std": 0.0, "count": 295}
+        shown = {"unit": "ms", "avg": 270185870 * 1e-6, "p99": 300.0, "sum": 1000.0, "std": 0.0}
+        shown.update(count=295, p95=122564750.76 * 1e-6)
         shown.update(min=1e-6, max=2.0, current=0.5)
         self.assertEqual(aiperf_api.display_rows([raw]), {"request_latency": shown})
 
@@ -3583,6 +3716,971 @@ class StateFamiliesTests(unittest.TestCase):
 
 # == 11 == Sources =====================================================================================================
 
+# -- ZMTP: the bus without pyzmq ---------------------------------------------------------------------------------------
+
+# What peers send, recorded from libzmq: their greeting, READY, and `["abc", "1"]`.
+GREETING_4_1 = b"\xff\0\0\0\0\0\0\0\x01\x7f\x03\x00NULL" + bytes(48)  # libzmq 4.1.6, 4.2.5 and 4.3.2 (ZMTP 3.0)
+GREETING_4_3 = b"\xff\0\0\0\0\0\0\0\x01\x7f\x03\x01NULL" + bytes(48)  # libzmq 4.3.5 (ZMTP 3.1)
+READY_XPUB = b"\x04\x1a\x05READY\x0bSocket-Type\0\0\0\x04XPUB"
+READY_PUB = b"\x04\x29\x05READY\x0bSocket-Type\0\0\0\x03PUB\x08Identity\0\0\0\x03abc"
+ABC_1 = b"\x01\x03abc\x00\x011"
+ZMTP_PING = b"\x04\x09\x04PING\0\0c1"
+
+
+def zmtp_frame(body: bytes, flags: int = 0) -> bytes:
+    if len(body) > 255:
+        return bytes((flags | 2,)) + len(body).to_bytes(8, "big") + body
+    return bytes((flags, len(body))) + body
+
+
+def zmtp_message(*frames: bytes) -> bytes:
+    return b"".join(zmtp_frame(frame, 1) for frame in frames[:-1]) + zmtp_frame(frames[-1])
+
+
+def codec_after(*chunks: bytes) -> tuple[aiperf_api.ZMTPSubscriber, list[list[bytes]]]:
+    codec = aiperf_api.ZMTPSubscriber()
+    messages = []
+    for chunk in chunks:
+        messages += codec.feed(chunk)
+    return codec, messages
+
+
+def ready_codec(greeting: bytes = GREETING_4_3) -> aiperf_api.ZMTPSubscriber:
+    codec = codec_after(greeting, READY_XPUB)[0]
+    codec.take_output()
+    return codec
+
+
+class ZMTPCodecTests(unittest.TestCase):
+    """The bytes of ZMTP 3.0 and 3.1, in both directions."""
+
+    def test_speaks_first_with_the_greeting_and_answers_a_greeting_with_ready(self):
+        codec = aiperf_api.ZMTPSubscriber()
+        self.assertEqual(codec.take_output(), b"\xff\0\0\0\0\0\0\0\0\x7f\x03\x01NULL" + bytes(48))
+        self.assertEqual(codec.feed(GREETING_4_1[:-1]), [])
+        self.assertEqual(codec.take_output(), b"")
+        codec.feed(GREETING_4_1[-1:])
+        self.assertEqual(codec.take_output(), b"\x04\x19\x05READY\x0bSocket-Type\0\0\0\x03SUB")
+        self.assertFalse(codec.ready)
+        codec.feed(READY_PUB)
+        self.assertTrue(codec.ready)
+        self.assertEqual((codec.socket_type, codec.minor), ("PUB", 0))
+        self.assertEqual(codec.metadata["identity"], b"abc")
+
+    def test_a_peer_of_3_0_gets_subscriptions_as_messages(self):
+        codec = ready_codec(GREETING_4_1)
+        self.assertEqual(codec.encode_subscription(b"ab"), b"\x00\x03\x01ab")
+        self.assertEqual(codec.encode_subscription(b"ab", False), b"\x00\x03\x00ab")
+        self.assertEqual(codec.encode_subscription(b"x" * 300), b"\x02\0\0\0\0\0\0\x01\x2d\x01" + b"x" * 300)
+
+    def test_a_peer_of_3_1_gets_subscriptions_as_commands(self):
+        codec = ready_codec(GREETING_4_3)
+        self.assertEqual(codec.encode_subscription(b"ab"), b"\x04\x0c\x09SUBSCRIBEab")
+        self.assertEqual(codec.encode_subscription(b"ab", False), b"\x04\x09\x06CANCELab")
+        self.assertEqual(codec.encode_subscription(b"x" * 300), b"\x06\0\0\0\0\0\0\x01\x36\x09SUBSCRIBE" + b"x" * 300)
+
+    def test_a_peer_of_a_later_version_is_spoken_to_in_3_1(self):
+        self.assertEqual(codec_after(GREETING_4_3[:10] + b"\x04\x00" + GREETING_4_3[12:])[0].minor, 1)
+
+    def test_only_a_peer_of_3_1_gets_a_ping(self):
+        self.assertEqual(ready_codec(GREETING_4_3).encode_ping(), b"\x04\x07\x04PING\0\0")
+        self.assertEqual(ready_codec(GREETING_4_1).encode_ping(), b"")
+
+    def test_every_cut_of_the_stream_gives_the_same_messages_and_answers(self):
+        long_one = zmtp_message(b"topic$", b"p" * 300, b"")
+        tail = ABC_1 + ZMTP_PING + b"\x01\x01x" + ZMTP_PING + b"\x02\0\0\0\0\0\0\0\x01y" + long_one
+        stream = GREETING_4_3 + READY_XPUB + tail
+        wanted = [[b"abc", b"1"], [b"x", b"y"], [b"topic$", b"p" * 300, b""]]
+        whole = codec_after(stream)[0].take_output()
+        self.assertTrue(whole.endswith(b"\x04\x07\x04PONGc1" * 2))
+        for cut in range(len(stream) + 1):
+            codec, messages = codec_after(stream[:cut], stream[cut:])
+            self.assertEqual((messages, codec.take_output(), codec.error), (wanted, whole, None), cut)
+        codec, messages = codec_after(*(stream[i : i + 1] for i in range(len(stream))))
+        self.assertEqual((messages, codec.take_output(), codec.error), (wanted, whole, None))
+
+    def test_a_ping_is_answered_with_its_context_and_names_the_time_to_live(self):
+        codec = ready_codec()
+        codec.feed(b"\x04\x0a\x04PING\x00\x1eabc")
+        self.assertEqual(codec.take_output(), b"\x04\x08\x04PONGabc")
+        self.assertEqual((codec.take_ttl(), codec.take_ttl()), (3.0, 0.0))
+        codec.feed(zmtp_frame(b"\x04PING\0\0" + b"0123456789abcdef and more", 4))
+        self.assertEqual(codec.take_output(), b"\x04\x15\x04PONG0123456789abcdef")
+
+    def test_commands_that_nobody_knows_are_let_pass(self):
+        codec = ready_codec()
+        stream = b"\x04\x05\x04PONG" + b"\x04\x05\x04HUHx" + READY_XPUB + b"\x01\x01x" + b"\x04\x02\x01A" + b"\x00\x01y"
+        self.assertEqual(codec.feed(stream), [[b"x", b"y"]])
+        self.assertEqual((codec.error, codec.take_output()), (None, b""))
+
+    def assert_fault(self, kind: str, stream: bytes, wanted: list[list[bytes]]) -> None:
+        cuts = ([stream], [stream[i : i + 1] for i in range(len(stream))], [stream[:-1], stream[-1:]])
+        for chunks in cuts:
+            codec, messages = codec_after(*chunks)
+            self.assertIsNotNone(codec.error, stream)
+            self.assertEqual((codec.error.kind, messages), (kind, wanted))
+            self.assertNotRegex(str(codec.error), r"[\x00-\x1f]")
+            self.assertEqual(codec.feed(GREETING_4_3 + READY_XPUB + ABC_1), [], "nothing comes after a fault")
+
+    def test_peers_that_speak_otherwise_are_told_apart(self):
+        for kind, stream in (
+            ("not_zmtp", b"HTTP/1.1 400 Bad Request\r\n"),
+            ("not_zmtp", b"\0"),
+            ("old_zmtp", b"\xff\0\0\0\0\0\0\0\x01\x7e"),  # an identity frame of libzmq 2
+            ("old_zmtp", b"\xff\0\0\0\0\0\0\0\x01\x7f\x01\x02"),  # the greeting of libzmq 3.2, type SUB
+            ("mechanism", GREETING_4_3[:12] + b"CURVE".ljust(20, b"\0")),
+            ("mechanism", GREETING_4_3[:12] + b"NULLX"),
+            ("refused", GREETING_4_3 + zmtp_frame(b"\x05ERROR\x0dnot \r\n wanted", 4)),
+            ("socket_type", GREETING_4_3 + b"\x04\x19\x05READY\x0bSocket-Type\0\0\0\x03REP"),
+            ("socket_type", GREETING_4_3 + b"\x04\x06\x05READY"),
+        ):
+            with self.subTest(stream=stream):
+                self.assert_fault(kind, stream, [])
+
+    def test_a_malformed_handshake_is_a_fault(self):
+        for handshake in (
+            b"\x00\x01x",  # a message before READY
+            b"\x04\x00",  # a command without a name
+            b"\x04\x01\x00",
+            b"\x04\x03\x05REA",
+            ZMTP_PING,
+            b"\x04\x08\x05READY\x0bS",  # metadata cut in the name
+            b"\x04\x15\x05READY\x0bSocket-Type\0\0\0",  # in the length
+            b"\x04\x18\x05READY\x0bSocket-Type\0\0\0\x04PU",  # in the value
+            b"\x04\x0b\x05READY\x00\0\0\0\0",  # a property without a name
+        ):
+            with self.subTest(handshake=handshake):
+                self.assert_fault("malformed", GREETING_4_3 + handshake, [])
+
+    def test_a_fault_in_the_stream_leaves_the_messages_before_it(self):
+        for kind, fault in (
+            ("malformed", b"\x08"),  # a reserved bit
+            ("malformed", b"\x05"),  # a command with MORE
+            ("malformed", b"\x04\x06\x04PING\0"),
+            ("malformed", b"\x04\x03\x09SU"),
+            ("refused", b"\x04\x09\x05ERROR\x02no"),
+            ("too_large", b"\x02" + (aiperf_api.BUS_FRAME_MAX + 1).to_bytes(8, "big")),
+            ("too_large", b"\x02" + b"\xff" * 8),
+            ("too_large", b"\x01\x01x\x02" + aiperf_api.BUS_FRAME_MAX.to_bytes(8, "big")),  # the sum of the frames
+            ("too_large", b"\x06" + (aiperf_api.BUS_COMMAND_MAX + 1).to_bytes(8, "big")),
+            ("too_large", b"\x01\x00" * aiperf_api.BUS_PARTS_MAX),
+        ):
+            with self.subTest(fault=fault):
+                self.assert_fault(kind, GREETING_4_3 + READY_XPUB + ABC_1 + fault, [[b"abc", b"1"]])
+
+    def test_the_limits_themselves_are_allowed(self):
+        codec = ready_codec()
+        codec.feed(b"\x02" + aiperf_api.BUS_FRAME_MAX.to_bytes(8, "big"))
+        self.assertIsNone(codec.error)
+        frames = [b""] * aiperf_api.BUS_PARTS_MAX
+        self.assertEqual(ready_codec().feed(zmtp_message(*frames)), [frames])
+
+    def test_a_declared_length_allocates_nothing(self):
+        codec = ready_codec()
+        tracemalloc.start()
+        try:
+            codec.feed(b"\x02" + (200_000_000).to_bytes(8, "big") + b"x")
+            self.assertLess(tracemalloc.get_traced_memory()[1], 100_000)
+        finally:
+            tracemalloc.stop()
+        self.assertIsNone(codec.error)
+
+    def test_a_large_frame_in_small_pieces_takes_time_in_proportion(self):
+        def seconds(size):
+            codec, stream = ready_codec(), zmtp_message(b"t$", bytes(size))
+            begin = time.process_time()
+            messages = [m for i in range(0, len(stream), 4096) for m in codec.feed(stream[i : i + 4096])]
+            self.assertEqual(len(messages[0][1]), size)
+            return time.process_time() - begin
+
+        self.assertLess(seconds(32_000_000), 2.0)  # 0.02 s; copied at every piece it would be minutes
+
+    @unittest.skipUnless(hypothesis, "needs the hypothesis package")
+    def test_whatever_bytes_come_it_neither_raises_nor_grows(self):
+        pieces = st.sampled_from(
+            [GREETING_4_1, GREETING_4_3, READY_XPUB, ABC_1, ZMTP_PING, b"\x02\0\0\0\0\0\0", b"\x01\x00"]
+        )
+        streams = st.lists(st.one_of(pieces, st.binary(max_size=40)), max_size=12).map(b"".join)
+
+        @hypothesis.settings(max_examples=200, deadline=None)
+        @hypothesis.given(
+            st.sampled_from([b"", GREETING_4_3, GREETING_4_3 + READY_XPUB]), streams, st.lists(st.integers(0, 400))
+        )
+        def check(begin, stream, cuts):
+            stream = begin + stream
+            whole, wanted = codec_after(stream)
+            places = sorted({0, len(stream), *(cut for cut in cuts if cut < len(stream))})
+            codec, messages = codec_after(*(stream[a:b] for a, b in zip(places, places[1:])))
+            self.assertEqual(messages, wanted)
+            self.assertEqual(codec.take_output(), whole.take_output())
+            self.assertEqual(getattr(codec.error, "kind", None), getattr(whole.error, "kind", None))
+            self.assertLessEqual(len(codec._held) + sum(map(len, codec._parts)), len(stream))
+
+        check()
+
+
+class BusAddressTests(unittest.TestCase):
+    """What a bus address may look like."""
+
+    def test_addresses_are_taken_apart_as_libzmq_does(self):
+        parse = aiperf_api.parse_endpoint
+        self.assertEqual(parse("tcp://127.0.0.1:5664"), ("127.0.0.1", 5664, ""))
+        self.assertEqual(parse("tcp://head-node.cluster.local:1"), ("head-node.cluster.local", 1, ""))
+        self.assertEqual(parse("tcp://[::1]:65535"), ("::1", 65535, ""))
+        self.assertEqual(parse("tcp://[fe80::1%eth0]:5664"), ("fe80::1%eth0", 5664, ""))
+        self.assertEqual(parse("tcp://::1:5664"), ("::1", 5664, ""))
+        for any_port in ("*", "0"):
+            self.assertEqual(parse(f"tcp://*:{any_port}", bind=True), ("", 0, ""))
+
+    @unittest.skipUnless(hasattr(socket, "AF_UNIX"), "needs Unix sockets")
+    def test_ipc_paths_may_be_abstract_and_have_a_length(self):
+        parse = aiperf_api.parse_endpoint
+        most = aiperf_api.BUS_IPC_PATH_MAX
+        self.assertEqual(parse("ipc:///tmp/with blank.ipc"), ("", 0, "/tmp/with blank.ipc"))
+        self.assertEqual(parse("ipc://@name"), ("", 0, "\0name"))
+        self.assertEqual(parse("ipc://" + "p" * most).path, "p" * most)
+        for path in ("p" * (most + 1), "ü" * most, "@" + "p" * most):
+            with self.assertRaisesRegex(
+                aiperf_api.UsageError, f"bytes long; the system's limit for a socket is {most}"
+            ):
+                parse("ipc://" + path)
+
+    def test_what_is_no_address_is_refused_with_the_reason(self):
+        for text, reason in (
+            ("", "tcp://HOST:PORT or ipc://PATH"),
+            ("127.0.0.1:5664", "tcp://HOST:PORT or ipc://PATH"),
+            ("inproc://x", "tcp://HOST:PORT or ipc://PATH"),
+            ("tcp://", "nothing"),
+            ("ipc://", "nothing"),
+            ("tcp://host", "a port"),
+            ("tcp://host:", "a port"),
+            ("tcp://host:0", "a port"),
+            ("tcp://host:*", "a port"),
+            ("tcp://host:65536", "a port"),
+            ("tcp://host:\u0665", "a port"),
+            ("tcp://host:+5", "a port"),
+            ("tcp://host:5\n", "blank or control"),
+            ("tcp://*:5664", "a host name"),
+            ("tcp://:5664", "a host name"),
+            ("tcp://[]:5664", "a host name"),
+            ("tcp://[host]:5664", "a host name"),
+            ("tcp://1:2:5664", "a host name"),
+            ("tcp://eth0;host:5664", "a host name"),
+            ("tcp://user@host:5664", "a host name"),
+            ("ipc://@", "a name after @"),
+            ("ipc://a\0b", "control character"),
+        ):
+            with self.subTest(text=text), self.assertRaisesRegex(aiperf_api.UsageError, reason):
+                aiperf_api.parse_endpoint(text)
+
+
+class Inbox:
+    """What a source delivers and notifies, to be waited for."""
+
+    def __init__(self, source: aiperf_api.Source) -> None:
+        self.source = source
+        self.messages: list[list[bytes]] = []
+        self.batches: list[int] = []
+        self.lines: list[str] = []
+        self.changed = asyncio.Event()
+
+    def deliver(self, batch):
+        self.messages += batch
+        self.batches.append(len(batch))
+        self.changed.set()
+
+    def notify(self, line):
+        self.lines.append(line)
+        self.changed.set()
+
+    def start(self):
+        self.source.start(self.deliver, self.notify)
+
+    async def until(self, condition, seconds=30):
+        async def wait():
+            while not condition():
+                self.changed.clear()
+                await self.changed.wait()
+
+        try:
+            await asyncio.wait_for(wait(), seconds)
+        except asyncio.TimeoutError:
+            raise AssertionError(f"{len(self.messages)} messages, lines {self.lines}") from None
+
+    async def has(self, count, seconds=30):
+        """Wait for so many messages."""
+        await self.until(lambda: len(self.messages) >= count, seconds)
+
+    async def tells(self, text):
+        """Wait for a line with this text."""
+        await self.until(lambda: any(text in line for line in self.lines))
+
+    async def tells_lines(self, count):
+        """Wait for so many lines."""
+        await self.until(lambda: len(self.lines) >= count)
+
+
+class RawPublisher:
+    """A publisher made of literal bytes; `handshake` is all that it sends by itself."""
+
+    def __init__(self, handshake: bytes = GREETING_4_3 + READY_XPUB) -> None:
+        self.handshake = handshake
+        self.connections: asyncio.Queue[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = asyncio.Queue()
+        self.writers: list[asyncio.StreamWriter] = []
+
+    async def __aenter__(self):
+        self.server = await asyncio.start_server(self.connected, "127.0.0.1", 0)
+        self.address = f"tcp://127.0.0.1:{self.server.sockets[0].getsockname()[1]}"
+        return self
+
+    async def __aexit__(self, *exc):
+        self.server.close()
+        for writer in self.writers:
+            writer.transport.abort()
+        await asyncio.sleep(0)
+
+    async def connected(self, reader, writer):
+        self.writers.append(writer)
+        writer.write(self.handshake)
+        self.connections.put_nowait((reader, writer))
+
+    async def accept(self):
+        return await asyncio.wait_for(self.connections.get(), 30)
+
+    async def accept_until_cut_off(self):
+        """Let the subscriber end a connection; closing with its bytes unread would throw away what was sent."""
+        reader, writer = await self.accept()
+        with contextlib.suppress(ConnectionError):
+            await asyncio.wait_for(reader.read(), 30)
+        writer.close()
+
+
+HELLO = 64 + 27  # bytes of our greeting and our READY
+
+
+class BuiltinBusSourceTests(unittest.IsolatedAsyncioTestCase):
+    """The source against peers of literal bytes."""
+
+    def open(self, address, **options):
+        source = aiperf_api.BuiltinBusSource(address, **options)
+        self.addAsyncCleanup(source.stop)
+        return Inbox(source)
+
+    def patch(self, **constants):
+        for name, value in constants.items():
+            patcher = mock.patch.object(aiperf_api, name, value)
+            patcher.start()
+            self.addCleanup(patcher.stop)
+
+    async def read(self, reader, wanted: bytes):
+        self.assertEqual(await asyncio.wait_for(reader.readexactly(len(wanted)), 30), wanted)
+
+    async def test_a_prefix_is_told_once_however_often_it_is_subscribed(self):
+        async with RawPublisher() as publisher:
+            inbox = self.open(publisher.address)
+            inbox.source.subscribe(b"ab")
+            inbox.source.subscribe(b"ab")
+            inbox.start()
+            reader, _ = await publisher.accept()
+            await reader.readexactly(HELLO)
+            await self.read(reader, b"\x04\x0c\x09SUBSCRIBEab")
+            inbox.source.subscribe(b"ab")
+            inbox.source.subscribe(b"c")
+            await self.read(reader, b"\x04\x0b\x09SUBSCRIBEc")
+            for _ in range(3):
+                inbox.source.unsubscribe(b"ab")
+            inbox.source.unsubscribe(b"never subscribed")
+            inbox.source.unsubscribe(b"c")
+            await self.read(reader, b"\x04\x09\x06CANCELab\x04\x08\x06CANCELc")
+            self.assertEqual(inbox.source.prefixes, ())
+
+    async def test_a_peer_of_3_0_is_spoken_to_in_3_0_and_never_gets_a_ping(self):
+        self.patch(BUS_HEARTBEAT_SEC=0.002)
+        async with RawPublisher(GREETING_4_1 + READY_PUB) as publisher:
+            inbox = self.open(publisher.address)
+            inbox.source.subscribe(b"ab")
+            inbox.start()
+            reader, _ = await publisher.accept()
+            await reader.readexactly(HELLO)
+            await self.read(reader, b"\x00\x03\x01ab")
+            beats = asyncio.Event()
+            with mock.patch.object(aiperf_api.ZMTPSubscriber, "encode_ping", lambda codec: beats.set() or b""):
+                await asyncio.wait_for(beats.wait(), 30)
+            for _ in range(aiperf_api.BUS_HEARTBEAT_MISSES + 3):
+                self.assertTrue(inbox.source.connected)
+                await asyncio.sleep(0.002)
+            inbox.source.subscribe(b"c")
+            await self.read(reader, b"\x00\x02\x01c")
+
+    async def test_what_is_not_subscribed_any_more_is_dropped_here(self):
+        async with RawPublisher() as publisher:
+            inbox = self.open(publisher.address)
+            inbox.source.subscribe(b"ab")
+            inbox.source.subscribe(b"command$")
+            inbox.start()
+            _, writer = await publisher.accept()
+            writer.write(
+                zmtp_message(b"abc", b"1") + zmtp_message(b"command_response$", b"2") + zmtp_message(b"a", b"3")
+            )
+            writer.write(zmtp_message(b"command$", b"4"))
+            await inbox.has(2)
+            inbox.source.unsubscribe(b"ab")
+            writer.write(zmtp_message(b"abc", b"5") + zmtp_message(b"command$", b"6"))
+            await inbox.has(3)
+            self.assertEqual(inbox.messages, [[b"abc", b"1"], [b"command$", b"4"], [b"command$", b"6"]])
+
+    async def test_a_lost_peer_is_found_again_and_told_the_subscriptions(self):
+        async with RawPublisher() as publisher:
+            inbox = self.open(publisher.address)
+            inbox.start()
+            inbox.source.subscribe(b"first")
+            reader, writer = await publisher.accept()
+            await reader.readexactly(HELLO + 17)
+            inbox.source.subscribe(b"later")
+            writer.close()
+            await inbox.tells_lines(2)
+            self.assertFalse(inbox.source.connected)
+            reader, writer = await publisher.accept()
+            await reader.readexactly(HELLO)
+            await self.read(reader, b"\x04\x0f\x09SUBSCRIBEfirst\x04\x0f\x09SUBSCRIBElater")
+            self.assertEqual(inbox.lines[0], f"connected to {publisher.address} (ZMTP 3.1, XPUB)")
+            self.assertRegex(inbox.lines[1], r"^the bus at tcp://127\.0\.0\.1:\d+ is gone.*; trying until it is back$")
+
+    async def test_a_connection_that_lasts_starts_the_log_and_the_back_off_afresh(self):
+        self.patch(BUS_PROVEN_SEC=0.01, BUS_RETRY_MIN_SEC=0.01)
+        proofs = []
+        prove = aiperf_api.BuiltinBusSource.peer_proven
+
+        def watch(source, peer):
+            source._retry_sec = 99.0
+            prove(source, peer)
+            proofs.append(source._retry_sec)
+            inbox.changed.set()
+
+        with mock.patch.object(aiperf_api.BuiltinBusSource, "peer_proven", watch):
+            async with RawPublisher() as publisher:
+                inbox = self.open(publisher.address)
+                inbox.start()
+                for count in (1, 2, 3):
+                    _, writer = await publisher.accept()
+                    await inbox.until(lambda count=count: len(proofs) == count)
+                    writer.close()
+                    await inbox.tells_lines(2 * count)
+        self.assertEqual(proofs, [0.01] * 3)
+        self.assertEqual(["is gone" in line for line in inbox.lines], [False, True] * 3)
+
+    async def test_the_same_fault_again_and_again_is_told_once_and_retried_for_ever(self):
+        self.patch(BUS_RETRY_MIN_SEC=0.001, BUS_RETRY_MAX_SEC=0.002)
+        for handshake, line in (
+            (b"HTTP/1.1 400 Bad Request\r\n\r\n", "does not speak ZMTP: it began with b'HTTP"),
+            (GREETING_4_3[:12] + b"PLAIN".ljust(20, b"\0") + bytes(32), "the security mechanism b'PLAIN'"),
+            (GREETING_4_3 + b"\x04\x19\x05READY\x0bSocket-Type\0\0\0\x03REP", "a socket of type b'REP'"),
+            (b"\xff\0\0\0\0\0\0\0\x01\x7f\x01\x01", "ZMTP 2"),
+            (b"", "hung up during the handshake"),
+        ):
+            async with RawPublisher(handshake) as publisher:
+                inbox = self.open(publisher.address)
+                inbox.start()
+                for _ in range(5):
+                    if handshake:
+                        await publisher.accept_until_cut_off()
+                    else:
+                        (await publisher.accept())[1].close()
+                self.assertEqual(len(inbox.lines), 1, inbox.lines)
+                self.assertIn(line, inbox.lines[0])
+                await inbox.source.stop()
+        async with RawPublisher(GREETING_4_3 + READY_XPUB + ABC_1 + b"\x08") as publisher:
+            inbox = self.open(publisher.address)
+            inbox.source.subscribe(b"")
+            inbox.start()
+            for _ in range(5):
+                await publisher.accept_until_cut_off()
+            self.assertGreaterEqual(inbox.messages.count([b"abc", b"1"]), 4)
+            self.assertEqual(sum("flags 0x08" in line for line in inbox.lines), 1)
+            self.assertLessEqual(len(inbox.lines), 3, inbox.lines)
+
+    async def test_nobody_there_is_one_line_and_the_wait_grows_to_its_limit(self):
+        self.patch(BUS_RETRY_MIN_SEC=0.001, BUS_RETRY_MAX_SEC=0.004)
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = taken.getsockname()[1]
+        waits = []
+        enough = asyncio.Event()
+        real_sleep = asyncio.sleep
+
+        async def sleep(seconds):
+            waits.append(seconds)
+            if len(waits) == 6:
+                enough.set()
+            await real_sleep(0)
+
+        with mock.patch.object(aiperf_api.asyncio, "sleep", sleep):
+            inbox = self.open(f"tcp://127.0.0.1:{port}")
+            inbox.start()
+            await asyncio.wait_for(enough.wait(), 30)
+            await inbox.source.stop()
+        for wait, base in zip(waits, (0.001, 0.002, 0.004, 0.004, 0.004)):
+            self.assertTrue(base * 0.75 <= wait <= base * 1.25, waits)
+        self.assertEqual(len(inbox.lines), 1)
+        self.assertRegex(inbox.lines[0], r"^no bus at tcp://127\.0\.0\.1:\d+ yet \(.+\); trying until there is one$")
+
+    async def test_a_name_that_cannot_be_is_waited_for_like_one_that_is_not_there_yet(self):
+        inbox = self.open(f"tcp://{'x' * 70}.invalid:5664")
+        inbox.start()
+        await inbox.tells_lines(1)
+        self.assertIn("no bus at", inbox.lines[0])
+
+    async def test_a_silent_peer_gets_pings_and_is_given_up(self):
+        self.patch(BUS_HEARTBEAT_SEC=0.01)
+        async with RawPublisher() as publisher:
+            inbox = self.open(publisher.address)
+            inbox.start()
+            reader, _ = await publisher.accept()
+            await reader.readexactly(HELLO)
+            await self.read(reader, b"\x04\x07\x04PING\0\0" * aiperf_api.BUS_HEARTBEAT_MISSES)
+            with contextlib.suppress(ConnectionError):
+                self.assertEqual(await asyncio.wait_for(reader.read(1), 30), b"")
+            await inbox.tells("left 3 PINGs without an answer")
+            await publisher.accept()
+
+    async def test_a_peer_that_answers_pings_is_kept(self):
+        self.patch(BUS_HEARTBEAT_SEC=0.05)
+        async with RawPublisher() as publisher:
+            inbox = self.open(publisher.address)
+            inbox.start()
+            reader, writer = await publisher.accept()
+            await reader.readexactly(HELLO)
+            for _ in range(10):
+                await self.read(reader, b"\x04\x07\x04PING\0\0")
+                writer.write(b"\x04\x05\x04PONG")
+            self.assertEqual((len(publisher.writers), inbox.source.connected), (1, True))
+
+    async def test_a_peer_is_given_up_after_the_silence_that_its_own_ping_names(self):
+        async with RawPublisher(GREETING_4_3 + READY_XPUB + b"\x04\x07\x04PING\x00\x01") as publisher:
+            inbox = self.open(publisher.address)
+            inbox.start()
+            reader, _ = await publisher.accept()
+            await reader.readexactly(HELLO)
+            await self.read(reader, b"\x04\x05\x04PONG")
+            await inbox.tells("silent for 0.1 s")
+            await publisher.accept()
+
+    async def test_a_peer_that_accepts_and_says_nothing_is_given_up(self):
+        self.patch(BUS_HANDSHAKE_SEC=0.02)
+        async with RawPublisher(GREETING_4_3) as publisher:
+            inbox = self.open(publisher.address)
+            inbox.start()
+            await inbox.tells("did not finish the handshake")
+            await publisher.accept()
+            await publisher.accept()
+
+    async def test_a_peer_that_reads_no_answers_is_cut_off(self):
+        async with RawPublisher() as publisher:
+            inbox = self.open(publisher.address)
+            inbox.start()
+            _, writer = await publisher.accept()
+            flood = zmtp_frame(b"\x04PING\0\0" + b"c" * 16, 4) * 4096
+            with self.assertRaises(ConnectionError):
+                while True:
+                    writer.write(flood)
+                    await asyncio.wait_for(writer.drain(), 30)
+            await inbox.tells("does not read")
+
+    async def test_one_read_with_many_messages_is_spread_over_turns_of_the_loop(self):
+        async with RawPublisher() as publisher:
+            inbox = self.open(publisher.address)
+            inbox.source.subscribe(b"")
+            inbox.start()
+            _, writer = await publisher.accept()
+            sent = [[b"t$", b"%d" % i] for i in range(2_000)]
+            writer.write(b"".join(zmtp_message(*message) for message in sent))
+            await inbox.has(len(sent))
+            self.assertEqual(inbox.messages, sent)
+            self.assertEqual(max(inbox.batches), aiperf_api.BUS_BATCH_MAX)
+
+    async def test_messages_before_a_fault_or_an_end_are_all_delivered(self):
+        for end in (b"", b"\x08", b"\x01\x05cut"):
+            many = b"".join(zmtp_message(b"t$", b"%d" % i) for i in range(1_000))
+            async with RawPublisher(GREETING_4_3 + READY_XPUB + many + end) as publisher:
+                inbox = self.open(publisher.address)
+                inbox.source.subscribe(b"")
+                inbox.start()
+                (await publisher.accept())[1].close()
+                await inbox.has(1_000)
+                self.assertEqual(inbox.messages[:1_000], [[b"t$", b"%d" % i] for i in range(1_000)])
+                await inbox.source.stop()
+
+    async def test_nothing_is_delivered_after_stop(self):
+        async with RawPublisher(GREETING_4_3 + READY_XPUB + ABC_1 * 1_000) as publisher:
+            inbox = self.open(publisher.address)
+            inbox.source.subscribe(b"")
+            inbox.start()
+            await publisher.accept()
+            await inbox.has(1)
+            await inbox.source.stop()
+            count = len(inbox.messages)
+            await asyncio.sleep(0)
+            self.assertEqual((len(inbox.messages), inbox.source.connected), (count, False))
+
+    async def test_it_can_be_stopped_at_any_moment_of_a_connection(self):
+        async with RawPublisher() as publisher:
+            for options in ({}, {"bind": True}):
+                for turns in range(40):
+                    inbox = self.open("tcp://127.0.0.1:0" if options else publisher.address, **options)
+                    inbox.start()
+                    for _ in range(turns):
+                        await asyncio.sleep(0)
+                    await asyncio.wait_for(inbox.source.stop(), 30)
+
+    async def test_a_connection_that_met_itself_is_dropped(self):
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = taken.getsockname()[1]
+        inbox = self.open(f"tcp://127.0.0.1:{port}")
+        loop = asyncio.get_running_loop()
+        end = ("127.0.0.1", port)
+        _, peer = await loop.create_connection(lambda: aiperf_api._BusPeer(inbox.source), *end, local_addr=end)
+        await asyncio.wait_for(peer.gone, 30)
+        self.assertFalse(inbox.source.connected)
+
+    async def test_bound_it_takes_several_publishers_at_once_up_to_its_limit(self):
+        self.patch(BUS_PEERS_MAX=3)
+        inbox = self.open("tcp://127.0.0.1:*", bind=True)
+        inbox.source.subscribe(b"abc")
+        inbox.start()
+        host, port = inbox.source.address[len("tcp://") :].split(":")
+        writers = []
+        for minor in (GREETING_4_1, GREETING_4_3, GREETING_4_3):
+            reader, writer = await asyncio.open_connection(host, int(port))
+            writer.write(minor + READY_PUB)
+            await reader.readexactly(HELLO)
+            await self.read(reader, b"\x00\x04\x01abc" if minor == GREETING_4_1 else b"\x04\x0d\x09SUBSCRIBEabc")
+            writers.append(writer)
+        reader, surplus = await asyncio.open_connection(host, int(port))
+        with contextlib.suppress(ConnectionError):
+            self.assertEqual(await asyncio.wait_for(reader.read(1), 30), b"")
+        surplus.close()
+        for writer in writers:
+            writer.write(ABC_1)
+        await inbox.has(3)
+        writers.pop().close()
+        writers.pop().close()
+        writers[0].write(b"\x08")
+        await inbox.tells_lines(3)
+        self.assertEqual(inbox.lines[0], f"a publisher connected to {inbox.source.address} (ZMTP 3.0, PUB)")
+        self.assertEqual(inbox.lines[1], f"a peer at {inbox.source.address}: a frame with the flags 0x08")
+        self.assertEqual(inbox.lines[2], f"the last publisher at {inbox.source.address} left; waiting for the next")
+        writers[0].close()
+
+    async def test_an_address_in_use_cannot_be_bound_and_says_so_at_once(self):
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            inbox = self.open(f"tcp://127.0.0.1:{taken.getsockname()[1]}", bind=True)
+            with self.assertRaisesRegex(aiperf_api.StartError, "cannot bind tcp://127.0.0.1:"):
+                inbox.start()
+
+    async def test_every_interface_can_be_bound(self):
+        inbox = self.open("tcp://*:0", bind=True)
+        inbox.start()
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(inbox.source.address.rpartition(":")[2]))
+        await reader.readexactly(10)
+        writer.close()
+
+    @unittest.skipUnless(hasattr(socket, "AF_UNIX"), "needs Unix sockets")
+    async def test_a_bound_path_is_taken_over_from_the_dead_but_not_from_the_living(self):
+        with tempfile.TemporaryDirectory() as directory:
+            path = f"{directory}/bus.ipc"
+            with socket.socket(socket.AF_UNIX) as dead:
+                dead.bind(path)
+            inbox = self.open(f"ipc://{path}", bind=True)
+            inbox.start()
+            other = self.open(f"ipc://{path}", bind=True)
+            with self.assertRaisesRegex(aiperf_api.StartError, "cannot bind ipc://"):
+                other.start()
+            reader, writer = await asyncio.open_unix_connection(path)
+            await reader.readexactly(10)
+            writer.close()
+            await inbox.source.stop()
+            self.assertEqual(os.listdir(directory), [])
+            os.close(os.open(path, os.O_CREAT))  # an ordinary file
+            other = self.open(f"ipc://{path}", bind=True)
+            with self.assertRaises(aiperf_api.StartError):
+                other.start()
+            self.assertEqual(os.listdir(directory), ["bus.ipc"])
+
+
+# A proxy as AIPerf has it, between XSUB and XPUB, in a process of its own; it prints where it listens.
+PROXY = """
+import sys, zmq
+context = zmq.Context()
+front, back = context.socket(zmq.XSUB), context.socket(zmq.XPUB)
+for sock in (front, back):
+    sock.linger = 0
+    sock.sndhwm = sock.rcvhwm = 0
+front.bind(sys.argv[1])
+back.bind(sys.argv[2])
+print(*[sock.getsockopt(zmq.LAST_ENDPOINT).decode().strip(chr(0)) for sock in (front, back)])
+sys.stdout.flush()
+zmq.proxy(front, back)
+"""
+# Interpreters whose pyzmq brings another libzmq, such as 4.1 (pyzmq 16), 4.2 (17) and 4.3.2 (18).
+PEER_PYTHONS = [sys.executable, *filter(None, os.environ.get("AIPERF_API_TEST_PYTHONS", "").split(os.pathsep))]
+
+
+def recorded_messages():
+    """The committed recordings; without them, messages of many sizes."""
+    paths = sorted((pathlib.Path(__file__).parent / ".ci" / "recordings").glob("*.jsonl.gz"))
+    for path in paths:
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            rows = [json.loads(line) for line in file]
+        yield path.name, [[row["topic"].encode(), row["payload"].encode()] for row in rows if "topic" in row]
+    yield "sizes", [[b"size.%d$" % size, b"x" * size] for size in (*range(600), 65_535, 65_536, 1_000_000)]
+    yield "frames", [[b"%d" % i] * (i + 1) for i in range(20)]
+
+
+@unittest.skipUnless(zmq, "needs the pyzmq package")
+class BuiltinBusSourceWithLibzmqTests(unittest.IsolatedAsyncioTestCase):
+    """The source against the real thing, in another process."""
+
+    def setUp(self):
+        self.context = zmq.Context()
+        self.addCleanup(self.context.destroy, linger=0)
+        directory = tempfile.TemporaryDirectory()
+        self.addCleanup(directory.cleanup)
+        self.directory = directory.name
+
+    def spawn(self, script, *arguments, python=sys.executable):
+        process = subprocess.Popen(
+            [python, "-c", script, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.addCleanup(process.communicate)
+        self.addCleanup(process.kill)
+        return process
+
+    def proxy(self, front="tcp://127.0.0.1:*", back="tcp://127.0.0.1:*", python=sys.executable):
+        process = self.spawn(PROXY, front, back, python=python)
+        front, back = process.stdout.readline().split()
+        return process, front, back
+
+    def socket(self, kind, **options):
+        sock = self.context.socket(kind)
+        self.addCleanup(sock.close)
+        sock.linger = 0
+        sock.sndhwm = sock.rcvhwm = 0
+        sock.rcvtimeo = 30_000
+        for name, value in options.items():
+            setattr(sock, name, value)
+        return sock
+
+    def publisher(self, address):
+        """An XPUB behind a proxy: it sees the subscriptions arrive."""
+        sock = self.socket(zmq.XPUB)
+        sock.connect(address)
+        return sock
+
+    async def open(self, address, *prefixes, **options):
+        source = aiperf_api.BuiltinBusSource(address, **options)
+        self.addAsyncCleanup(source.stop)
+        for prefix in prefixes:
+            source.subscribe(prefix)
+        inbox = Inbox(source)
+        inbox.start()
+        return inbox
+
+    async def subscribed(self, sock, *prefixes):
+        """Wait until the publisher knows these subscriptions."""
+        missing = {b"\x01" + prefix for prefix in prefixes}
+        while missing:
+            missing.discard(await asyncio.get_running_loop().run_in_executor(None, sock.recv))
+
+    async def test_every_message_comes_as_to_a_sub_socket_of_pyzmq(self):
+        for python in PEER_PYTHONS:
+            _, front, back = self.proxy(python=python)
+            publisher, judge = self.publisher(front), self.socket(zmq.SUB)
+            judge.connect(back)
+            judge.subscribe(b"")
+            judge.subscribe(b"sync-judge")
+            inbox = await self.open(back, b"", b"sync-ours")
+            await self.subscribed(publisher, b"", b"sync-judge", b"sync-ours")
+            for name, messages in recorded_messages():
+                with self.subTest(name, python=python):
+                    for message in messages:
+                        publisher.send_multipart(message)
+                    await inbox.has(len(messages))
+                    self.assertEqual(inbox.messages, messages)
+                    self.assertEqual([judge.recv_multipart() for _ in messages], messages)
+                    inbox.messages.clear()
+            await inbox.source.stop()
+
+    async def test_subscriptions_change_while_messages_flow(self):
+        for python in PEER_PYTHONS:
+            with self.subTest(python=python):
+                await self.change_subscriptions(*self.proxy(python=python)[1:])
+
+    async def change_subscriptions(self, front, back):
+        publisher = self.publisher(front)
+        inbox = await self.open(back, b"kept$")
+        await self.subscribed(publisher, b"kept$")
+        number = 0
+
+        async def flow(until_kept=0, until_changed=0):
+            nonlocal number
+            while kept() < until_kept or len(changed()) < until_changed:
+                publisher.send_multipart([b"kept$", b"%d" % number])
+                publisher.send_multipart([b"changed$", b"%d" % number])
+                number += 1
+                await asyncio.sleep(0)
+
+        def kept():
+            return sum(topic == b"kept$" for topic, _ in inbox.messages)
+
+        def changed():  # the numbers of the messages that the changing subscription has brought
+            return [int(payload) for topic, payload in inbox.messages if topic == b"changed$"]
+
+        await flow(until_kept=50)
+        self.assertEqual(changed(), [])
+        for _ in range(3):
+            before = len(changed())
+            inbox.source.subscribe(b"changed$")
+            inbox.source.subscribe(b"chan")
+            await flow(until_changed=before + 50)
+            inbox.source.unsubscribe(b"chan")
+            await flow(until_changed=before + 100)
+            inbox.source.unsubscribe(b"changed$")
+            after = len(changed())
+            run = changed()[before:]
+            self.assertEqual(run, list(range(run[0], run[0] + len(run))), "whole and in order")
+            await flow(until_kept=number + 100)
+            self.assertEqual(len(changed()), after)
+        numbers = [payload for topic, payload in inbox.messages if topic == b"kept$"]
+        self.assertEqual(numbers, [b"%d" % i for i in range(len(numbers))])
+        await inbox.source.stop()
+
+    async def test_a_proxy_that_is_killed_and_comes_back_is_found_again(self):
+        for python in PEER_PYTHONS:
+            with self.subTest(python=python):
+                process, front, back = self.proxy(python=python)
+                inbox = await self.open(back, b"abc")
+                for life in range(3):
+                    publisher = self.publisher(front)
+                    await self.subscribed(publisher, b"abc")
+                    publisher.send_multipart([b"abc$", b"%d" % life])
+                    await inbox.has(life + 1)
+                    publisher.close()
+                    process.kill()
+                    process.wait()
+                    process, *_ = self.proxy(front, back, python=python)
+                self.assertEqual(inbox.messages, [[b"abc$", b"%d" % life] for life in range(3)])
+                await inbox.source.stop()
+
+    async def test_a_burst_of_a_hundred_thousand_messages_loses_none(self):
+        process = self.spawn(
+            "import sys, zmq\n"
+            "sock = zmq.Context().socket(zmq.XPUB)\n"
+            "sock.sndhwm = 0\n"
+            "print('tcp://127.0.0.1:%d' % sock.bind_to_random_port('tcp://127.0.0.1'), flush=True)\n"
+            "sock.recv()\n"
+            "for number in range(100_000):\n"
+            "    sock.send_multipart([b'burst$', b'%01024d' % number])\n"
+            "sys.stdin.read()\n"
+        )
+        inbox = await self.open(process.stdout.readline().strip(), b"burst$")
+        await inbox.has(100_000, 120)
+        wrong = sum(message != [b"burst$", b"%01024d" % i] for i, message in enumerate(inbox.messages))
+        self.assertEqual((len(inbox.messages), wrong, len(inbox.lines)), (100_000, 0, 1))
+        self.assertLessEqual(max(inbox.batches), aiperf_api.BUS_BATCH_MAX)
+
+    async def test_a_message_of_50_megabytes_comes_whole(self):
+        for python in PEER_PYTHONS:
+            _, front, back = self.proxy(python=python)
+            publisher = self.publisher(front)
+            inbox = await self.open(back, b"")
+            await self.subscribed(publisher, b"")
+            large = os.urandom(1000) * 50_000
+            publisher.send_multipart([b"large$", large])
+            publisher.send_multipart([b"small$", b"1"])
+            await inbox.has(2)
+            self.assertTrue(inbox.messages == [[b"large$", large], [b"small$", b"1"]])
+            await inbox.source.stop()
+
+    async def test_heartbeats_of_libzmq_are_answered(self):
+        publisher = self.socket(zmq.XPUB, heartbeat_ivl=20, heartbeat_timeout=1000, heartbeat_ttl=5000)
+        address = f"tcp://127.0.0.1:{publisher.bind_to_random_port('tcp://127.0.0.1')}"
+        seen = []
+        take_command = aiperf_api.ZMTPSubscriber._take_command
+
+        def watch(codec, body):
+            seen.append(body)
+            inbox.changed.set()
+            take_command(codec, body)
+
+        with mock.patch.object(aiperf_api.ZMTPSubscriber, "_take_command", watch):
+            inbox = await self.open(address, b"")
+            await inbox.until(lambda: sum(body.startswith(b"\x04PING\x00\x32") for body in seen) >= 60)
+        await self.subscribed(publisher, b"")
+        publisher.send_multipart([b"t$", b"1"])
+        await inbox.has(1)
+        self.assertEqual(len(inbox.lines), 1, "one connection, never lost")
+
+    @unittest.skipUnless(hasattr(signal, "SIGSTOP"), "needs SIGSTOP")
+    async def test_a_publisher_that_freezes_is_noticed(self):
+        process, front, back = self.proxy()
+        with mock.patch.object(aiperf_api, "BUS_HEARTBEAT_SEC", 0.05):
+            inbox = await self.open(back, b"")
+            await inbox.until(lambda: inbox.source.connected)
+            process.send_signal(signal.SIGSTOP)
+            await inbox.tells("PINGs without an answer")
+            process.send_signal(signal.SIGCONT)
+            publisher = self.publisher(front)
+            await self.subscribed(publisher, b"")
+            publisher.send_multipart([b"t$", b"1"])
+            await inbox.has(1)
+
+    async def test_bound_it_hears_several_publishers(self):
+        addresses = ["tcp://127.0.0.1:*", "tcp://*:*", f"ipc://{self.directory}/bound.ipc"]
+        if socket.has_ipv6 and aiperf_api.socket.has_dualstack_ipv6():
+            addresses.append("tcp://[::1]:*")
+        if sys.platform.startswith("linux"):
+            addresses.append(f"ipc://@aiperf-api-test-{os.getpid()}")
+        for address in addresses:
+            with self.subTest(address):
+                inbox = await self.open(address, b"abc", bind=True)
+                senders = [self.socket(zmq.XPUB, ipv6=1), self.socket(zmq.XPUB, ipv6=1), self.socket(zmq.XPUB, ipv6=1)]
+                for sender in senders:
+                    sender.connect(inbox.source.address.replace("*", "127.0.0.1"))
+                    await self.subscribed(sender, b"abc")
+                for number, sender in enumerate(senders):
+                    sender.send_multipart([b"abc$", b"%d" % number])
+                    sender.send_multipart([b"else$", b"%d" % number])
+                await inbox.has(3)
+                self.assertEqual({payload for _, payload in inbox.messages}, {b"0", b"1", b"2"})
+                await inbox.source.stop()
+
+    async def test_paths_abstract_names_and_host_names_are_connected_to(self):
+        addresses = ["tcp://127.0.0.1:*", f"ipc://{self.directory}/bus.ipc"]
+        if sys.platform.startswith("linux"):
+            addresses.append(f"ipc://@aiperf-api-test-{os.getpid()}")
+        for address in addresses:
+            publisher = self.socket(zmq.XPUB)
+            publisher.bind(address)
+            bound = publisher.last_endpoint.decode().rstrip("\0")
+            for name in {bound, bound.replace("127.0.0.1", "localhost")}:
+                with self.subTest(name):
+                    inbox = await self.open(name, b"abc")
+                    await self.subscribed(publisher, b"abc")
+                    publisher.send_multipart([b"abc$", b"1"])
+                    await inbox.has(1)
+                    await inbox.source.stop()
+                    publisher.recv()  # the end of the subscription
+
+    async def test_a_server_that_wants_a_password_and_one_that_is_no_publisher_are_named(self):
+        secured = self.socket(zmq.PUB, plain_server=True)
+        other = self.socket(zmq.ROUTER)
+        for sock, reason in ((secured, "mechanism b'PLAIN'"), (other, "type b'ROUTER'")):
+            address = f"tcp://127.0.0.1:{sock.bind_to_random_port('tcp://127.0.0.1')}"
+            inbox = await self.open(address)
+            await inbox.tells_lines(1)
+            self.assertRegex(inbox.lines[0], f"the peer at {address}: .*({reason}|is it a PUB or XPUB socket)")
+            self.assertRegex(inbox.lines[0], "connecting again$")
+            await inbox.source.stop()
+
 
 # -- Child -------------------------------------------------------------------------------------------------------------
 
@@ -3628,10 +4726,18 @@ class ChildPlanDecidesWhereTheBusIs(unittest.TestCase):
         ):
             made = plan(*line.split())
             self.assertTrue(made.is_aiperf, line)
+            self.assertEqual(os.path.basename(aiperf_api.aiperf_word(line.split())), "aiperf")
             self.assertEqual(made.argv[-2:], ("--zmq-ipc-path", "/p"), line)
 
     def test_any_other_command_finds_a_bound_bus_in_its_environment(self) -> None:
-        for line in ("python bench.py", "echo aiperf profile", "aiperf plot", "aiperf", "ssh host aiperf profile"):
+        for line in (
+            "python bench.py",
+            "python bench.py aiperf profile",
+            "echo aiperf profile",
+            "aiperf plot",
+            "aiperf",
+            "ssh h aiperf profile",
+        ):
             made = plan(*line.split(), environ={"X": "y"})
             self.assertEqual(made.argv, tuple(line.split()))
             self.assertEqual(made.environ, {"X": "y", "AIPERF_API_ZMQ_ADDRESS": "ipc:///p/bus.ipc"}, line)
@@ -3792,6 +4898,11 @@ class TheConfigurationOfACommandLine(unittest.TestCase):
         self.assertIs(
             aiperf_api.config_from_argv(["aiperf", "profile", "--streaming=false"])["endpoint"]["streaming"], False
         )
+
+    def test_a_known_secret_is_hidden_wherever_a_configuration_repeats_it(self) -> None:
+        service = aiperf_api.APIService(settings=aiperf_api.Settings(secrets=("sk-very-secret",)))
+        service.configure({"cli_command": "aiperf profile --api-key 'sk-very-secret'"}, "command")
+        self.assertEqual(service.state.config_answer(), {"cli_command": "aiperf profile --api-key '***'"})
 
     def test_other_commands_have_only_their_words(self) -> None:
         self.assertEqual(
@@ -4014,6 +5125,7 @@ class TheVersionOfAnInstalledAIPerf(unittest.TestCase):
             script.write_bytes(b"\x7fELF\xff")
             self.assertEqual(aiperf_api.aiperf_version(str(script)), "")
             self.assertEqual(aiperf_api.aiperf_version(str(root / "missing")), "")
+            self.assertEqual(aiperf_api.aiperf_version(aiperf_api.aiperf_word(["true"])), "")
 
 
 # -- Recordings --
@@ -4051,9 +5163,8 @@ class TestReplayAndRecord(ServiceTestCase):
         service = await self.serve(source=source)
         await self.ended(service)
         self.assertFalse(service.status()["stale"])
-        with unittest.mock.patch.object(
-            aiperf_api.time, "monotonic_ns", lambda later=time.monotonic_ns(): later + 10**10
-        ):
+        later = time.monotonic_ns() + 10**10
+        with unittest.mock.patch.object(aiperf_api.time, "monotonic_ns", lambda: later):
             self.assertTrue(service.status()["stale"])
 
     async def test_what_is_recorded_replays_to_the_same_end(self) -> None:
@@ -4132,7 +5243,7 @@ class TestBoundSources(ServiceTestCase):
                     publisher.connect(service.source.address)
                     self.assertTrue(await asyncio.to_thread(publisher.poll, 5000))
                     publisher.send_multipart([b"system_state_changed$", b'{"state":"configuring"}'])
-                    await self.until(lambda number=number: service.bus.messages == number + 1)
+                    await self.until(lambda bus=service.bus, number=number: bus.messages == number + 1)
 
     def test_endpoints_that_cannot_be_are_refused_with_the_reason(self) -> None:
         for address in ("tcp://", "tcp://host", "tcp://host:99999", "http://x:1", "ipc://" + "x" * 200, "nonsense", ""):
@@ -5791,6 +6902,83 @@ class TestRecordingsThroughARealProxy(ServiceTestCase):
         await self.until(lambda: self.service.status()["state"] == "configuring")
 
 
+class TestExpositionOfRecordings(unittest.TestCase):
+    """/metrics after each message of each recording, in both formats, before judges that know nothing of us."""
+
+    @staticmethod
+    def points(path: Path) -> Iterator[tuple[str, bytes, bytes]]:
+        """(where it is, text 0.0.4, OpenMetrics) after each message."""
+        state, errors = aiperf_api.BenchmarkState(), 0
+        for number, (t_ns, topic, payload) in enumerate(wire_recording(path.name.partition(".")[0]), 1):
+            state.apply(topic.decode().partition("$")[0].partition(".")[0], payload, t_ns)
+            families = aiperf_api.unique_families(aiperf_api.state_families(state, t_ns))
+            errors = max(errors, state.late_errors)
+            yield f"{path.name} {number}", aiperf_api.render_text(families), aiperf_api.render_openmetrics(families)
+        assert errors == 0
+
+    @classmethod
+    def distinct_points(cls) -> Iterator[tuple[str, bytes, bytes]]:
+        """Those at which anything but the values differs from what was there before: one in seven."""
+        seen = set()
+        for path in sorted(RECORDINGS.glob("*.jsonl.gz")):
+            for where, text, openmetrics in cls.points(path):
+                form = frozenset(line.rpartition(b" ")[0] for line in text.splitlines())
+                if form not in seen:
+                    seen.add(form)
+                    yield where, text, openmetrics
+
+    @needs_recordings
+    def test_each_line_has_the_form_of_its_format_at_every_point(self) -> None:
+        number = rb"(?:-?[0-9]+(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?|[+-]Inf|NaN)"
+        label = rb'[a-zA-Z_][a-zA-Z0-9_]*="(?:[^"\\\n]|\\[\\"n])*"'
+        sample = rb"[a-zA-Z_:][a-zA-Z0-9_:]*(?:\{" + label + rb"(?:," + label + rb")*\})? " + number + rb"\n"
+        comment = rb"# (?:HELP|TYPE|UNIT) [a-zA-Z_:][a-zA-Z0-9_:]* [^\n]+\n"
+        exposition = re.compile(rb"(?:" + sample + rb"|" + comment + rb")*")
+        for path in sorted(RECORDINGS.glob("*.jsonl.gz")):
+            for where, text, openmetrics in self.points(path):
+                self.assertTrue(exposition.fullmatch(text), where)
+                self.assertTrue(exposition.fullmatch(openmetrics[: -len(b"# EOF\n")]), where)
+                self.assertTrue(openmetrics.endswith(b"\n# EOF\n"), where)
+
+    @needs_recordings
+    @unittest.skipUnless(prometheus_client, "needs the prometheus_client package")
+    def test_two_parsers_read_the_same_values_out_of_both_formats(self) -> None:
+        for where, text, openmetrics in self.distinct_points():
+            values = [self.values(parse_text(text.decode())), self.values(parse_openmetrics(openmetrics.decode()))]
+            self.assertTrue(values[0] == values[1], where)
+            self.assertGreater(len(values[0]), 10)
+
+    def values(self, families: Iterable[Any]) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+        found: dict[tuple[str, frozenset[tuple[str, str]]], float] = {}
+        for family in families:
+            for sample in family.samples:
+                series = (sample.name, frozenset(sample.labels.items()))
+                self.assertNotIn(series, found)
+                found[series] = sample.value
+        return found
+
+    @needs_recordings
+    @unittest.skipUnless(shutil.which("promtool"), "needs the promtool program")
+    def test_promtool_reads_it(self) -> None:
+        for where, text, _ in self.distinct_points():
+            done = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, check=False)
+            self.assertIn(done.returncode, (0, 3), f"{where}: {done.stderr[:500]!r}")  # 3: advice on names
+
+    @needs_recordings
+    @unittest.skipUnless(shutil.which("promtool"), "needs the promtool program")
+    def test_promtool_reads_openmetrics_at_the_end_of_each_recording(self) -> None:
+        for path in sorted(RECORDINGS.glob("*.jsonl.gz")):
+            *_, (where, _, openmetrics) = self.points(path)
+            # Its reader of OpenMetrics is one of archives, which have a time in each line.
+            lines = (line if line.startswith(b"#") else line + b" 1.0" for line in openmetrics.splitlines())
+            with tempfile.TemporaryDirectory() as folder:
+                archive = Path(folder) / "openmetrics.txt"
+                archive.write_bytes(b"\n".join(lines) + b"\n")
+                command = ["promtool", "tsdb", "create-blocks-from", "openmetrics", str(archive), folder]
+                done = subprocess.run(command, capture_output=True, check=False)
+            self.assertEqual(done.returncode, 0, f"{where}: {done.stderr[:500]!r}")
+
+
 class TestServiceAnswers(ServiceTestCase):
     """What the endpoints say, with messages published in-process."""
 
@@ -5812,7 +7000,9 @@ class TestServiceAnswers(ServiceTestCase):
     async def test_unknown_paths_and_methods_get_json_errors(self) -> None:
         service = await self.serve()
         missing = await self.get(service, "/api/metric")
-        self.assertEqual((missing.status, missing.json["error"]), (404, "not found; did you mean /api/metrics?"))
+        self.assertEqual(
+            (missing.status, missing.json["error"]), (404, "unknown path /api/metric; did you mean /api/metrics?")
+        )
         wrong = await self.get(service, "/api/status", method="DELETE")
         self.assertEqual((wrong.status, wrong.headers["allow"]), (405, "GET, HEAD"))
         self.assertIn("error", wrong.json)
@@ -5941,6 +7131,357 @@ class TestServiceAnswers(ServiceTestCase):
         opened = await client.upgrade(headers={"Sec-WebSocket-Protocol": "aiperf, aiperf.token.s3cret-token"})
         self.assertEqual(opened.status, 101)
 
+    async def test_a_page_opened_with_the_token_gets_a_cookie_for_what_it_loads_and_nothing_else_does(self) -> None:
+        service = await self.serve(token="s3cret-token")
+        page = await self.get(service, "/dashboard?token=s3cret-token")
+        cookie, *attributes = page.headers["set-cookie"].split("; ")
+        self.assertEqual(attributes, ["HttpOnly", "SameSite=Strict"])
+        self.assertNotIn("s3cret", cookie)
+        for path in ("/static/dashboard.css", "/api/status", "/dashboard"):
+            answer = await self.get(service, path, headers={"Cookie": f"other=1; {cookie}"})
+            self.assertEqual(answer.status, 200, path)
+            self.assertNotIn("set-cookie", answer.headers)
+        for wrong in ("aiperf_api=s3cret-token", "aiperf_api=", cookie[:-1], f"x{cookie}"):
+            self.assertEqual((await self.get(service, "/api/status", headers={"Cookie": wrong})).status, 401, wrong)
+        for path in ("/api/status?token=s3cret-token", "/dashboard?token=wrong"):
+            self.assertNotIn("set-cookie", (await self.get(service, path)).headers)
+
+
+class TestDescriptions(ServiceTestCase):
+    """What /openapi.json and /asyncapi.json promise is what the server answers."""
+
+    PATHS = tuple(route.path for route in aiperf_api.ROUTES if route.shape)
+
+    @staticmethod
+    def judge(document: Any, schema: Any) -> Any:
+        """A validator of a schema whose references point into the document."""
+        return jsonschema.Draft202012Validator({"components": {"schemas": document["components"]["schemas"]}, **schema})
+
+    def validators(self) -> dict[str, Any]:
+        document = json.loads(aiperf_api.json_bytes(self.openapi))
+        content = {path: document["paths"][path]["get"]["responses"]["200"]["content"] for path in self.PATHS}
+        return {path: self.judge(document, media["application/json"]["schema"]) for path, media in content.items()}
+
+    async def asyncSetUp(self) -> None:
+        self.service = await self.serve()
+        self.openapi = (await self.get(self.service, "/openapi.json")).json
+
+    async def test_every_reference_leads_somewhere(self) -> None:
+        for path in ("/openapi.json", "/asyncapi.json"):
+            document = (await self.get(self.service, path)).json
+            references = re.findall(r'"\$ref":"#/([^"]+)"', json.dumps(document, separators=(",", ":")))
+            self.assertGreater(len(references), 20)
+            for reference in references:
+                with self.subTest(f"{path} {reference}"):
+                    place = document
+                    for step in reference.split("/"):
+                        place = place[step]
+
+    async def test_every_shape_is_used(self) -> None:
+        text = json.dumps(self.openapi, separators=(",", ":"))
+        for name in self.openapi["components"]["schemas"]:
+            self.assertIn(f'"$ref":"#/components/schemas/{name}"', text)
+
+    async def test_asyncapi_names_each_builtin_message_and_both_ways(self) -> None:
+        document = (await self.get(self.service, "/asyncapi.json")).json
+        self.assertEqual(document["asyncapi"], "3.0.0")
+        schemas = document["components"]["schemas"].values()
+        types = {shape["properties"].get("message_type", {}).get("const") for shape in schemas}
+        self.assertEqual(types - {None}, set(aiperf_api.BUILTIN_MESSAGE_TYPES))
+        self.assertEqual({channel["address"] for channel in document["channels"].values()}, {"/ws", "/api/stream"})
+        operations = document["operations"]
+        self.assertEqual([operations[name]["action"] for name in operations], ["receive", "send", "send"])
+        self.assertNotIn("securitySchemes", document["components"])
+
+    async def test_a_token_shows_in_both_and_health_checks_stay_open(self) -> None:
+        service = await self.serve(token="s3cret-token")
+        bearer = {"Authorization": "Bearer s3cret-token"}
+        openapi = (await self.get(service, "/openapi.json", headers=bearer)).json
+        self.assertEqual(openapi["paths"]["/health"]["get"]["security"], [])
+        self.assertEqual(openapi["paths"]["/metrics"]["get"]["security"], [{"bearer": []}, {"query": []}])
+        asyncapi = (await self.get(service, "/asyncapi.json", headers=bearer)).json
+        self.assertIn("bearer", asyncapi["components"]["securitySchemes"])
+        self.assertIn("security", asyncapi["operations"]["send"])
+
+    @unittest.skipUnless(jsonschema, "needs the jsonschema package")
+    async def test_a_server_that_has_heard_nothing_answers_as_described(self) -> None:
+        for path, validator in self.validators().items():
+            with self.subTest(path):
+                validator.validate((await self.get(self.service, path)).json)
+
+    @needs_recordings
+    @unittest.skipUnless(jsonschema, "needs the jsonschema package")
+    async def test_answers_are_as_described_through_every_recording(self) -> None:
+        validators = self.validators()
+        for path in sorted(RECORDINGS.glob("*.jsonl.gz")):
+            name = path.name.partition(".")[0]
+            messages = wire_recording(name)
+            service = await self.serve()
+            listener = await self.listen(service, "*")
+            points = {1, 5, len(messages) // 3, len(messages) // 2, len(messages) - 2, len(messages)}
+            for number, (t_ns, topic, payload) in enumerate(messages, 1):
+                service.source.now_ns = lambda t_ns=t_ns: t_ns  # type: ignore[method-assign, misc]
+                service._deliver([[topic, payload]])
+                if number in points:
+                    with self.subTest(f"{name} after {number} messages"):
+                        await self.check_answers(service, validators)
+            listener.close()
+            await service.stop()
+
+    async def check_answers(self, service: aiperf_api.APIService, validators: dict[str, Any]) -> None:
+        client = await self.client(service)
+        for path, validator in validators.items():
+            answer = await client.get(path)
+            self.assertEqual(answer.status, 200)
+            validator.validate(answer.json)
+        history = (await client.get("/api/history")).json
+        for tag, about in list(history["tags"].items())[:2]:
+            for query in (f"?tag={quote(tag)}", f"?tag={quote(tag)}&stat={about['stats'][0]}"):
+                validators["/api/history"].validate((await client.get("/api/history" + query)).json)
+        client.close()
+
+    async def test_errors_are_as_described(self) -> None:
+        allowed = self.openapi["components"]["responses"]
+        for path, method, status in (
+            ("/nothing", "GET", 404),
+            ("/api/status", "PUT", 405),
+            ("/api/history?since=x", "GET", 400),
+            ("/api/history?tag=nothing", "GET", 404),
+            ("/ws", "GET", 426),
+        ):
+            answer = await self.get(self.service, path, method=method)
+            self.assertEqual((answer.status, list(answer.json)), (status, ["error"]))
+            self.assertIn(str(status), allowed)
+
+    @needs_recordings
+    @unittest.skipUnless(jsonschema, "needs the jsonschema package")
+    async def test_messages_are_as_described_in_every_recording(self) -> None:
+        document = (await self.get(self.service, "/asyncapi.json")).json
+        schemas = document["components"]["schemas"]
+        by_type = {shape["properties"]["message_type"].get("const"): name for name, shape in schemas.items()
+                   if "message_type" in shape["properties"]}  # fmt: skip
+        validators = {
+            kind: self.judge(document, {"$ref": f"#/components/schemas/{name}"}) for kind, name in by_type.items()
+        }
+        seen = set()
+        for path in sorted(RECORDINGS.glob("*.jsonl.gz")):
+            counts: dict[str, int] = {}
+            for _, topic, payload in wire_recording(path.name.partition(".")[0]):
+                kind = self.service._type_of(topic)
+                counts[kind] = counts.get(kind, 0) + 1
+                if counts[kind] <= 5:
+                    message = json.loads(self.service._prepare(kind, payload))
+                    validators.get(kind, validators[None]).validate(message)
+                    seen.add(kind)
+        self.assertLessEqual(aiperf_api.BUILTIN_MESSAGE_TYPES, seen)
+
+    @unittest.skipUnless(jsonschema, "needs the jsonschema package")
+    async def test_the_protocol_is_as_described(self) -> None:
+        document = (await self.get(self.service, "/asyncapi.json")).json
+        client = await self.listen(self.service, "heartbeat")
+        for message, name in (
+            ({"type": "subscribe", "message_types": ["nothing_of_the_kind"], "snapshot": False}, "Subscribed"),
+            ({"type": "unsubscribe", "message_types": ["heartbeat"]}, "Unsubscribed"),
+            ({"type": "ping"}, "Pong"),
+            ({"type": "sing"}, "ClientError"),
+        ):
+            client.say(message)
+            self.judge(document, {"$ref": f"#/components/schemas/{name}"}).validate(await client.hear())
+
+
+class TestManners(ServiceTestCase):
+    """What people with curl, browsers and proxies meet beside the answers themselves."""
+
+    async def test_the_index_links_to_everything_by_relative_references(self) -> None:
+        service = await self.serve()
+        index = (await self.get(service, "/api")).json
+        hrefs = {name: urljoin("/behind/a/proxy/api", link["href"]) for name, link in index["links"].items()}
+        self.assertEqual(hrefs["status"], "/behind/a/proxy/api/status")
+        self.assertEqual(hrefs["documentation"], "/behind/a/proxy/")
+        routes = {route.path for route in aiperf_api.ROUTES if "{" not in route.path}
+        self.assertEqual({"/" + link["href"].replace("./", "") for link in index["links"].values()}, routes)
+
+    async def test_errors_say_what_to_do(self) -> None:
+        service = await self.serve(token="s3cret-token")
+        refused = await self.get(service, "/api/status")
+        self.assertIn("Authorization: Bearer", refused.json["error"])
+        bearer = {"Authorization": "Bearer s3cret-token"}
+        for path, method, status, words in (
+            ("/api/metric", "GET", 404, "unknown path /api/metric; did you mean /api/metrics?"),
+            ("/api/metrics", "POST", 405, "method not allowed; /api/metrics takes GET, HEAD"),
+            ("/ws", "GET", 426, "websocat ws://"),
+            ("/api/history?tag=nothing", "GET", 404, "/api/history lists"),
+            ("/api/stream?format=xml", "GET", 400, "sse or ndjson"),
+            ("/api/stream?snapshot=maybe", "GET", 400, "0 or 1"),
+        ):
+            with self.subTest(path):
+                answer = await self.get(service, path, method=method, headers=bearer)
+                self.assertEqual(answer.status, status)
+                self.assertIn(words, answer.json["error"])
+
+    async def test_a_browser_that_looks_for_an_icon_finds_one(self) -> None:
+        service = await self.serve()
+        answer = await self.get(service, "/favicon.ico")
+        if service.static:
+            self.assertEqual((answer.status, answer.headers["content-type"]), (200, "image/svg+xml"))
+        with unittest.mock.patch.object(service, "static", {}):
+            self.assertEqual((await self.get(service, "/favicon.ico")).status, 204)
+
+    async def test_an_answer_differs_by_origin_also_where_none_is_sent(self) -> None:
+        service = await self.serve(cors_origins=("https://ui.example",))
+        for headers in ({}, {"Origin": "https://evil.example"}, {"Origin": "null"}):
+            answer = await self.get(service, "/api/status", headers=headers)
+            self.assertEqual(answer.headers["vary"], "Origin")
+            self.assertNotIn("access-control-allow-origin", answer.headers)
+        listed = {"Origin": "https://UI.example"}
+        missing = await self.get(service, "/nothing", headers=listed)
+        self.assertEqual((missing.status, missing.headers["access-control-allow-origin"]), (404, listed["Origin"]))
+
+    async def test_a_preflight_needs_no_token_because_browsers_send_none(self) -> None:
+        service = await self.serve(cors_origins=("https://ui.example",), token="s3cret-token")
+        asked = {"Origin": "https://ui.example", "Access-Control-Request-Method": "GET"}
+        answer = await self.get(service, "/api/stream", method="OPTIONS", headers=asked)
+        self.assertEqual((answer.status, answer.headers["access-control-max-age"]), (204, "600"))
+        for header in ("Authorization", "Last-Event-ID"):
+            self.assertIn(header, answer.headers["access-control-allow-headers"])
+
+    async def test_what_is_unchanged_is_304_compressed_or_not(self) -> None:
+        service = await self.serve()
+        self.feed(service, "run_0_13_success", 40)
+        for path in ("/api/metrics", "/api/docs", "/openapi.json", "/", "/dashboard", "/static/dashboard.js"):
+            with self.subTest(path):
+                first = await self.get(service, path, headers={"Accept-Encoding": "gzip"})
+                if first.status == 404 and not service.static:
+                    continue
+                self.assertEqual(first.headers["cache-control"], "no-cache")
+                self.assertTrue(first.headers["etag"].startswith('W/"'))
+                for headers in ({}, {"Accept-Encoding": "gzip"}):
+                    headers["If-None-Match"] = first.headers["etag"]
+                    again = await self.get(service, path, headers=headers)
+                    self.assertEqual((again.status, again.body), (304, b""))
+                    self.assertEqual(again.headers["etag"], first.headers["etag"])
+                    self.assertNotIn("content-encoding", again.headers)
+                other = await self.get(service, path, headers={"If-None-Match": 'W/"0"'})
+                self.assertEqual(other.status, 200)
+        stale = {"If-None-Match": (await self.get(service, "/api/metrics")).headers["etag"]}
+        rows = [{"tag": f"metric_{n}", "header": "A metric", "unit": "ms", "avg": 1.0} for n in range(30)]
+        service.publish({"message_type": "realtime_metrics", "metrics": rows})
+        self.assertEqual((await self.get(service, "/api/metrics", headers=stale)).status, 200)
+
+    async def test_what_changes_all_the_time_is_not_stored(self) -> None:
+        service = await self.serve()
+        for path in ("/api/status", "/metrics", "/health", "/nothing"):
+            self.assertEqual((await self.get(service, path)).headers["cache-control"], "no-store")
+
+    async def test_who_finds_no_room_is_told_when_to_come_back(self) -> None:
+        service = await self.serve(ws_max_connections=0)
+        stream = await self.get(service, "/api/stream")
+        self.assertEqual((stream.status, stream.headers["retry-after"]), (503, "5"))
+        service.source.connected = False
+        ready = await self.get(service, "/readyz")
+        self.assertEqual((ready.status, ready.headers["retry-after"]), (503, "2"))
+
+    async def test_the_access_log_is_quoted_and_bounded(self) -> None:
+        service = await self.serve(token="s3cret-token")
+        with self.assertLogs(aiperf_api.log, "DEBUG") as logged:
+            agent = 'curl" 200 "\x1b[2J' + "x" * 3000
+            await self.get(service, "/api/status?token=s3cret-token&x=%0d%0a", headers={"User-Agent": agent[:11]})
+            await self.get(service, "/" + "y" * 3000, headers={"User-Agent": "a" * 3000})
+        first, second = (record.getMessage() for record in logged.records if "GET" in record.getMessage())
+        self.assertRegex(first, r'^127\.0\.0\.1:\d+ "GET /api/status\?token=\*\*\*&x=%0d%0a" 200 "curl\\" 200 \\""$')
+        self.assertLess(len(second), 600)
+        self.assertRegex(second, r'^127\.0\.0\.1:\d+ "GET /y{190,}\.\.\." 404 "a{190,}\.\.\."$')
+
+    async def test_nothing_is_logged_of_requests_at_the_usual_level(self) -> None:
+        service = await self.serve()
+        with self.assertLogs(aiperf_api.log, "INFO") as logged:
+            aiperf_api.log.info("assertLogs wants one line")
+            await self.get(service, "/api/status")
+        self.assertEqual(len(logged.records), 1)
+
+    @unittest.skipUnless(hasattr(socket, "AF_INET6") and socket.has_dualstack_ipv6(), "needs IPv6")
+    async def test_two_colons_listen_on_both_kinds_of_address(self) -> None:
+        service = await self.serve(host="::")
+        port = int(service.url.rpartition(":")[2])
+        self.assertEqual(service.url, f"http://[::]:{port}")
+        for host in ("127.0.0.1", "::1"):
+            client = Client(*await asyncio.open_connection(host, port))
+            self.addCleanup(client.close)
+            self.assertEqual((await client.get("/health")).body, b"ok\n")
+
+
+@unittest.skipUnless(hasattr(socket, "AF_UNIX"), "needs Unix sockets")
+class TestUnixSocket(ServiceTestCase):
+    """--api-unix: a socket that only its owner opens, and that no server takes from another."""
+
+    async def asyncSetUp(self) -> None:
+        self.folder = tempfile.mkdtemp(prefix="aa", dir="/tmp")  # a path of at most 103 bytes
+        self.addCleanup(shutil.rmtree, self.folder)
+        self.path = os.path.join(self.folder, "api.sock")
+        self.file = Path(self.path)
+
+    async def ask(self, path: str = "/api/status", host: str = "localhost") -> Answer:
+        client = Client(*await asyncio.open_unix_connection(self.path))
+        client.send(f"GET {path} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+        answer = await client.read_answer()
+        client.close()
+        return answer
+
+    async def test_it_answers_whatever_the_host_and_only_to_its_owner(self) -> None:
+        service = await self.serve(unix_path=self.path)
+        self.assertEqual(os.stat(self.path).st_mode & 0o777, 0o600)
+        self.assertEqual((await self.ask(host="any.name")).status, 200)
+        self.assertEqual((await self.get(service, "/api/status", headers={"Origin": "http://x"})).status, 200)
+        await service.stop()
+        self.assertEqual(os.listdir(self.folder), [])
+
+    async def test_without_a_port_it_is_all_there_is(self) -> None:
+        service = await self.serve(settings=aiperf_api.Settings(port=None, unix_path=self.path))
+        self.assertEqual(service.url, f"unix:{self.path}")
+        self.assertEqual((await self.ask("/health")).body, b"ok\n")
+
+    async def test_a_live_one_is_never_taken(self) -> None:
+        await self.serve(unix_path=self.path)
+        with self.assertRaisesRegex(aiperf_api.StartError, "another server listens there"):
+            await self.serve(unix_path=self.path)
+        self.assertEqual((await self.ask()).status, 200)
+
+    async def test_a_dead_one_is_replaced(self) -> None:
+        with socket.socket(socket.AF_UNIX) as dead:
+            dead.bind(self.path)
+        await self.serve(unix_path=self.path)
+        self.assertEqual((await self.ask()).status, 200)
+
+    async def test_what_is_no_socket_stays(self) -> None:
+        self.file.write_text("precious")
+        with self.assertRaisesRegex(aiperf_api.StartError, "is not a socket"):
+            await self.serve(unix_path=self.path)
+        self.assertEqual(self.file.read_text(), "precious")
+        os.unlink(self.path)
+        os.symlink("/nowhere", self.path)
+        with self.assertRaisesRegex(aiperf_api.StartError, "is not a socket"):
+            await self.serve(unix_path=self.path)
+
+    async def test_at_the_end_only_its_own_is_removed(self) -> None:
+        first = await self.serve(unix_path=self.path)
+        os.unlink(self.path)
+        await self.serve(unix_path=self.path)
+        await first.stop()
+        self.assertEqual((await self.ask()).status, 200)
+
+    async def test_a_path_that_cannot_be_is_one_line(self) -> None:
+        for path in (self.path + "/below", "/tmp/" + "x" * 200):
+            with self.assertRaisesRegex(aiperf_api.StartError, "cannot listen on [^\n]+$"):
+                await self.serve(unix_path=path)
+
+    @unittest.skipUnless(shutil.which("curl"), "needs the curl program")
+    async def test_curl_reaches_it(self) -> None:
+        await self.serve(unix_path=self.path)
+        command = ("curl", "-sS", "--unix-socket", self.path, "http://aiperf/api/status")
+        curl = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE)
+        output, _ = await asyncio.wait_for(curl.communicate(), 10)
+        self.assertEqual(json.loads(output)["state"], "waiting")
+
 
 class TestWebSocketProtocol(ServiceTestCase):
     """subscribe, unsubscribe, ping, and what is wrong."""
@@ -6046,6 +7587,13 @@ class TestWebSocketProtocol(ServiceTestCase):
         self.assertEqual(await idle.read_to_end(), b"")
 
 
+def service_sweeps(service: aiperf_api.APIService) -> bool:
+    """Have a service look at its connections now, rather than within a second."""
+    for connection in list(service.connections):
+        connection.check(time.monotonic())
+    return True
+
+
 class TestStreams(ServiceTestCase):
     """`curl -N` on /api/stream."""
 
@@ -6055,6 +7603,13 @@ class TestStreams(ServiceTestCase):
         client.send(f"GET /api/stream{query} HTTP/1.1\r\nHost: localhost\r\n{lines}\r\n".encode())
         self.head = await client.read_answer("HEAD")
         return client
+
+    async def leave(self, service: aiperf_api.APIService, *clients: Client) -> None:
+        """Close streams as curl does at Ctrl-C, and wait until the server knows."""
+        stay = len(service.hub.subscribers) - len(clients)
+        for client in clients:
+            client.writer.close()
+        await self.until(lambda: service_sweeps(service) and len(service.hub.subscribers) == stay)
 
     async def read_event(self, client: Client) -> dict[str, str]:
         text = (await client.within(client.reader.readuntil(b"\n\n"))).decode()
@@ -6096,6 +7651,268 @@ class TestStreams(ServiceTestCase):
         service = await self.serve()
         for query in ("?format=xml", "?types=" + "x" * 200, "?types=a%0Ab"):
             self.assertEqual((await self.get(service, "/api/stream" + query)).status, 400, query)
+
+    async def test_head_shows_what_get_would_begin_with_and_ends(self) -> None:
+        service = await self.serve()
+        for query, kind in (("", "text/event-stream"), ("?format=ndjson", "application/x-ndjson")):
+            client = await self.client(service)
+            answer = await client.get("/api/stream" + query, method="HEAD")
+            self.assertEqual((answer.status, answer.headers["content-type"]), (200, kind))
+            self.assertEqual(answer.headers["connection"], "close")
+            self.assertEqual(await client.read_to_end(), b"")
+        self.assertEqual(service.hub.subscribers, {})
+
+    async def test_an_http_1_0_client_is_served_too(self) -> None:
+        service = await self.serve()
+        client = await self.client(service)
+        client.send(b"GET /api/stream?format=ndjson HTTP/1.0\r\n\r\n")
+        head = await client.within(client.reader.readuntil(b"\r\n\r\n"))
+        self.assertNotIn(b"chunked", head.lower())
+        service.publish({"message_type": "heartbeat", "n": 1})
+        self.assertEqual(json.loads(await client.within(client.reader.readline()))["n"], 1)
+
+    async def test_a_token_may_stand_in_the_header_or_the_query(self) -> None:
+        service = await self.serve(token="s3cret-token")
+        await self.open(service)
+        self.assertEqual(self.head.status, 401)
+        await self.open(service, Authorization="Bearer s3cret-token")
+        self.assertEqual(self.head.status, 200)
+        await self.open(service, "?token=s3cret-token")
+        self.assertEqual(self.head.status, 200)
+
+    async def test_a_stream_may_begin_with_the_next_message(self) -> None:
+        service = await self.serve()
+        service.publish({"message_type": "heartbeat", "n": 1})
+        client = await self.open(service, "?snapshot=0")
+        service.publish({"message_type": "heartbeat", "n": 2})
+        await self.read_event(client)
+        self.assertEqual(json.loads((await self.read_event(client))["data"])["n"], 2)
+
+    async def test_a_quiet_event_stream_has_comments_and_is_not_timed_out(self) -> None:
+        service = await self.serve()
+        client = await self.open(service)
+        await self.read_event(client)
+        (connection,) = service.connections
+        now = time.monotonic()
+        for after in (16, 17, 32, 3600):
+            connection.check(now + after)
+        text = await client.within(client.reader.readexactly(3 * len(b": keepalive\n\n")))
+        self.assertEqual(text, b": keepalive\n\n" * 3)
+        service.publish({"message_type": "heartbeat", "n": 1})
+        self.assertEqual((await self.read_event(client))["event"], "heartbeat")
+
+    async def test_a_reader_that_has_left_is_noticed_without_a_message(self) -> None:
+        service = await self.serve()
+        for query in ("", "?format=ndjson"):
+            await self.leave(service, await self.open(service, query))
+        self.assertEqual(service.hub.subscribers, {})
+
+    async def test_a_reader_that_has_half_closed_is_served_on(self) -> None:
+        service = await self.serve()
+        client = await self.open(service, "?format=ndjson")
+        client.writer.write_eof()
+        (connection,) = service.connections
+        await self.until(lambda: connection._eof)
+        connection.check(time.monotonic() + 16)
+        service.publish({"message_type": "heartbeat", "n": 5})
+        line = await client.within(client.reader.readuntil(b"}\n"))
+        self.assertEqual(json.loads(line)["n"], 5)
+
+    async def test_slow_readers_are_told_what_they_missed_and_get_the_newest(self) -> None:
+        service = await self.serve()
+        total = 40
+        with unittest.mock.patch.object(aiperf_api, "CLIENT_SOFT_MARK_BYTES", 300_000):
+            client = await self.open(service, "?types=worker_status_summary,heartbeat")
+            (connection,) = service.connections
+            filler = {f"worker_{n:05}": "healthy" for n in range(10_000)}
+            published = 0
+            while published < total or not connection.paused:  # until the kernel takes no more, and then some
+                message = {"message_type": "worker_status_summary", "worker_statuses": filler, "n": published}
+                service.publish(message)
+                published += 1
+                await asyncio.sleep(0)
+            for _ in range(10):
+                service.publish({**message, "n": published})
+                published += 1
+            service.publish({"message_type": "heartbeat", "n": "event"})
+        heard, missed = [], 0
+        await self.read_event(client)
+        while not heard or heard[-1] != "event":
+            event = await self.read_big_event(client)
+            if event["event"] == "skipped":
+                missed += json.loads(event["data"])["counts"]["worker_status_summary"]
+            else:
+                heard.append(json.loads(event["data"])["n"])
+        self.assertGreater(missed, 0)
+        self.assertEqual(len(heard) - 1 + missed, published)
+        self.assertEqual(heard[-2], published - 1)
+        self.assertEqual(heard[:-1], sorted(heard[:-1]))
+
+    async def read_big_event(self, client: Client) -> dict[str, str]:
+        lines: list[str] = []
+        while not lines or lines[-1]:
+            size = b""
+            while not size.endswith(b"\n"):
+                try:
+                    size += await client.within(client.reader.readuntil(b"\n"))
+                except asyncio.LimitOverrunError as error:
+                    size += await client.within(client.reader.readexactly(error.consumed))
+            lines.append(size.decode().rstrip("\n"))
+        return dict(line.partition(": ")[::2] for line in lines[:-1])
+
+    async def test_beyond_what_is_kept_a_resumed_stream_begins_with_the_snapshot(self) -> None:
+        service = await self.serve()
+        client = await self.open(service)
+        await self.read_event(client)
+        with unittest.mock.patch.object(aiperf_api, "RESUME_MESSAGES_MAX", 5):
+            for n in range(4):
+                service.publish({"message_type": "heartbeat", "n": n})
+            ids = [(await self.read_event(client))["id"] for _ in range(4)]
+            for n in range(4, 9):  # message 4 of 0..8 is now the oldest that is kept
+                service.publish({"message_type": "status" if n == 6 else "heartbeat", "n": n})
+        for seen, expected in ((3, [4, 5, 6, 7, 8]), (2, [6, 8]), (0, [6, 8])):
+            again = await self.open(service, Last_Event_ID=ids[seen])
+            await self.read_event(again)
+            got = [json.loads((await self.read_event(again))["data"])["n"] for _ in expected]
+            self.assertEqual(got, expected, f"after {seen}")
+
+    async def test_ids_of_another_server_or_of_the_future_get_the_snapshot(self) -> None:
+        service = await self.serve()
+        service.publish({"message_type": "heartbeat", "n": 1})
+        epoch = f"{service.started_ns:x}"
+        for event_id in ("0-1", f"{epoch}-99", f"{epoch}-", f"{epoch}--1", f"{epoch}-" + "9" * 40, f"{epoch}-\u0661"):
+            client = await self.open(service, "?last_event_id=" + quote(event_id))
+            await self.read_event(client)
+            self.assertEqual(json.loads((await self.read_event(client))["data"])["n"], 1, event_id)
+
+    async def test_what_came_while_nobody_listened_is_resumed_as_clients_should_see_it(self) -> None:
+        service = await self.serve()
+        client = await self.open(service, "?types=realtime_metrics")
+        await self.read_event(client)
+        rows = [{"tag": "request_latency", "unit": "ns", "avg": 2e6, "p99": None}, {"tag": "min_request_timestamp"}]
+        message = {"message_type": "realtime_metrics", "api_key": "sk-0123456789", "metrics": rows}
+        service.publish(message)
+        first = await self.read_event(client)
+        await self.leave(service, client)
+        service.publish(message)
+        again = await self.open(service, "?types=realtime_metrics", Last_Event_ID=first["id"])
+        await self.read_event(again)
+        second = await self.read_event(again)
+        self.assertEqual(second["data"], first["data"])
+        self.assertEqual(json.loads(second["data"])["metrics"], [{"tag": "request_latency", "unit": "ms", "avg": 2.0}])
+        self.assertNotIn("sk-0123456789", second["data"])
+
+    async def test_the_bus_goes_on_bringing_what_a_stream_took_for_a_while(self) -> None:
+        source = SpySource()
+        service = await self.serve(source=source)
+        client = await self.open(service, "?types=heartbeat")
+        self.assertIn(b"heartbeat$", source.topics)
+        await self.leave(service, client)
+        self.assertIn(b"heartbeat$", source.topics)
+        again = await self.open(service, "?types=heartbeat")
+        self.assertEqual(source.orders.count(("+", b"heartbeat$")), 1)  # it was never gone
+        await self.leave(service, again)
+        service._release_held(time.monotonic() + aiperf_api.RESUME_HOLD_SEC - 1)
+        self.assertIn(b"heartbeat$", source.topics)
+        service._release_held(time.monotonic() + aiperf_api.RESUME_HOLD_SEC + 1)
+        self.assertNotIn(b"heartbeat$", source.topics)
+
+    async def test_what_another_client_still_takes_is_not_given_up(self) -> None:
+        source = SpySource()
+        service = await self.serve(source=source)
+        stream, listener = await self.open(service, "?types=heartbeat"), await self.listen(service, "heartbeat")
+        await self.leave(service, stream)
+        service._release_held(time.monotonic() + 3600)
+        self.assertIn(b"heartbeat$", source.topics)
+        listener.close()
+        await self.until(lambda: b"heartbeat$" not in source.topics)
+
+
+class SpySource(aiperf_api.Source):
+    """A source that brings nothing and remembers what was asked of it."""
+
+    def __init__(self) -> None:
+        super().__init__("tcp", "nowhere")
+        self.topics: set[bytes] = set()
+        self.orders: list[tuple[str, bytes]] = []
+
+    def subscribe(self, prefix: bytes) -> None:
+        self.orders.append(("+", prefix))
+        self.topics.add(prefix)
+
+    def unsubscribe(self, prefix: bytes) -> None:
+        self.orders.append(("-", prefix))
+        self.topics.discard(prefix)
+
+
+@needs_recordings
+@unittest.skipUnless(shutil.which("curl"), "needs the curl program")
+class TestStreamsThroughCurl(ServiceTestCase):
+    """curl -N on a replayed run."""
+
+    RECORDING = "run_0_13_gpu_and_server_metrics"
+
+    async def asyncSetUp(self) -> None:
+        self.service = await self.serve()
+        messages = wire_recording(self.RECORDING)
+        self.expected = [json.loads(self.prepared(topic, payload)) for _, topic, payload in messages]
+
+    def prepared(self, topic: bytes, payload: bytes) -> bytes:
+        return self.service._prepare(self.service._type_of(topic), self.service._scrub(payload))
+
+    async def curl(self, *arguments: str) -> asyncio.subprocess.Process:
+        before = len(self.service.hub.subscribers)
+        command = ("curl", "-sSN", *arguments, self.service.url + "/api/stream")
+        process = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE, limit=1 << 20)
+        self.addCleanup(lambda: process.returncode is None and process.kill())
+        await self.until(lambda: len(self.service.hub.subscribers) > before)
+        return process
+
+    async def lines(self, process: asyncio.subprocess.Process) -> list[str]:
+        assert process.stdout is not None
+        return (await asyncio.wait_for(process.stdout.read(), 20)).decode().split("\n")
+
+    async def test_every_message_comes_in_order_as_events_and_as_lines(self) -> None:
+        events, lines = await self.curl(), await self.curl("-H", "Accept: application/x-ndjson")
+        self.feed(self.service, self.RECORDING)
+        reading = asyncio.gather(self.lines(events), self.lines(lines))
+        sent = list(self.service.hub.subscribers.values())
+        await self.until(lambda: not any(client.outstanding for client in sent))
+        await self.service.stop()
+        from_events, from_lines = await reading
+        data = [line[len("data: ") :] for line in from_events if line.startswith("data: ")]
+        for got in (data, [line for line in from_lines if line]):
+            self.assertEqual(len(got), len(self.expected))
+            self.assertTrue([json.loads(line) for line in got] == self.expected, "they are not the same")
+        self.assertEqual([await process.wait() for process in (events, lines)], [0, 0])
+
+    async def test_cut_off_again_and_again_and_resumed_it_misses_none(self) -> None:
+        messages = wire_recording(self.RECORDING)
+        got: list[Any] = []
+        last_id, place = "", 0
+        while place < len(messages):
+            process = await self.curl(*(("-H", f"Last-Event-ID: {last_id}") if last_id else ()))
+            assert process.stdout is not None
+            for _, topic, payload in messages[place : place + 9]:
+                self.service._deliver([[topic, payload]])
+            place = min(place + 9, len(messages))
+            while len(got) < place - 2:  # two of each nine are still on their way when it is cut off
+                line = (await asyncio.wait_for(process.stdout.readline(), 10)).decode().rstrip("\n")
+                if line.startswith("id: "):
+                    next_id = line[len("id: ") :]
+                elif line.startswith("data: "):
+                    last_id = next_id
+                    got.append(json.loads(line[len("data: ") :]))
+            process.kill()
+            await process.wait()
+            await self.until(lambda: service_sweeps(self.service) and not self.service.hub.subscribers)
+        process = await self.curl("-H", f"Last-Event-ID: {last_id}")
+        await self.until(lambda: not any(client.outstanding for client in self.service.hub.subscribers.values()))
+        await self.service.stop()
+        rest = [line[len("data: ") :] for line in await self.lines(process) if line.startswith("data: ")]
+        got += [json.loads(line) for line in rest]
+        self.assertEqual(len(got), len(self.expected))
+        self.assertTrue(got == self.expected, "they are not the same")  # and no diff of a megabyte
 
 
 class TestSecurity(WireTestCase):
@@ -6533,7 +8350,910 @@ class TestCommandLine(unittest.TestCase):
         self.assertNotIn("hush", "".join(lines))
 
 
+class TestClient(ServiceTestCase):
+    """get, watch and top, against a server in the same process and against what is none."""
+
+    async def asyncSetUp(self) -> None:
+        self.service = await self.serve()
+
+    async def call(self, *words: str, **environ: str) -> tuple[int, str, str]:
+        """(exit code, standard output, standard error) of a client command; it blocks, so it runs beside the loop."""
+        output, errors = io.StringIO(), io.StringIO()
+
+        def run() -> int:
+            variables = unittest.mock.patch.dict(os.environ, {"AIPERF_API_URL": self.service.url, **environ})
+            with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors), variables:
+                return aiperf_api.main(words)
+
+        code = await asyncio.wait_for(asyncio.get_running_loop().run_in_executor(None, run), 20)
+        return code, output.getvalue(), errors.getvalue()
+
+    async def start(self, *words: str) -> asyncio.subprocess.Process:
+        """A client command in a process of its own."""
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, aiperf_api.__file__, *words, "--url", self.service.url),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            limit=1 << 20,
+        )
+        self.addAsyncCleanup(self.end, process)
+        return process
+
+    async def end(self, process: asyncio.subprocess.Process) -> None:
+        if process.returncode is None:
+            process.kill()
+        await process.communicate()
+
+    async def line(self, stream: Optional[asyncio.StreamReader]) -> str:
+        assert stream is not None
+        return (await asyncio.wait_for(stream.readline(), 20)).decode().rstrip("\n")
+
+    async def foreign_server(self, answer: bytes) -> str:
+        """The URL of a server that answers anything with these bytes."""
+
+        async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(answer)
+            writer.close()
+
+        server = await asyncio.start_server(talk, "127.0.0.1", 0)
+        self.addCleanup(server.close)
+        return f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+
+    # get
+
+    async def test_get_prints_what_the_server_answers(self) -> None:
+        self.feed(self.service, "run_0_13_gpu_and_server_metrics", 60)
+        for name in aiperf_api._answers():
+            with self.subTest(name):
+                code, output, errors = await self.call("get", name)
+                self.assertEqual((code, errors), (0, ""))
+                path = "/api" if name == "api" else f"/api/{name}"
+                volatile = ("clients", "status", "progress")
+                if name not in volatile:
+                    self.assertEqual(json.loads(output), (await self.get(self.service, path)).json)
+                self.assertTrue(output.startswith("{\n  "), output[:20])
+                self.assertEqual((await self.call("get", name, "--table"))[0], 0)
+
+    async def test_get_takes_arguments(self) -> None:
+        self.feed(self.service, "run_0_13_success", 60)
+        code, output, _ = await self.call("get", "history", "tag=request_latency", "stat=p99")
+        self.assertEqual((code, json.loads(output)["stat"]), (0, "p99"))
+        code, output, errors = await self.call("get", "history", "tag=no&such=thing ?#")
+        self.assertEqual((code, output), (1, ""))
+        self.assertIn("/api/history lists", errors)
+
+    async def test_a_table_has_a_row_for_each_thing(self) -> None:
+        rows = [{"tag": "request_latency", "header": "Request Latency", "unit": "ms", "avg": 2.5, "p99": 4}]
+        self.service.publish({"message_type": "realtime_metrics", "metrics": rows})
+        _, output, _ = await self.call("get", "metrics", "--table")
+        self.assertIn("\nfinal           false\n", output)
+        self.assertEqual(
+            output.partition("metrics:\n")[2].splitlines(),
+            ["                 header           unit   avg  p99", "request_latency  Request Latency  ms    2.50    4"],
+        )
+
+    async def test_points_of_a_series_are_a_table(self) -> None:
+        lines = aiperf_api.table_lines(
+            {"tag": "t", "points": [[1, 0.5], [2, None]], "empty": {}, "deep": {"a": {"b": 1}}}
+        )
+        self.assertEqual(
+            lines, ["tag  t", "", "points:", "   0     1", "0  1  0.50", "1  2     -", "", "deep:", "   b", "a  1"]
+        )
+
+    async def test_the_server_may_be_named_in_many_ways(self) -> None:
+        port = self.service.url.rpartition(":")[2]
+        for url in (f"127.0.0.1:{port}", f"localhost:{port}", f"http://127.0.0.1:{port}/", self.service.url):
+            self.assertEqual((await self.call("get", "status", "--url", url))[0], 0, url)
+        self.assertEqual((await self.call("get", "status", AIPERF_API_URL=f"127.0.0.1:{port}"))[0], 0)
+
+    @unittest.skipUnless(hasattr(socket, "AF_UNIX"), "needs Unix sockets")
+    async def test_a_unix_socket_is_a_server_like_any_other(self) -> None:
+        folder = tempfile.mkdtemp(prefix="aa", dir="/tmp")
+        self.addCleanup(shutil.rmtree, folder)
+        await self.serve(unix_path=f"{folder}/s")
+        self.assertEqual((await self.call("get", "status", "--url", f"unix:{folder}/s"))[0], 0)
+        code, _, errors = await self.call("get", "status", "--url", f"unix:{folder}/none")
+        self.assertEqual((code, errors), (1, f"aiperf-api: unix:{folder}/none: No such file or directory\n"))
+
+    async def test_a_token_comes_from_the_flag_or_the_environment(self) -> None:
+        service = await self.serve(token="s3cret-token")
+        code, _, errors = await self.call("get", "status", "--url", service.url)
+        self.assertEqual(code, 1)
+        self.assertRegex(errors, r"\Aaiperf-api: \S+/api/status: 401 a token is needed[^\n]+\n\Z")
+        given = ("get", "status", "--url", service.url)
+        self.assertEqual((await self.call(*given, "--token", "s3cret-token"))[0], 0)
+        self.assertEqual((await self.call(*given, AIPERF_API_TOKEN="s3cret-token"))[0], 0)
+
+    async def test_what_cannot_be_reached_is_one_line_and_exit_1(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as closed:
+            refused = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        html = await self.foreign_server(b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n\r\n<html>\x1b[2J")
+        nonsense = await self.foreign_server(b"SSH-2.0-OpenSSH_9.2\r\n")
+        short = await self.foreign_server(b"HTTP/1.1 200 OK\r\nContent-Length: 50\r\n\r\n{}")
+        error = await self.foreign_server(b"HTTP/1.1 502 Bad Gateway\r\n\r\n<h1>\x1b[2J down</h1>")
+        other = await self.foreign_server(b"HTTP/1.1 200 OK\r\n\r\n[1]")
+        for url, words in (
+            (refused, "is the server running there"),
+            ("http://nowhere.invalid:1", ""),
+            (html, "the answer is not JSON"),
+            (nonsense, "SSH-2.0"),
+            (short, "IncompleteRead"),
+            (error, r"502 <h1>\\x1b\[2J down</h1>"),
+        ):
+            for command in (("get", "status"), ("top", "--once"), ("watch", "--once")):
+                with self.subTest(f"{command} {words}"):
+                    code, output, errors = await self.call(*command, "--url", url)
+                    if command[0] == "watch" and url in (html, short):
+                        continue  # a stream of no events is a stream
+                    self.assertEqual((code, output), (1, ""))
+                    self.assertRegex(errors, rf"\Aaiperf-api: [^\n]*{words}[^\n]*\n\Z")
+        code, _, errors = await self.call("top", "--once", "--url", other)
+        self.assertEqual(code, 1)
+        self.assertIn("not the answers of aiperf-api", errors)
+
+    async def test_wrong_usage_is_one_line_and_exit_2(self) -> None:
+        for words in (
+            ("get",),
+            ("get", "statsu"),
+            ("get", "status", "pretty"),
+            ("get", "status", "--nonsense"),
+            ("get", "status", "--url", "ftp://x"),
+            ("get", "status", "--url", "http://"),
+            ("get", "status", "--url", "http://h:99999"),
+            ("get", "status", "--url", "http://h/a b"),
+            ("get", "status", "--url", "http://h\r\nX: y"),
+            ("top", "--interval", "0"),
+            ("top", "--interval", "1e3"),
+            ("top", "stray"),
+        ):
+            with self.subTest(words):
+                code, output, errors = await self.call(*words)
+                self.assertEqual((code, output), (2, ""))
+                self.assertRegex(errors, r"\Aaiperf-api: [^\n]+\n\Z")
+        self.assertIn("did you mean status?", (await self.call("get", "statsu"))[2])
+
+    async def test_each_command_explains_itself(self) -> None:
+        for command in aiperf_api.CLIENT_COMMANDS:
+            process = await self.start(command, "--help")
+            output, _ = await asyncio.wait_for(process.communicate(), 20)
+            self.assertEqual(process.returncode, 0)
+            for word in (b"usage: aiperf-api " + command.encode(), b"--url", b"AIPERF_API_TOKEN"):
+                self.assertIn(word, output)
+
+    async def test_nothing_on_the_bus_drives_the_terminal(self) -> None:
+        evil = "w\x1b[2J\x9b2J\u202e\x07\u2028"
+        self.service.publish({"message_type": "worker_status_summary", "worker_statuses": {evil: evil}})
+        _, output, _ = await self.call("get", "workers")
+        self.assertEqual(json.loads(output)["worker_statuses"], {evil: evil})
+        _, table, _ = await self.call("get", "workers", "--table")
+        _, top, _ = await self.call("top", "--once")
+        controls = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028-\u202e]")
+        for text in (output, table, top):
+            self.assertIsNone(controls.search(text), text)
+            self.assertIn("w", text)
+
+    # watch
+
+    async def test_watch_prints_a_message_a_line_from_the_present_state_on(self) -> None:
+        self.service.publish({"message_type": "heartbeat", "n": 0, "text": "\x9b\u202e"})
+        process = await self.start("watch", "heartbeat")
+        first = await self.line(process.stdout)
+        self.assertTrue(first.isascii())
+        self.assertEqual(json.loads(first)["n"], 0)
+        for n in (1, 2):
+            self.service.publish({"message_type": "status", "n": n})
+            self.service.publish({"message_type": "heartbeat", "n": n})
+        self.assertEqual([json.loads(await self.line(process.stdout))["n"] for _ in range(2)], [1, 2])
+        process.send_signal(signal.SIGINT)
+        output, errors = await asyncio.wait_for(process.communicate(), 20)
+        self.assertEqual((process.returncode, output, errors), (0, b"", b""))
+
+    async def test_watch_connects_again_and_misses_nothing(self) -> None:
+        process = await self.start("watch", "heartbeat", "realtime_metrcs")
+        self.assertIn("did you mean realtime_metrics?", await self.line(process.stderr))
+        await self.until(lambda: self.service.hub.subscribers)
+        self.service.publish({"message_type": "heartbeat", "n": 0})
+        self.assertEqual(json.loads(await self.line(process.stdout))["n"], 0)
+        for connection in list(self.service.connections):
+            connection.transport.abort()
+        await self.until(lambda: not self.service.hub.subscribers)
+        self.service.publish({"message_type": "heartbeat", "n": 1})
+        self.assertRegex(await self.line(process.stderr), r"\Aaiperf-api: .*; trying again in 0\.5 s\Z")
+        await self.until(lambda: self.service.hub.subscribers)
+        self.service.publish({"message_type": "heartbeat", "n": 2})
+        self.assertEqual([json.loads(await self.line(process.stdout))["n"] for _ in range(2)], [1, 2])
+
+    async def test_watch_once_ends_with_the_stream(self) -> None:
+        process = await self.start("watch", "--once")
+        await self.until(lambda: self.service.hub.subscribers)
+        self.service.publish({"message_type": "heartbeat", "n": 0})
+        await self.line(process.stdout)
+        await self.service.stop()
+        _, errors = await asyncio.wait_for(process.communicate(), 20)
+        self.assertEqual((process.returncode, errors), (0, b""))
+
+    async def test_a_reader_that_has_had_enough_ends_it_quietly(self) -> None:
+        process = await self.start("watch")
+        await self.until(lambda: self.service.hub.subscribers)
+        self.service.publish({"message_type": "heartbeat", "n": 0})
+        await self.line(process.stdout)
+        transport = process._transport.get_pipe_transport(1)  # type: ignore[attr-defined]
+        transport.close()
+        await self.until(lambda: self.service.publish({"message_type": "heartbeat"}) or process.returncode is not None)
+        assert process.stderr is not None
+        self.assertEqual((process.returncode, await process.stderr.read()), (0, b""))
+
+    def test_attempts_are_spaced_further_and_further_and_resume_behind_the_last_event(self) -> None:
+        asked: list[str] = []
+        script: list[Any] = [
+            [("", ""), ("a-1", "one"), ("a-2", "two")],
+            aiperf_api.AskError("gone"),
+            aiperf_api.AskError("full", 503),
+            aiperf_api.AskError("gone"),
+            [("", ""), ("a-3", "three"), ("", "no id")],
+            aiperf_api.AskError("wrong token", 401),
+        ]
+
+        def events(path: str, last_id: str) -> Iterator[tuple[str, str]]:
+            asked.append(last_id)
+            step = script[len(asked) - 1]
+            if isinstance(step, Exception):
+                raise step
+            yield from step
+
+        pauses: list[float] = []
+        errors = io.StringIO()
+        heard = []
+        sleep = unittest.mock.patch.object(aiperf_api.time, "sleep", pauses.append)
+        refused = self.assertRaisesRegex(aiperf_api.AskError, "wrong token")
+        with sleep, contextlib.redirect_stderr(errors), refused:
+            for data in aiperf_api.follow(events, "/api/stream", once=False):
+                heard.append(data)
+        self.assertEqual(heard, ["one", "two", "three", "no id"])
+        self.assertEqual(asked, ["", "a-2", "a-2", "a-2", "a-2", "a-3"])
+        self.assertEqual(pauses, [0.5, 1, 2, 4, 0.5])
+        self.assertIn("full; trying again in 2 s", errors.getvalue())
+
+    # top
+
+    async def figures(self, name: str = "run_0_13_gpu_and_server_metrics", count: int = 60) -> aiperf_api.Figures:
+        self.feed(self.service, name, count)
+        paths = (f"/api/{field}" for field in aiperf_api.Figures._fields)
+        return aiperf_api.Figures(*[(await self.get(self.service, path)).json for path in paths])
+
+    async def test_top_shows_progress_the_six_figures_and_the_workers(self) -> None:
+        figures = await self.figures()
+        rows = figures.metrics["metrics"]
+        text = "\n".join(aiperf_api.top_lines(figures, "http://h:1", 100))
+        self.assertIn(f"{figures.progress['completed']}/1300 requests, {figures.progress['errors']} errors", text)
+        self.assertRegex(text, r"\[#+-+\] +\d+\.\d %")
+        for tag in ("output_token_throughput", "request_throughput"):
+            self.assertIn(f"{rows[tag]['avg']:.2f}", text)
+        for tag in ("time_to_first_token", "inter_token_latency", "request_latency"):
+            self.assertRegex(text, rf"{rows[tag]['p50']:.2f} +{rows[tag]['p99']:.2f}  ms")
+        for worker in figures.workers["workers"]:
+            self.assertIn(worker, text)
+
+    async def test_top_fits_any_terminal(self) -> None:
+        figures = await self.figures()
+        for columns in (1, 10, 20, 40, 80, 200):
+            self.assertLessEqual(max(map(len, aiperf_api.top_lines(figures, "http://h:1", columns))), columns)
+
+    @needs_recordings
+    async def test_top_draws_every_recording_at_every_point_and_whatever_else_it_is_given(self) -> None:
+        for path in sorted(RECORDINGS.glob("*.jsonl.gz")):
+            name = path.name.partition(".")[0]
+            state = aiperf_api.BenchmarkState()
+            for t_ns, topic, payload in wire_recording(name):
+                state.apply(self.service._type_of(topic), payload, t_ns)
+                status, progress = state.status(t_ns), state.progress(t_ns)
+                figures = aiperf_api.Figures(status, progress, state.metrics(), state.workers())
+                self.assertTrue(aiperf_api.top_lines(figures, "u", 80))
+                self.assertNotIn("\n", aiperf_api.top_line(figures))
+        for junk in ({}, {"workers": {"w": None}, "metrics": [], "state": 5, "percent_complete": "x", "eta_sec": {}}):
+            aiperf_api.top_lines(aiperf_api.Figures(junk, junk, junk, junk), "u", 80)
+
+    async def test_top_writes_plain_lines_where_there_is_no_terminal(self) -> None:
+        self.feed(self.service, "run_0_13_success", 60)
+        process = await self.start("top", "--interval", "0.1")
+        lines = [await self.line(process.stdout) for _ in range(3)]
+        for line in lines:
+            self.assertRegex(line, r"\A\d\d:\d\d:\d\d \w+.* requests, .* output tokens/s")
+        await self.service.stop()
+        while "Connection refused" not in await self.line(process.stdout):
+            pass  # it says so, and goes on trying
+        process.send_signal(signal.SIGINT)
+        _, errors = await asyncio.wait_for(process.communicate(), 20)
+        self.assertEqual((process.returncode, errors), (0, b""))
+
+    @unittest.skipUnless(pty, "only on systems with terminals")
+    async def test_top_draws_in_place_and_leaves_the_terminal_as_it_was(self) -> None:
+        self.feed(self.service, "run_0_13_success", 60)
+        for ending in (signal.SIGINT, signal.SIGTERM):
+            main, side = pty.openpty()
+            environ = {**os.environ, "COLUMNS": "60", "LINES": "8"}
+            command = (sys.executable, aiperf_api.__file__, "top", "--url", self.service.url, "--interval", "0.1")
+            process = await asyncio.create_subprocess_exec(*command, stdin=side, stdout=side, stderr=side, env=environ)
+            self.addAsyncCleanup(self.end, process)
+            os.close(side)
+            loop, chunks = asyncio.get_running_loop(), bytearray()
+            loop.add_reader(main, lambda main=main, chunks=chunks: chunks.extend(read_terminal(main)))
+            await self.until(lambda chunks=chunks: chunks.count(b"\x1b[H") >= 3, 20)
+            process.send_signal(ending)
+            self.assertEqual(await asyncio.wait_for(process.wait(), 20), 0)
+            await self.until(lambda chunks=chunks: b"\x1b[?1049l" in chunks)
+            loop.remove_reader(main)
+            os.close(main)
+            shown = chunks.decode()
+            self.assertTrue(shown.startswith("\x1b[?1049h\x1b[?25l\x1b[H"), shown[:40])
+            frame = shown.split("\x1b[H")[2].partition("\x1b[J")[0].split("\r\n")
+            self.assertLessEqual(len(frame), 8)
+            self.assertLessEqual(max(len(line.replace("\x1b[K", "")) for line in frame), 60)
+            self.assertIn("requests", shown.partition("\x1b[?25h\x1b[?1049l")[2])  # the last look stays behind
+            self.assertNotIn("Traceback", shown)
+
+
+def read_terminal(descriptor: int) -> bytes:
+    """What there is to read; nothing once the other side is closed."""
+    try:
+        return os.read(descriptor, 1 << 16)
+    except OSError:
+        return b""
+
+
+class ACommandBehindTwoDashes(unittest.TestCase):
+    """`-- COMMAND` as its users run it; the commands are small scripts."""
+
+    def start(self, *argv: str, **env: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, aiperf_api.__file__, "--api-port", "0", *argv],
+            env={**os.environ, **env},
+            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # no terminal: a SIGINT that comes is for this process alone
+        )
+        self.addCleanup(process.communicate)
+        self.addCleanup(process.kill)
+        return process
+
+    def run_to_the_end(self, *argv: str, **env: str) -> tuple[int, str, str]:
+        process = self.start("--linger", "0", *argv, **env)
+        out, err = process.communicate(timeout=30)
+        return process.returncode, out, err
+
+    def url_of(self, process: subprocess.Popen[str]) -> str:
+        assert process.stderr is not None
+        return process.stderr.readline().split()[-1]
+
+    def get(self, url: str) -> Any:
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            return json.loads(answer.read())
+
+    def wait_for_state(self, url: str, *states: str) -> Any:
+        deadline = time.monotonic() + 30
+        while True:
+            status = self.get(url + "/api/status")
+            if status["state"] in states:
+                return status
+            self.assertLess(time.monotonic(), deadline, status)
+
+    def test_status_and_readiness_answer_before_anybody_is_at_the_bus(self) -> None:
+        for backend in ("builtin", "auto"):
+            process = self.start("--zmq-backend", backend, "--", "sleep", "60")
+            url = self.url_of(process)
+            self.assertIs(self.get(url + "/api/status")["source"]["connected"], False)
+            with self.assertRaises(urllib.error.HTTPError) as caught:
+                self.get(url + "/readyz")
+            self.assertEqual(caught.exception.code, 503)
+            caught.exception.close()
+            process.terminate()
+            self.assertEqual(process.wait(10), 143)
+
+    def test_the_exit_code_is_the_childs(self) -> None:
+        for script, code in (("exit 0", 0), ("exit 3", 3), ("kill -KILL $$", 137), ("kill -TERM $$", 143)):
+            self.assertEqual(self.run_to_the_end("--", "sh", "-c", script)[0], code, script)
+
+    def test_a_command_that_is_not_there_is_one_line_and_127(self) -> None:
+        for command in ("no-such-command-4711", "/no/such/file"):
+            code, _, said = self.run_to_the_end("--", command)
+            self.assertEqual(code, 127)
+            self.assertRegex(said, rf"\Aaiperf-api: {command}: [^\n]+\n\Z")
+
+    def test_a_file_that_cannot_be_executed_is_126(self) -> None:
+        self.assertEqual(self.run_to_the_end("--", __file__)[0], 126)
+
+    def test_wrong_usage_is_one_line_and_exit_2(self) -> None:
+        for argv in (
+            ("--",),
+            ("--demo", "--", "true"),
+            ("--zmq-host", "h", "--", "true"),
+            ("--nonsense", "--", "true"),
+        ):
+            code, _, said = self.run_to_the_end(*argv)
+            self.assertEqual(code, 2)
+            self.assertRegex(said, r"\Aaiperf-api: [^\n]+\n\Z")
+
+    def test_the_server_is_up_before_the_command_starts(self) -> None:
+        script = (
+            "import os, re, stat; path = os.environ['AIPERF_API_ZMQ_ADDRESS'][6:];"
+            "print(stat.S_ISSOCK(os.stat(path).st_mode), oct(os.stat(os.path.dirname(path)).st_mode & 0o777), path)"
+        )
+        code, out, said = self.run_to_the_end("--", sys.executable, "-c", script)
+        self.assertEqual(code, 0, said)
+        is_socket, mode, path = out.split()
+        self.assertEqual((is_socket, mode), ("True", "0o700"))
+        self.assertFalse(os.path.exists(os.path.dirname(path)))  # removed at the end
+
+    def test_the_command_keeps_our_terminal_and_group_but_not_our_variables(self) -> None:
+        code, out, said = self.run_to_the_end(
+            "--",
+            "sh",
+            "-c",
+            'ps -o pgid= -p $$ && ps -o pgid= -p $PPID && echo "[$AIPERF_API_TOKEN]"',
+            AIPERF_API_TOKEN="secret-token",
+        )
+        self.assertEqual(code, 0, said)
+        ours, theirs, token = out.split()
+        self.assertEqual((ours, token), (theirs, "[]"))
+
+    def test_a_child_that_dies_without_a_word_is_failed(self) -> None:
+        process = self.start("--linger", "60", "--", "sh", "-c", "exit 7")
+        url = self.url_of(process)
+        status = self.wait_for_state(url, "failed")
+        self.assertEqual((status["state"], status["error"]), ("failed", "exit status 7"))
+        self.assertEqual(status["source"]["kind"], "child")
+        process.send_signal(signal.SIGINT)  # while lingering: at once
+        self.assertEqual(process.wait(10), 7)
+
+    def test_a_command_that_never_reports_and_ends_well_has_not_failed(self) -> None:
+        process = self.start("--linger", "60", "--", "true")
+        url = self.url_of(process)
+        assert process.stderr is not None
+        while "the benchmark ended" not in process.stderr.readline():
+            pass
+        self.assertEqual(self.get(url + "/api/status")["state"], "waiting")
+        process.terminate()
+        self.assertEqual(process.wait(10), 0)
+
+    def test_signals_go_through_and_the_second_ends_the_lingering(self) -> None:
+        for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+            process = self.start("--linger", "60", "--", "sh", "-c", "echo up; exec sleep 60")
+            assert process.stdout is not None
+            process.stdout.readline()
+            process.send_signal(number)
+            if number == signal.SIGINT:
+                self.wait_for_state(self.url_of(process), "failed")  # it lingers after a single Ctrl-C
+                process.send_signal(number)
+            self.assertEqual(process.wait(10), code)
+
+    def test_credentials_show_neither_in_ps_nor_in_what_is_served(self) -> None:
+        key = "sk-very-secret-4711"
+        script = f"echo up; exec sleep 60 # --api-key {key}"
+        process = self.start(
+            "--linger", "0", "--", "sh", "-c", script, "--api-key", key, "-H", "X-Team: blue", HF_TOKEN=key
+        )
+        assert process.stdout is not None
+        process.stdout.readline()
+        url = self.url_of(process)
+        config = self.get(url + "/api/config")
+        self.assertEqual(config["command"][3:], ["--api-key", "***", "-H", "X-Team: ***"])
+        self.assertNotIn(key, json.dumps(config))
+        if sys.platform.startswith("linux"):
+            title = pathlib.Path(f"/proc/{process.pid}/cmdline").read_text()
+            self.assertNotIn(key, title)
+            self.assertNotIn("blue", title)
+            self.assertIn("--api-key", title)
+        process.terminate()
+        process.wait(10)
+
+    @unittest.skipUnless(aiperf_api.zmq, "needs the pyzmq package")
+    def test_the_example_of_the_readme_reports_its_progress(self) -> None:
+        readme = (pathlib.Path(aiperf_api.__file__).resolve().parent / "README.md").read_text(encoding="utf-8")
+        example = readme.partition("<!-- example -->")[2].partition("```python\n")[2].partition("```")[0]
+        process = self.start("--linger", "60", "--", sys.executable, "-c", example)
+        url = self.url_of(process)
+        self.wait_for_state(url, "complete")
+        self.assertEqual(self.get(url + "/api/progress")["completed"], 100)
+        self.assertEqual(self.get(url + "/api/metrics")["metrics"]["request_latency"]["count"], 100)
+        assert process.stderr is not None
+        while "the benchmark ended" not in process.stderr.readline():
+            pass
+        process.terminate()
+        process.wait(10)  # 0, or 143 when the example is still closing its socket
+
+
+class TheLogWhileAChildHasTheTerminal(unittest.TestCase):
+    def setUp(self) -> None:
+        self.stream = io.StringIO()
+        self.handler = aiperf_api._LogHandler()
+        self.handler.setStream(self.stream)
+
+    def say(self, text: str) -> None:
+        self.handler.handle(logging.makeLogRecord({"msg": text, "levelno": logging.INFO, "levelname": "INFO"}))
+
+    def test_it_waits_while_stderr_is_a_terminal(self) -> None:
+        with unittest.mock.patch.object(sys, "stderr", unittest.mock.Mock(isatty=lambda: True)):
+            self.handler.hold_back()
+        self.say("one")
+        self.assertEqual(self.stream.getvalue(), "")
+        self.handler.write_held()
+        self.say("two")
+        self.assertEqual(self.stream.getvalue(), "one\ntwo\n")
+
+    def test_it_goes_on_in_a_file(self) -> None:
+        with unittest.mock.patch.object(sys, "stderr", unittest.mock.Mock(isatty=lambda: False)):
+            self.handler.hold_back()
+        self.say("one")
+        self.assertEqual(self.stream.getvalue(), "one\n")
+
+    def test_what_is_held_is_bounded_and_what_is_left_out_is_said(self) -> None:
+        with unittest.mock.patch.object(sys, "stderr", unittest.mock.Mock(isatty=lambda: True)):
+            self.handler.hold_back()
+        for number in range(aiperf_api.LOG_LINES_HELD_MAX + 3):
+            self.say(str(number))
+        with self.assertLogs(aiperf_api.log, "WARNING") as said:
+            self.handler.write_held()
+        self.assertEqual(self.stream.getvalue().split("\n")[0], "3")
+        self.assertIn("3 older lines", said.output[0])
+
+
+# == Documentation =====================================================================================================
+#
+# The README is checked against the module's own tables and against a real server. After a change of an option, an
+# endpoint, a limit or a metric of ours: `python3 test_aiperf_api.py --write-readme`.
+
+ROOT = Path(__file__).resolve().parent
+README = ROOT / "README.md"
+DEMO = ROOT / "static" / "demo.jsonl.gz"
+OWN_FAMILIES = re.compile("aiperf_(api|benchmark_sta|elapsed|eta|info|phase|progress|worker)")
+HALF_WAY = 122  # messages of the demo until its profiling is half done
+WEBSOCAT = shutil.which("websocat") is not None
+
+needs_readme = unittest.skipUnless(README.exists(), "needs the README.md beside it")
+needs_demo = unittest.skipUnless(DEMO.exists(), "needs the demo in static/")
+
+
+def needs_program(*names: str) -> Callable[[Any], Any]:
+    """Skip a test where a program is missing."""
+    missing = [name for name in names if shutil.which(name) is None]
+    return unittest.skipIf(bool(missing), f"needs the {', '.join(missing)} program")
+
+
+class Program:
+    """The server as its users start it, in a process of its own, on a port of its choice: `with Program(...) as url`."""
+
+    def __init__(self, *arguments: str) -> None:
+        self.command = [sys.executable, str(ROOT / "aiperf_api.py"), "--api-port", "0", *arguments]
+        self.lines: list[str] = []  # what it said before it was ready
+
+    def __enter__(self) -> str:
+        self.process = subprocess.Popen(self.command, stderr=subprocess.PIPE, text=True)
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.lines.append(line.rstrip("\n"))
+            if line.startswith("  source"):
+                return self.lines[0].split()[-1]
+        raise AssertionError(f"it ended: {self.lines}")
+
+    def __exit__(self, *_: object) -> None:
+        self.process.terminate()
+        assert self.process.stderr is not None
+        self.process.stderr.read()
+        self.process.stderr.close()
+        self.process.wait()
+
+
+def fetched(url: str) -> str:
+    """The body of an answer."""
+    with urllib.request.urlopen(url, timeout=10) as answer:
+        return str(answer.read().decode())
+
+
+def status_when(url: str, condition: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+    """The first /api/status for which the condition holds."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        status: dict[str, Any] = json.loads(fetched(url + "/api/status"))
+        if condition(status):
+            return status
+    raise AssertionError(f"it did not happen in time: {status}")
+
+
+def markdown_table(head: str, rows: Iterable[Sequence[str]]) -> str:
+    """A table, a line each row; `|` in a cell is quoted."""
+    lines = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
+    return "\n".join((head, re.sub(r"[^|]+", "---", head), *(re.sub(r" +", " ", line) for line in lines)))
+
+
+def options_table() -> str:
+    rows = []
+    for option in aiperf_api.OPTIONS:
+        flag = f"`{option.flag} {option.metavar}`" if option.metavar else f"`{option.flag}`"
+        rows.append((flag, option.default, f"`{option.env}`" if option.env else "", option.help))
+    return markdown_table("| option | default | variable | |", rows)
+
+
+def endpoints_table() -> str:
+    rows = []
+    for route in aiperf_api.ROUTES:
+        parameters = ", ".join(f"`{parameter.name}`" for parameter in route.params)
+        rows.append((f"`{route.path}`", route.summary, parameters))
+    return markdown_table("| path | answer | parameters |", rows)
+
+
+def shown_size(value: float, unit: str) -> str:
+    """A limit as people write it: 65536 bytes are 64 KiB."""
+    for power, prefix in ((2, "MiB"), (1, "KiB")):
+        if unit == "bytes" and value and value % 1024**power == 0:
+            return f"{value // 1024**power} {prefix}"
+    return f"{value:,} {unit}".strip() if value else "0"
+
+
+def limits_table() -> str:
+    rows = [(name, shown_size(value, unit), past) for name, value, unit, past in aiperf_api.LIMITS]
+    return markdown_table("| limit | | past it |", rows)
+
+
+def constants_table() -> str:
+    """Each constant of room 1: its value, and what its comment says."""
+    rules = SourceRules(Path(aiperf_api.__file__).read_text(encoding="utf-8"))
+    rows = []
+    for node in rules.tree.body:
+        if isinstance(node, ast.Assign) and rules.room(node.lineno) == 1:
+            comment = rules.lines[node.lineno - 1].partition("  # ")[2]
+            for name in ast.walk(node.targets[0]):
+                if isinstance(name, ast.Name):
+                    unit = "bytes" if "BYTES" in name.id else ""
+                    rows.append((f"`{name.id}`", shown_size(getattr(aiperf_api, name.id), unit), comment))
+    return markdown_table("| constant | | |", rows)
+
+
+def families_table() -> str:
+    """The metrics of our own, as a server that has heard a run exposes them."""
+    with Program("--replay", str(DEMO), "--replay-speed", "0") as url:
+        text = fetched(url + "/metrics")
+    helps = dict(re.findall(r"^# HELP (\S+) (.*)$", text, re.MULTILINE))
+    rows = []
+    for name, kind in re.findall(r"^# TYPE (\S+) (\S+)$", text, re.MULTILINE):
+        if OWN_FAMILIES.match(name):
+            labels = set(re.findall(r"(\w+)=\"", "".join(re.findall(rf"^{name}{{.*$", text, re.MULTILINE))))
+            own = sorted(labels - {"benchmark_id", "concurrency"}) if name != "aiperf_info" else []
+            rows.append((f"`{name}`", kind, ", ".join(own), helps[name]))
+    return markdown_table("| name | type | labels | |", rows)
+
+
+README_TABLES: Mapping[str, Callable[[], str]] = {
+    "options": options_table,
+    "endpoints": endpoints_table,
+    "limits": limits_table,
+    "constants": constants_table,
+    "families": families_table,
+}
+
+
+def readme_with_tables(text: str) -> str:
+    """The README with each table behind its marker, `<!-- NAME -->`, made anew."""
+    for name, make in README_TABLES.items():
+        table = make()
+        text, count = re.subn(
+            rf"(<!-- {name} -->\n)(?:\|.*\n)*", lambda marker, table=table: f"{marker[1]}{table}\n", text
+        )
+        assert count == 1, f"README.md has no <!-- {name} -->"
+    return text
+
+
+class Session(NamedTuple):
+    """A command of the README and what it shows."""
+
+    command: str
+    shown: list[str]  # lines; a last line of "..." means that more follow
+
+    @property
+    def goes_on(self) -> bool:
+        return self.shown[-1:] == ["..."]
+
+
+def readme_blocks(marker: str) -> Iterator[str]:
+    """The console blocks right behind a marker."""
+    yield from re.findall(rf"^<!-- {marker} -->\n```console\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def readme_sessions(marker: str) -> Iterator[Session]:
+    """The commands in the console blocks right behind a marker."""
+    for block in readme_blocks(marker):
+        for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
+            command, rest = re.fullmatch(r"((?:.*\\\n)*.*)\n((?:.*\n)*)", part).groups()  # type: ignore[union-attr]
+            yield Session(command, rest.splitlines())
+
+
+def masked(text: str) -> str:
+    """Text without what differs from run to run: numbers and ids."""
+    text = re.sub(r"\b[0-9a-f]{8,}-\d+", "ID", text)
+    return re.sub(r"-?\d+(\.\d+)?(e-?\d+)?", "N", text)
+
+
+def runnable(command: str, url: str) -> str:
+    """A command of the README, for this copy of the module and the server at `url`."""
+    program = shlex.join((sys.executable, str(ROOT / "aiperf_api.py")))
+    return command.replace("localhost:9090", url.partition("//")[2]).replace("aiperf-api ", f"{program} ")
+
+
+class LineReader:
+    """Runs a shell line and gives the lines it prints; `close()`, or half a minute, ends all that it started."""
+
+    def __init__(self, command: str) -> None:
+        self.process = subprocess.Popen(
+            ["bash", "-c", command], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
+        self.timer = threading.Timer(30, self._kill)
+        self.timer.start()
+
+    def lines(self, count: int | None) -> list[str]:
+        """The first `count` lines, or all."""
+        assert self.process.stdout is not None
+        return [line.rstrip("\n") for line in itertools.islice(self.process.stdout, count)]
+
+    def close(self) -> None:
+        self.timer.cancel()
+        self._kill()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+        self.process.wait()
+
+    def _kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+
+@needs_readme
+class DocumentationTests(unittest.TestCase):
+    """What the README says is so."""
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.text = README.read_text(encoding="utf-8")
+
+    text: str
+
+    def test_every_option_endpoint_limit_and_metric_is_documented(self) -> None:
+        for name, make in README_TABLES.items():
+            if name == "families" and not DEMO.exists():
+                continue
+            with self.subTest(name):
+                self.assertIn(f"<!-- {name} -->\n{make()}\n\n", self.text, "see --write-readme at the top of this room")
+
+    def test_help_names_the_documented_options(self) -> None:
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "aiperf_api.py"), "--help"], capture_output=True, text=True, check=True
+        )
+        flags = set(re.findall(r"^ +(--[a-z][a-z-]+)", done.stdout, re.MULTILINE))
+        self.assertGreaterEqual(flags, {option.flag for option in aiperf_api.OPTIONS})
+        section = self.text[self.text.index("## Command line") : self.text.index("## HTTP")]
+        self.assertEqual({flag for flag in flags if f"`{flag}" not in section}, set())
+
+    def test_the_client_commands_and_their_options_are_documented(self) -> None:
+        _, _, rest = self.text.partition("## The client in the same file")
+        for command in aiperf_api.CLIENT_COMMANDS:
+            done = subprocess.run(
+                [sys.executable, str(ROOT / "aiperf_api.py"), command, "--help"],
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+            self.assertIn(f"`aiperf-api {command}", rest)
+            for flag in set(re.findall(r"^ +(--[a-z][a-z-]+)", done.stdout, re.MULTILINE)):
+                self.assertIn(f"`{flag}", rest)
+
+    def test_links_lead_somewhere(self) -> None:
+        anchors = {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in self.titles()}
+        for target in re.findall(r"\]\(([^)]+)\)", self.text):
+            with self.subTest(target):
+                if target.startswith("#"):
+                    self.assertIn(target[1:], anchors)
+                elif not target.startswith("https://"):
+                    self.assertTrue((ROOT / target).exists())
+
+    def titles(self) -> list[str]:
+        text = re.sub(r"^```.*?^```", "", self.text, flags=re.MULTILINE | re.DOTALL)
+        return re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+
+    def test_python_blocks_compile(self) -> None:
+        blocks = re.findall(r"^```python\n(.*?)^```", self.text, re.MULTILINE | re.DOTALL)
+        self.assertGreaterEqual(len(blocks), 2)
+        for block in blocks:
+            compile(block, "README.md", "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+
+    def test_options_in_examples_exist(self) -> None:
+        known = {option.flag for option in aiperf_api.OPTIONS} | {"--version", "--help"}
+        for line in re.findall(r"^.*(?:aiperf-api|aiperf_api\.py\S*) --.*$", self.text, re.MULTILINE):
+            ours = re.split(r"aiperf-api |aiperf_api\.py\S* ", line, maxsplit=1)[1].split(" -- ")[0]
+            with self.subTest(line):
+                self.assertLessEqual(set(re.findall(r"(?<!\S)--[a-z-]+", ours)), known)
+
+
+@needs_readme
+@needs_demo
+@needs_program("bash", "curl", "jq")
+class ReadmeSessionTests(unittest.TestCase):
+    """The README's terminal sessions, run as they stand against a real server."""
+
+    maxDiff = None
+
+    def test_what_is_shown_once_a_run_is_half_way(self) -> None:
+        with tempfile.TemporaryDirectory() as folder, gzip.open(DEMO) as demo:
+            half = Path(folder) / "demo.jsonl"
+            half.write_bytes(b"".join(itertools.islice(demo, HALF_WAY)))
+            with Program("--replay", str(half), "--replay-speed", "0") as url:
+                sessions = list(readme_sessions("half-way"))
+                self.assertGreater(len(sessions), 3)
+                for session in sessions:
+                    self.check(session, url)
+
+    def test_what_goes_on_while_a_run_lasts(self) -> None:
+        with Program("--replay", str(DEMO), "--replay-speed", "4") as url:
+            status_when(url, lambda status: status["phase"] == "profiling")
+            sessions = [one for one in readme_sessions("live") if "websocat" not in one.command or WEBSOCAT]
+            self.assertGreater(len(sessions), 1)
+            for session in sessions:
+                self.check(session, url)
+
+    def test_the_first_lines(self) -> None:
+        [demo] = [one for one in readme_sessions("start") if one.command.startswith("aiperf-api")]
+        program = Program("--demo")
+        with program as url:
+            self.assertEqual([line.replace(url, "http://127.0.0.1:9090") for line in program.lines], demo.shown)
+
+    def check(self, session: Session, url: str) -> None:
+        with self.subTest(session.command):
+            reader = LineReader(runnable(session.command, url))
+            self.addCleanup(reader.close)
+            lines = reader.lines(len(session.shown) - 1 if session.goes_on else None)
+            reader.close()
+            shown = session.shown[:-1] if session.goes_on else session.shown
+            self.assertEqual([masked(line.rstrip()) for line in lines], [masked(line) for line in shown])
+
+
+@needs_demo
+class GrafanaDashboardTests(unittest.TestCase):
+    """static/grafana-dashboard.json against the demo's real /metrics."""
+
+    def test_each_query_asks_for_metrics_and_labels_that_exist(self) -> None:
+        dashboard = json.loads((ROOT / "static" / "grafana-dashboard.json").read_text(encoding="utf-8"))
+        targets = [target for panel in dashboard["panels"] for target in panel.get("targets", ())]
+        self.assertGreater(len(targets), 40)
+        labels = self.labels_of_metrics()
+        for target in targets:
+            with self.subTest(target["expr"]):
+                for name, selector in re.findall(r"(aiperf_\w+)\{(.*?)\}", target["expr"]):
+                    self.assertTrue(name in labels, f"there is no {name}")
+                    asked = set(re.findall(r"(\w+)\s*[!=]~?\"", selector)) | self.legend(target)
+                    self.assertLessEqual(asked - {"job", "instance"}, labels[name], name)
+
+    @staticmethod
+    def legend(target: dict[str, Any]) -> set[str]:
+        return set(re.findall(r"\{\{(\w+)\}\}", target["legendFormat"]))
+
+    @staticmethod
+    def labels_of_metrics() -> dict[str, set[str]]:
+        """The labels of each metric, half-way through the demo and at its end."""
+        labels: dict[str, set[str]] = {}
+        with tempfile.TemporaryDirectory() as folder, gzip.open(DEMO) as demo:
+            half = Path(folder) / "demo.jsonl"
+            half.write_bytes(b"".join(itertools.islice(demo, HALF_WAY)))
+            for recording in (half, DEMO):
+                with Program("--replay", str(recording), "--replay-speed", "0") as url:
+                    fetched(url + "/api/status")  # so that there is a request to count
+                    for name, pairs in re.findall(r"^(\w+)(?:\{(.*)\})? ", fetched(url + "/metrics"), re.MULTILINE):
+                        labels.setdefault(name, set()).update(re.findall(r"(\w+)=\"", pairs))
+        return labels
+
+
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--echo"]:
+    if sys.argv[1:] == ["--write-readme"]:
+        README.write_text(readme_with_tables(README.read_text(encoding="utf-8")), encoding="utf-8")
+    elif sys.argv[1:2] == ["--echo"]:
         asyncio.run(run_echo(int(sys.argv[2])))
-    unittest.main()
+    else:
+        unittest.main()

@@ -67,7 +67,7 @@ class Endpoint {
 
   tryIt() {
     if (this.page) return [h("div", { class: "try" }, h("a", { class: "button", href: relative(this.route.path) }, "Open"))];
-    this.button = h("button", { class: "button", type: "button", "aria-label": `Try ${this.route.path}` }, "Try it");
+    this.button = h("button", { class: "button", type: "button", "aria-label": `Try it: ${this.route.path}` }, "Try it");
     this.result = h("span", { class: "result", role: "status" });
     this.answer = h("pre", { class: "answer", hidden: true, tabindex: "0", "aria-label": `Answer of ${this.route.path}` });
     this.button.addEventListener("click", () => (this.stop ? this.stop() : this.run()));
@@ -131,12 +131,17 @@ class Endpoint {
 
   running(stop) {
     this.stop = stop;
-    if (this.streaming || this.socket) setText(this.button, "Stop");
+    if (this.streaming || this.socket) this.name("Stop");
   }
 
   idle() {
     this.stop = null;
-    setText(this.button, "Try it");
+    this.name("Try it");
+  }
+
+  name(text) {
+    setText(this.button, text);
+    this.button.setAttribute("aria-label", `${text}: ${this.route.path}`);
   }
 }
 

@@ -54,11 +54,20 @@ export class RunHistory {
   /** Forgets the run, not what is wanted. */
   reset() {
     this.index = {}; // tag -> {unit, header, group, stats}
-    this.loaded = new Set(); // tags whose past we have
+    // tag -> the newest point, in ns, of the answer that brought it last: an answer is of one moment, so nothing of its
+    // tags up to there can be missing, while another answer's newest point says nothing about them
+    this.followed = new Map();
     this.series = new Map(); // tag -> stat -> Series
     this.origin = null; // seconds since the epoch at which the run began
     this.last = 0; // the newest point of all, in ns as the server wrote it
     this.generation = (this.generation ?? 0) + 1;
+    this.derived = new Map(); // what was computed from the points as they are
+  }
+
+  /** `compute()`, once for the points as they are: the same curve is a chart, a sparkline and a figure. */
+  once(key, compute) {
+    if (!this.derived.has(key)) this.derived.set(key, compute());
+    return this.derived.get(key);
   }
 
   want(tags) {
@@ -81,19 +90,15 @@ export class RunHistory {
   /** Gets what is new for every wanted tag; returns whether anything was. */
   async poll() {
     const have = [...this.wanted].filter((tag) => Object.hasOwn(this.index, tag));
-    const fresh = have.filter((tag) => !this.loaded.has(tag));
-    const following = have.filter((tag) => this.loaded.has(tag));
-    const answers = await Promise.all([this.fetch(following, this.last), this.fetch(fresh, 0)]);
-    return answers.some(Boolean);
-  }
-
-  async fetch(tags, since) {
+    const fresh = have.filter((tag) => !this.followed.has(tag));
+    const following = have.filter((tag) => this.followed.has(tag));
     let changed = false;
-    for (const some of batches(tags)) changed = (await this.fetchSome(some, since)) || changed;
+    for (const some of [...batches(following), ...batches(fresh)]) changed = (await this.fetch(some)) || changed;
     return changed;
   }
 
-  async fetchSome(tags, since) {
+  async fetch(tags) {
+    const since = Math.min(...tags.map((tag) => this.followed.get(tag) ?? 0));
     const generation = this.generation;
     const query = new URLSearchParams();
     for (const tag of tags) query.append("tag", tag);
@@ -107,8 +112,14 @@ export class RunHistory {
     if (generation !== this.generation) return false;
     let changed = false;
     // One tag with one statistic comes without the list around it.
-    for (const one of answer.series ?? [answer]) changed = this.take(one) || changed;
-    for (const tag of tags) this.loaded.add(tag);
+    let newest = since;
+    for (const one of answer.series ?? [answer]) {
+      changed = this.take(one) || changed;
+      if (one.points?.length) newest = Math.max(newest, one.points[one.points.length - 1][0]);
+    }
+    for (const tag of tags) this.followed.set(tag, newest);
+    this.last = Math.max(this.last, newest);
+    if (changed) this.derived.clear();
     return changed;
   }
 
@@ -124,7 +135,6 @@ export class RunHistory {
     if (!stats) this.series.set(tag, (stats = new Map()));
     let series = stats.get(stat);
     if (!series) stats.set(stat, (series = new Series()));
-    this.last = Math.max(this.last, points[points.length - 1][0]);
     return series.add(points);
   }
 
@@ -136,7 +146,7 @@ export class RunHistory {
   sum(tag) {
     const sum = this.get(tag, "sum");
     if (sum.t.length) return sum;
-    return combine(this.get(tag, "avg"), this.get(tag, "count"), (avg, count) => avg * count);
+    return this.once(`sum ${tag}`, () => combine(this.get(tag, "avg"), this.get(tag, "count"), (avg, count) => avg * count));
   }
 
   /** Δcount/Δt: what was finished per second between two messages. */
@@ -146,8 +156,11 @@ export class RunHistory {
 
   /** Δsum/Δcount: the mean of the requests that finished between two messages; nothing finished, no value. */
   meanNow(tag) {
-    const pairs = join([this.sum(tag), this.get(tag, "count")]);
-    const [t, sums, counts] = pairs;
+    return this.once(`mean ${tag}`, () => this.meanOf(this.sum(tag), this.get(tag, "count")));
+  }
+
+  meanOf(sum, count) {
+    const [t, sums, counts] = join([sum, count]);
     const out = { t: [], v: [] };
     let before = -1;
     for (let i = 0; i < t.length; i++) {

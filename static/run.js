@@ -98,7 +98,7 @@ export class Run {
   receive(type, text) {
     if (type === "realtime_metrics" || type === "realtime_telemetry_metrics" || type === "realtime_server_metrics") {
       this.pending.set(type, text);
-      this.onChange(new Set(["pending"]));
+      this.tell("pending");
     } else if (type !== "worker_status_summary" && type !== "processing_stats" && type !== "credit_phase_progress") {
       this.log(type, text);
     }
@@ -109,24 +109,19 @@ export class Run {
 
   /** Parses what came since the last look; the newest of each type is all that counts. */
   settle() {
-    const changed = new Set();
     for (const [type, text] of this.pending) {
       let message;
       try { message = JSON.parse(text); } catch { continue; }
       if (type === "realtime_server_metrics") {
         this.server = message;
-        changed.add("server");
       } else if (type === "realtime_telemetry_metrics") {
         this.telemetry = byTag(message.metrics);
-        changed.add("telemetry");
       } else if (!this.final) {
         this.rows = byTag(message.metrics);
-        changed.add("metrics");
         if ([...this.rows.keys()].some((tag) => !Object.hasOwn(this.history.index, tag))) this.due.add("index");
       }
     }
     this.pending.clear();
-    return changed;
   }
 
   control(message) {
@@ -165,7 +160,7 @@ export class Run {
       this.line = { open: false, polling: false, retryAt, lostAt: was.lostAt || Date.now() };
       if (was.open) this.onEvent({ at: Date.now(), kind: "line", what: "lost", text: "The connection to the server was lost." });
     }
-    this.onChange(new Set(["line"]));
+    this.tell("line");
   }
 
   // The answers
@@ -186,13 +181,13 @@ export class Run {
       await this.ask();
       if (!this.line.open && !this.line.polling) {
         this.line.polling = true; // it answers, but the WebSocket does not come through
-        this.onChange(new Set(["line"]));
+        this.tell("line");
       }
     } catch (error) {
       if (error instanceof AnswerError && error.status === 401) this.onToken();
       else if (!this.line.open && this.line.polling) {
         this.line.polling = false;
-        this.onChange(new Set(["line"]));
+        this.tell("line");
       }
     } finally {
       this.busy = false;
@@ -209,39 +204,44 @@ export class Run {
     if (!this.line.open) for (const what of ALL) this.due.add(what);
     const due = this.due;
     this.due = new Set();
-    const changed = new Set();
     try {
       await Promise.all([
-        due.has("status") && getJSON("api/status").then((answer) => this.takeStatus(answer, changed)),
-        due.has("progress") && getJSON("api/progress").then((answer) => this.takeProgress(answer, changed)),
-        due.has("info") && getJSON("api/metrics").then((answer) => this.takeMetrics(answer, changed)),
-        due.has("server") && !this.server && getJSON("api/server-metrics").then((answer) => { this.server = answer; changed.add("server"); }),
-        due.has("workers") && (this.watchWorkers || !this.workers) && getJSON("api/workers").then((answer) => { this.workers = answer; changed.add("workers"); }),
+        due.has("status") && getJSON("api/status").then((answer) => this.takeStatus(answer)),
+        due.has("progress") && getJSON("api/progress").then((answer) => this.takeProgress(answer)),
+        due.has("info") && getJSON("api/metrics").then((answer) => this.takeMetrics(answer)),
+        due.has("server") && !this.server && getJSON("api/server-metrics").then((answer) => {
+          this.server = answer;
+          this.tell("server");
+        }),
+        due.has("workers") && (this.watchWorkers || !this.workers) && getJSON("api/workers").then((answer) => {
+          this.workers = answer;
+          this.tell("workers");
+        }),
       ]);
       if (due.has("index") || !Object.keys(this.history.index).length) {
         await this.history.refreshIndex();
-        changed.add("index");
-        this.onChange(new Set(["index"]));
+        this.tell("index");
       }
-      if (due.has("history") && (await this.history.poll())) changed.add("history");
+      if (due.has("history") && (await this.history.poll())) this.tell("history");
     } catch (error) {
       for (const what of due) this.due.add(what);
       throw error;
-    } finally {
-      if (changed.size) this.onChange(changed);
     }
   }
 
-  takeStatus(status, changed) {
+  tell(...what) {
+    this.onChange(new Set(what));
+  }
+
+  takeStatus(status) {
     const before = this.status;
     this.status = status;
     this.statusAt = Date.now();
-    changed.add("status");
     const replayed = (status.source?.kind === "replay" || status.source?.kind === "demo") && before
       && (status.source.messages < before.source?.messages || status.elapsed_sec < before.elapsed_sec - 1);
     const another = before?.benchmark_id && status.benchmark_id && before.benchmark_id !== status.benchmark_id;
     const began = BEFORE_PHASES.has(status.state) && before && ENDED.has(before.state);
-    if (another || replayed || began) this.newRun(changed);
+    if (another || replayed || began) this.newRun();
     if (before?.state !== status.state) {
       for (const what of ["progress", "info", "index", "history"]) this.due.add(what);
       if (before) this.soon();
@@ -251,19 +251,20 @@ export class Run {
     if (before && before.stale !== status.stale && status.stale) {
       this.onEvent({ at: this.busNow(), kind: "error", what: "stale", text: "Nothing heard for 10 s." });
     }
+    this.tell("status");
   }
 
-  takeProgress(progress, changed) {
+  takeProgress(progress) {
     const before = this.progress?.phases ?? {};
     const phases = progress.phases ?? {};
     const moved = Object.entries(phases).some(([name, phase]) => before[name]?.start_ns && phase.start_ns && before[name].start_ns !== phase.start_ns);
     const gone = BEFORE_PHASES.has(progress.system_state) && !Object.keys(phases).length && Object.keys(before).length > 0;
-    if (moved || gone) this.newRun(changed);
+    if (moved || gone) this.newRun();
     // A server that was started again has not heard of the phases yet: what we have stays.
     if (!Object.keys(phases).length && Object.keys(before).length && !gone) return;
     this.progress = progress;
-    changed.add("progress");
     for (const [name, phase] of Object.entries(phases)) this.logPhase(phaseView(name, phase));
+    this.tell("progress");
   }
 
   logPhase({ name, startNs, endNs, total, duration, completed, errors }) {
@@ -272,7 +273,7 @@ export class Run {
     if (endNs) this.onEvent({ key: `phase ${name} ${startNs} end`, at: endNs / 1e6, kind: "phase", what: "phase", text: `${name} complete: ${completed.toLocaleString("en-US")} requests, ${errors} errors` });
   }
 
-  takeMetrics(answer, changed) {
+  takeMetrics(answer) {
     const { metrics, telemetry, ...info } = answer;
     this.info = info;
     this.final = info.final === true;
@@ -281,15 +282,14 @@ export class Run {
     const gpus = new Map(Object.entries(telemetry ?? {}));
     if (gpus.size || !this.telemetry.size) this.telemetry = gpus;
     if (this.final) this.pending.delete("realtime_metrics");
-    for (const what of ["metrics", "telemetry"]) changed.add(what);
+    this.tell("metrics", "telemetry");
   }
 
-  newRun(changed) {
+  newRun() {
     this.clear();
     this.history.reset();
     for (const what of ALL) this.due.add(what);
-    changed.add("reset");
-    this.onChange(new Set(["reset"]));
+    this.tell("reset");
     this.onEvent({ at: this.busNow(), kind: "state", what: "new run", text: "A new run has begun." });
     this.soon();
   }

@@ -103,8 +103,7 @@ export class StreamPanel {
 
   hold(text) {
     this.count++;
-    if (this.paused) return;
-    this.held.push(text);
+    if (!this.paused) this.held.push(text);
     if (this.held.length > MAX_LINES) this.held.shift();
     this.frame ??= requestAnimationFrame(() => this.flush());
   }
