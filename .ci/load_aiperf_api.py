@@ -64,7 +64,7 @@ class Bus:
 
     async def wait_for(self, topic: bytes) -> None:
         """Until the server has asked for it, in whatever form."""
-        while not any(prefix.startswith(topic) for prefix in self.subscribed):  # noqa: ASYNC110 - ZMQ tells only who asks
+        while not any(prefix.startswith(topic) for prefix in self.subscribed):
             while self.socket.poll(0):
                 told = self.socket.recv()
                 (self.subscribed.add if told[0] else self.subscribed.discard)(told[1:])
@@ -260,8 +260,7 @@ async def run_slow(seconds: int, burst: int, good: int, *, bad: bool) -> dict[st
     await bus.wait_for(EVENT.encode())
     for _ in range(burst // 4):  # what the allocator and the caches take once, they take before the measurement
         bus.publish(STATES[0], 100)
-    while not all(listener.numbers and listener.numbers[-1] == bus.count for listener in listeners):
-        await asyncio.sleep(0.05)
+    await wait_until(lambda: all(listener.numbers[-1:] == [bus.count] for listener in listeners))
     for listener in listeners:
         listener.latencies.clear()
     found: dict[str, float] = {}
