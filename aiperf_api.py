@@ -6260,6 +6260,7 @@ class Connection(asyncio.BufferedProtocol):
         self.app = app
         self._writer = writer  # kept: its finaliser closes the transport on newer Pythons
         self.transport: asyncio.Transport = writer.transport  # type: ignore[assignment]
+        self._displaced = self.transport.get_protocol()  # the stream's: to be told of the end, or it stays for the GC
         self.address = peer_name(self.transport)  # of the peer, as text
         self.mode = "http"  # http | websocket | stream | closing
         self.paused = False  # the transport is full
@@ -6351,6 +6352,8 @@ class Connection(asyncio.BufferedProtocol):
     def connection_lost(self, error: Exception | None) -> None:
         self.mode = "closing"
         self.outlet.closed = True
+        if isinstance(self._displaced, asyncio.Protocol):
+            self._displaced.connection_lost(None)
         self.app.closed(self)
 
     def _set_reading(self, on: bool) -> None:
