@@ -1511,8 +1511,8 @@ def etag_matches(header: str | None, etag: str) -> bool:
 
 # The head of nearly every answer, as _fixed_head() makes it; to make it anew took longer than the answer itself.
 _JSON_HEAD = (
-    b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nX-Content-Type-Options: nosniff\r\n"
-    b"Cache-Control: no-store\r\n"
+    b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+    b"X-Content-Type-Options: nosniff\r\nCache-Control: no-store\r\n"
 )
 
 
@@ -6220,9 +6220,12 @@ class Connection(asyncio.BufferedProtocol):
     # -- Called by the transport --
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        """Where the transport reads to.  A plain Protocol would get a new bytes of 256 KiB for each read, which costs
-        more than all that is done with it, and could hold 40,000 tiny frames, a second in which nobody else is served.
-        One small buffer serves all, because it is filled and emptied in one call of the loop."""
+        """Where the transport reads to.
+
+        A plain Protocol would get new bytes of 256 KiB for each read, which costs more than all that is done with them,
+        and could hold 40,000 tiny frames, a second in which nobody else is served.  One small buffer serves all: it is
+        filled and emptied in one call of the loop.
+        """
         return self.app.read_buffer
 
     def buffer_updated(self, nbytes: int) -> None:

@@ -246,7 +246,7 @@ class PagesTestCase(unittest.TestCase):
     def phase(self, phase: str, kind: str, now_ns: int, **stats: Any) -> Message:
         """A credit_phase_* message in AIPerf 0.13's shape, with the figures given."""
         sample = next(m for m in self.messages[f"credit_phase_{kind}"] if m["stats"]["phase"] == phase)
-        empty = {key: 0 for key in ("requests_sent", "requests_completed", "request_errors", "requests_cancelled")}
+        empty = dict.fromkeys(("requests_sent", "requests_completed", "request_errors", "requests_cancelled"), 0)
         kept = {key: value for key, value in sample["stats"].items() if not key.startswith("final_")}
         for key in ("sent_end_ns", "requests_end_ns", "baseline_start_ns", "baseline_end_ns"):
             kept.pop(key, None)
