@@ -8588,72 +8588,61 @@ class _Remote:
         if self._scheme not in ("http", "https") or not self._host or _TERMINAL_CONTROLS.search(url) or " " in url:
             raise UsageError(f"--url {printable(url)}: one such as {_CLIENT_URL}, or unix:PATH")
 
-    def _connect(self, timeout_sec: float) -> http.client.HTTPConnection:
-        import http.client  # only a client needs it
-
-        kind = http.client.HTTPSConnection if self._scheme == "https" else http.client.HTTPConnection
-        connection = kind(self._host, self._port, timeout=timeout_sec)
-        if self._unix_path is not None:
-            connection.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            connection.sock.settimeout(timeout_sec)
-            connection.sock.connect(self._unix_path)
-        return connection
-
     def _fault(self, error: Exception) -> AskError:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         hint = "; is the server running there? See --url" if isinstance(error, ConnectionRefusedError) else ""
         return AskError(f"{printable(self.url)}: {printable(reason)}{hint}")
 
-    def open(self, path: str, timeout_sec: float, **headers: str) -> http.client.HTTPResponse:
-        """A GET, its answer ready to be read.
+    @contextlib.contextmanager
+    def open(self, path: str, timeout_sec: float, **headers: str) -> Iterator[http.client.HTTPResponse]:
+        """A GET, and its answer to be read within the block.
 
         Raises:
-            AskError: no answer, or an answer that says no.
+            AskError: no answer, one that says no, or one that breaks off while it is read.
         """
-        import http.client
+        import http.client  # only a client needs it
 
+        kind = http.client.HTTPSConnection if self._scheme == "https" else http.client.HTTPConnection
+        connection = kind(self._host, self._port, timeout=timeout_sec)
         sent = {**self._headers, "Connection": "close", **{k.replace("_", "-"): v for k, v in headers.items()}}
         try:
-            connection = self._connect(timeout_sec)
+            if self._unix_path is not None:
+                connection.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+                connection.sock.settimeout(timeout_sec)
+                connection.sock.connect(self._unix_path)
             connection.request("GET", self._prefix + path, headers=sent)
-            response = connection.getresponse()
-            if response.status == 200:
-                return response
-            body = response.read(CLIENT_ERROR_BYTES_MAX)
+            with connection.getresponse() as response:
+                if response.status != 200:
+                    reason = _error_of(response.read(CLIENT_ERROR_BYTES_MAX))
+                    raise AskError(f"{printable(self.url + path)}: {response.status} {reason}", response.status)
+                yield response
         except (OSError, ValueError, http.client.HTTPException) as error:
             raise self._fault(error) from None
-        raise AskError(f"{printable(self.url + path)}: {response.status} {_error_of(body)}", response.status)
+        finally:
+            connection.close()
 
     def get(self, path: str) -> JSONValue:
         """The JSON value at a path; raises AskError."""
-        import http.client
-
+        with self.open(path, CLIENT_TIMEOUT_SEC) as response:
+            body = response.read()
         try:
-            with self.open(path, CLIENT_TIMEOUT_SEC) as response:
-                return json_load(response.read())
+            return json_load(body)
         except JSONError:
             raise AskError(f"{printable(self.url + path)}: the answer is not JSON") from None
-        except (OSError, http.client.HTTPException) as error:
-            raise self._fault(error) from None
 
     def events(self, path: str, last_id: str) -> Iterator[tuple[str, str]]:
         """("", "") as the stream opens, then (id, data) of each event behind that of `last_id`; raises AskError."""
-        import http.client
-
         resume = {"Last_Event_ID": last_id} if last_id else {}
         with self.open(path, CLIENT_SILENCE_SEC, Accept=SSE, **resume) as response:
             fields: dict[str, str] = {}
             yield "", ""
-            try:
-                for line in iter(response.readline, b""):
-                    name, _, value = line.decode("utf-8", "replace").rstrip("\r\n").partition(": ")
-                    if name:
-                        fields[name] = value
-                    elif "data" in fields:
-                        yield fields.get("id", ""), fields["data"]
-                        fields = {}
-            except (OSError, http.client.HTTPException) as error:
-                raise self._fault(error) from None
+            for line in iter(response.readline, b""):
+                name, _, value = line.decode("utf-8", "replace").rstrip("\r\n").partition(": ")
+                if name:
+                    fields[name] = value
+                elif "data" in fields:
+                    yield fields.get("id", ""), fields["data"]
+                    fields = {}
 
 
 def _error_of(body: bytes) -> str:
