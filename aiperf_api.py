@@ -8348,14 +8348,24 @@ def _read_config(path: str | None) -> Mapping[str, Any] | None:
     return value
 
 
+def _json_line(time_sec: float, level: str, message: str, **more: str) -> str:
+    return json_bytes({"time": time_sec, "level": level, "message": message, **more}).decode()
+
+
 class _JSONFormatter(logging.Formatter):
     """A log line as one JSON object."""
 
     def format(self, record: logging.LogRecord) -> str:
-        line = {"time": record.created, "level": record.levelname.lower(), "message": record.getMessage()}
-        if record.exc_info:
-            line["traceback"] = self.formatException(record.exc_info)
-        return json_bytes(line).decode()
+        more = {"traceback": self.formatException(record.exc_info)} if record.exc_info else {}
+        return _json_line(record.created, record.levelname.lower(), record.getMessage(), **more)
+
+
+def _announce(lines: Iterable[str], log_format: str) -> None:
+    """Say where the server is, at any log level and in the format of the log."""
+    for line in lines:
+        print(
+            line if log_format == "text" else _json_line(time.time(), "info", line.strip()), file=sys.stderr, flush=True
+        )
 
 
 class _LogHandler(logging.StreamHandler):  # type: ignore[type-arg]  # its parameter is not there on 3.9 and 3.10
@@ -8479,8 +8489,8 @@ async def _serve_command(arguments: Arguments, environ: Mapping[str, str], handl
         _watch_signals(child.on_signal)
         await service.start()
         try:
-            for line in [*start_lines(service), *(f"  note       {note}" for note in child.plan.notes)]:
-                print(line, file=sys.stderr, flush=True)
+            notes = (f"  note       {note}" for note in child.plan.notes)
+            _announce([*start_lines(service), *notes], arguments.log_format)
             handler.hold_back()
             try:
                 code = await child.run(service)
@@ -8513,8 +8523,7 @@ async def _serve(arguments: Arguments) -> int:
 
     _watch_signals(ask)
     await service.start()
-    for line in start_lines(service):
-        print(line, file=sys.stderr, flush=True)
+    _announce(start_lines(service), arguments.log_format)
     ends = {asyncio.ensure_future(stop.wait()), asyncio.ensure_future(service.wait_lingered())}
     await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
     for end in ends:
