@@ -8311,6 +8311,20 @@ class TestCommandLine(unittest.TestCase):
                 self.assertEqual((done.returncode, done.stdout), (2, ""), done.stderr)
                 self.assertRegex(done.stderr, r"\Aaiperf-api: [^\n]+\n\Z")
 
+    def test_a_json_log_is_json_from_its_first_line_to_its_last(self) -> None:
+        process, _ = self.start("--api-port", "0", "--demo", "--log-format", "json", "--log-level", "debug")
+        assert process.stderr is not None
+        second = json.loads(process.stderr.readline())
+        url = second["message"].split()[1].replace("/dashboard", "")
+        fetched(url + "/api/status?token=s3cret-token&x=%22")
+        process.terminate()
+        _, rest = process.communicate(timeout=20)
+        lines = [json.loads(line) for line in rest.splitlines()]
+        self.assertEqual({tuple(line) for line in lines}, {("time", "level", "message")})
+        [access] = [line for line in lines if "GET" in line["message"]]
+        self.assertEqual(access["level"], "debug")
+        self.assertRegex(access["message"], r'"GET /api/status\?token=\*\*\*&x=%22" 200 ".*"$')
+
     def test_a_port_in_use_is_one_line_and_exit_1(self) -> None:
         with socket.create_server(("127.0.0.1", 0)) as taken:
             done = self.run_program("--api-port", str(taken.getsockname()[1]), "--demo")
