@@ -1035,6 +1035,8 @@ class Request(NamedTuple):
 
     def arg(self, name: str, default: str | None = None) -> str | None:
         """The first value of a query argument; `?pretty` has the value ""."""
+        if not self.query:
+            return default
         return next((value for key, value in self.query if key == name), default)
 
     def args(self, name: str) -> list[str]:
@@ -3301,10 +3303,14 @@ class Run:
         last_ns = now_ns if self.last_ns is None else self.last_ns
         return self.end_ns if self.end_ns is not None else min(now_ns, last_ns + STALE_AFTER_NS)
 
+    def clocks(self, now_ns: int) -> tuple[Optional[int], int]:
+        """Return that moment in the benchmark's time, None while the difference is unknown, and in bus time."""
+        until_ns = self.until(now_ns)
+        return None if self.skew_ns is None else until_ns - self.skew_ns, until_ns
+
     def elapsed(self, phase: Phase, now_ns: int) -> int:
         """Return the time in ns that a phase takes by now."""
-        until_ns = self.until(now_ns)
-        return phase.elapsed_ns(None if self.skew_ns is None else until_ns - self.skew_ns, until_ns)
+        return phase.elapsed_ns(*self.clocks(now_ns))
 
     def is_stale(self, now_ns: int) -> bool:
         return self.end is None and self.last_ns is not None and now_ns - self.last_ns >= STALE_AFTER_NS
@@ -3646,13 +3652,15 @@ class Run:
 
     def elapsed_sec(self, now_ns: int) -> Optional[float]:
         """Return the seconds since the first phase began, else since the first message; None before any."""
-        if any(phase.has_begun for phase in self.phases.values()):
-            return sum(self.elapsed(phase, now_ns) for phase in self.phases.values()) / 1e9
-        return None if self.first_ns is None else max(0, self.until(now_ns) - self.first_ns) / 1e9
+        clocks = self.clocks(now_ns)
+        begun = [phase.elapsed_ns(*clocks) for phase in self.phases.values() if phase.has_begun]
+        if begun:
+            return sum(begun) / 1e9
+        return None if self.first_ns is None else max(0, clocks[1] - self.first_ns) / 1e9
 
     def started_ns(self) -> Optional[int]:
         starts = [phase.start_ns for phase in self.phases.values() if phase.start_ns is not None]
-        return min(starts, default=self.first_ns)
+        return min(starts) if starts else self.first_ns
 
 
 def _weights(phases: Sequence[Phase]) -> list[float]:
@@ -3855,7 +3863,7 @@ class BenchmarkState:
         return {
             "state": run.end or run.state,
             "phase": run.phase,
-            "benchmark_id": self._identity().get("benchmark_id"),
+            "benchmark_id": run.benchmark_id or self._identity().get("benchmark_id"),
             "profile_id": run.profile_id,
             "error": run.error if run.end in (None, "failed") else None,
             "stale": run.is_stale(now_ns),
