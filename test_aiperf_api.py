@@ -6809,6 +6809,7 @@ class TestCommandLine(unittest.TestCase):
         self.assertEqual({tuple(line) for line in lines}, {("time", "level", "message")})
         [access] = [line for line in lines if "GET" in line["message"]]
         self.assertEqual(access["level"], "debug")
+        self.assertNotIn("s3cret-token", rest)
         self.assertRegex(access["message"], r'"GET /api/status\?token=\*\*\*&x=%22" 200 ".*"$')
 
     def test_a_port_in_use_is_one_line_and_exit_1(self) -> None:
@@ -6871,16 +6872,6 @@ class TestCommandLine(unittest.TestCase):
         with urllib.request.urlopen(f"{url}/health", timeout=10) as answer:
             self.assertEqual(answer.read(), b"ok\n")
         process.terminate()
-
-    def test_json_logs_are_json(self) -> None:
-        process, url = self.start("--api-port", "0", "--demo", "--log-format", "json", "--log-level", "debug")
-        with urllib.request.urlopen(f"{url}/health?token=hush", timeout=10):
-            pass
-        process.terminate()
-        lines = process.communicate(timeout=5)[1].splitlines()
-        logged = [json.loads(line) for line in lines if line.startswith("{")]
-        self.assertTrue(any("/health" in line["message"] for line in logged))
-        self.assertNotIn("hush", "".join(lines))
 
 
 class TestClient(ServiceTestCase):
