@@ -7309,7 +7309,7 @@ class APIService:
             else:
                 self._check(connection, request)
                 if request.method == "OPTIONS":
-                    return self.preflight(request)
+                    return self._answered(connection, request, None, self.preflight(request))
                 route = self.router.match(request.method, self._routed_path(request))
                 if route.needs_token and self.settings.token is not None:
                     check_token(request, self.settings.token.encode())
@@ -7317,8 +7317,7 @@ class APIService:
             response = route.handler(self, connection, request)
         except HTTPError as error:
             response = error_response(error, request.arg("pretty") is not None)
-        self._log_access(connection, request, route, 101 if response is None else response.status)
-        return self._finish(request, response)
+        return self._answered(connection, request, route, response)
 
     def received(self, connection: Connection, message: TextMessage | BinaryMessage) -> None:
         """A message of the /ws protocol: subscribe, unsubscribe or ping."""
@@ -7343,13 +7342,17 @@ class APIService:
         is_file = request.path.startswith("/static/") or request.path == FAVICON_PATH
         return STATIC_ROUTE if is_file else request.path
 
-    def _finish(self, request: Request, response: Response | None) -> Response | None:
-        """304 for what the client already has (RFC 9110 section 13.1.2)."""
+    def _answered(
+        self, connection: Connection, request: Request, route: Route | None, response: Response | None
+    ) -> Response | None:
+        """The answer as it goes out, counted: 304 for what the client already has (RFC 9110 section 13.1.2)."""
         wanted = request.headers.get("if-none-match")
-        if wanted is None or response is None or response.status != 200:
-            return response
-        etag = dict(response.headers).get("ETag", "")
-        return not_modified(response) if etag_matches(wanted, etag) else response
+        if wanted is not None and response is not None and response.status == 200:
+            etag = dict(response.headers).get("ETag", "")
+            response = not_modified(response) if etag_matches(wanted, etag) else response
+        switched = 101 if request.wants_upgrade else 200  # to a WebSocket; to an endless answer
+        self._log_access(connection, request, route, switched if response is None else response.status)
+        return response
 
     def headers_for(self, request: Request) -> HeaderList:
         """What an answer says beside its own headers: the cookie of a page opened with a token, CORS."""
@@ -8793,6 +8796,8 @@ def run_client(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     """
     command, *words = argv
     run = {"get": _run_get, "watch": _run_watch, "top": _run_top}[command]
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # JSON is UTF-8, whatever the locale
     try:
         return run(words, environ)
     except KeyboardInterrupt:  # how one leaves them
@@ -8804,7 +8809,7 @@ def run_client(argv: Sequence[str], environ: Mapping[str, str]) -> int:
 
 def _parse_client(parser: _ClientParser, words: Sequence[str]) -> tuple[argparse.Namespace, _Remote]:
     given = parser.parse_args(words)
-    hide_in_process_title([given.token] if given.token in words else [])
+    hide_in_process_title([given.token] if given.token and any(given.token in word for word in words) else [])
     return given, _Remote(given.url or _CLIENT_URL, given.token)
 
 

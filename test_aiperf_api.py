@@ -7425,6 +7425,24 @@ class TestManners(ServiceTestCase):
         self.assertLess(len(second), 600)
         self.assertRegex(second, r'^127\.0\.0\.1:\d+ "GET /y{190,}\.\.\." 404 "a{190,}\.\.\."$')
 
+    async def test_requests_are_counted_by_what_was_answered(self) -> None:
+        service = await self.serve()
+        etag = (await self.get(service, "/openapi.json")).headers["etag"]
+        await self.get(service, "/openapi.json", headers={"If-None-Match": etag})
+        await self.get(service, "/nothing")
+        await self.get(service, "/api", method="OPTIONS")
+        await self.listen(service, "*")
+        stream = await self.client(service)
+        stream.send(b"GET /api/stream HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        await stream.read_answer("HEAD")
+        text = (await self.get(service, "/metrics")).body.decode()
+        counted = re.findall(
+            r'^aiperf_api_http_requests_total\{route="(\w+)",status="(\d+)"\} (\d+)$', text, re.MULTILINE
+        )
+        expected = [("openapi", "200"), ("openapi", "304"), ("none", "404"), ("none", "204")]
+        expected += [("websocket", "101"), ("stream", "200")]
+        self.assertEqual(sorted(counted), sorted((*one, "1") for one in expected))
+
     async def test_nothing_is_logged_of_requests_at_the_usual_level(self) -> None:
         service = await self.serve()
         with self.assertLogs(aiperf_api.log, "INFO") as logged:
@@ -8550,6 +8568,15 @@ class TestClient(ServiceTestCase):
                 self.assertEqual((code, output), (2, ""))
                 self.assertRegex(errors, r"\Aaiperf-api: [^\n]+\n\Z")
         self.assertIn("did you mean status?", (await self.call("get", "statsu"))[2])
+
+    async def test_what_it_prints_is_utf_8_whatever_the_locale(self) -> None:
+        self.service.publish({"message_type": "worker_status_summary", "worker_statuses": {"w°": "idle"}})
+        for more in ((), ("--table",)):
+            with unittest.mock.patch.dict(os.environ, {"PYTHONIOENCODING": "ascii", "LC_ALL": "C"}):
+                process = await self.start("get", "workers", *more)
+            output, errors = await asyncio.wait_for(process.communicate(), 20)
+            self.assertEqual((process.returncode, errors), (0, b""))
+            self.assertIn("w°", output.decode())
 
     async def test_each_command_explains_itself(self) -> None:
         for command in aiperf_api.CLIENT_COMMANDS:
