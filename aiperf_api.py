@@ -113,6 +113,7 @@ HTTP_GZIP_BYTES_MIN = 1024  # a smaller body is sent as it is; nginx gzip_min_le
 LINGER_TIMEOUT_SEC = 2  # for the peer to end its side after our last words; nginx lingering_timeout 5
 CONNECTION_BUFFER_BYTES = 64 * 1024  # in a transport before it counts as full; asyncio 64 KiB
 CONNECTION_READ_BYTES = 16 * 1024  # taken in one read, before others have their turn; asyncio 256 KiB, nginx 4 KiB
+CONNECTION_UNSENT_BYTES = 16 * 1024  # in the kernel, behind what the peer's window takes; Linux: megabytes
 HTTP_REFUSED_MAX = 64  # connections above the limit that are being told so; a further one is reset without a word
 DESCRIPTORS_SPARE = 64  # file descriptors for everything but connections: the bus, files, a child
 LISTEN_BACKLOG = 128  # connections waiting to be accepted; asyncio 100; the peer's SYN is retried
@@ -436,11 +437,19 @@ _CREDENTIAL_KEY = re.compile(  # of a key in snake_case: api_key, x_api_key, hf_
 )
 _HEADERS_KEY = re.compile(r"(?:.*_)?headers")
 _CAMEL_HUMP = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
-# Ends of such keys, lower-cased: a payload with none of them, nor an escape that could hide one, needs no parsing.
-_CREDENTIAL_ENDS = (
-    "key keys authorization auth bearer token password passwd cookie secret secrets credential credentials headers"
+# Ends of such keys, lower-cased, by what they begin with: a payload with none of them, nor an escape that could hide
+# one, needs no parsing.
+_CREDENTIAL_HINTS: tuple[tuple[bytes, tuple[bytes, ...]], ...] = (
+    (b"key", (b'key"', b'keys"')),
+    (b"auth", (b'auth"', b'authorization"')),
+    (b"bearer", (b'bearer"',)),
+    (b"token", (b'token"',)),
+    (b"passw", (b'password"', b'passwd"')),
+    (b"cookie", (b'cookie"',)),
+    (b"secret", (b'secret"', b'secrets"')),
+    (b"credential", (b'credential"', b'credentials"')),
+    (b"headers", (b'headers"',)),
 )
-_CREDENTIAL_HINTS = tuple(end.encode() + b'"' for end in _CREDENTIAL_ENDS.split())
 _URL_USERINFO = re.compile(r'(://)[^/\s"@]+@')  # RFC 3986 section 3.2.1
 _BEARER_VALUE = re.compile(r"(bearer +)[\w.~+/=-]+", re.IGNORECASE)  # RFC 6750 section 2.1
 
@@ -552,7 +561,7 @@ def _may_hold_secret(payload: bytes, secrets: Sequence[str]) -> bool:
     """A quick look, at a hundredth of the cost of parsing; wrong only on the side of caution."""
     lowered = payload.lower()
     return (
-        any(hint in lowered and _ends_key(hint, lowered) for hint in _CREDENTIAL_HINTS)
+        any(root in lowered and any(_ends_key(end, lowered) for end in ends) for root, ends in _CREDENTIAL_HINTS)
         or b"bearer " in lowered
         or b"\\u00" in lowered
         or (b"@" in payload and b"://" in payload)
@@ -1232,6 +1241,14 @@ class RequestParser:
         self._buffer.clear()
         return rest
 
+    def recall(self, data: bytes) -> Request | None:
+        """The request that these bytes are, if just a head seen before, and nothing else waits to be read: what
+        a keep-alive client sends.  They must not be fed then."""
+        if self._buffer or self._skipped or self._done:
+            return None
+        request = self._memo.get(data)
+        return request if request is not None and request.keep_alive else None
+
     def next_request(self) -> Request | None:
         """The next request, or None until there are more bytes.
 
@@ -1424,19 +1441,37 @@ def choose_subprotocol(request: Request) -> str | None:
     return next((name for name in ours if not name.startswith("aiperf.token.")), ours[0] if ours else None)
 
 
-def check_token(request: Request, token: bytes) -> None:
-    """Refuse with 401 a request that presents the token in none of the three ways that clients can.
+TOKEN_COOKIE = "aiperf_api"
 
-    `Authorization: Bearer` is for tools, `?token=` and the subprotocol `aiperf.token.<token>` are for browsers, which
-    cannot set headers on a WebSocket.
+
+def page_cookie(token: bytes) -> str:
+    """What stands in for the token in a browser's cookie: enough for us, and useless for whoever else gets to see it
+    (cookies are not kept apart by port, RFC 6265 8.5)."""
+    return hmac.new(token, b"aiperf-api page cookie", "sha256").hexdigest()
+
+
+def has_page_token(request: Request, token: bytes) -> bool:
+    """Whether the request presents the token as `?token=`, as a person does who opens a page."""
+    return any(hmac.compare_digest(value.encode("utf-8"), token) for value in request.args("token"))
+
+
+def check_token(request: Request, token: bytes) -> None:
+    """Refuse with 401 a request that presents the token in none of the ways that clients can.
+
+    `Authorization: Bearer` is for tools.  Browsers, which can set headers neither on a WebSocket nor on what a page
+    loads, have `?token=`, the subprotocol `aiperf.token.<token>`, and the cookie that a page opened with it sets.
     """
     scheme, _, credentials = request.headers.get("authorization", "").partition(" ")
     given = [credentials.strip(" ").encode("latin-1")] if scheme.lower() == "bearer" else []
     given += [value.encode("utf-8") for value in request.args("token")]
     prefix = "aiperf.token."
     given += [name[len(prefix) :].encode("latin-1") for name in subprotocols(request) if name.startswith(prefix)]
+    cookies = [pair.strip(" ").partition("=") for pair in request.headers.get("cookie", "").split(";")]
+    shown = [value.encode("latin-1") for name, _, value in cookies if name == TOKEN_COOKIE]
     # Constant time, on bytes (str with non-ASCII raises), and never stopping at the first that fits.
-    if not sum([hmac.compare_digest(candidate, token) for candidate in given]):
+    fits = [hmac.compare_digest(candidate, token) for candidate in given]
+    fits += [hmac.compare_digest(candidate, page_cookie(token).encode()) for candidate in shown]
+    if not sum(fits):
         hint = "a token is needed: -H 'Authorization: Bearer TOKEN', or ?token=TOKEN"
         raise HTTPError(401, hint, (("WWW-Authenticate", 'Bearer realm="aiperf-api"'),))
 
@@ -1540,7 +1575,17 @@ class Response:
     (`W/"…"`), because one tag then stands for both forms.
     """
 
-    __slots__ = ("_gzip_body", "_gzip_head", "_head", "body", "headers", "is_compressible", "status")
+    __slots__ = (
+        "_gzip_body",
+        "_gzip_head",
+        "_head",
+        "_sent",
+        "_sent_as",
+        "body",
+        "headers",
+        "is_compressible",
+        "status",
+    )
 
     def __init__(
         self,
@@ -1556,6 +1601,10 @@ class Response:
         plain = status == 200 and content_type == "application/json" and not headers and not self.is_compressible
         self._head = _JSON_HEAD if plain else self._fixed_head(content_type)
         self._gzip_head, self._gzip_body = b"", b""  # made when a client first takes it
+        self._sent_as, self._sent = (
+            (b"", False),
+            b"",
+        )  # date and coding of the last answer, and its bytes: all of a second
 
     def _fixed_head(self, content_type: str) -> bytes:
         names = {name.lower() for name, _ in self.headers}
@@ -1588,6 +1637,9 @@ class Response:
             gzip: the client takes gzip (accepts_gzip); used if the body is worth it.
             extra: headers of this one answer, such as CORS.
         """
+        usual = not (head_only or close or extra)
+        if usual and self._sent_as == (date, gzip):
+            return self._sent
         head, body = self._head, self.body
         if gzip and self.is_compressible:
             if not self._gzip_body:
@@ -1599,7 +1651,10 @@ class Response:
         end = b"\r\n" + _header_bytes(extra) if extra else b"\r\n"
         if close or body is None:
             end += b"Connection: close\r\n"
-        return b"".join((head, length, b"Date: ", date, end, b"\r\n", b"" if head_only or body is None else body))
+        sent = b"".join((head, length, b"Date: ", date, end, b"\r\n", b"" if head_only or body is None else body))
+        if usual:
+            self._sent_as, self._sent = (date, gzip), sent
+        return sent
 
 
 def json_response(value: JSONValue, status: int = 200, pretty: bool = False, headers: HeaderList = ()) -> Response:
@@ -2146,13 +2201,14 @@ def display_row(row: Any) -> Optional[dict[str, Any]]:
     tag = _tag_of(row)
     if not tag:
         return None
+    # Nearly all fields are finite floats and integers: shown, and told so without a call.
     shown = {
         key: value
         for key, value in row.items()
-        # Nearly all fields are integers and finite floats: shown, and told so without a call.
-        if (type(value) is int or (type(value) is float and value - value == 0.0) or _is_shown(key, value))
-        and key not in INTERNAL_FIELDS
+        if (value - value == 0.0 if type(value) is float else type(value) is int or _is_shown(key, value))
     }
+    for field in INTERNAL_FIELDS:
+        shown.pop(field, None)
     conversion = _conversion(tag, shown.get("unit"))
     if conversion is not None:
         factor, shown["unit"] = conversion
@@ -5201,17 +5257,26 @@ def child_plan(
 
 def _find_profile(argv: Sequence[str]) -> int | None:
     """Where the flags of an `aiperf profile` begin in a command line, behind wrappers; None if it is none."""
-    for index, word in enumerate(argv[:-1]):
-        name = os.path.basename(word)
-        module = name == "aiperf" and index >= 2 and argv[index - 1] == "-m"
-        if name in ("aiperf", "aiperf.exe") and argv[index + 1] == "profile":
-            return index + 2 if module or index == 0 or _is_wrapper(argv[0]) else None
+    for index, (word, after) in enumerate(zip(argv, argv[1:])):
+        if os.path.basename(word) in ("aiperf", "aiperf.exe") and after == "profile":
+            return index + 2 if _hands_over(argv[:index]) else None
     return None
 
 
-def _is_wrapper(word: str) -> bool:
-    name = os.path.basename(word)
-    return name in _WRAPPERS or _PYTHON_NAME.fullmatch(name) is not None
+def aiperf_word(argv: Sequence[str]) -> str:
+    """The word of an `aiperf profile` that names its program; "" if it is none."""
+    start = _find_profile(argv)
+    return "" if start is None else argv[start - 2]
+
+
+def _hands_over(words: Sequence[str]) -> bool:
+    """Whether these words before a command only wrap it: nothing, `python -m`, `python`, or a known wrapper."""
+    if not words:
+        return True
+    name = os.path.basename(words[0])
+    if _PYTHON_NAME.fullmatch(name):
+        return words[-1] == "-m" or all(word.startswith("-") for word in words[1:])  # else it is a script's argument
+    return name in _WRAPPERS
 
 
 def _publishes_no_live_metrics(version: str, flags: Mapping[str, JSONValue]) -> bool:
@@ -6195,6 +6260,7 @@ class Connection(asyncio.BufferedProtocol):
         self.app = app
         self._writer = writer  # kept: its finaliser closes the transport on newer Pythons
         self.transport: asyncio.Transport = writer.transport  # type: ignore[assignment]
+        self._displaced = self.transport.get_protocol()  # the stream's: to be told of the end, or it stays for the GC
         self.address = peer_name(self.transport)  # of the peer, as text
         self.mode = "http"  # http | websocket | stream | closing
         self.paused = False  # the transport is full
@@ -6216,6 +6282,7 @@ class Connection(asyncio.BufferedProtocol):
         self.subscriber: Subscriber | None = None  # in the hub; None for HTTP
         self.number = 0  # the subscriber's in the hub
         self.transport.set_write_buffer_limits(high=CONNECTION_BUFFER_BYTES, low=CONNECTION_BUFFER_BYTES // 4)
+        limit_unsent(self.transport)
 
     # -- Called by the transport --
 
@@ -6235,8 +6302,13 @@ class Connection(asyncio.BufferedProtocol):
         self.heard_sec = time.monotonic()
         try:
             if self.mode == "http" and self._requests is not None:
-                self._requests.feed(data)
-                self._serve()
+                known = self._requests.recall(data) if not self.paused else None
+                if known is None:
+                    self._requests.feed(data)
+                    self._serve()
+                else:
+                    self._await_head(begun=False)
+                    self._answer(known)
             elif self.mode == "websocket":
                 self._read_frames(data)
         except Exception as error:  # a fault of ours must not leave the client hanging, nor take the server along
@@ -6280,6 +6352,8 @@ class Connection(asyncio.BufferedProtocol):
     def connection_lost(self, error: Exception | None) -> None:
         self.mode = "closing"
         self.outlet.closed = True
+        if isinstance(self._displaced, asyncio.Protocol):
+            self._displaced.connection_lost(None)
         self.app.closed(self)
 
     def _set_reading(self, on: bool) -> None:
@@ -6504,6 +6578,19 @@ class Connection(asyncio.BufferedProtocol):
 UNIX_PEER = "unix"  # stands for the address of a peer on a Unix socket, which has none
 
 
+def limit_unsent(transport: asyncio.BaseTransport) -> None:
+    """Have the kernel take little more than the peer does.
+
+    Otherwise it takes megabytes and wakes us when a third of them has gone: one that reads a KiB a second would look
+    like one that reads nothing, and the newest state would stand behind minutes of old ones.
+    """
+    connected = transport.get_extra_info("socket")
+    option = getattr(socket, "TCP_NOTSENT_LOWAT", None)
+    if option is not None and connected is not None and connected.family != getattr(socket, "AF_UNIX", None):
+        with contextlib.suppress(OSError):  # an option that the system does not have after all
+            connected.setsockopt(socket.IPPROTO_TCP, option, CONNECTION_UNSENT_BYTES)
+
+
 def peer_name(transport: asyncio.BaseTransport) -> str:
     """The address of the peer, for logs and /api/clients."""
     peer = transport.get_extra_info("peername")
@@ -6531,6 +6618,7 @@ def connection_factory(app: Application) -> Callable[[asyncio.StreamReader, asyn
 BUS_MESSAGE_TYPE = re.compile("[A-Za-z0-9_:-]{1,128}")  # what stands before the target and the `$` of a topic
 CLIENT_MESSAGE_TYPE = re.compile(r"[^\x00-\x20$\x7f]{1,128}")  # what a client may ask for; most of it never comes
 STATIC_ROUTE = "/static/{file}"
+PAGE_PATHS = frozenset(("/", "/dashboard"))  # what a person opens
 FAVICON_PATH = "/favicon.ico"  # browsers ask for it beside a JSON answer, too, where no page names another
 
 
@@ -7136,8 +7224,9 @@ class APIService:
 
     def configure(self, config: Mapping[str, Any], origin: str) -> None:
         """Take a configuration of the benchmark; `origin` is "file" or "command"."""
-        self.state.configure(redact(config, self._secrets_found), origin)
+        clean = redact(config, self._secrets_found)
         self.secrets = secret_forms(self._secrets_found)
+        self.state.configure(_scrub_strings(clean, self.secrets), origin)
         self.state_version += 1
 
     def end_child(self, exit_text: str) -> None:
@@ -7263,7 +7352,21 @@ class APIService:
         return not_modified(response) if etag_matches(wanted, etag) else response
 
     def headers_for(self, request: Request) -> HeaderList:
-        """CORS headers for a listed origin (Fetch standard, 3.2); none unless asked for on the command line."""
+        """What an answer says beside its own headers: the cookie of a page opened with a token, CORS."""
+        if self.settings.token is None:
+            return self._cors_headers(request)
+        return (*self._cookie_headers(request, self.settings.token.encode()), *self._cors_headers(request))
+
+    def _cookie_headers(self, request: Request, token: bytes) -> HeaderList:
+        """A page brings along scripts, reloads and a WebSocket; its cookie lets them in.  Without a Path it is for the
+        folder of the page, also behind a proxy (RFC 6265 5.1.4)."""
+        if request.path not in PAGE_PATHS or not has_page_token(request, token):
+            return ()
+        secure = "; Secure" if self.settings.tls_cert else ""
+        return (("Set-Cookie", f"{TOKEN_COOKIE}={page_cookie(token)}; HttpOnly; SameSite=Strict{secure}"),)
+
+    def _cors_headers(self, request: Request) -> HeaderList:
+        """For a listed origin (Fetch standard, 3.2); none unless asked for on the command line."""
         if not self.settings.cors_origins:
             return ()
         origin = request.headers.get("origin")
@@ -8348,14 +8451,24 @@ def _read_config(path: str | None) -> Mapping[str, Any] | None:
     return value
 
 
+def _json_line(time_sec: float, level: str, message: str, **more: str) -> str:
+    return json_bytes({"time": time_sec, "level": level, "message": message, **more}).decode()
+
+
 class _JSONFormatter(logging.Formatter):
     """A log line as one JSON object."""
 
     def format(self, record: logging.LogRecord) -> str:
-        line = {"time": record.created, "level": record.levelname.lower(), "message": record.getMessage()}
-        if record.exc_info:
-            line["traceback"] = self.formatException(record.exc_info)
-        return json_bytes(line).decode()
+        more = {"traceback": self.formatException(record.exc_info)} if record.exc_info else {}
+        return _json_line(record.created, record.levelname.lower(), record.getMessage(), **more)
+
+
+def _announce(lines: Iterable[str], log_format: str) -> None:
+    """Say where the server is, at any log level and in the format of the log."""
+    for line in lines:
+        print(
+            line if log_format == "text" else _json_line(time.time(), "info", line.strip()), file=sys.stderr, flush=True
+        )
 
 
 class _LogHandler(logging.StreamHandler):  # type: ignore[type-arg]  # its parameter is not there on 3.9 and 3.10
@@ -8423,12 +8536,14 @@ def start_lines(service: APIService) -> list[str]:
 class _Child:
     """The benchmark behind `--`: how it is to be run, its process, and the signals that come meanwhile."""
 
-    def __init__(self, plan: ChildPlan, command: Sequence[str]) -> None:
+    def __init__(self, plan: ChildPlan, command: Sequence[str], version: str) -> None:
         self.plan = plan
         self.process = ChildProcess(plan.argv, plan.environ)
-        self.command = command
+        self.config = config_from_argv(command)  # what the command line tells
+        if version:
+            self.config["aiperf_version"] = version
         self.started_sec = time.time()
-        self.signals = 0  # how many have come, also after its end
+        self.signals: list[int] = []  # those that have come, also after its end
         self.ended = asyncio.Event()  # the process is gone
         self.hurried = asyncio.Event()  # a second signal, or one after the end: no lingering
 
@@ -8441,16 +8556,19 @@ class _Child:
 
     def on_signal(self, number: int) -> None:
         """The child's first; it is on us to go when it has gone."""
-        self.signals += 1
+        self.signals.append(number)
         if not self.ended.is_set():
             self.process.pass_on(number)
-        if self.signals > 1 or self.ended.is_set() or number != signal.SIGINT:
+        if len(self.signals) > 1 or self.ended.is_set() or number != signal.SIGINT:
             if self.hurried.is_set() and self.ended.is_set():
                 os._exit(128 + number)
             self.hurried.set()
 
     async def run(self, service: APIService) -> int:
         """Run it to its end, and tell the service; returns the exit code."""
+        if self.signals:  # already: then it need not begin
+            self.ended.set()
+            return 128 + self.signals[0]
         await self.process.start()
         code = await self.process.wait()
         self.ended.set()
@@ -8458,8 +8576,12 @@ class _Child:
         directory = self.plan.artifact_dir or service.state.artifact_dir()
         config = load_artifact_config(directory, self.started_sec) if directory else {}
         if config:
-            service.configure({**config, "command": redact_command(self.command)}, "command")
-        service.end_child(self.process.exit_text if code else "")
+            told: dict[str, Any] = {
+                key: self.config[key] for key in ("command", "aiperf_version") if key in self.config
+            }
+            service.configure({**config, **told}, "command")
+        if code or service.bus.messages:  # a command that ended well and never reported has not failed
+            service.end_child(self.process.exit_text if code else "")
         return code
 
 
@@ -8467,20 +8589,21 @@ async def _serve_command(arguments: Arguments, environ: Mapping[str, str], handl
     """Serve, run the benchmark behind `--`, go on serving for a while; returns the benchmark's exit code."""
     check_command(arguments.command, environ)
     with ipc_directory() as directory:
-        version = aiperf_version(arguments.command[0], environ.get("PATH"))
-        child = _Child(child_plan(arguments.command, environ, directory, version=version), arguments.command)
+        command = arguments.command
+        version = aiperf_version(aiperf_word(command), environ.get("PATH"))
+        child = _Child(child_plan(command, environ, directory, version=version), command, version)
         service = APIService(
             source=child.source(arguments.backend),
             config=arguments.config,
             record=arguments.record,
             settings=arguments.settings,
         )
-        service.configure(config_from_argv(arguments.command), "command")
+        service.configure(child.config, "command")
         _watch_signals(child.on_signal)
         await service.start()
         try:
-            for line in [*start_lines(service), *(f"  note       {note}" for note in child.plan.notes)]:
-                print(line, file=sys.stderr, flush=True)
+            notes = (f"  note       {note}" for note in child.plan.notes)
+            _announce([*start_lines(service), *notes], arguments.log_format)
             handler.hold_back()
             try:
                 code = await child.run(service)
@@ -8494,7 +8617,7 @@ async def _serve_command(arguments: Arguments, environ: Mapping[str, str], handl
 
 async def _linger(service: APIService, child: _Child) -> None:
     seconds = LINGER_SEC if service.settings.linger_sec is None else service.settings.linger_sec
-    if seconds and not child.hurried.is_set():
+    if seconds and child.process.exit_text and not child.hurried.is_set():
         log.info("the benchmark ended (%s); serving its last state for %g s", child.process.exit_text, seconds)
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(child.hurried.wait(), seconds)
@@ -8513,8 +8636,7 @@ async def _serve(arguments: Arguments) -> int:
 
     _watch_signals(ask)
     await service.start()
-    for line in start_lines(service):
-        print(line, file=sys.stderr, flush=True)
+    _announce(start_lines(service), arguments.log_format)
     ends = {asyncio.ensure_future(stop.wait()), asyncio.ensure_future(service.wait_lingered())}
     await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
     for end in ends:
@@ -8588,71 +8710,61 @@ class _Remote:
         if self._scheme not in ("http", "https") or not self._host or _TERMINAL_CONTROLS.search(url) or " " in url:
             raise UsageError(f"--url {printable(url)}: one such as {_CLIENT_URL}, or unix:PATH")
 
-    def _connect(self, timeout_sec: float) -> http.client.HTTPConnection:
-        import http.client  # only a client needs it
-
-        kind = http.client.HTTPSConnection if self._scheme == "https" else http.client.HTTPConnection
-        connection = kind(self._host, self._port, timeout=timeout_sec)
-        if self._unix_path is not None:
-            connection.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            connection.sock.settimeout(timeout_sec)
-            connection.sock.connect(self._unix_path)
-        return connection
-
     def _fault(self, error: Exception) -> AskError:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         hint = "; is the server running there? See --url" if isinstance(error, ConnectionRefusedError) else ""
         return AskError(f"{printable(self.url)}: {printable(reason)}{hint}")
 
-    def open(self, path: str, timeout_sec: float, **headers: str) -> http.client.HTTPResponse:
-        """A GET, its answer ready to be read.
+    @contextlib.contextmanager
+    def open(self, path: str, timeout_sec: float, **headers: str) -> Iterator[http.client.HTTPResponse]:
+        """A GET, and its answer to be read within the block.
 
         Raises:
-            AskError: no answer, or an answer that says no.
+            AskError: no answer, one that says no, or one that breaks off while it is read.
         """
-        import http.client
+        import http.client  # only a client needs it
 
+        kind = http.client.HTTPSConnection if self._scheme == "https" else http.client.HTTPConnection
+        connection = kind(self._host, self._port, timeout=timeout_sec)
         sent = {**self._headers, "Connection": "close", **{k.replace("_", "-"): v for k, v in headers.items()}}
         try:
-            connection = self._connect(timeout_sec)
+            if self._unix_path is not None:
+                connection.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+                connection.sock.settimeout(timeout_sec)
+                connection.sock.connect(self._unix_path)
             connection.request("GET", self._prefix + path, headers=sent)
-            response = connection.getresponse()
-            if response.status == 200:
-                return response
-            body = response.read(CLIENT_ERROR_BYTES_MAX)
+            with connection.getresponse() as response:
+                if response.status != 200:
+                    reason = _error_of(response.read(CLIENT_ERROR_BYTES_MAX))
+                    raise AskError(f"{printable(self.url + path)}: {response.status} {reason}", response.status)
+                yield response
         except (OSError, ValueError, http.client.HTTPException) as error:
             raise self._fault(error) from None
-        raise AskError(f"{printable(self.url + path)}: {response.status} {_error_of(body)}", response.status)
+        finally:
+            connection.close()
 
     def get(self, path: str) -> JSONValue:
         """The JSON value at a path; raises AskError."""
-        import http.client
-
+        with self.open(path, CLIENT_TIMEOUT_SEC) as response:
+            body = response.read()
         try:
-            with self.open(path, CLIENT_TIMEOUT_SEC) as response:
-                return json_load(response.read())
+            return json_load(body)
         except JSONError:
             raise AskError(f"{printable(self.url + path)}: the answer is not JSON") from None
-        except (OSError, http.client.HTTPException) as error:
-            raise self._fault(error) from None
 
     def events(self, path: str, last_id: str) -> Iterator[tuple[str, str]]:
-        """(id, data) of each event of a stream, behind the one of `last_id`; raises AskError."""
-        import http.client
-
+        """("", "") as the stream opens, then (id, data) of each event behind that of `last_id`; raises AskError."""
         resume = {"Last_Event_ID": last_id} if last_id else {}
         with self.open(path, CLIENT_SILENCE_SEC, Accept=SSE, **resume) as response:
             fields: dict[str, str] = {}
-            try:
-                for line in iter(response.readline, b""):
-                    name, _, value = line.decode("utf-8", "replace").rstrip("\r\n").partition(": ")
-                    if name:
-                        fields[name] = value
-                    elif "data" in fields:
-                        yield fields.get("id", ""), fields["data"]
-                        fields = {}
-            except (OSError, http.client.HTTPException) as error:
-                raise self._fault(error) from None
+            yield "", ""
+            for line in iter(response.readline, b""):
+                name, _, value = line.decode("utf-8", "replace").rstrip("\r\n").partition(": ")
+                if name:
+                    fields[name] = value
+                elif "data" in fields:
+                    yield fields.get("id", ""), fields["data"]
+                    fields = {}
 
 
 def _error_of(body: bytes) -> str:
@@ -8770,13 +8882,15 @@ def _numbered(row: JSONValue) -> Iterator[tuple[str, Any]]:
 
 
 def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Cells in columns two spaces apart, numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = []
-    for row in rows:
-        cells = (cell.rjust(width) if _looks_numeric(cell) else cell.ljust(width) for cell, width in zip(row, widths))
-        lines.append("  ".join(cells).rstrip())
-    return lines
+    """Cells in columns two spaces apart; a column of numbers under a head stands to the right."""
+    columns = []
+    for column in zip(*rows):
+        width = max(map(len, column))
+        is_numeric = any(map(_looks_numeric, column)) and all(
+            _looks_numeric(cell) or cell in "-" for cell in column[1:]
+        )
+        columns.append([cell.rjust(width) if is_numeric else cell.ljust(width) for cell in column])
+    return ["  ".join(cells).rstrip() for cells in zip(*columns)]
 
 
 def _looks_numeric(cell: str) -> bool:
@@ -8819,7 +8933,8 @@ def follow(events: Callable[[str, str], Iterator[tuple[str, str]]], path: str, *
         try:
             for event_id, data in events(path, last_id):
                 last_id, pause_sec, is_first = event_id or last_id, CLIENT_RETRY_MIN_SEC, False
-                yield data
+                if data:
+                    yield data
         except AskError as error:
             if once or error.is_final or (is_first and not error.status):
                 raise
@@ -8903,7 +9018,7 @@ def _draw_on_screen(remote: _Remote, figures: Figures, interval_sec: float) -> N
             lines = top_lines(seen, remote.url, size.columns)
             shown = ([trouble[: size.columns]] if trouble else []) + lines
             ended = (line + _END_OF_LINE for line in shown[: size.lines])
-            sys.stdout.write(_HOME + "\r\n".join(ended) + _END_OF_SCREEN)
+            sys.stdout.write(_HOME + "\n".join(ended) + _END_OF_SCREEN)
             sys.stdout.flush()
     finally:
         sys.stdout.write(_NORMAL_SCREEN + "\n".join([*lines, ""]))
@@ -8926,8 +9041,11 @@ def _member(value: Mapping[str, Any], *keys: str) -> dict[str, Any]:
 
 
 def _percent(figures: Figures) -> float:
-    percent = figures.progress.get("percent_complete")
-    return min(100.0, max(0.0, float(percent))) if isinstance(percent, (int, float)) else 0.0
+    return min(100.0, max(0.0, _number_or(figures.progress.get("percent_complete"), 0.0)))
+
+
+def _number_or(value: JSONValue, other: float) -> float:
+    return float(value) if is_number(value) else other
 
 
 def _counts(figures: Figures) -> str:
@@ -8992,10 +9110,11 @@ def _figure_lines(figures: Figures) -> list[str]:
         unit = _member(figures.metrics, "metrics", tag).get("unit", "ms")
         rows.append([name, *values, _terminal_text(unit, 12)])
     widths = [max(map(len, column)) for column in zip(*rows)]
-    return [
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:4], widths[1:4])), row[4]])
-        for row in rows
-    ]
+    lines = []
+    for name, *values, unit in rows:
+        cells = (value.rjust(width) for value, width in zip(values, widths[1:]))
+        lines.append("  ".join([name.ljust(widths[0]), *cells, unit]).rstrip())
+    return lines
 
 
 def _worker_lines(figures: Figures) -> list[str]:
@@ -9003,12 +9122,11 @@ def _worker_lines(figures: Figures) -> list[str]:
     rows = [["worker", "status", "done", "failed", "cpu %", "MB"]]
     for name, worker in sorted(_member(figures.workers, "workers").items()):
         tasks, health = _member({"w": worker}, "w", "task_stats"), _member({"w": worker}, "w", "health")
-        memory = health.get("memory_usage")
         figure = (tasks.get("completed"), tasks.get("failed"), health.get("cpu_usage"))
-        megabytes = memory / 1e6 if isinstance(memory, (int, float)) else None
+        megabytes = round(_number_or(health["memory_usage"], 0.0) / 1e6) if "memory_usage" in health else None
         status = _member({"w": worker}, "w").get("status")
         rows.append([_terminal_text(cell, 40) for cell in (name, status, *figure, megabytes)])
-    return [f"{total} workers, {active} active", *(_columns(rows) if rows[1:] else [])]
+    return [f"workers: {total}, {active} active", *(_columns(rows) if rows[1:] else [])]
 
 
 # -- The program -------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import asyncio
 import contextlib
+import gc
 import gzip
 import io
 import itertools
@@ -22,6 +23,7 @@ import shlex
 import shutil
 import signal
 import socket
+import ssl
 import statistics
 import struct
 import subprocess
@@ -48,6 +50,11 @@ try:
     import hypothesis.strategies as st
 except ImportError:
     hypothesis = st = None  # type: ignore[assignment]
+
+try:
+    import pty
+except ImportError:  # Windows
+    pty = None  # type: ignore[assignment]
 
 try:
     import jsonschema
@@ -1585,6 +1592,34 @@ class TestRequestsRefused(unittest.TestCase):
 
 
 class TestRequestMemo(unittest.TestCase):
+    def test_recall_knows_whole_heads_that_may_be_followed_by_others(self) -> None:
+        head = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+        last = b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+        memo: dict[bytes, aiperf_api.Request] = {}
+        for data in (head, last):
+            parser = aiperf_api.RequestParser(memo)
+            self.assertIsNone(parser.recall(data))
+            parser.feed(data)
+            first = parser.next_request()
+        parser = aiperf_api.RequestParser(memo)
+        self.assertIs(parser.recall(head), memo[head])
+        self.assertIsNone(parser.recall(head + head))
+        self.assertIsNone(parser.recall(head[:-1]))
+        self.assertIsNone(parser.recall(last), "it ends the connection, which the parser has to note")
+        self.assertIs(memo[last], first)
+        parser.feed(head[:5])
+        self.assertIsNone(parser.recall(head), "bytes wait to be read first")
+
+    def test_recall_knows_nothing_behind_an_empty_line_or_the_last_request(self) -> None:
+        head = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+        for before in (b"\r\n", b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"):
+            parser = aiperf_api.RequestParser({})
+            parser.feed(head)
+            parser.next_request()
+            parser.feed(before)
+            parser.next_request()
+            self.assertIsNone(parser.recall(head))
+
     def test_a_repeated_head_is_the_same_request(self) -> None:
         first, second = read_requests([GET + GET])
         self.assertIs(first, second)
@@ -2001,6 +2036,17 @@ class TestNegotiation(unittest.TestCase):
 
 
 class TestResponses(unittest.TestCase):
+    def test_what_was_sent_is_sent_again_only_where_it_is_the_same(self) -> None:
+        response = aiperf_api.Response(200, b"x" * 2000, "text/plain")
+        plain = response.encode(date=b"1")
+        self.assertIs(response.encode(date=b"1"), plain)
+        self.assertIn(b"Date: 2\r\n", response.encode(date=b"2"))
+        self.assertIn(b"Content-Encoding: gzip", response.encode(date=b"2", gzip=True))
+        self.assertIn(b"Connection: close", response.encode(date=b"2", gzip=True, close=True))
+        self.assertIn(b"Vary: Origin", response.encode(date=b"2", gzip=True, extra=(("Vary", "Origin"),)))
+        self.assertTrue(response.encode(date=b"2", head_only=True).endswith(b"\r\n\r\n"))
+        self.assertEqual(response.encode(date=b"1"), plain)
+
     def test_the_head_that_is_ready_is_the_one_that_would_be_made(self) -> None:
         response = aiperf_api.Response(200, b"{}")
         self.assertEqual(response._head, response._fixed_head("application/json"))
@@ -4681,10 +4727,18 @@ class ChildPlanDecidesWhereTheBusIs(unittest.TestCase):
         ):
             made = plan(*line.split())
             self.assertTrue(made.is_aiperf, line)
+            self.assertEqual(os.path.basename(aiperf_api.aiperf_word(line.split())), "aiperf")
             self.assertEqual(made.argv[-2:], ("--zmq-ipc-path", "/p"), line)
 
     def test_any_other_command_finds_a_bound_bus_in_its_environment(self) -> None:
-        for line in ("python bench.py", "echo aiperf profile", "aiperf plot", "aiperf", "ssh host aiperf profile"):
+        for line in (
+            "python bench.py",
+            "python bench.py aiperf profile",
+            "echo aiperf profile",
+            "aiperf plot",
+            "aiperf",
+            "ssh h aiperf profile",
+        ):
             made = plan(*line.split(), environ={"X": "y"})
             self.assertEqual(made.argv, tuple(line.split()))
             self.assertEqual(made.environ, {"X": "y", "AIPERF_API_ZMQ_ADDRESS": "ipc:///p/bus.ipc"}, line)
@@ -4845,6 +4899,11 @@ class TheConfigurationOfACommandLine(unittest.TestCase):
         self.assertIs(
             aiperf_api.config_from_argv(["aiperf", "profile", "--streaming=false"])["endpoint"]["streaming"], False
         )
+
+    def test_a_known_secret_is_hidden_wherever_a_configuration_repeats_it(self) -> None:
+        service = aiperf_api.APIService(settings=aiperf_api.Settings(secrets=("sk-very-secret",)))
+        service.configure({"cli_command": "aiperf profile --api-key 'sk-very-secret'"}, "command")
+        self.assertEqual(service.state.config_answer(), {"cli_command": "aiperf profile --api-key '***'"})
 
     def test_other_commands_have_only_their_words(self) -> None:
         self.assertEqual(
@@ -5067,6 +5126,7 @@ class TheVersionOfAnInstalledAIPerf(unittest.TestCase):
             script.write_bytes(b"\x7fELF\xff")
             self.assertEqual(aiperf_api.aiperf_version(str(script)), "")
             self.assertEqual(aiperf_api.aiperf_version(str(root / "missing")), "")
+            self.assertEqual(aiperf_api.aiperf_version(aiperf_api.aiperf_word(["true"])), "")
 
 
 # -- Recordings --
@@ -5523,6 +5583,15 @@ class TestStalls(unittest.TestCase):
         self.assertIsNone(self.first_stall(lambda: None))
 
 
+@unittest.mock.patch.multiple(
+    aiperf_api,
+    CLIENT_SOFT_MARK_BYTES=20_000,
+    CLIENT_QUEUE_BYTES_MAX=30_000,
+    CLIENT_QUEUE_EVENTS_MAX=8,
+    CLIENT_HARD_MARK_BYTES=90_000,
+    CLIENT_WRITE_BYTES_MAX=5_000,
+)
+@unittest.mock.patch.multiple(PipeTransport, HIGH=2000, LOW=500)
 class TestHubModel(HubTestCase):
     """Whatever happens in whatever order, the promises of the slow-client policy hold."""
 
@@ -5568,34 +5637,1140 @@ class TestHubModel(HubTestCase):
         self.assertEqual((subscriber.sent, subscriber.skipped), (len(got), sum(told.values())))
         self.assertEqual((subscriber.backlog_bytes, subscriber.backlog_events, subscriber.newest), (0, 0, {}))
 
-    SMALL: Mapping[str, int] = {
-        "CLIENT_SOFT_MARK_BYTES": 20_000,
-        "CLIENT_QUEUE_BYTES_MAX": 30_000,
-        "CLIENT_QUEUE_EVENTS_MAX": 8,
-        "CLIENT_HARD_MARK_BYTES": 90_000,
-        "CLIENT_WRITE_BYTES_MAX": 5_000,
-    }
-
     def test_order_counts_bounds_and_the_newest_state_hold_in_random_histories(self) -> None:
         dice = random.Random(20)
-        small = unittest.mock.patch.multiple(aiperf_api, **self.SMALL)
-        with small, unittest.mock.patch.multiple(PipeTransport, HIGH=2000, LOW=500):
-            for _ in range(300):
-                self.setUp()
-                self.run_model([(dice.randrange(7), dice.randrange(200)) for _ in range(dice.randrange(150))])
+        for _ in range(300):
+            self.setUp()
+            self.run_model([(dice.randrange(7), dice.randrange(200)) for _ in range(dice.randrange(150))])
 
     @unittest.skipUnless(hypothesis, "needs the hypothesis package")
     def test_the_same_by_hypothesis(self) -> None:
-        small = unittest.mock.patch.multiple(aiperf_api, **self.SMALL)
-        with small, unittest.mock.patch.multiple(PipeTransport, HIGH=2000, LOW=500):
-
-            @for_all(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 200)), max_size=60), examples=150)
-            def check(actions: list[tuple[int, int]]) -> None:
-                self.setUp()
-                self.run_model(actions)
+        @for_all(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 200)), max_size=60), examples=150)
+        def check(actions: list[tuple[int, int]]) -> None:
+            self.setUp()
+            self.run_model(actions)
 
 
 # == 13 == Connection ==================================================================================================
+
+
+class EchoServer:
+    """Rooms 4, 5 and 13 as they are, and the smallest application: every path is a WebSocket that sends back what it
+    is sent.  For outside judges, such as the Autobahn suite: `python3 test_aiperf_api.py --echo PORT`."""
+
+    def __init__(self, message_bytes_max: int = 32 << 20) -> None:
+        self.memo: dict[bytes, aiperf_api.Request] = {}
+        self.date = aiperf_api.http_date(0)
+        self.read_buffer = memoryview(bytearray(aiperf_api.CONNECTION_READ_BYTES))
+        self.message_bytes_max = message_bytes_max
+        self.connections: set[aiperf_api.Connection] = set()
+        self.errors: list[Exception] = []
+        self.url = ""
+
+    async def start(self, port: int = 0) -> None:
+        accept = aiperf_api.connection_factory(self)
+        self.server = await asyncio.start_server(accept, "127.0.0.1", port)
+        self.url = "ws://{}:{}".format(*self.server.sockets[0].getsockname())
+
+    async def serve_forever(self) -> None:
+        while True:
+            await asyncio.sleep(1)
+            for connection in list(self.connections):
+                connection.check(time.monotonic())
+
+    async def stop(self) -> None:
+        self.server.close()
+        for connection in list(self.connections):
+            connection.transport.abort()
+
+    def opened(self, connection: aiperf_api.Connection) -> None:
+        self.connections.add(connection)
+
+    def closed(self, connection: aiperf_api.Connection) -> None:
+        self.connections.discard(connection)
+
+    def respond(self, connection: aiperf_api.Connection, request: aiperf_api.Request) -> None:
+        key = aiperf_api.check_upgrade(request)
+        connection.open_websocket(key, next(iter(aiperf_api.subprotocols(request)), None))
+
+    def headers_for(self, request: aiperf_api.Request) -> aiperf_api.HeaderList:
+        return ()
+
+    def received(self, connection: aiperf_api.Connection, message: Any) -> None:
+        is_text = isinstance(message, aiperf_api.TextMessage)
+        data = message.text.encode() if is_text else message.data
+        connection.send_frame(aiperf_api.encode_frame(aiperf_api.OP_TEXT if is_text else aiperf_api.OP_BINARY, data))
+
+    def failed(self, connection: aiperf_api.Connection, error: Exception) -> None:
+        self.errors.append(error)
+        print(f"fault: {error!r}", file=sys.stderr)
+
+
+async def run_echo(port: int) -> None:
+    server = EchoServer()
+    await server.start(port)
+    print(server.url, flush=True)
+    await server.serve_forever()
+
+
+class LogLines(logging.Handler):
+    """What the module and asyncio would have written to the terminal."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.DEBUG)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.getMessage().startswith("Executing <"):  # the loop's debug mode, on a busy machine
+            return
+        trace = logging.Formatter().formatException(record.exc_info) if record.exc_info else ""
+        self.lines.append(f"{record.levelname} {record.getMessage()}{trace}")
+
+
+@contextlib.contextmanager
+def log_lines(level: int = logging.INFO) -> Iterator[list[str]]:
+    """Collects the log, of the module from `level` on."""
+    handler = LogLines()
+    loggers = aiperf_api.log, logging.getLogger("asyncio")
+    before = aiperf_api.log.level, aiperf_api.log.propagate
+    aiperf_api.log.setLevel(level)
+    aiperf_api.log.propagate = False
+    for logger in loggers:
+        logger.addHandler(handler)
+    try:
+        yield handler.lines
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)
+        aiperf_api.log.setLevel(before[0])
+        aiperf_api.log.propagate = before[1]
+
+
+class WireTestCase(ServiceTestCase):
+    """Literal bytes to a real server; whatever happens, its log stays empty and nobody is left behind."""
+
+    UPGRADE = (
+        b"GET /ws HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+        b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+    )
+    HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    expected_log: tuple[str, ...] = ()
+
+    async def asyncSetUp(self) -> None:
+        self.log = self._log_context().__enter__()
+        self.service = await self.serve()
+
+    async def serve(self, **arguments: Any) -> aiperf_api.APIService:
+        asyncio.get_running_loop().set_debug(False)  # the debug mode of the test case has log lines of its own
+        return await super().serve(**arguments)
+
+    def _log_context(self) -> Any:
+        context = log_lines()
+        self.addCleanup(self._check_log)
+        self.addCleanup(context.__exit__, None, None, None)
+        return context
+
+    def _check_log(self) -> None:
+        unexpected = [line for line in self.log if not any(word in line for word in self.expected_log)]
+        self.assertEqual(unexpected, [])
+
+    async def exchange(self, *pieces: bytes) -> bytes:
+        """Send, and read until the server ends the connection, which it must."""
+        client = await self.client(self.service)
+        for piece in pieces:
+            client.send(piece)
+            await asyncio.sleep(0)
+        return await client.read_to_end()
+
+    async def check_refused(self, data: bytes, status: int) -> bytes:
+        """One answer of this status, then the end; what comes behind it is not served."""
+        answer = await self.exchange(data + self.HEALTH)
+        self.assertEqual(statuses(answer), [status], answer)
+        head, _, body = answer.partition(b"\r\n\r\n")
+        self.assertIn(b"\r\nConnection: close", head)
+        self.assertIn(b"\r\nContent-Length: %d\r\n" % len(body), head)
+        self.assertEqual(list(json.loads(body)), ["error"])
+        return answer
+
+    def connection(self) -> aiperf_api.Connection:
+        """The only one that the server has."""
+        [connection] = self.service.connections
+        return connection
+
+    async def stuffed(self, request: bytes, count: int = 100) -> socket.socket:
+        """A peer with a small window, which has asked for much and reads nothing: the server's buffer is full."""
+        peer = await self.raw()
+        await self.loop_of().sock_sendall(peer, request * count)
+        await self.until(lambda: any(connection.paused for connection in self.service.connections))
+        return peer
+
+    @staticmethod
+    def loop_of() -> asyncio.AbstractEventLoop:
+        return asyncio.get_running_loop()
+
+    async def raw(self, receive_bytes: int = 4096) -> socket.socket:
+        """A socket that reads only when told to, with a small buffer."""
+        peer = socket.socket()
+        self.addCleanup(peer.close)
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
+        peer.setblocking(False)
+        await self.loop_of().sock_connect(peer, ("127.0.0.1", int(self.service.url.rpartition(":")[2])))
+        return peer
+
+    async def read_all(self, peer: socket.socket) -> bytes:
+        data = b""
+        while True:
+            piece = await asyncio.wait_for(self.loop_of().sock_recv(peer, 1 << 16), 10)
+            if not piece:
+                return data
+            data += piece
+
+    async def no_connections(self) -> None:
+        await self.until(lambda: not self.service.connections)
+        self.assertEqual(self.service.hub.subscribers, {})
+
+
+def statuses(data: bytes) -> list[int]:
+    """The status of each answer, every one of them whole."""
+    found = []
+    while data:
+        head, end, data = data.partition(b"\r\n\r\n")
+        length = re.search(rb"\r\nContent-Length: ([0-9]+)", head)
+        assert end and length and len(data) >= int(length[1]), head
+        found.append(int(head.split()[1]))
+        data = data[int(length[1]) :]
+    return found
+
+
+class TestEcho(ServiceTestCase):
+    """The echo program, as an outside suite would judge it."""
+
+    async def asyncSetUp(self) -> None:
+        self.server = EchoServer()
+        await self.server.start()
+        self.addAsyncCleanup(self.server.stop)
+        self.service = cast(aiperf_api.APIService, self.server)  # has a url: that is all that client() needs
+
+    async def open(self) -> Client:
+        client = await self.client(self.service)
+        self.assertEqual((await client.upgrade("/")).status, 101)
+        return client
+
+    async def read_frames(self, client: Client) -> list[tuple[int, bytes]]:
+        """Frames until the end of the connection; of a Close only its code."""
+        found: list[tuple[int, bytes]] = []
+        while not found or found[-1][0] != 8:
+            opcode, payload = await client.read_frame()
+            found.append((opcode, payload[:2] if opcode == 8 else payload))
+        self.assertEqual(await client.read_to_end(), b"")
+        return found
+
+    async def check(self, pieces: Iterable[bytes], expected: list[tuple[int, bytes]]) -> None:
+        client = await self.open()
+        for piece in pieces:
+            client.send(piece)
+            await asyncio.sleep(0)
+        if expected[-1][0] == 8:
+            self.assertEqual(await self.read_frames(client), expected)
+        else:
+            self.assertEqual([await client.read_frame() for _ in expected], expected)
+        client.close()
+
+    async def test_autobahn_cases_over_a_socket_in_one_write_and_by_frame(self) -> None:
+        for number, frames, expected in AUTOBAHN_CASES:
+            for how, pieces in (("one write", [b"".join(frames)]), ("by frame", frames)):
+                with self.subTest(number, cut=how):
+                    await self.check(pieces, expected)
+        self.assertEqual(self.server.errors, [])
+
+    async def test_autobahn_6_invalid_utf8_fails_within_the_frame(self) -> None:
+        for texts in UTF8_INVALID.values():
+            for text in texts:
+                await self.check([client_frame(1, text + b"*" * 100)[: 6 + len(text) + 1]], [NOT_UTF8])
+
+    async def test_autobahn_7_9_close_behind_64_kib(self) -> None:
+        await self.check([client_frame(1, b"*" * 65536), client_close(3000)], [(1, b"*" * 65536), closes(3000)])
+
+    async def test_autobahn_9_16_mib_in_small_chunks_and_in_fragments(self) -> None:
+        for opcode, unit in ((1, "µ*ab".encode() + b"c" * 3), (2, b"\xfe*\x00\x01\x02\x03\x04\x05")):
+            payload = unit * ((16 << 20) // len(unit))
+            for frames in ([client_frame(opcode, payload)], fragments(opcode, *chopped(payload, 4000))):
+                client = await self.open()
+                reading = asyncio.ensure_future(client.read_frame())
+                for piece in chopped(b"".join(frames), 997):
+                    client.send(piece)
+                    await client.writer.drain()
+                self.assertTrue(await asyncio.wait_for(reading, 30) == (opcode, payload))
+                client.close()
+
+    async def test_autobahn_10_many_messages_come_back_in_order(self) -> None:
+        messages = [b"%d" % n * (n % 50) for n in range(2000)]
+        frames = b"".join(client_frame(2, message) for message in messages)
+        await self.check(chopped(frames, 1000), [(2, message) for message in messages])
+
+    async def test_one_byte_over_32_mib_is_1009(self) -> None:
+        head = struct.pack("!BBQ", 0x82, 0xFF, (32 << 20) + 1) + MASK
+        await self.check([head], [closes(1009)])
+
+    async def test_a_client_that_does_not_read_is_not_read_either(self) -> None:
+        peer = socket.socket()
+        self.addCleanup(peer.close)
+        peer.setblocking(False)
+        loop = asyncio.get_running_loop()
+        await loop.sock_connect(peer, ("127.0.0.1", int(self.server.url.rpartition(":")[2])))
+        request = WireTestCase.UPGRADE
+        frame = client_frame(2, b"x" * 65536)
+        sending = asyncio.ensure_future(loop.sock_sendall(peer, request + frame * 1000))  # 64 MB
+        await self.until(lambda: any(not c.transport.is_reading() for c in self.server.connections))
+        [connection] = self.server.connections
+        most = 0
+        for _ in range(200):  # turns of the loop in which more would come, if more were read
+            await asyncio.sleep(0)
+            most = max(most, connection.outlet.waiting)
+        self.assertLess(most, 3 * 65536)
+        self.assertFalse(sending.done())
+        size, wanted = 0, 129 + 1000 * (10 + 65536)
+        while size < wanted:
+            piece = await asyncio.wait_for(loop.sock_recv(peer, 1 << 20), 10)
+            self.assertTrue(piece)
+            size += len(piece)
+        await sending
+        self.assertEqual(size, wanted)
+
+    async def test_the_program_prints_its_url_and_echoes(self) -> None:
+        program = await asyncio.create_subprocess_exec(
+            sys.executable, __file__, "--echo", "0", stdout=subprocess.PIPE, cwd=Path(__file__).parent
+        )
+        try:
+            assert program.stdout is not None
+            url = (await asyncio.wait_for(program.stdout.readline(), 20)).decode().strip()
+            self.service = cast(aiperf_api.APIService, unittest.mock.Mock(url=url))
+            await self.check([TEXT, BYE], [TEXT_BACK, BYE_BACK])
+        finally:
+            program.terminate()
+            await program.wait()
+
+    @unittest.skipUnless(websockets, "needs the websockets package")
+    async def test_the_websockets_library_agrees(self) -> None:
+        from websockets.asyncio.client import connect
+
+        async with connect(self.server.url, max_size=None, subprotocols=["chat"]) as client:  # type: ignore[list-item]
+            self.assertEqual(client.protocol.extensions, [])  # it offers permessage-deflate
+            self.assertEqual(client.subprotocol, "chat")
+            for message in ("", "µ" * 70000, b"", b"\x00" * 70000, "x" * (16 << 20)):
+                await client.send(message)
+                self.assertEqual(await client.recv(), message)
+            await client.send([b"in", b"three", b"pieces"])
+            self.assertEqual(await client.recv(), b"inthreepieces")
+            await asyncio.wait_for(await client.ping(b"are you there"), 5)
+            await client.close(4321, "enough")
+            self.assertEqual((client.close_code, client.close_reason), (4321, "enough"))
+
+
+class TestMistakesOfOthersInHTTP(WireTestCase):
+    """Each of the ways in which a server was taken in, over a socket."""
+
+    async def test_request_smuggling_chunked_plus_content_length(self) -> None:
+        for fields in (
+            b"Transfer-Encoding: chunked\r\nContent-Length: 4\r\n",
+            b"Content-Length: 4\r\nTransfer-Encoding: chunked\r\n",
+            b"Content-Length: 0\r\nTransfer-Encoding: identity\r\n",
+        ):
+            await self.check_refused(b"POST / HTTP/1.1\r\nHost: localhost\r\n" + fields + b"\r\n0\r\n\r\n", 400)
+
+    async def test_request_smuggling_chunked_alone_or_disguised(self) -> None:
+        for coding in (b"chunked", b"Chunked", b"chunked, identity", b"xchunked", b"\tchunked", b"chunked;q=1"):
+            data = b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: " + coding + b"\r\n\r\n0\r\n\r\n"
+            await self.check_refused(data, 501)
+        await self.check_refused(b"POST / HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400)
+
+    async def test_request_smuggling_duplicate_content_length(self) -> None:
+        for second in (b"0", b"1"):
+            fields = b"Content-Length: 0\r\nContent-Length: " + second + b"\r\n\r\n"
+            await self.check_refused(b"GET / HTTP/1.1\r\nHost: localhost\r\n" + fields, 400)
+
+    async def test_request_smuggling_odd_content_length(self) -> None:
+        for value in (b"+5", b"1_0", b"-0", b"", b"0x5", b"5 5", b"5,5", "\u0665".encode(), b"9" * 5000, b"1" * 16):
+            await self.check_refused(
+                b"GET / HTTP/1.1\r\nHost: localhost\r\nContent-Length: " + value + b"\r\n\r\n", 400
+            )
+
+    async def test_request_smuggling_a_body_is_never_taken_for_a_request(self) -> None:
+        body = b"GET /api/status HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        data = b"POST /health HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+        await self.check_refused(data, 413)
+
+    async def test_request_smuggling_bare_lf_bare_cr_obs_fold_and_space_before_the_colon(self) -> None:
+        for data in (
+            b"GET / HTTP/1.1\nHost: localhost\n\n",
+            b"GET / HTTP/1.1\r\nHost: localhost\nX: y\r\n\r\n",
+            b"GET / HTTP/1.1\r\nHost: localhost\r\n\n",
+            b"GET / HTTP/1.1\r\nHost: localhost\rX: y\r\n\r\n",
+            b"GET / HTTP/1.1\r\nHost: localhost\r\nX: a\r\n b\r\n\r\n",
+            b"GET / HTTP/1.1\r\nHost: localhost\r\n\tX: a\r\n\r\n",
+            b"GET / HTTP/1.1\r\nHost : localhost\r\n\r\n",
+            b"GET / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding : chunked\r\n\r\n",
+            b"GET / HTTP/1.1\r\nHost: localhost\r\nX\r\n\r\n",
+            b"GET / HTTP/1.1\r\nHost: localhost\r\nX: a\0b\r\n\r\n",
+            b"GET / HTTP/1.1\r\nHost: localhost\r\nX: a\x0bb\r\n\r\n",
+            b"GET  / HTTP/1.1\r\nHost: localhost\r\n\r\n",
+            b"GET /\tHTTP/1.1\r\nHost: localhost\r\n\r\n",
+            b"GET / HTTP/1.1 \r\nHost: localhost\r\n\r\n",
+        ):
+            await self.check_refused(data, 400)
+
+    async def test_two_hosts_no_host_and_a_bad_host_are_refused(self) -> None:
+        for fields in (
+            b"",
+            b"Host: localhost\r\nHost: localhost\r\n",
+            b"Host: a b\r\n",
+            b"Host: a/b\r\n",
+            b"Host: a@b\r\n",
+        ):
+            await self.check_refused(b"GET / HTTP/1.1\r\n" + fields + b"\r\n", 400)
+
+    async def test_going_on_after_a_parse_error(self) -> None:
+        answer = await self.exchange(self.HEALTH + b"GET / HTTP/1.1\r\nHost : x\r\n\r\n" + self.HEALTH)
+        self.assertEqual(statuses(answer), [200, 400])
+
+    async def test_going_on_after_connection_close(self) -> None:
+        closing = self.HEALTH.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
+        self.assertEqual(statuses(await self.exchange(self.HEALTH + closing + self.HEALTH)), [200, 200])
+
+    async def test_pipelined_answers_come_in_order(self) -> None:
+        paths = [b"/health", b"/nosuch", b"/api/status", b"/ws", b"/openapi.json", b"/readyz"] * 5
+        requests = b"".join(b"GET %b HTTP/1.1\r\nHost: localhost\r\n\r\n" % path for path in paths)
+        expected = [200, 404, 200, 426, 200, 200] * 5
+        last = b"GET /health HTTP/1.0\r\n\r\n"
+        self.assertEqual(statuses(await self.exchange(requests + last)), [*expected, 200])
+        self.assertEqual(statuses(await self.exchange(*chopped(requests + last, 100))), [*expected, 200])
+
+    async def test_pipelining_waits_for_a_slow_reader_and_nothing_is_lost(self) -> None:
+        asked = b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        peer = await self.stuffed(asked, 100)
+        connection = self.connection()
+        self.assertFalse(connection.transport.is_reading())
+        one = len((await self.get(self.service, "/openapi.json")).body)
+        self.assertLess(connection.outlet.waiting, aiperf_api.CONNECTION_BUFFER_BYTES + one + 1000)
+        peer.shutdown(socket.SHUT_WR)
+        answer = await self.read_all(peer)
+        self.assertEqual(statuses(answer), [200] * 100)
+
+    async def test_a_half_closing_peer_gets_its_answer(self) -> None:
+        client = await self.client(self.service)
+        client.send(self.HEALTH)
+        client.writer.write_eof()
+        self.assertEqual(statuses(await client.read_to_end()), [200])
+
+    async def test_http_1_0_and_connection_close_end_behind_the_answer(self) -> None:
+        for request in (
+            b"GET /health HTTP/1.0\r\n\r\n",
+            b"GET /health HTTP/1.0\r\nConnection: keep-alive\r\n\r\n",
+            b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n",
+            b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: TE , CLOSE\r\n\r\n",
+        ):
+            answer = await self.exchange(request)
+            self.assertTrue(answer.startswith(b"HTTP/1.1 200 "), answer)
+            self.assertIn(b"\r\nConnection: close\r\n", answer)
+
+    async def test_keep_alive_serves_many_on_one_connection(self) -> None:
+        client = await self.client(self.service)
+        for _ in range(50):
+            answer = await client.get("/health")
+            self.assertNotIn("connection", answer.headers)
+        self.assertEqual(len(self.service.connections), 1)
+
+    async def test_head_says_what_get_says_without_the_body(self) -> None:
+        client = await self.client(self.service)
+        for path in ("/health", "/metrics", "/api/status", "/openapi.json", "/dashboard", "/nosuch", "/readyz"):
+            get, head = await client.get(path), await client.get(path, method="HEAD")
+            for answer in (get, head):
+                answer.headers.pop("date")
+            if path not in ("/metrics", "/api/status"):  # they count, and measure themselves
+                self.assertEqual((head.status, head.headers, head.body), (get.status, get.headers, b""), path)
+        self.assertEqual((await client.get("/health")).body, b"ok\n")  # nothing was left between
+
+    async def test_expect_continue_is_answered_at_once_and_others_refused(self) -> None:
+        client = await self.client(self.service)
+        self.assertEqual((await client.get("/health", headers={"Expect": "100-Continue"})).status, 200)
+        await self.check_refused(b"GET / HTTP/1.1\r\nHost: localhost\r\nExpect: a-miracle\r\n\r\n", 417)
+        body = b"PUT / HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\nContent-Length: 10\r\n\r\n"
+        await self.check_refused(body, 413)
+
+    async def test_absolute_form_percent_encoding_and_double_slashes(self) -> None:
+        client = await self.client(self.service)
+        for target, status in (
+            ("http://localhost/health", 200),
+            ("HTTP://127.0.0.1:9/health", 200),
+            ("http://evil.example/health", 421),
+            ("/%68ealth", 200),
+            ("//health", 404),
+            ("//evil.example/%2e%2e", 404),
+            ("/health/", 404),
+            ("/health?x=%00y", 400),
+        ):
+            self.assertEqual((await client.get(target)).status, status, target)
+
+    async def test_unbounded_headers(self) -> None:
+        start = b"GET / HTTP/1.1\r\nHost: localhost\r\n"
+        await self.check_refused(start + b"X: y\r\n" * 64 + b"\r\n", 431)
+        await self.check_refused(start + b"X: " + b"y" * 16384 + b"\r\n\r\n", 431)
+        await self.check_refused(start + b"X: " + b"y" * 1_000_000, 431)
+        await self.check_refused(b"GET /" + b"y" * 4096 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n", 414)
+        await self.check_refused(b"G" * 1_000_000, 414)
+
+    async def test_range_headers_are_ignored(self) -> None:
+        many = "bytes=" + ",".join(f"{n}-" for n in range(500))
+        for value in ("bytes=0-0", many):
+            answer = await self.get(self.service, "/openapi.json", headers={"Range": value})
+            self.assertEqual(answer.status, 200)
+            self.assertNotIn("content-range", answer.headers)
+
+    async def test_an_error_answer_is_not_lost_in_a_reset(self) -> None:
+        """Closing with unread bytes sends RST, and the peer's kernel throws away what it has not read yet."""
+        for start in (b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 4000000\r\n\r\n", b"BAD\r\n"):
+            peer = await self.raw(1 << 16)
+            await self.loop_of().sock_sendall(peer, start + b"x" * 4_000_000)
+            self.assertEqual(statuses(await self.read_all(peer)), [413 if start[:1] == b"P" else 400])
+        closing = self.HEALTH.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
+        peer = await self.raw(1 << 16)
+        await self.loop_of().sock_sendall(peer, closing + self.HEALTH * 50_000)
+        self.assertEqual(statuses(await self.read_all(peer)), [200])
+
+    async def test_a_tls_hello_on_the_plain_port_is_told(self) -> None:
+        hello = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(range(200))
+        self.assertIn(b"not TLS", await self.check_refused(hello, 400))
+
+    async def test_http_2_and_other_protocols_are_told(self) -> None:
+        await self.check_refused(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505)
+        for data in (b"\x00\x01\x02", b"\xff" * 100, b"hello\r\n", b"GET /\r\n", b"*1\r\n$4\r\nPING\r\n"):
+            await self.check_refused(data, 400)
+
+
+class TestDeadlines(WireTestCase):
+    """The sweep's clock is the test's: nobody waits ten seconds here."""
+
+    def later(self, seconds: float) -> None:
+        for connection in list(self.service.connections):
+            connection.check(time.monotonic() + seconds)
+
+    async def test_slowloris_has_one_deadline_for_the_whole_head(self) -> None:
+        client = await self.client(self.service)
+        client.send(b"GET /health HTTP/1.1\r\n")
+        await self.until(lambda: self.service.connections and self.connection()._in_head)
+        begun = self.connection().heard_sec
+        with unittest.mock.patch.object(aiperf_api, "time", wraps=time) as clock:
+            for second in range(1, 10):  # a header a second: there is always something new
+                clock.monotonic = lambda second=second: begun + second
+                before = self.connection().heard_sec
+                client.send(b"X-%d: y\r\n" % second)
+                await self.until(lambda before=before: self.connection().heard_sec != before)
+                self.connection().check(begun + second)
+            self.connection().check(begun + aiperf_api.HTTP_HEAD_TIMEOUT_SEC + 0.1)
+        self.assertEqual(statuses(await client.read_to_end()), [408])
+
+    async def test_a_connection_that_never_says_anything_ends_without_a_word(self) -> None:
+        client = await self.client(self.service)
+        await self.until(lambda: self.service.connections)
+        self.later(aiperf_api.HTTP_HEAD_TIMEOUT_SEC - 1)
+        self.assertEqual(len(self.service.connections), 1)
+        self.later(aiperf_api.HTTP_HEAD_TIMEOUT_SEC + 1)
+        self.assertEqual(await client.read_to_end(), b"")
+
+    async def test_idle_keep_alive_ends_after_its_time_and_not_before(self) -> None:
+        client = await self.client(self.service)
+        await client.get("/health")
+        self.later(aiperf_api.HTTP_IDLE_TIMEOUT_SEC - 1)
+        self.assertEqual((await client.get("/health")).status, 200)
+        self.later(aiperf_api.HTTP_IDLE_TIMEOUT_SEC + 1)
+        self.assertEqual(await client.read_to_end(), b"")
+
+    async def test_a_slow_reader_of_a_large_response_is_cut_off_only_when_nothing_moves(self) -> None:
+        peer = await self.stuffed(b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        connection = self.connection()
+        for second in (10, 20, 30, 40, 50):
+            left = connection.outlet.written - connection.outlet.waiting
+            taken = 0
+            while connection.outlet.written - connection.outlet.waiting == left:
+                taken += len(await asyncio.wait_for(self.loop_of().sock_recv(peer, 1024), 10))
+                await asyncio.sleep(0)
+            if hasattr(socket, "TCP_NOTSENT_LOWAT") and second > 10:  # else the kernel holds megabytes that go first
+                self.assertLess(taken, 30 * 1024, "one that reads a KiB a second would be taken for stalled")
+            self.later(second)
+            self.assertEqual(len(self.service.connections), 1)
+        self.later(50 + aiperf_api.CLIENT_STALL_SEC - 1)
+        self.assertEqual(len(self.service.connections), 1)
+        self.later(50 + aiperf_api.CLIENT_STALL_SEC + 1)
+        await self.no_connections()
+
+    async def test_one_that_does_not_end_its_side_is_ended(self) -> None:
+        peer = await self.raw()
+        await self.loop_of().sock_sendall(peer, b"BAD\r\n")
+        await self.until(lambda: self.service.connections and self.connection().mode == "closing")
+        self.later(aiperf_api.LINGER_TIMEOUT_SEC + 1)
+        await self.no_connections()
+
+    async def test_a_silent_websocket_is_pinged_then_cut_off(self) -> None:
+        self.expected_log = ("it was silent",)
+        client = await self.listen(self.service, "heartbeat")
+        self.later(aiperf_api.WS_PING_INTERVAL_SEC + 1)
+        self.assertEqual(await client.read_frame(), (aiperf_api.OP_PING, b""))
+        client.send(client_frame(aiperf_api.OP_PONG))
+        heard = self.connection().heard_sec
+        await self.until(lambda: self.connection().heard_sec != heard)
+        self.later(aiperf_api.WS_SILENCE_TIMEOUT_SEC - 1)
+        self.assertEqual(len(self.service.connections), 1)
+        self.later(aiperf_api.WS_SILENCE_TIMEOUT_SEC + 1)
+        await self.no_connections()
+        self.assertEqual(len(self.log), 1)
+
+    async def test_a_quiet_stream_gets_a_comment(self) -> None:
+        client = await self.client(self.service)
+        client.send(b"GET /api/stream HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        await client.read_answer("HEAD")
+        await client.within(client.reader.readuntil(b"\n\n"))  # retry
+        self.later(aiperf_api.STREAM_COMMENT_INTERVAL_SEC + 1)
+        self.assertEqual(await client.within(client.reader.readuntil(b"\n\n")), b": keepalive\n\n")
+
+    async def test_a_stream_whose_peer_has_half_closed_goes_on(self) -> None:
+        client = await self.client(self.service)
+        client.send(b"GET /api/stream?types=heartbeat&format=ndjson HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        client.writer.write_eof()
+        await client.read_answer("HEAD")
+        await self.until(lambda: self.connection()._eof)
+        self.later(1)
+        self.service.publish({"message_type": "heartbeat", "n": 1})
+        self.assertEqual(await client.within(client.reader.readline()), b"\n")
+        self.assertEqual(json.loads(await client.within(client.reader.readline()))["n"], 1)
+
+    async def test_a_stream_whose_peer_has_gone_ends_at_the_next_sweep(self) -> None:
+        for query in (b"", b"?format=ndjson"):
+            client = await self.client(self.service)
+            client.send(b"GET /api/stream%b HTTP/1.1\r\nHost: localhost\r\n\r\n" % query)
+            await client.read_answer("HEAD")
+            await self.until(lambda: self.service.hub.subscribers)
+            client.writer.close()
+            await self.until(lambda: self.connection()._eof)
+            await self.until(lambda: self.later(0) or not self.service.connections)
+
+
+class TestConnectionCaps(WireTestCase):
+    """More than a server can bear are told so before it costs anything."""
+
+    async def asyncSetUp(self) -> None:
+        for name, value in (("HTTP_CONNECTIONS_MAX", 5), ("HTTP_REFUSED_MAX", 3)):
+            patch = unittest.mock.patch.object(aiperf_api, name, value)
+            patch.start()
+            self.addCleanup(patch.stop)
+        self.log = self._log_context().__enter__()
+        self.service = await self.serve(ws_max_connections=2)
+
+    async def test_websockets_above_their_limit_get_503_before_the_upgrade(self) -> None:
+        first, _ = await self.listen(self.service, "*"), await self.listen(self.service, "*")
+        refused = await (await self.client(self.service)).upgrade()
+        self.assertEqual((refused.status, refused.headers["retry-after"]), (503, "5"))
+        stream = await self.get(self.service, "/api/stream")
+        self.assertEqual((stream.status, stream.headers["retry-after"]), (503, "5"))
+        first.close()
+        await self.until(lambda: len(self.service.hub.subscribers) == 1)
+        await self.listen(self.service, "*")
+
+    async def test_half_open_connections_count_and_one_more_gets_503_then_none_a_word(self) -> None:
+        for _ in range(5 + 2):
+            await self.raw()
+        await self.until(lambda: len(self.service.connections) == 7)
+        refused = [await self.client(self.service) for _ in range(3)]
+        for client in refused:
+            answer = await client.read_answer()
+            self.assertEqual((answer.status, answer.headers["retry-after"]), (503, "5"))
+        further = await self.raw()
+        with contextlib.suppress(ConnectionResetError):
+            self.assertEqual(await self.read_all(further), b"")
+
+    async def test_places_come_free_again(self) -> None:
+        for _ in range(3):
+            peers = [await self.raw() for _ in range(7)]
+            await self.until(lambda: len(self.service.connections) == 7)
+            for peer in peers:
+                peer.close()
+            await self.no_connections()
+        self.assertEqual((await self.get(self.service, "/health")).status, 200)
+
+    async def test_too_few_file_descriptors_lower_the_limit_and_say_so(self) -> None:
+        self.expected_log = ("ulimit -n",)
+        with unittest.mock.patch.object(aiperf_api, "_descriptors", return_value=100):
+            service = await self.serve()
+        self.assertEqual(service._connections_max, 100 - 3 - aiperf_api.DESCRIPTORS_SPARE)
+        self.assertEqual(len(self.log), 1)
+
+
+class TestMistakesOfOthersInWebSockets(WireTestCase):
+    """Each of the ways in which a WebSocket server was taken in, at /ws."""
+
+    async def open(self) -> Client:
+        client = await self.client(self.service)
+        self.assertEqual((await client.upgrade()).status, 101)
+        return client
+
+    async def check_closed(self, code: int, *pieces: bytes) -> None:
+        """A Close with this code and nothing behind it, whatever follows."""
+        before = set(self.service.connections)
+        client = await self.open()
+        for piece in (*pieces, client_frame(1, b'{"type":"ping"}')):
+            client.send(piece)
+            await asyncio.sleep(0)
+        opcode, payload = await client.read_frame()
+        self.assertEqual((opcode, payload[:2]), (8, struct.pack("!H", code)))
+        self.assertEqual(await client.read_to_end(), b"")
+        client.close()
+        await self.until(lambda: self.service.connections <= before)
+
+    async def test_unmasked_frames(self) -> None:
+        await self.check_closed(1002, aiperf_api.encode_frame(1, b'{"type":"ping"}'))
+
+    async def test_reserved_bits_of_compression_that_was_never_agreed(self) -> None:
+        client = await self.client(self.service)
+        opened = await client.upgrade(
+            headers={"Sec-WebSocket-Extensions": "permessage-deflate; client_max_window_bits"}
+        )
+        self.assertNotIn("sec-websocket-extensions", opened.headers)
+        await self.check_closed(1002, client_frame(1, b"\xaa\x56\x4a", rsv=4))
+
+    async def test_lengths_not_minimal_or_with_the_top_bit(self) -> None:
+        for length in (
+            struct.pack("!BH", 254, 125),
+            struct.pack("!BQ", 255, 65535),
+            struct.pack("!BQ", 255, 1 << 63),
+        ):
+            await self.check_closed(1002, b"\x81" + length + MASK)
+
+    async def test_the_declared_length_is_checked_before_a_byte_is_read(self) -> None:
+        await self.check_closed(1009, b"\x81" + struct.pack("!BQ", 255, 65537) + MASK)
+        await self.check_closed(1009, b"\x82" + struct.pack("!BQ", 255, (1 << 63) - 1) + MASK)
+
+    async def test_the_limit_is_of_the_message_with_control_frames_between(self) -> None:
+        half, ping = b"x" * 40_000, client_frame(9, b"p")
+        client = await self.open()
+        client.send(client_frame(1, half, fin=False) + ping + client_frame(0, half, fin=False) + ping)
+        self.assertEqual(await client.read_frame(), (10, b"p"))
+        opcode, payload = await client.read_frame()
+        self.assertEqual((opcode, payload[:2]), (8, struct.pack("!H", 1009)))
+
+    async def test_a_message_of_64_kib_is_read_and_one_byte_more_is_1009(self) -> None:
+        client = await self.open()
+        client.say(b'{"type":"ping"' + b" " * (65536 - 15) + b"}")
+        self.assertEqual(await client.hear(), {"type": "pong"})
+        await self.check_closed(1009, client_frame(1, b" " * 65537))
+
+    async def test_thousands_of_empty_fragments(self) -> None:
+        await self.check_closed(1008, client_frame(1, b"", fin=False) + client_frame(0, b"", fin=False) * 5000)
+
+    async def test_fragments_out_of_order(self) -> None:
+        await self.check_closed(1002, client_frame(0, b"x"))
+        await self.check_closed(1002, client_frame(1, b"{", fin=False) + client_frame(1, b"}"))
+        await self.check_closed(1002, client_frame(9, b"", fin=False))
+        await self.check_closed(1002, client_frame(9, b"x" * 126))
+
+    async def test_utf8_cut_across_fragments_is_whole_and_broken_is_1007_at_once(self) -> None:
+        client = await self.open()
+        text = '{"type":"ping","x":"\U0001f600"}'.encode()
+        for piece in fragments(1, *chopped(text, 1)):
+            client.send(piece)
+        self.assertEqual(await client.hear(), {"type": "pong"})
+        await self.check_closed(1007, client_frame(1, b"\xf0\x9f", fin=False) + client_frame(0, b"\x28"))
+        await self.check_closed(1007, client_frame(1, b"\xce"))
+        await self.check_closed(1007, client_frame(1, b"\xed\xa0\x80" + b"x" * 60000)[:20])
+
+    async def test_close_codes_that_may_not_be_sent(self) -> None:
+        for code in (0, 999, 1004, 1005, 1006, 1015, 1016, 2999, 5000, 65535):
+            await self.check_closed(1002, client_close(code))
+        await self.check_closed(1002, client_frame(8, b"\x03"))
+
+    async def test_close_reasons_that_are_not_utf8(self) -> None:
+        await self.check_closed(1007, client_close(1000, b"\xff"))
+
+    async def test_a_close_without_a_code_is_answered_without_one(self) -> None:
+        client = await self.open()
+        client.send(client_frame(8))
+        self.assertEqual(await client.read_frame(), (8, b""))
+        self.assertEqual(await client.read_to_end(), b"")
+
+    async def test_a_ping_flood_is_answered_at_most_once_a_read(self) -> None:
+        client = await self.open()
+        pings = b"".join(client_frame(9, b"%04d" % n) for n in range(10_000))
+        client.send(pings + client_frame(1, b'{"type":"ping"}'))
+        answers = []
+        while True:
+            opcode, payload = await client.read_frame()
+            if opcode == 1:
+                break
+            answers.append(int(payload))
+        reads = -(-len(pings) // aiperf_api.CONNECTION_READ_BYTES_MAX) + aiperf_api.WS_PINGS_PER_READ_MAX
+        self.assertLess(len(answers), 3 * reads)  # a read may bring less than it could
+        self.assertEqual(answers, sorted(answers))
+        self.assertEqual(answers[-1], 9999)
+
+    async def test_a_few_pings_are_answered_each_and_before_what_comes_behind_them(self) -> None:
+        client = await self.open()
+        client.send(
+            client_frame(9, b"1") + client_frame(1, b'{"type":"ping"}') + client_frame(9, b"2") + client_close(1000)
+        )
+        frames = [await client.read_frame() for _ in range(4)]
+        self.assertEqual([opcode for opcode, _ in frames], [10, 1, 10, 8])
+
+    async def test_a_flood_of_questions_whose_answers_nobody_reads_is_not_read_further(self) -> None:
+        peer = await self.raw()
+        flood = client_frame(1, b"{" + b" " * 100 + b"}") * 300_000
+        sending = asyncio.ensure_future(self.loop_of().sock_sendall(peer, self.UPGRADE + flood))
+        await self.until(lambda: any(c.subscriber and not c.transport.is_reading() for c in self.service.connections))
+        for _ in range(100):
+            await asyncio.sleep(0)
+        subscriber = self.connection().subscriber
+        assert subscriber is not None
+        self.assertLess(subscriber.outstanding, 2 * 1024 * 1024)
+        self.assertFalse(sending.done())
+        sending.cancel()
+        peer.close()
+        await self.no_connections()
+
+    async def test_the_handshake_is_checked(self) -> None:
+        for old, new, status in (
+            (b"GET ", b"POST ", 405),
+            (b"HTTP/1.1", b"HTTP/1.0", 426),
+            (b"Upgrade: websocket\r\n", b"", 426),
+            (b"Upgrade: websocket", b"Upgrade: h2c", 426),
+            (b"Connection: Upgrade", b"Connection: keep-alive", 426),
+            (b"Version: 13", b"Version: 8", 426),
+            (b"Sec-WebSocket-Version: 13\r\n", b"", 426),
+            (b"Key: dGhlIHNhbXBsZSBub25jZQ==", b"Key: dGhlIHNhbXBsZSBub25jZQ", 400),
+            (b"Key: dGhlIHNhbXBsZSBub25jZQ==", b"Key: dGhlIHNhbXBsZSBub25jZ!==", 400),
+            (b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n", b"", 400),
+            (b"Sec-WebSocket-Key:", b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Key:", 400),
+            (b"\r\n\r\n", b"\r\nContent-Length: 5\r\n\r\n", 413),
+            (b"\r\n\r\n", b"\r\nSec-WebSocket-Protocol: a(b\r\n\r\n", 400),
+            (b"GET /ws", b"GET /nosuch", 404),
+        ):
+            client = await self.client(self.service)
+            client.send(self.UPGRADE.replace(old, new))
+            answer = await client.read_answer()
+            self.assertEqual(answer.status, status, new)
+            if b"Version" in old:
+                self.assertEqual(answer.headers["sec-websocket-version"], "13")
+        client = await self.client(self.service)
+        client.send(
+            self.UPGRADE.replace(b"websocket", b"WebSocket, h2c").replace(b"n: Upgrade", b"n: keep-alive, UPGRADE")
+        )
+        self.assertEqual((await client.read_answer()).status, 101)
+
+    async def test_peers_that_vanish_at_every_step_leave_nothing_behind(self) -> None:
+        subscribe = client_frame(1, b'{"type":"subscribe","message_types":["*","home_made"]}')
+        stream = b"GET /api/stream HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        whole = self.UPGRADE + subscribe + client_frame(9, b"x") + client_close(1000)
+        steps = [whole[:n] for n in range(0, len(whole), 9)] + [stream[: len(stream) // 2], stream, self.HEALTH * 3]
+        for reset in (True, False):
+            for step in steps:
+                peer = await self.raw()
+                if reset:  # close() sends RST
+                    peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                await self.loop_of().sock_sendall(peer, step)
+                peer.close()
+                self.service.publish({"message_type": "heartbeat"})
+        await self.until(lambda: [c.check(time.monotonic()) for c in self.service.connections] == [])
+        self.service._release_held(time.monotonic() + 3600)
+        self.assertEqual((self.service.hub.subscribers, self.service.hub._wanted), ({}, {}))
+        self.assertEqual((await self.get(self.service, "/health")).status, 200)
+
+    async def test_a_thousand_that_come_and_go_leave_no_memory_task_or_descriptor(self) -> None:
+        subscribe = client_frame(1, b'{"type":"subscribe","message_types":["*","home_made"]}')
+        steps = (b"", self.UPGRADE[:40], self.UPGRADE, self.UPGRADE + subscribe, self.HEALTH, b"BAD\r\n")
+
+        async def round_of(count: int) -> None:
+            for n in range(count):
+                peer = await self.raw()
+                await self.loop_of().sock_sendall(peer, steps[n % len(steps)])
+                peer.close()
+                self._cleanups.pop()  # or the test itself would keep the sockets
+            await self.no_connections()
+            gc.collect()
+
+        await round_of(200)  # what is made once is made now
+        tasks, watched = asyncio.all_tasks(), len(self.loop_of()._selector.get_map())  # type: ignore[attr-defined]
+        tracemalloc.start()
+        self.addCleanup(tracemalloc.stop)
+        await round_of(100)
+        before = tracemalloc.get_traced_memory()[0]
+        await round_of(1000)
+        growth = tracemalloc.get_traced_memory()[0] - before
+        self.assertLess(growth, 50_000, "more than 50 bytes a connection")
+        self.assertEqual(asyncio.all_tasks(), tasks)
+        self.assertEqual(len(self.loop_of()._selector.get_map()), watched)  # type: ignore[attr-defined]
+
+    async def test_a_peer_that_said_close_and_stays_is_no_longer_written_to(self) -> None:
+        leaving, good = await self.listen(self.service, "heartbeat"), await self.listen(self.service, "heartbeat")
+        leaving.send(client_close(1000))
+        self.assertEqual((await leaving.read_frame())[0], 8)
+        for n in range(20):  # the first to be broadcast behind write_eof()
+            self.service.publish({"message_type": "heartbeat", "n": n})
+        self.assertEqual([(await good.hear())["n"] for _ in range(20)], list(range(20)))
+        self.assertEqual(await leaving.read_to_end(), b"")
+
+    async def test_a_peer_that_half_closes_without_a_close_is_gone(self) -> None:
+        client = await self.listen(self.service, "heartbeat")
+        client.writer.write_eof()
+        self.assertEqual(await client.read_to_end(), b"")
+        await self.no_connections()
+
+    async def test_a_close_is_answered_by_a_close_also_while_bytes_are_on_their_way(self) -> None:
+        client = await self.listen(self.service, "heartbeat")
+        with unittest.mock.patch.object(aiperf_api, "CONNECTION_BUFFER_BYTES", 1 << 20):
+            for _ in range(200):
+                self.service.publish({"message_type": "heartbeat", "fill": "x" * 20_000})
+        client.send(client_close(1000))
+        opcode = 1
+        while opcode != 8:
+            opcode, payload = await client.read_frame()
+        self.assertEqual(payload, struct.pack("!H", 1000))
+        self.assertEqual(await client.read_to_end(), b"")
+
+
+class TestSlowClientsOverSockets(WireTestCase):
+    """The hub's policy through real transports."""
+
+    async def test_one_slow_reader_stalls_nobody_and_gets_the_newest_state_and_its_notice(self) -> None:
+        slow, good = (
+            await self.raw(),
+            await self.listen(self.service, "status", "worker_status_summary", snapshot=False),
+        )
+        subscribe = b'{"type":"subscribe","message_types":["status","worker_status_summary"],"snapshot":false}'
+        await self.loop_of().sock_sendall(slow, self.UPGRADE + client_frame(1, subscribe))
+        await self.until(lambda: len(self.service.hub._groups) == 1 and len(self.service.hub.subscribers) == 2)
+        [client] = [c.subscriber for c in self.service.connections if c.address.endswith(f":{slow.getsockname()[1]}")]
+        assert client is not None
+        await self.until(lambda: client.types)
+        for n in range(1200):
+            self.service.publish(
+                {"message_type": "worker_status_summary", "worker_statuses": {}, "n": n, "fill": "x" * 12_000}
+            )
+            self.assertEqual((await good.hear())["n"], n)
+        self.assertTrue(client.slow)
+        self.assertLess(client.outstanding, aiperf_api.CLIENT_SOFT_MARK_BYTES)
+        clients = (await self.get(self.service, "/api/clients")).json["clients"]
+        self.assertEqual(sorted(c["skipped"] > 0 for c in clients), [False, True])
+        text = (await self.get(self.service, "/metrics")).body.decode()
+        self.assertRegex(text, r"\naiperf_api_messages_skipped_total [1-9]")
+        client_of = Client(*await asyncio.open_connection(sock=slow))
+        self.addCleanup(client_of.close)
+        await client_of.read_answer("HEAD")
+        heard = [await client_of.hear()]
+        while heard[-1].get("n") != 1199:
+            heard.append(await client_of.hear())
+        numbers = [message["n"] for message in heard if "n" in message]
+        told = sum(message["counts"]["worker_status_summary"] for message in heard if message.get("type") == "skipped")
+        self.assertEqual(numbers, sorted(numbers))
+        self.assertEqual(len(numbers) + told, 1200)
+
+    async def test_a_stalled_one_is_cut_off_and_counted(self) -> None:
+        self.expected_log = ("it took nothing any more",)
+        peer = await self.raw()
+        subscribe = client_frame(1, b'{"type":"subscribe","message_types":["*"]}')
+        await self.loop_of().sock_sendall(peer, self.UPGRADE + subscribe)
+        await self.until(lambda: self.service.hub.wants("*"))
+        while not self.connection().paused:
+            self.service.publish({"message_type": "status", "fill": "x" * 12_000})
+            await asyncio.sleep(0)
+        for second in range(aiperf_api.CLIENT_STALL_SEC + 3):
+            for connection in list(self.service.connections):
+                connection.check(time.monotonic() + second)
+        await self.no_connections()
+        self.assertEqual(len(self.log), 1)
+        self.assertIn(b"\naiperf_api_clients_cut_off_total 1", (await self.get(self.service, "/metrics")).body)
+
+
+class TestStopping(WireTestCase):
+    """The numbered procedure, with everybody connected."""
+
+    async def test_500_idle_50_streaming_and_5_stalled_clients_end_within_two_seconds(self) -> None:
+        idle = [await self.raw() for _ in range(250)]
+        for peer in idle[:100]:
+            await self.loop_of().sock_sendall(peer, self.HEALTH)
+        sockets = [await self.listen(self.service, "heartbeat") for _ in range(250)]
+        streams = []
+        for _ in range(50):
+            client = await self.client(self.service)
+            client.send(b"GET /api/stream?types=status HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            await client.read_answer("HEAD")
+            streams.append(client)
+        stalled = [await self.raw() for _ in range(5)]
+        for peer in stalled:
+            subscribe = client_frame(1, b'{"type":"subscribe","message_types":["command"]}')
+            await self.loop_of().sock_sendall(peer, self.UPGRADE + subscribe)
+        await self.until(lambda: self.service.hub._wanted.get("command") == 5)
+        while sum(c.paused for c in self.service.connections) < 5:
+            self.service.publish({"message_type": "command", "command": "x", "fill": "x" * 12_000})
+            await asyncio.sleep(0)
+        self.service.publish({"message_type": "status", "n": 1})
+        tasks = asyncio.all_tasks()
+        began = time.monotonic()
+        await self.service.stop()
+        self.assertLess(time.monotonic() - began, aiperf_api.STOP_TIMEOUT_SEC)
+        self.assertEqual(len(self.service.connections), 0)
+        self.assertLessEqual(asyncio.all_tasks(), tasks)
+        for client in sockets:
+            opcode, payload = await client.read_frame()
+            self.assertEqual((opcode, payload[:2]), (8, struct.pack("!H", 1001)))
+        for client in streams:
+            self.assertIn(b'"n":1', await client.read_to_end())
+        with self.assertRaises(OSError):
+            await self.raw()
+
+    async def test_what_waits_for_a_good_client_is_sent_before_the_goodbye(self) -> None:
+        client = await self.listen(self.service, "status")
+        for n in range(300):
+            self.service.publish({"message_type": "status", "n": n, "fill": "x" * 20_000})
+        self.assertTrue(self.connection().paused)
+        stopping = asyncio.ensure_future(self.service.stop())
+        heard = [(await client.hear())["n"] for _ in range(300)]
+        self.assertEqual(heard, list(range(300)))
+        opcode, payload = await client.read_frame()
+        self.assertEqual((opcode, payload[:2]), (8, struct.pack("!H", 1001)))
+        client.close()
+        await stopping
+
+    async def test_sigterm_exits_with_0_and_leaves_no_line_behind(self) -> None:
+        program = await asyncio.create_subprocess_exec(
+            sys.executable,
+            *("-W", "error", "-X", "dev", str(Path(aiperf_api.__file__).resolve()), "--api-port", "0", "--demo"),
+            stderr=subprocess.PIPE,
+        )
+        assert program.stderr is not None
+        try:
+            lines = [(await asyncio.wait_for(program.stderr.readline(), 20)).decode() for _ in range(3)]
+            self.service.url = lines[0].split()[-1]
+            client = await self.listen(self.service, "*")
+            idle = await self.raw()
+            stream = await self.client(self.service)
+            stream.send(b"GET /api/stream HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            await stream.read_answer("HEAD")
+            began = time.monotonic()
+            program.send_signal(signal.SIGTERM)
+            with self.assertRaises(EOFError):
+                while True:
+                    await client.hear()
+            client.close()
+            rest = (await asyncio.wait_for(program.stderr.read(), 10)).decode()
+            self.assertEqual((await program.wait(), rest), (0, ""))
+            self.assertLess(time.monotonic() - began, aiperf_api.STOP_TIMEOUT_SEC + 1)  # -X dev is slow
+            self.assertEqual(await self.read_all(idle), b"")
+        finally:
+            if program.returncode is None:
+                program.kill()
+                await program.wait()
+
+
+needs_openssl = unittest.skipUnless(shutil.which("openssl"), "needs the openssl program")
+
+
+def make_certificate(directory: str) -> tuple[str, str]:
+    """A self-made certificate for localhost: the paths of certificate and key."""
+    certificate, key = os.path.join(directory, "cert.pem"), os.path.join(directory, "key.pem")
+    subprocess.run(
+        [
+            *("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"),
+            *("-days", "2", "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"),
+            *("-keyout", key, "-out", certificate),
+        ],
+        check=True,
+        capture_output=True,
+    )
+    return certificate, key
+
+
+@needs_openssl
+class TestTLS(WireTestCase):
+    """https and wss."""
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        directory = tempfile.TemporaryDirectory()
+        cls.addClassCleanup(directory.cleanup)
+        cls.certificate, cls.key = make_certificate(directory.name)
+        cls.context = ssl.create_default_context(cafile=cls.certificate)
+
+    async def asyncSetUp(self) -> None:
+        self.log = self._log_context().__enter__()
+        self.service = await self.serve(tls_cert=self.certificate, tls_key=self.key)
+
+    async def client(self, service: aiperf_api.APIService) -> Client:
+        port = int(service.url.rpartition(":")[2])
+        client = Client(*await asyncio.open_connection("localhost", port, ssl=self.context, family=socket.AF_INET))
+        self.addCleanup(client.close)
+        return client
+
+    async def test_https(self) -> None:
+        self.assertTrue(self.service.url.startswith("https://"))
+        client = await self.client(self.service)
+        for _ in range(3):
+            self.assertEqual((await client.get("/health")).body, b"ok\n")
+        answer = await self.exchange(b"BAD\r\n")
+        self.assertEqual(statuses(answer), [400])
+
+    async def test_wss_with_its_closing_handshake_and_the_end_of_the_server(self) -> None:
+        client = await self.listen(self.service, "status")
+        self.service.publish({"message_type": "status", "fill": "µ" * 100_000})
+        self.assertEqual(len((await client.hear())["fill"]), 100_000)
+        client.send(client_close(1000))
+        self.assertEqual((await client.read_frame())[0], 8)
+        client.close()
+        again, stream = await self.listen(self.service, "status"), await self.client(self.service)
+        stream.send(b"GET /api/stream HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        await stream.read_answer("HEAD")
+        began = time.monotonic()
+        await self.service.stop()
+        self.assertLess(time.monotonic() - began, aiperf_api.STOP_TIMEOUT_SEC)
+        self.assertEqual((await again.hear())["message_type"], "status")  # the snapshot
+        with self.assertRaises(EOFError):
+            await again.hear()
+
+    async def test_a_half_closing_stream_ends_without_a_word_in_the_log(self) -> None:
+        client = await self.client(self.service)
+        client.send(b"GET /api/stream HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        await client.read_answer("HEAD")
+        client.writer.close()
+        await self.no_connections()
+
+    async def test_plain_http_on_the_tls_port_and_handshakes_that_never_end(self) -> None:
+        for data in (self.HEALTH, b"", b"\x16\x03\x01", bytes(range(256))):
+            peer = await self.raw()
+            await self.loop_of().sock_sendall(peer, data)
+            peer.close()
+        self.assertEqual((await self.get(self.service, "/health")).status, 200)
+
+    async def test_old_versions_of_tls_are_refused(self) -> None:
+        server = aiperf_api._tls_context(self.certificate, self.key)
+        self.assertEqual(server.minimum_version, ssl.TLSVersion.TLSv1_2)
+
+    def test_a_bad_certificate_is_one_clear_line(self) -> None:
+        nonsense = os.path.join(os.path.dirname(self.certificate), "nonsense.pem")
+        Path(nonsense).write_text("-----BEGIN CERTIFICATE-----\nnonsense\n-----END CERTIFICATE-----\n")
+        module = str(Path(aiperf_api.__file__).resolve())
+        for files in (
+            ("--tls-cert", nonsense),
+            ("--tls-cert", "/nowhere/cert.pem"),
+            ("--tls-cert", self.certificate),  # without its key
+            ("--tls-cert", self.certificate, "--tls-key", nonsense),
+            ("--tls-cert", self.key, "--tls-key", self.key),
+            ("--tls-key", self.key),
+        ):
+            ended = subprocess.run(
+                [sys.executable, module, "--api-port", "0", *files],
+                capture_output=True,
+                text=True,
+                timeout=20,
+                check=False,
+            )
+            self.assertEqual(ended.returncode, 2, ended.stderr)
+            self.assertEqual(ended.stderr.count("\n"), 1, ended.stderr)
+            self.assertIn("--tls-", ended.stderr)
 
 
 # == 14 == Endpoints and service =======================================================================================
@@ -5760,6 +6935,83 @@ class TestRecordingsThroughARealProxy(ServiceTestCase):
         await self.until(lambda: self.service.status()["state"] == "configuring")
 
 
+class TestExpositionOfRecordings(unittest.TestCase):
+    """/metrics after each message of each recording, in both formats, before judges that know nothing of us."""
+
+    @staticmethod
+    def points(path: Path) -> Iterator[tuple[str, bytes, bytes]]:
+        """(where it is, text 0.0.4, OpenMetrics) after each message."""
+        state, errors = aiperf_api.BenchmarkState(), 0
+        for number, (t_ns, topic, payload) in enumerate(wire_recording(path.name.partition(".")[0]), 1):
+            state.apply(topic.decode().partition("$")[0].partition(".")[0], payload, t_ns)
+            families = aiperf_api.unique_families(aiperf_api.state_families(state, t_ns))
+            errors = max(errors, state.late_errors)
+            yield f"{path.name} {number}", aiperf_api.render_text(families), aiperf_api.render_openmetrics(families)
+        assert errors == 0
+
+    @classmethod
+    def distinct_points(cls) -> Iterator[tuple[str, bytes, bytes]]:
+        """Those at which anything but the values differs from what was there before: one in seven."""
+        seen = set()
+        for path in sorted(RECORDINGS.glob("*.jsonl.gz")):
+            for where, text, openmetrics in cls.points(path):
+                form = frozenset(line.rpartition(b" ")[0] for line in text.splitlines())
+                if form not in seen:
+                    seen.add(form)
+                    yield where, text, openmetrics
+
+    @needs_recordings
+    def test_each_line_has_the_form_of_its_format_at_every_point(self) -> None:
+        number = rb"(?:-?[0-9]+(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?|[+-]Inf|NaN)"
+        label = rb'[a-zA-Z_][a-zA-Z0-9_]*="(?:[^"\\\n]|\\[\\"n])*"'
+        sample = rb"[a-zA-Z_:][a-zA-Z0-9_:]*(?:\{" + label + rb"(?:," + label + rb")*\})? " + number + rb"\n"
+        comment = rb"# (?:HELP|TYPE|UNIT) [a-zA-Z_:][a-zA-Z0-9_:]* [^\n]+\n"
+        exposition = re.compile(rb"(?:" + sample + rb"|" + comment + rb")*")
+        for path in sorted(RECORDINGS.glob("*.jsonl.gz")):
+            for where, text, openmetrics in self.points(path):
+                self.assertTrue(exposition.fullmatch(text), where)
+                self.assertTrue(exposition.fullmatch(openmetrics[: -len(b"# EOF\n")]), where)
+                self.assertTrue(openmetrics.endswith(b"\n# EOF\n"), where)
+
+    @needs_recordings
+    @unittest.skipUnless(prometheus_client, "needs the prometheus_client package")
+    def test_two_parsers_read_the_same_values_out_of_both_formats(self) -> None:
+        for where, text, openmetrics in self.distinct_points():
+            values = [self.values(parse_text(text.decode())), self.values(parse_openmetrics(openmetrics.decode()))]
+            self.assertTrue(values[0] == values[1], where)
+            self.assertGreater(len(values[0]), 10)
+
+    def values(self, families: Iterable[Any]) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+        found: dict[tuple[str, frozenset[tuple[str, str]]], float] = {}
+        for family in families:
+            for sample in family.samples:
+                series = (sample.name, frozenset(sample.labels.items()))
+                self.assertNotIn(series, found)
+                found[series] = sample.value
+        return found
+
+    @needs_recordings
+    @unittest.skipUnless(shutil.which("promtool"), "needs the promtool program")
+    def test_promtool_reads_it(self) -> None:
+        for where, text, _ in self.distinct_points():
+            done = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, check=False)
+            self.assertIn(done.returncode, (0, 3), f"{where}: {done.stderr[:500]!r}")  # 3: advice on names
+
+    @needs_recordings
+    @unittest.skipUnless(shutil.which("promtool"), "needs the promtool program")
+    def test_promtool_reads_openmetrics_at_the_end_of_each_recording(self) -> None:
+        for path in sorted(RECORDINGS.glob("*.jsonl.gz")):
+            *_, (where, _, openmetrics) = self.points(path)
+            # Its reader of OpenMetrics is one of archives, which have a time in each line.
+            lines = (line if line.startswith(b"#") else line + b" 1.0" for line in openmetrics.splitlines())
+            with tempfile.TemporaryDirectory() as folder:
+                archive = Path(folder) / "openmetrics.txt"
+                archive.write_bytes(b"\n".join(lines) + b"\n")
+                command = ["promtool", "tsdb", "create-blocks-from", "openmetrics", str(archive), folder]
+                done = subprocess.run(command, capture_output=True, check=False)
+            self.assertEqual(done.returncode, 0, f"{where}: {done.stderr[:500]!r}")
+
+
 class TestServiceAnswers(ServiceTestCase):
     """What the endpoints say, with messages published in-process."""
 
@@ -5911,6 +7163,21 @@ class TestServiceAnswers(ServiceTestCase):
         client = await self.client(service)
         opened = await client.upgrade(headers={"Sec-WebSocket-Protocol": "aiperf, aiperf.token.s3cret-token"})
         self.assertEqual(opened.status, 101)
+
+    async def test_a_page_opened_with_the_token_gets_a_cookie_for_what_it_loads_and_nothing_else_does(self) -> None:
+        service = await self.serve(token="s3cret-token")
+        page = await self.get(service, "/dashboard?token=s3cret-token")
+        cookie, *attributes = page.headers["set-cookie"].split("; ")
+        self.assertEqual(attributes, ["HttpOnly", "SameSite=Strict"])
+        self.assertNotIn("s3cret", cookie)
+        for path in ("/static/dashboard.css", "/api/status", "/dashboard"):
+            answer = await self.get(service, path, headers={"Cookie": f"other=1; {cookie}"})
+            self.assertEqual(answer.status, 200, path)
+            self.assertNotIn("set-cookie", answer.headers)
+        for wrong in ("aiperf_api=s3cret-token", "aiperf_api=", cookie[:-1], f"x{cookie}"):
+            self.assertEqual((await self.get(service, "/api/status", headers={"Cookie": wrong})).status, 401, wrong)
+        for path in ("/api/status?token=s3cret-token", "/dashboard?token=wrong"):
+            self.assertNotIn("set-cookie", (await self.get(service, path)).headers)
 
 
 class TestDescriptions(ServiceTestCase):
@@ -6353,6 +7620,13 @@ class TestWebSocketProtocol(ServiceTestCase):
         self.assertEqual(await idle.read_to_end(), b"")
 
 
+def service_sweeps(service: aiperf_api.APIService) -> bool:
+    """Have a service look at its connections now, rather than within a second."""
+    for connection in list(service.connections):
+        connection.check(time.monotonic())
+    return True
+
+
 class TestStreams(ServiceTestCase):
     """`curl -N` on /api/stream."""
 
@@ -6362,6 +7636,13 @@ class TestStreams(ServiceTestCase):
         client.send(f"GET /api/stream{query} HTTP/1.1\r\nHost: localhost\r\n{lines}\r\n".encode())
         self.head = await client.read_answer("HEAD")
         return client
+
+    async def leave(self, service: aiperf_api.APIService, *clients: Client) -> None:
+        """Close streams as curl does at Ctrl-C, and wait until the server knows."""
+        stay = len(service.hub.subscribers) - len(clients)
+        for client in clients:
+            client.writer.close()
+        await self.until(lambda: service_sweeps(service) and len(service.hub.subscribers) == stay)
 
     async def read_event(self, client: Client) -> dict[str, str]:
         text = (await client.within(client.reader.readuntil(b"\n\n"))).decode()
@@ -6403,6 +7684,577 @@ class TestStreams(ServiceTestCase):
         service = await self.serve()
         for query in ("?format=xml", "?types=" + "x" * 200, "?types=a%0Ab"):
             self.assertEqual((await self.get(service, "/api/stream" + query)).status, 400, query)
+
+    async def test_head_shows_what_get_would_begin_with_and_ends(self) -> None:
+        service = await self.serve()
+        for query, kind in (("", "text/event-stream"), ("?format=ndjson", "application/x-ndjson")):
+            client = await self.client(service)
+            answer = await client.get("/api/stream" + query, method="HEAD")
+            self.assertEqual((answer.status, answer.headers["content-type"]), (200, kind))
+            self.assertEqual(answer.headers["connection"], "close")
+            self.assertEqual(await client.read_to_end(), b"")
+        self.assertEqual(service.hub.subscribers, {})
+
+    async def test_an_http_1_0_client_is_served_too(self) -> None:
+        service = await self.serve()
+        client = await self.client(service)
+        client.send(b"GET /api/stream?format=ndjson HTTP/1.0\r\n\r\n")
+        head = await client.within(client.reader.readuntil(b"\r\n\r\n"))
+        self.assertNotIn(b"chunked", head.lower())
+        service.publish({"message_type": "heartbeat", "n": 1})
+        self.assertEqual(json.loads(await client.within(client.reader.readline()))["n"], 1)
+
+    async def test_a_token_may_stand_in_the_header_or_the_query(self) -> None:
+        service = await self.serve(token="s3cret-token")
+        await self.open(service)
+        self.assertEqual(self.head.status, 401)
+        await self.open(service, Authorization="Bearer s3cret-token")
+        self.assertEqual(self.head.status, 200)
+        await self.open(service, "?token=s3cret-token")
+        self.assertEqual(self.head.status, 200)
+
+    async def test_a_stream_may_begin_with_the_next_message(self) -> None:
+        service = await self.serve()
+        service.publish({"message_type": "heartbeat", "n": 1})
+        client = await self.open(service, "?snapshot=0")
+        service.publish({"message_type": "heartbeat", "n": 2})
+        await self.read_event(client)
+        self.assertEqual(json.loads((await self.read_event(client))["data"])["n"], 2)
+
+    async def test_a_quiet_event_stream_has_comments_and_is_not_timed_out(self) -> None:
+        service = await self.serve()
+        client = await self.open(service)
+        await self.read_event(client)
+        (connection,) = service.connections
+        now = time.monotonic()
+        for after in (16, 17, 32, 3600):
+            connection.check(now + after)
+        text = await client.within(client.reader.readexactly(3 * len(b": keepalive\n\n")))
+        self.assertEqual(text, b": keepalive\n\n" * 3)
+        service.publish({"message_type": "heartbeat", "n": 1})
+        self.assertEqual((await self.read_event(client))["event"], "heartbeat")
+
+    async def test_a_reader_that_has_left_is_noticed_without_a_message(self) -> None:
+        service = await self.serve()
+        for query in ("", "?format=ndjson"):
+            await self.leave(service, await self.open(service, query))
+        self.assertEqual(service.hub.subscribers, {})
+
+    async def test_a_reader_that_has_half_closed_is_served_on(self) -> None:
+        service = await self.serve()
+        client = await self.open(service, "?format=ndjson")
+        client.writer.write_eof()
+        (connection,) = service.connections
+        await self.until(lambda: connection._eof)
+        connection.check(time.monotonic() + 16)
+        service.publish({"message_type": "heartbeat", "n": 5})
+        line = await client.within(client.reader.readuntil(b"}\n"))
+        self.assertEqual(json.loads(line)["n"], 5)
+
+    async def test_slow_readers_are_told_what_they_missed_and_get_the_newest(self) -> None:
+        service = await self.serve()
+        total = 40
+        with unittest.mock.patch.object(aiperf_api, "CLIENT_SOFT_MARK_BYTES", 300_000):
+            client = await self.open(service, "?types=worker_status_summary,heartbeat")
+            (connection,) = service.connections
+            filler = {f"worker_{n:05}": "healthy" for n in range(10_000)}
+            published = 0
+            while published < total or not connection.paused:  # until the kernel takes no more, and then some
+                message = {"message_type": "worker_status_summary", "worker_statuses": filler, "n": published}
+                service.publish(message)
+                published += 1
+                await asyncio.sleep(0)
+            for _ in range(10):
+                service.publish({**message, "n": published})
+                published += 1
+            service.publish({"message_type": "heartbeat", "n": "event"})
+        heard, missed = [], 0
+        await self.read_event(client)
+        while not heard or heard[-1] != "event":
+            event = await self.read_big_event(client)
+            if event["event"] == "skipped":
+                missed += json.loads(event["data"])["counts"]["worker_status_summary"]
+            else:
+                heard.append(json.loads(event["data"])["n"])
+        self.assertGreater(missed, 0)
+        self.assertEqual(len(heard) - 1 + missed, published)
+        self.assertEqual(heard[-2], published - 1)
+        self.assertEqual(heard[:-1], sorted(heard[:-1]))
+
+    async def read_big_event(self, client: Client) -> dict[str, str]:
+        lines: list[str] = []
+        while not lines or lines[-1]:
+            size = b""
+            while not size.endswith(b"\n"):
+                try:
+                    size += await client.within(client.reader.readuntil(b"\n"))
+                except asyncio.LimitOverrunError as error:
+                    size += await client.within(client.reader.readexactly(error.consumed))
+            lines.append(size.decode().rstrip("\n"))
+        return dict(line.partition(": ")[::2] for line in lines[:-1])
+
+    async def test_beyond_what_is_kept_a_resumed_stream_begins_with_the_snapshot(self) -> None:
+        service = await self.serve()
+        client = await self.open(service)
+        await self.read_event(client)
+        with unittest.mock.patch.object(aiperf_api, "RESUME_MESSAGES_MAX", 5):
+            for n in range(4):
+                service.publish({"message_type": "heartbeat", "n": n})
+            ids = [(await self.read_event(client))["id"] for _ in range(4)]
+            for n in range(4, 9):  # message 4 of 0..8 is now the oldest that is kept
+                service.publish({"message_type": "status" if n == 6 else "heartbeat", "n": n})
+        for seen, expected in ((3, [4, 5, 6, 7, 8]), (2, [6, 8]), (0, [6, 8])):
+            again = await self.open(service, Last_Event_ID=ids[seen])
+            await self.read_event(again)
+            got = [json.loads((await self.read_event(again))["data"])["n"] for _ in expected]
+            self.assertEqual(got, expected, f"after {seen}")
+
+    async def test_ids_of_another_server_or_of_the_future_get_the_snapshot(self) -> None:
+        service = await self.serve()
+        service.publish({"message_type": "heartbeat", "n": 1})
+        epoch = f"{service.started_ns:x}"
+        for event_id in ("0-1", f"{epoch}-99", f"{epoch}-", f"{epoch}--1", f"{epoch}-" + "9" * 40, f"{epoch}-\u0661"):
+            client = await self.open(service, "?last_event_id=" + quote(event_id))
+            await self.read_event(client)
+            self.assertEqual(json.loads((await self.read_event(client))["data"])["n"], 1, event_id)
+
+    async def test_what_came_while_nobody_listened_is_resumed_as_clients_should_see_it(self) -> None:
+        service = await self.serve()
+        client = await self.open(service, "?types=realtime_metrics")
+        await self.read_event(client)
+        rows = [{"tag": "request_latency", "unit": "ns", "avg": 2e6, "p99": None}, {"tag": "min_request_timestamp"}]
+        message = {"message_type": "realtime_metrics", "api_key": "sk-0123456789", "metrics": rows}
+        service.publish(message)
+        first = await self.read_event(client)
+        await self.leave(service, client)
+        service.publish(message)
+        again = await self.open(service, "?types=realtime_metrics", Last_Event_ID=first["id"])
+        await self.read_event(again)
+        second = await self.read_event(again)
+        self.assertEqual(second["data"], first["data"])
+        self.assertEqual(json.loads(second["data"])["metrics"], [{"tag": "request_latency", "unit": "ms", "avg": 2.0}])
+        self.assertNotIn("sk-0123456789", second["data"])
+
+    async def test_the_bus_goes_on_bringing_what_a_stream_took_for_a_while(self) -> None:
+        source = SpySource()
+        service = await self.serve(source=source)
+        client = await self.open(service, "?types=heartbeat")
+        self.assertIn(b"heartbeat$", source.topics)
+        await self.leave(service, client)
+        self.assertIn(b"heartbeat$", source.topics)
+        again = await self.open(service, "?types=heartbeat")
+        self.assertEqual(source.orders.count(("+", b"heartbeat$")), 1)  # it was never gone
+        await self.leave(service, again)
+        service._release_held(time.monotonic() + aiperf_api.RESUME_HOLD_SEC - 1)
+        self.assertIn(b"heartbeat$", source.topics)
+        service._release_held(time.monotonic() + aiperf_api.RESUME_HOLD_SEC + 1)
+        self.assertNotIn(b"heartbeat$", source.topics)
+
+    async def test_what_another_client_still_takes_is_not_given_up(self) -> None:
+        source = SpySource()
+        service = await self.serve(source=source)
+        stream, listener = await self.open(service, "?types=heartbeat"), await self.listen(service, "heartbeat")
+        await self.leave(service, stream)
+        service._release_held(time.monotonic() + 3600)
+        self.assertIn(b"heartbeat$", source.topics)
+        listener.close()
+        await self.until(lambda: b"heartbeat$" not in source.topics)
+
+
+class SpySource(aiperf_api.Source):
+    """A source that brings nothing and remembers what was asked of it."""
+
+    def __init__(self) -> None:
+        super().__init__("tcp", "nowhere")
+        self.topics: set[bytes] = set()
+        self.orders: list[tuple[str, bytes]] = []
+
+    def subscribe(self, prefix: bytes) -> None:
+        self.orders.append(("+", prefix))
+        self.topics.add(prefix)
+
+    def unsubscribe(self, prefix: bytes) -> None:
+        self.orders.append(("-", prefix))
+        self.topics.discard(prefix)
+
+
+@needs_recordings
+@unittest.skipUnless(shutil.which("curl"), "needs the curl program")
+class TestStreamsThroughCurl(ServiceTestCase):
+    """curl -N on a replayed run."""
+
+    RECORDING = "run_0_13_gpu_and_server_metrics"
+
+    async def asyncSetUp(self) -> None:
+        self.service = await self.serve()
+        messages = wire_recording(self.RECORDING)
+        self.expected = [json.loads(self.prepared(topic, payload)) for _, topic, payload in messages]
+
+    def prepared(self, topic: bytes, payload: bytes) -> bytes:
+        return self.service._prepare(self.service._type_of(topic), self.service._scrub(payload))
+
+    async def curl(self, *arguments: str) -> asyncio.subprocess.Process:
+        before = len(self.service.hub.subscribers)
+        command = ("curl", "-sSN", *arguments, self.service.url + "/api/stream")
+        process = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE, limit=1 << 20)
+        self.addCleanup(lambda: process.returncode is None and process.kill())
+        await self.until(lambda: len(self.service.hub.subscribers) > before)
+        return process
+
+    async def lines(self, process: asyncio.subprocess.Process) -> list[str]:
+        assert process.stdout is not None
+        return (await asyncio.wait_for(process.stdout.read(), 20)).decode().split("\n")
+
+    async def test_every_message_comes_in_order_as_events_and_as_lines(self) -> None:
+        events, lines = await self.curl(), await self.curl("-H", "Accept: application/x-ndjson")
+        self.feed(self.service, self.RECORDING)
+        reading = asyncio.gather(self.lines(events), self.lines(lines))
+        sent = list(self.service.hub.subscribers.values())
+        await self.until(lambda: not any(client.outstanding for client in sent))
+        await self.service.stop()
+        from_events, from_lines = await reading
+        data = [line[len("data: ") :] for line in from_events if line.startswith("data: ")]
+        for got in (data, [line for line in from_lines if line]):
+            self.assertEqual(len(got), len(self.expected))
+            self.assertTrue([json.loads(line) for line in got] == self.expected, "they are not the same")
+        self.assertEqual([await process.wait() for process in (events, lines)], [0, 0])
+
+    async def test_cut_off_again_and_again_and_resumed_it_misses_none(self) -> None:
+        messages = wire_recording(self.RECORDING)
+        got: list[Any] = []
+        last_id, place = "", 0
+        while place < len(messages):
+            process = await self.curl(*(("-H", f"Last-Event-ID: {last_id}") if last_id else ()))
+            assert process.stdout is not None
+            for _, topic, payload in messages[place : place + 9]:
+                self.service._deliver([[topic, payload]])
+            place = min(place + 9, len(messages))
+            while len(got) < place - 2:  # two of each nine are still on their way when it is cut off
+                line = (await asyncio.wait_for(process.stdout.readline(), 10)).decode().rstrip("\n")
+                if line.startswith("id: "):
+                    next_id = line[len("id: ") :]
+                elif line.startswith("data: "):
+                    last_id = next_id
+                    got.append(json.loads(line[len("data: ") :]))
+            process.kill()
+            await process.wait()
+            await self.until(lambda: service_sweeps(self.service) and not self.service.hub.subscribers)
+        process = await self.curl("-H", f"Last-Event-ID: {last_id}")
+        await self.until(lambda: not any(client.outstanding for client in self.service.hub.subscribers.values()))
+        await self.service.stop()
+        rest = [line[len("data: ") :] for line in await self.lines(process) if line.startswith("data: ")]
+        got += [json.loads(line) for line in rest]
+        self.assertEqual(len(got), len(self.expected))
+        self.assertTrue(got == self.expected, "they are not the same")  # and no diff of a megabyte
+
+
+class TestSecurity(WireTestCase):
+    """Who may ask, what they may see, and what a stranger's string can do."""
+
+    async def asyncSetUp(self) -> None:
+        self.log = self._log_context().__enter__()
+        self.service = await self.serve(
+            allow_hosts=("Bench.internal", "proxy:8443"), cors_origins=("https://ui.example",)
+        )
+
+    async def status_of(self, request: str) -> int:
+        client = await self.client(self.service)
+        client.send(request.encode() + b"\r\n\r\n")
+        return (await client.read_answer()).status
+
+    async def test_dns_rebinding_a_name_that_is_not_ours_is_421_everywhere(self) -> None:
+        for host, status in (
+            ("localhost:1234", 200),
+            ("127.0.0.1", 200),
+            ("[::1]:80", 200),
+            ("192.168.1.7", 200),
+            ("bench.INTERNAL:9", 200),
+            ("proxy:8443", 200),
+            ("proxy:8444", 421),
+            ("evil.example", 421),
+            ("localhost.evil.example", 421),
+            ("localhost6", 421),
+            ("127.0.0.1.evil.example", 421),
+            ("127.1", 421),
+            ("2130706433", 421),
+            ("", 421),
+        ):
+            self.assertEqual(await self.status_of(f"GET /health HTTP/1.1\r\nHost: {host}"), status, host)
+        upgrade = self.UPGRADE.decode().strip()
+        self.assertEqual(await self.status_of(upgrade.replace("Host: localhost", "Host: evil.example")), 421)
+        self.assertEqual(await self.status_of("GET http://evil.example/ HTTP/1.1\r\nHost: localhost"), 421)
+        self.assertEqual(await self.status_of("OPTIONS /api/status HTTP/1.1\r\nHost: evil.example"), 421)
+
+    async def test_bound_wider_any_host_passes_unless_there_is_a_list(self) -> None:
+        for hosts, status in (((), 200), (("bench",), 421)):
+            self.service = await self.serve(host="0.0.0.0", allow_hosts=hosts)
+            self.service.url = self.service.url.replace("0.0.0.0", "127.0.0.1")
+            self.assertEqual(await self.status_of("GET /health HTTP/1.1\r\nHost: node17.cluster"), status)
+
+    async def test_cross_site_websocket_hijacking_a_foreign_origin_is_403_before_the_upgrade(self) -> None:
+        upgrade = self.UPGRADE.decode().strip().replace("Host: localhost", "Host: localhost:9090")
+        for origin, status in (
+            ("http://localhost:9090", 101),
+            ("https://localhost:9090", 101),  # a proxy may end TLS
+            ("https://ui.example", 101),
+            ("HTTPS://UI.EXAMPLE", 101),
+            ("http://localhost", 403),
+            ("http://ui.example", 403),
+            ("https://ui.example.evil.example", 403),
+            ("http://evil.example", 403),
+            ("null", 403),
+            ("", 403),
+            ("file://", 403),
+        ):
+            self.assertEqual(await self.status_of(f"{upgrade}\r\nOrigin: {origin}"), status, origin)
+        self.assertEqual(await self.status_of(upgrade), 101)
+        self.assertEqual(await self.status_of(upgrade + "\r\nOrigin: http://localhost:9090\r\nOrigin: null"), 400)
+
+    async def test_no_cors_header_unless_asked_for(self) -> None:
+        closed = await self.serve()
+        for service, origin, allowed in (
+            (closed, "https://ui.example", None),
+            (self.service, "https://ui.example", "https://ui.example"),
+            (self.service, "https://evil.example", None),
+            (self.service, "null", None),
+        ):
+            for path in ("/api/status", "/metrics", "/nosuch"):
+                answer = await self.get(service, path, headers={"Origin": origin})
+                self.assertEqual(answer.headers.get("access-control-allow-origin"), allowed, (origin, path))
+                self.assertNotIn("access-control-allow-credentials", answer.headers)
+
+    async def test_every_answer_has_its_security_headers_and_pages_their_policy(self) -> None:
+        pages = {"/", "/dashboard"}
+        client = await self.client(self.service)
+        for path in ("/", "/dashboard", "/metrics", "/api/status", "/openapi.json", "/nosuch", "/static/nosuch", "/ws"):
+            for method in ("GET", "HEAD", "OPTIONS"):
+                answer = await client.get(path, method=method)
+                self.assertEqual(answer.headers["x-content-type-options"], "nosniff", path)
+                if path in pages and answer.status == 200:
+                    policy = answer.headers["content-security-policy"]
+                    self.assertTrue(policy.startswith("default-src 'self';"), policy)
+                    self.assertNotIn("unsafe", policy)
+                    self.assertIn("frame-ancestors 'none'", policy)
+                    self.assertEqual(answer.headers["referrer-policy"], "no-referrer")
+        for data in (b"BAD\r\n", b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1\r\n\r\n"):
+            self.assertIn(b"\r\nX-Content-Type-Options: nosniff\r\n", await self.exchange(data))
+        head, _, _ = (await self.exchange(self.UPGRADE.replace(b"13", b"12"))).partition(b"\r\n\r\n")
+        self.assertIn(b"nosniff", head)
+
+    async def test_path_traversal_finds_only_what_was_read_at_start(self) -> None:
+        [name] = [name for name in self.service.static if name.endswith("dashboard.js")][:1]
+        self.assertEqual(await self.status_of(f"GET /static/{name} HTTP/1.1\r\nHost: localhost"), 200)
+        for path in (
+            "../aiperf_api.py",
+            "..%2faiperf_api.py",
+            "%2e%2e/aiperf_api.py",
+            "%2e%2e%2faiperf_api.py",
+            "..%5caiperf_api.py",
+            "..%252faiperf_api.py",
+            f"../static/{name}",
+            f"./{name}",
+            f"/{name}",
+            f"x/../{name}",
+            f"{name}/",
+            f"{name}%20",
+            f"{name}.",
+            f"{name}%2f..",
+            f"{name}::$DATA",
+            "C:%5cWindows%5cwin.ini",
+            "/etc/passwd",
+            "%2fetc%2fpasswd",
+            "file:///etc/passwd",
+            "../static_secret/x",
+            "",
+            ".",
+            "..",
+        ):
+            self.assertEqual(await self.status_of(f"GET /static/{path} HTTP/1.1\r\nHost: localhost"), 404, path)
+        self.assertEqual(await self.status_of("GET /static/%00 HTTP/1.1\r\nHost: localhost"), 400)
+        self.assertEqual(await self.status_of("GET /../etc/passwd HTTP/1.1\r\nHost: localhost"), 404)
+
+    async def test_what_a_request_says_comes_back_in_no_header_and_no_markup(self) -> None:
+        for path in (
+            "/%0d%0aSet-Cookie:%20a=b",
+            "/<script>alert(1)</script>",
+            "/static/<script>",
+            "/api/stream?format=<x>",
+        ):
+            client = await self.client(self.service)
+            client.send(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nX-Echo: <script>\r\n\r\n".encode())
+            answer = await client.read_answer()
+            self.assertIn(answer.status, (400, 404), path)
+            self.assertNotIn("set-cookie", answer.headers)
+            self.assertEqual(answer.headers["content-type"], "application/json")
+            self.assertNotIn(b"<", answer.body)
+
+    async def test_html_in_the_name_of_a_metric_stays_data(self) -> None:
+        name = "<img src=x onerror=alert(1)>"
+        row = {"tag": name, "header": name, "unit": name, "avg": 1.0}
+        self.service.publish({"message_type": "realtime_metrics", "metrics": [row]})
+        for path in ("/api/metrics", "/metrics", "/api/history", "/dashboard", "/"):
+            answer = await self.get(self.service, path)
+            if answer.headers["content-type"].startswith("text/html"):
+                self.assertNotIn(name.encode(), answer.body)
+        scripts = [file.body for name, file in self.service.static.items() if name.endswith(".js")]
+        self.assertTrue(scripts)
+
+    async def test_log_lines_quote_what_strangers_say(self) -> None:
+        with log_lines(logging.DEBUG) as lines:
+            client = await self.client(self.service)
+            client.send(
+                b"GET /x%0d%0aforged?a=%1b[31m HTTP/1.1\r\nHost: localhost\r\nUser-Agent: \x9b31m\xff\ttab\r\n\r\n"
+            )
+            await client.read_answer()
+            await self.status_of(f"G'ET\" /{'y' * 3000} HTTP/1.1\r\nHost: localhost")
+            self.service._deliver([[b"evil\ntopic\x1b$", b"{}"], [b"home_made$", b"not json \x1b[31m\nINFO forged"]])
+            await self.listen(self.service, "home_made")
+            self.service._deliver([[b"home_made$", b"not json \x1b[31m\nINFO forged"], [b"a$", b"b", b"c"]])
+            self.service._notify("publisher \x1b[31m\nINFO forged")
+        self.log.clear()
+        self.assertGreater(len(lines), 4)
+        for line in lines:
+            self.assertTrue(line.isascii() and line.isprintable(), line)
+            self.assertLess(len(line), 1500)
+
+    async def test_a_fault_of_ours_is_500_without_detail_and_logged(self) -> None:
+        self.expected_log = ("a fault of this server",)
+        with unittest.mock.patch.object(aiperf_api.APIService, "status", side_effect=RuntimeError("/secret/path")):
+            answer = await self.exchange(b"GET /api/status HTTP/1.1\r\nHost: localhost\r\n\r\n" + self.HEALTH)
+        self.assertEqual(statuses(answer), [500])
+        self.assertNotIn(b"secret", answer)
+        self.assertIn("/secret/path", self.log[0])
+        with unittest.mock.patch.object(aiperf_api.APIService, "_obey", side_effect=RuntimeError("x")):
+            client = await self.client(self.service)
+            await client.upgrade()
+            client.say({"type": "ping"})
+            self.assertEqual(await client.read_frame(), (8, struct.pack("!H", 1011)))
+        self.assertEqual((await self.get(self.service, "/health")).status, 200)
+
+    async def test_a_fault_in_one_sweep_does_not_end_all_sweeps(self) -> None:
+        self.expected_log = ("_sweep", "boom")
+        boom = unittest.mock.patch.object(aiperf_api, "http_date", side_effect=RuntimeError("boom"))
+        with boom, self.assertRaises(RuntimeError):
+            self.service._sweep()
+        timer = self.service._sweep_timer
+        assert timer is not None
+        self.assertFalse(timer.cancelled())
+
+
+class TestTokens(WireTestCase):
+    """The token: three ways to present it, one way to compare it, none to read it in a log."""
+
+    TOKEN = "s3cret/token+with=signs"
+
+    async def asyncSetUp(self) -> None:
+        context = log_lines(logging.DEBUG)
+        self.log = context.__enter__()
+        self.addCleanup(context.__exit__, None, None, None)
+        self.service = await self.serve(token=self.TOKEN)
+        self.quoted = self.TOKEN.replace("/", "%2F").replace("+", "%2B").replace("=", "%3D")
+
+    async def upgrade(self, query: str = "", **headers: str) -> int:
+        client = await self.client(self.service)
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        return (await client.upgrade("/ws" + query, headers=named)).status
+
+    async def test_three_ways(self) -> None:
+        bearer = {"Authorization": f"bearer {self.TOKEN}"}
+        self.assertEqual((await self.get(self.service, "/api/status", headers=bearer)).status, 200)
+        self.assertEqual((await self.get(self.service, f"/api/status?token={self.quoted}")).status, 200)
+        self.assertEqual(await self.upgrade(Authorization=f"Bearer {self.TOKEN}"), 101)
+        self.assertEqual(await self.upgrade(f"?token={self.quoted}"), 101)
+        self.service.settings = self.service.settings._replace(token="plain-token")  # what a subprotocol can hold
+        client = await self.client(self.service)
+        opened = await client.upgrade(headers={"Sec-WebSocket-Protocol": "aiperf.v1, aiperf.token.plain-token"})
+        self.assertEqual((opened.status, opened.headers["sec-websocket-protocol"]), (101, "aiperf.v1"))
+
+    async def test_wrong_ones_are_401_and_say_how(self) -> None:
+        for header in (
+            "",
+            "Bearer",
+            "Bearer ",
+            "Bearer x",
+            f"Basic {self.TOKEN}",
+            f"Bearer {self.TOKEN}x",
+            "Bearer \xe9",
+        ):
+            answer = await self.get(self.service, "/api/status", headers={"Authorization": header})
+            self.assertEqual((answer.status, answer.headers["www-authenticate"][:6]), (401, "Bearer"), header)
+        self.assertEqual(await self.upgrade("?token="), 401)
+        self.assertEqual(await self.upgrade("?token=" + self.quoted[:-1]), 401)
+        for path in ("/health", "/healthz", "/readyz"):
+            self.assertIn((await self.get(self.service, path)).status, (200, 503))
+
+    async def test_every_route_but_the_health_checks_needs_it(self) -> None:
+        for route in aiperf_api.ROUTES:
+            path = route.path.replace("{file}", "dashboard.js")
+            status = (await self.get(self.service, path)).status
+            self.assertEqual(status == 401, path not in ("/health", "/healthz", "/readyz"), path)
+
+    async def test_timing_of_token_checks_is_constant(self) -> None:
+        compared = []
+
+        def compare(given: bytes, token: bytes) -> bool:
+            compared.append((given, token))
+            return given == token
+
+        with unittest.mock.patch.object(aiperf_api.hmac, "compare_digest", compare):
+            await self.get(self.service, "/api/status?token=a&token=b", headers={"Authorization": "Bearer c"})
+        token = self.TOKEN.encode()
+        self.assertEqual(compared, [(b"c", token), (b"a", token), (b"b", token)])  # all of them, whichever fits
+
+    async def test_it_is_never_logged_at_any_level(self) -> None:
+        bearer = {"Authorization": f"Bearer {self.TOKEN}", "User-Agent": f"x?token={self.TOKEN}"}
+        await self.get(self.service, f"/api/status?token={self.TOKEN}&x=1", headers=bearer)
+        await self.get(self.service, f"/nosuch?x=1&TOKEN=no&token={self.quoted}")
+        await self.get(self.service, f"/ws?%74oken={self.quoted}")
+        await self.upgrade(f"?token={self.quoted}")
+        await self.upgrade(Sec_WebSocket_Protocol="aiperf.token." + "plain-token")
+        client = await self.client(self.service)
+        client.send(f"GET /?token={self.TOKEN} HTTP/1.1\r\nBad : header\r\n\r\n".encode())
+        await client.read_answer()
+        await self.service.stop()
+        self.assertGreater(len(self.log), 3)
+        for line in self.log:
+            for form in (self.TOKEN, self.quoted, "plain-token", "s3cret"):
+                self.assertNotIn(form, line)
+
+
+@unittest.skipUnless(zmq, "needs the pyzmq package")
+class TestReplicas(ServiceTestCase):
+    """Two servers on one bus say the same: that is how users scale out."""
+
+    async def test_two_replicas_answer_identically(self) -> None:
+        bus = Bus()
+        self.addCleanup(bus.stop)
+        replicas = [await self.serve(source=bus.address) for _ in range(2)]
+        await self.until(lambda: bus.has_subscribed(*aiperf_api.CORE_TOPICS))
+        await self.until(lambda: all(replica.source.connected for replica in replicas))
+        listeners = [await self.listen(replica, "realtime_metrics", "worker_status_summary") for replica in replicas]
+        wanted = [m for m in wire_recording("run_0_13_success") if m[1].startswith(aiperf_api.CORE_TOPICS)]
+        for _, topic, payload in wanted:
+            bus.publish(topic, payload)
+        await self.until(lambda: all(replica.bus.messages == len(wanted) for replica in replicas), 30)
+        for path in ("/api/metrics", "/api/progress", "/api/workers", "/api/config", "/api/results", "/openapi.json"):
+            first, second = [await self.answer(replica, path) for replica in replicas]
+            self.assertEqual(first, second, path)
+        first, second = [await self.benchmark_text(replica) for replica in replicas]
+        self.assertEqual(first, second)
+        self.assertGreater(len(first), 100)
+        count = sum(topic.startswith((b"realtime_metrics", b"worker_status_summary")) for _, topic, _ in wanted)
+        heard = [[await client.read_frame() for _ in range(count)] for client in listeners]
+        self.assertEqual(heard[0], heard[1])
+
+    async def answer(self, service: aiperf_api.APIService, path: str) -> Any:
+        """An answer without the times at which this server heard of something."""
+        text = (await self.get(service, path)).body.decode()
+        return json.loads(re.sub(r'"last_update_ns":[0-9]+', '"last_update_ns":0', text))
+
+    async def benchmark_text(self, service: aiperf_api.APIService) -> list[str]:
+        """/metrics without the figures of the server itself."""
+        lines = (await self.get(service, "/metrics")).body.decode().splitlines()
+        return [line for line in lines if "aiperf_api_" not in line]
 
 
 # == 15 == Command line ================================================================================================
@@ -6458,6 +8310,20 @@ class TestCommandLine(unittest.TestCase):
                 done = self.run_program(*argv)
                 self.assertEqual((done.returncode, done.stdout), (2, ""), done.stderr)
                 self.assertRegex(done.stderr, r"\Aaiperf-api: [^\n]+\n\Z")
+
+    def test_a_json_log_is_json_from_its_first_line_to_its_last(self) -> None:
+        process, _ = self.start("--api-port", "0", "--demo", "--log-format", "json", "--log-level", "debug")
+        assert process.stderr is not None
+        second = json.loads(process.stderr.readline())
+        url = second["message"].split()[1].replace("/dashboard", "")
+        fetched(url + "/api/status?token=s3cret-token&x=%22")
+        process.terminate()
+        _, rest = process.communicate(timeout=20)
+        lines = [json.loads(line) for line in rest.splitlines()]
+        self.assertEqual({tuple(line) for line in lines}, {("time", "level", "message")})
+        [access] = [line for line in lines if "GET" in line["message"]]
+        self.assertEqual(access["level"], "debug")
+        self.assertRegex(access["message"], r'"GET /api/status\?token=\*\*\*&x=%22" 200 ".*"$')
 
     def test_a_port_in_use_is_one_line_and_exit_1(self) -> None:
         with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -6529,6 +8395,358 @@ class TestCommandLine(unittest.TestCase):
         logged = [json.loads(line) for line in lines if line.startswith("{")]
         self.assertTrue(any("/health" in line["message"] for line in logged))
         self.assertNotIn("hush", "".join(lines))
+
+
+class TestClient(ServiceTestCase):
+    """get, watch and top, against a server in the same process and against what is none."""
+
+    async def asyncSetUp(self) -> None:
+        self.service = await self.serve()
+
+    async def call(self, *words: str, **environ: str) -> tuple[int, str, str]:
+        """(exit code, standard output, standard error) of a client command; it blocks, so it runs beside the loop."""
+        output, errors = io.StringIO(), io.StringIO()
+
+        def run() -> int:
+            variables = unittest.mock.patch.dict(os.environ, {"AIPERF_API_URL": self.service.url, **environ})
+            with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors), variables:
+                return aiperf_api.main(words)
+
+        code = await asyncio.wait_for(asyncio.get_running_loop().run_in_executor(None, run), 20)
+        return code, output.getvalue(), errors.getvalue()
+
+    async def start(self, *words: str) -> asyncio.subprocess.Process:
+        """A client command in a process of its own."""
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, aiperf_api.__file__, *words, "--url", self.service.url),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            limit=1 << 20,
+        )
+        self.addAsyncCleanup(self.end, process)
+        return process
+
+    async def end(self, process: asyncio.subprocess.Process) -> None:
+        if process.returncode is None:
+            process.kill()
+        await process.communicate()
+
+    async def line(self, stream: Optional[asyncio.StreamReader]) -> str:
+        assert stream is not None
+        return (await asyncio.wait_for(stream.readline(), 20)).decode().rstrip("\n")
+
+    async def foreign_server(self, answer: bytes) -> str:
+        """The URL of a server that answers anything with these bytes."""
+
+        async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(answer)
+            writer.close()
+
+        server = await asyncio.start_server(talk, "127.0.0.1", 0)
+        self.addCleanup(server.close)
+        return f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+
+    # get
+
+    async def test_get_prints_what_the_server_answers(self) -> None:
+        self.feed(self.service, "run_0_13_gpu_and_server_metrics", 60)
+        for name in aiperf_api._answers():
+            with self.subTest(name):
+                code, output, errors = await self.call("get", name)
+                self.assertEqual((code, errors), (0, ""))
+                path = "/api" if name == "api" else f"/api/{name}"
+                volatile = ("clients", "status", "progress")
+                if name not in volatile:
+                    self.assertEqual(json.loads(output), (await self.get(self.service, path)).json)
+                self.assertTrue(output.startswith("{\n  "), output[:20])
+                self.assertEqual((await self.call("get", name, "--table"))[0], 0)
+
+    async def test_get_takes_arguments(self) -> None:
+        self.feed(self.service, "run_0_13_success", 60)
+        code, output, _ = await self.call("get", "history", "tag=request_latency", "stat=p99")
+        self.assertEqual((code, json.loads(output)["stat"]), (0, "p99"))
+        code, output, errors = await self.call("get", "history", "tag=no&such=thing ?#")
+        self.assertEqual((code, output), (1, ""))
+        self.assertIn("/api/history lists", errors)
+
+    async def test_a_table_has_a_row_for_each_thing(self) -> None:
+        rows = [{"tag": "request_latency", "header": "Request Latency", "unit": "ms", "avg": 2.5, "p99": 4}]
+        self.service.publish({"message_type": "realtime_metrics", "metrics": rows})
+        _, output, _ = await self.call("get", "metrics", "--table")
+        self.assertIn("\nfinal           false\n", output)
+        self.assertEqual(
+            output.partition("metrics:\n")[2].splitlines(),
+            ["                 header           unit   avg  p99", "request_latency  Request Latency  ms    2.50    4"],
+        )
+
+    async def test_points_of_a_series_are_a_table(self) -> None:
+        lines = aiperf_api.table_lines(
+            {"tag": "t", "points": [[1, 0.5], [2, None]], "empty": {}, "deep": {"a": {"b": 1}}}
+        )
+        self.assertEqual(
+            lines, ["tag  t", "", "points:", "   0     1", "0  1  0.50", "1  2     -", "", "deep:", "   b", "a  1"]
+        )
+
+    async def test_the_server_may_be_named_in_many_ways(self) -> None:
+        port = self.service.url.rpartition(":")[2]
+        for url in (f"127.0.0.1:{port}", f"localhost:{port}", f"http://127.0.0.1:{port}/", self.service.url):
+            self.assertEqual((await self.call("get", "status", "--url", url))[0], 0, url)
+        self.assertEqual((await self.call("get", "status", AIPERF_API_URL=f"127.0.0.1:{port}"))[0], 0)
+
+    @unittest.skipUnless(hasattr(socket, "AF_UNIX"), "needs Unix sockets")
+    async def test_a_unix_socket_is_a_server_like_any_other(self) -> None:
+        folder = tempfile.mkdtemp(prefix="aa", dir="/tmp")
+        self.addCleanup(shutil.rmtree, folder)
+        await self.serve(unix_path=f"{folder}/s")
+        self.assertEqual((await self.call("get", "status", "--url", f"unix:{folder}/s"))[0], 0)
+        code, _, errors = await self.call("get", "status", "--url", f"unix:{folder}/none")
+        self.assertEqual((code, errors), (1, f"aiperf-api: unix:{folder}/none: No such file or directory\n"))
+
+    async def test_a_token_comes_from_the_flag_or_the_environment(self) -> None:
+        service = await self.serve(token="s3cret-token")
+        code, _, errors = await self.call("get", "status", "--url", service.url)
+        self.assertEqual(code, 1)
+        self.assertRegex(errors, r"\Aaiperf-api: \S+/api/status: 401 a token is needed[^\n]+\n\Z")
+        given = ("get", "status", "--url", service.url)
+        self.assertEqual((await self.call(*given, "--token", "s3cret-token"))[0], 0)
+        self.assertEqual((await self.call(*given, AIPERF_API_TOKEN="s3cret-token"))[0], 0)
+
+    async def test_what_cannot_be_reached_is_one_line_and_exit_1(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as closed:
+            refused = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        html = await self.foreign_server(b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n\r\n<html>\x1b[2J")
+        nonsense = await self.foreign_server(b"SSH-2.0-OpenSSH_9.2\r\n")
+        short = await self.foreign_server(b"HTTP/1.1 200 OK\r\nContent-Length: 50\r\n\r\n{}")
+        error = await self.foreign_server(b"HTTP/1.1 502 Bad Gateway\r\n\r\n<h1>\x1b[2J down</h1>")
+        other = await self.foreign_server(b"HTTP/1.1 200 OK\r\n\r\n[1]")
+        for url, words in (
+            (refused, "is the server running there"),
+            ("http://nowhere.invalid:1", ""),
+            (html, "the answer is not JSON"),
+            (nonsense, "SSH-2.0"),
+            (short, "IncompleteRead"),
+            (error, r"502 <h1>\\x1b\[2J down</h1>"),
+        ):
+            for command in (("get", "status"), ("top", "--once"), ("watch", "--once")):
+                with self.subTest(f"{command} {words}"):
+                    code, output, errors = await self.call(*command, "--url", url)
+                    if command[0] == "watch" and url in (html, short):
+                        continue  # a stream of no events is a stream
+                    self.assertEqual((code, output), (1, ""))
+                    self.assertRegex(errors, rf"\Aaiperf-api: [^\n]*{words}[^\n]*\n\Z")
+        code, _, errors = await self.call("top", "--once", "--url", other)
+        self.assertEqual(code, 1)
+        self.assertIn("not the answers of aiperf-api", errors)
+
+    async def test_wrong_usage_is_one_line_and_exit_2(self) -> None:
+        for words in (
+            ("get",),
+            ("get", "statsu"),
+            ("get", "status", "pretty"),
+            ("get", "status", "--nonsense"),
+            ("get", "status", "--url", "ftp://x"),
+            ("get", "status", "--url", "http://"),
+            ("get", "status", "--url", "http://h:99999"),
+            ("get", "status", "--url", "http://h/a b"),
+            ("get", "status", "--url", "http://h\r\nX: y"),
+            ("top", "--interval", "0"),
+            ("top", "--interval", "1e3"),
+            ("top", "stray"),
+        ):
+            with self.subTest(words):
+                code, output, errors = await self.call(*words)
+                self.assertEqual((code, output), (2, ""))
+                self.assertRegex(errors, r"\Aaiperf-api: [^\n]+\n\Z")
+        self.assertIn("did you mean status?", (await self.call("get", "statsu"))[2])
+
+    async def test_each_command_explains_itself(self) -> None:
+        for command in aiperf_api.CLIENT_COMMANDS:
+            process = await self.start(command, "--help")
+            output, _ = await asyncio.wait_for(process.communicate(), 20)
+            self.assertEqual(process.returncode, 0)
+            for word in (b"usage: aiperf-api " + command.encode(), b"--url", b"AIPERF_API_TOKEN"):
+                self.assertIn(word, output)
+
+    async def test_nothing_on_the_bus_drives_the_terminal(self) -> None:
+        evil = "w\x1b[2J\x9b2J\u202e\x07\u2028"
+        self.service.publish({"message_type": "worker_status_summary", "worker_statuses": {evil: evil}})
+        _, output, _ = await self.call("get", "workers")
+        self.assertEqual(json.loads(output)["worker_statuses"], {evil: evil})
+        _, table, _ = await self.call("get", "workers", "--table")
+        _, top, _ = await self.call("top", "--once")
+        controls = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028-\u202e]")
+        for text in (output, table, top):
+            self.assertIsNone(controls.search(text), text)
+            self.assertIn("w", text)
+
+    # watch
+
+    async def test_watch_prints_a_message_a_line_from_the_present_state_on(self) -> None:
+        self.service.publish({"message_type": "heartbeat", "n": 0, "text": "\x9b\u202e"})
+        process = await self.start("watch", "heartbeat")
+        first = await self.line(process.stdout)
+        self.assertTrue(first.isascii())
+        self.assertEqual(json.loads(first)["n"], 0)
+        for n in (1, 2):
+            self.service.publish({"message_type": "status", "n": n})
+            self.service.publish({"message_type": "heartbeat", "n": n})
+        self.assertEqual([json.loads(await self.line(process.stdout))["n"] for _ in range(2)], [1, 2])
+        process.send_signal(signal.SIGINT)
+        output, errors = await asyncio.wait_for(process.communicate(), 20)
+        self.assertEqual((process.returncode, output, errors), (0, b"", b""))
+
+    async def test_watch_connects_again_and_misses_nothing(self) -> None:
+        process = await self.start("watch", "heartbeat", "realtime_metrcs")
+        self.assertIn("did you mean realtime_metrics?", await self.line(process.stderr))
+        await self.until(lambda: self.service.hub.subscribers)
+        self.service.publish({"message_type": "heartbeat", "n": 0})
+        self.assertEqual(json.loads(await self.line(process.stdout))["n"], 0)
+        for connection in list(self.service.connections):
+            connection.transport.abort()
+        await self.until(lambda: not self.service.hub.subscribers)
+        self.service.publish({"message_type": "heartbeat", "n": 1})
+        self.assertRegex(await self.line(process.stderr), r"\Aaiperf-api: .*; trying again in 0\.5 s\Z")
+        await self.until(lambda: self.service.hub.subscribers)
+        self.service.publish({"message_type": "heartbeat", "n": 2})
+        self.assertEqual([json.loads(await self.line(process.stdout))["n"] for _ in range(2)], [1, 2])
+
+    async def test_watch_once_ends_with_the_stream(self) -> None:
+        process = await self.start("watch", "--once")
+        await self.until(lambda: self.service.hub.subscribers)
+        self.service.publish({"message_type": "heartbeat", "n": 0})
+        await self.line(process.stdout)
+        await self.service.stop()
+        _, errors = await asyncio.wait_for(process.communicate(), 20)
+        self.assertEqual((process.returncode, errors), (0, b""))
+
+    async def test_a_reader_that_has_had_enough_ends_it_quietly(self) -> None:
+        process = await self.start("watch")
+        await self.until(lambda: self.service.hub.subscribers)
+        self.service.publish({"message_type": "heartbeat", "n": 0})
+        await self.line(process.stdout)
+        transport = process._transport.get_pipe_transport(1)  # type: ignore[attr-defined]
+        transport.close()
+        await self.until(lambda: self.service.publish({"message_type": "heartbeat"}) or process.returncode is not None)
+        assert process.stderr is not None
+        self.assertEqual((process.returncode, await process.stderr.read()), (0, b""))
+
+    def test_attempts_are_spaced_further_and_further_and_resume_behind_the_last_event(self) -> None:
+        asked: list[str] = []
+        script: list[Any] = [
+            [("", ""), ("a-1", "one"), ("a-2", "two")],
+            aiperf_api.AskError("gone"),
+            aiperf_api.AskError("full", 503),
+            aiperf_api.AskError("gone"),
+            [("", ""), ("a-3", "three"), ("", "no id")],
+            aiperf_api.AskError("wrong token", 401),
+        ]
+
+        def events(path: str, last_id: str) -> Iterator[tuple[str, str]]:
+            asked.append(last_id)
+            step = script[len(asked) - 1]
+            if isinstance(step, Exception):
+                raise step
+            yield from step
+
+        pauses: list[float] = []
+        errors = io.StringIO()
+        heard = []
+        sleep = unittest.mock.patch.object(aiperf_api.time, "sleep", pauses.append)
+        refused = self.assertRaisesRegex(aiperf_api.AskError, "wrong token")
+        with sleep, contextlib.redirect_stderr(errors), refused:
+            for data in aiperf_api.follow(events, "/api/stream", once=False):
+                heard.append(data)
+        self.assertEqual(heard, ["one", "two", "three", "no id"])
+        self.assertEqual(asked, ["", "a-2", "a-2", "a-2", "a-2", "a-3"])
+        self.assertEqual(pauses, [0.5, 1, 2, 4, 0.5])
+        self.assertIn("full; trying again in 2 s", errors.getvalue())
+
+    # top
+
+    async def figures(self, name: str = "run_0_13_gpu_and_server_metrics", count: int = 60) -> aiperf_api.Figures:
+        self.feed(self.service, name, count)
+        paths = (f"/api/{field}" for field in aiperf_api.Figures._fields)
+        return aiperf_api.Figures(*[(await self.get(self.service, path)).json for path in paths])
+
+    async def test_top_shows_progress_the_six_figures_and_the_workers(self) -> None:
+        figures = await self.figures()
+        rows = figures.metrics["metrics"]
+        text = "\n".join(aiperf_api.top_lines(figures, "http://h:1", 100))
+        self.assertIn(f"{figures.progress['completed']}/1300 requests, {figures.progress['errors']} errors", text)
+        self.assertRegex(text, r"\[#+-+\] +\d+\.\d %")
+        for tag in ("output_token_throughput", "request_throughput"):
+            self.assertIn(f"{rows[tag]['avg']:.2f}", text)
+        for tag in ("time_to_first_token", "inter_token_latency", "request_latency"):
+            self.assertRegex(text, rf"{rows[tag]['p50']:.2f} +{rows[tag]['p99']:.2f}  ms")
+        for worker in figures.workers["workers"]:
+            self.assertIn(worker, text)
+
+    async def test_top_fits_any_terminal(self) -> None:
+        figures = await self.figures()
+        for columns in (1, 10, 20, 40, 80, 200):
+            self.assertLessEqual(max(map(len, aiperf_api.top_lines(figures, "http://h:1", columns))), columns)
+
+    @needs_recordings
+    async def test_top_draws_every_recording_at_every_point_and_whatever_else_it_is_given(self) -> None:
+        for path in sorted(RECORDINGS.glob("*.jsonl.gz")):
+            name = path.name.partition(".")[0]
+            state = aiperf_api.BenchmarkState()
+            for t_ns, topic, payload in wire_recording(name):
+                state.apply(self.service._type_of(topic), payload, t_ns)
+                status, progress = state.status(t_ns), state.progress(t_ns)
+                figures = aiperf_api.Figures(status, progress, state.metrics(), state.workers())
+                self.assertTrue(aiperf_api.top_lines(figures, "u", 80))
+                self.assertNotIn("\n", aiperf_api.top_line(figures))
+        for junk in ({}, {"workers": {"w": None}, "metrics": [], "state": 5, "percent_complete": "x", "eta_sec": {}}):
+            aiperf_api.top_lines(aiperf_api.Figures(junk, junk, junk, junk), "u", 80)
+
+    async def test_top_writes_plain_lines_where_there_is_no_terminal(self) -> None:
+        self.feed(self.service, "run_0_13_success", 60)
+        process = await self.start("top", "--interval", "0.1")
+        lines = [await self.line(process.stdout) for _ in range(3)]
+        for line in lines:
+            self.assertRegex(line, r"\A\d\d:\d\d:\d\d \w+.* requests, .* output tokens/s")
+        await self.service.stop()
+        while "Connection refused" not in await self.line(process.stdout):
+            pass  # it says so, and goes on trying
+        process.send_signal(signal.SIGINT)
+        _, errors = await asyncio.wait_for(process.communicate(), 20)
+        self.assertEqual((process.returncode, errors), (0, b""))
+
+    @unittest.skipUnless(pty, "only on systems with terminals")
+    async def test_top_draws_in_place_and_leaves_the_terminal_as_it_was(self) -> None:
+        self.feed(self.service, "run_0_13_success", 60)
+        for ending in (signal.SIGINT, signal.SIGTERM):
+            main, side = pty.openpty()
+            environ = {**os.environ, "COLUMNS": "60", "LINES": "8"}
+            command = (sys.executable, aiperf_api.__file__, "top", "--url", self.service.url, "--interval", "0.1")
+            process = await asyncio.create_subprocess_exec(*command, stdin=side, stdout=side, stderr=side, env=environ)
+            self.addAsyncCleanup(self.end, process)
+            os.close(side)
+            loop, chunks = asyncio.get_running_loop(), bytearray()
+            loop.add_reader(main, lambda main=main, chunks=chunks: chunks.extend(read_terminal(main)))
+            await self.until(lambda chunks=chunks: chunks.count(b"\x1b[H") >= 3, 20)
+            process.send_signal(ending)
+            self.assertEqual(await asyncio.wait_for(process.wait(), 20), 0)
+            await self.until(lambda chunks=chunks: b"\x1b[?1049l" in chunks)
+            loop.remove_reader(main)
+            os.close(main)
+            shown = chunks.decode()
+            self.assertTrue(shown.startswith("\x1b[?1049h\x1b[?25l\x1b[H"), shown[:40])
+            frame = shown.split("\x1b[H")[2].partition("\x1b[J")[0].split("\r\n")
+            self.assertLessEqual(len(frame), 8)
+            self.assertLessEqual(max(len(line.replace("\x1b[K", "")) for line in frame), 60)
+            self.assertIn("requests", shown.partition("\x1b[?25h\x1b[?1049l")[2])  # the last look stays behind
+            self.assertNotIn("Traceback", shown)
+
+
+def read_terminal(descriptor: int) -> bytes:
+    """What there is to read; nothing once the other side is closed."""
+    try:
+        return os.read(descriptor, 1 << 16)
+    except OSError:
+        return b""
 
 
 class ACommandBehindTwoDashes(unittest.TestCase):
@@ -6635,6 +8853,16 @@ class ACommandBehindTwoDashes(unittest.TestCase):
         self.assertEqual(status["source"]["kind"], "child")
         process.send_signal(signal.SIGINT)  # while lingering: at once
         self.assertEqual(process.wait(10), 7)
+
+    def test_a_command_that_never_reports_and_ends_well_has_not_failed(self) -> None:
+        process = self.start("--linger", "60", "--", "true")
+        url = self.url_of(process)
+        assert process.stderr is not None
+        while "the benchmark ended" not in process.stderr.readline():
+            pass
+        self.assertEqual(self.get(url + "/api/status")["state"], "waiting")
+        process.terminate()
+        self.assertEqual(process.wait(10), 0)
 
     def test_signals_go_through_and_the_second_ends_the_lingering(self) -> None:
         for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
@@ -7026,7 +9254,8 @@ class ReadmeSessionTests(unittest.TestCase):
 
     def check(self, session: Session, url: str) -> None:
         with self.subTest(session.command):
-            reader = LineReader(runnable(session.command, url))
+            environment = f"export COLUMNS=80 AIPERF_API_URL={url}\n"
+            reader = LineReader(environment + runnable(session.command, url))
             self.addCleanup(reader.close)
             lines = reader.lines(len(session.shown) - 1 if session.goes_on else None)
             reader.close()
@@ -7072,5 +9301,7 @@ class GrafanaDashboardTests(unittest.TestCase):
 if __name__ == "__main__":
     if sys.argv[1:] == ["--write-readme"]:
         README.write_text(readme_with_tables(README.read_text(encoding="utf-8")), encoding="utf-8")
+    elif sys.argv[1:2] == ["--echo"]:
+        asyncio.run(run_echo(int(sys.argv[2])))
     else:
         unittest.main()

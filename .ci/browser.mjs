@@ -19,9 +19,9 @@ const browser = await chromium.launch({
 });
 const pages = new Map();
 
-/** Runs in the page before anything of ours: layout shifts, CSP violations, and the work that each frame takes. */
+/** Runs in the page before anything of ours: layout shifts and CSP violations. */
 function watch() {
-  const seen = (globalThis.watched = { shift: 0, shifts: [], csp: [], frames: [] });
+  const seen = (globalThis.watched = { shift: 0, shifts: [], csp: [] });
   addEventListener("securitypolicyviolation", (event) => seen.csp.push(`${event.violatedDirective} ${event.blockedURI}`));
   new PerformanceObserver((list) => {
     for (const entry of list.getEntries()) {
@@ -30,16 +30,29 @@ function watch() {
       seen.shifts.push(entry.sources.map(({ node }) => node?.id || node?.className || node?.nodeName));
     }
   }).observe({ type: "layout-shift", buffered: true });
-  // A frame begins with its first animation callback; a message posted there is handled after the frame was painted.
-  const channel = new MessageChannel();
-  let began = 0;
-  channel.port1.onmessage = () => seen.frames.push(performance.now() - began);
-  const frame = () => {
-    began = performance.now();
-    channel.port2.postMessage(0);
-    requestAnimationFrame(frame);
-  };
-  requestAnimationFrame(frame);
+}
+
+/**
+ * What each frame costs the page's main thread in ms of CPU time (whatever else the machine is doing), from a trace: the
+ * task that ends in the frame's commit, and what ran in the 16 ms before it and after the frame before.
+ */
+function frameCosts(trace) {
+  const threads = new Map();
+  for (const { name, ph, pid, tid, ts, dur = 0, tdur = 0, cat } of JSON.parse(trace.toString()).traceEvents) {
+    if (ph !== "X") continue;
+    const key = `${pid}.${tid}`;
+    if (!threads.has(key)) threads.set(key, { tasks: [], commits: [] });
+    if (name === "RunTask" && cat.includes("timeline")) threads.get(key).tasks.push({ ts, end: ts + dur, cost: tdur / 1000 });
+    else if (name === "Commit") threads.get(key).commits.push(ts);
+  }
+  const [{ tasks, commits }] = [...threads.values()].sort((a, b) => b.commits.length - a.commits.length);
+  let done = 0; // when the frame before was
+  return commits.sort((a, b) => a - b).map((commit) => {
+    const own = tasks.find(({ ts, end }) => ts <= commit && commit <= end);
+    const since = Math.max(done, (own?.ts ?? commit) - 16_000);
+    done = own?.end ?? commit;
+    return tasks.reduce((sum, { ts, cost }) => (ts >= since && ts <= commit ? sum + cost : sum), 0);
+  });
 }
 
 async function open({ name, url, width = 1440, height = 900, theme = "light", block = [] }) {
@@ -96,6 +109,8 @@ const commands = {
   },
   screenshot: async ({ name, path, full = false }) => { await pages.get(name).page.screenshot({ path, fullPage: full }); },
   wire: ({ name }) => pages.get(name).wire(),
+  trace: async ({ name }) => { await browser.startTracing(pages.get(name).page, { categories: ["devtools.timeline", "disabled-by-default-devtools.timeline", "toplevel"] }); },
+  frames: async () => frameCosts(await browser.stopTracing()),
   heap: async ({ name }) => {
     const { devtools } = pages.get(name);
     await devtools.send("HeapProfiler.collectGarbage");

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The pages in a real browser, over a real bus: needs chromium, node, pyzmq and `npm ci --prefix .ci`.
 
-PAGES_MODULES names the node_modules folder if it is not beside this file, CHROMIUM the browser.
+PAGES_MODULES names the node_modules folder if it is not beside this file, CHROMIUM the browser, PAGES_SHOTS a folder
+for screenshots.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import sys
 import tempfile
 import time
 import unittest
-import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -246,7 +247,8 @@ class PagesTestCase(unittest.TestCase):
     def phase(self, phase: str, kind: str, now_ns: int, **stats: Any) -> Message:
         """A credit_phase_* message in AIPerf 0.13's shape, with the figures given."""
         sample = next(m for m in self.messages[f"credit_phase_{kind}"] if m["stats"]["phase"] == phase)
-        empty = dict.fromkeys(("requests_sent", "requests_completed", "request_errors", "requests_cancelled"), 0)
+        counters = ("requests_sent", "requests_completed", "request_errors", "requests_cancelled")
+        empty = dict.fromkeys(counters, 0)
         kept = {key: value for key, value in sample["stats"].items() if not key.startswith("final_")}
         for key in ("sent_end_ns", "requests_end_ns", "baseline_start_ns", "baseline_end_ns"):
             kept.pop(key, None)
@@ -468,12 +470,14 @@ class TestCharts(PagesTestCase):
         page.wait("aiperf.timeline.zoom === null")
         page.call("fill", selector="#pane-metrics input[type=search]", text="first token")
         page.wait(
-            "[...document.querySelectorAll('#pane-metrics tbody tr')].every((tr) => /first token/i.test(tr.textContent))"
+            "[...document.querySelectorAll('#pane-metrics tbody tr')]"
+            ".every((tr) => /first token/i.test(tr.textContent))"
         )
         page.call("fill", selector="#pane-metrics input[type=search]", text="")
         page.call("click", selector="#pane-metrics th:nth-child(4) button")
         values = page.evaluate(
-            "[...document.querySelectorAll('#pane-metrics tbody td:nth-child(4)')].slice(0, 9).map((td) => td.textContent)"
+            "[...document.querySelectorAll('#pane-metrics tbody td:nth-child(4)')]"
+            ".slice(0, 9).map((td) => td.textContent)"
         )
         numbers = [float(value.replace(",", "").replace(" M", "e6")) for value in values]
         self.assertEqual(numbers, sorted(numbers, reverse=True))
@@ -576,7 +580,8 @@ class TestSafety(PagesTestCase):
             page.wait_text(f"#pane-{tab}", evil)
         page.call("click", selector="#tab-stream")
         page.evaluate(
-            "[...document.querySelectorAll('.types label')].find((l) => l.textContent === 'realtime_metrics').querySelector('input').click()"
+            "[...document.querySelectorAll('.types label')]"
+            ".find((label) => label.textContent === 'realtime_metrics').querySelector('input').click()"
         )
         page.wait_text(".messages", "onerror")
         self.assertIs(
@@ -596,15 +601,18 @@ class TestSafety(PagesTestCase):
         self.assertIn("/api/stream?types=realtime_metrics", lines)
 
     def test_a_token_is_used_and_taken_out_of_sight(self) -> None:
-        os.environ["AIPERF_API_TOKEN"] = "s3cret/+="
         self.addCleanup(os.environ.pop, "AIPERF_API_TOKEN")
-        server = self.serve("--demo")
-        page = self.open(server.url + "dashboard?token=s3cret%2F%2B%3D")
-        page.wait("aiperf.run.line.open")
-        page.wait_text("#connection", "Connected")
-        self.assertEqual(page.evaluate("location.search"), "")
-        page.call("reload")
-        page.wait_text("#connection", "Connected")
+        for token in ("s3cret", "s3cret/+="):  # one fits into a subprotocol, the other does not
+            with self.subTest(token=token):
+                os.environ["AIPERF_API_TOKEN"] = token
+                server = self.serve("--demo")
+                page = self.open(f"{server.url}dashboard?token={urllib.parse.quote(token, safe='')}")
+                page.wait_text("#connection", "Connected")
+                page.wait("aiperf.run.line.open")
+                self.assertEqual(page.evaluate("location.search"), "")
+                page.call("reload")
+                page.wait_text("#connection", "Connected")
+                page.wait("aiperf.run.line.open")
         without = self.open(server.url + "dashboard", allowed="401|WebSocket connection")
         without.wait("document.getElementById('token-dialog').open")
 
@@ -621,7 +629,8 @@ class TestComfort(PagesTestCase):
                 page = self.open(server.url + "dashboard", theme=theme, width=width, height=height)
                 page.wait_text("#state-name", "Complete")
                 page.wait(
-                    "[...aiperf.timeline.panels][0].element.getBoundingClientRect().top > innerHeight || [...aiperf.timeline.panels][0].plot"
+                    "(({element, plot}) => plot || element.getBoundingClientRect().top > innerHeight)"
+                    "([...aiperf.timeline.panels][0])"
                 )
                 self.check_page(page, theme, width, f"end-{width}-{theme}")
                 docs = self.open(server.url, theme=theme, width=width, height=height)
@@ -666,16 +675,16 @@ class TestComfort(PagesTestCase):
             server = self.serve("--replay", str(recording), "--replay-speed", "150")
             page = self.open(server.url + "dashboard")
             self.wait_for("half of the hour", lambda: server.ask("api/status")["elapsed_sec"] > 1800)
-            page.evaluate("watched.frames.length = 0")
+            page.call("trace")
             page.wait("document.querySelector('#phases p').textContent.includes('100 %')", seconds=60)
             page.wait("aiperf.run.history.get('request_latency', 'p50').t.length > 2500")
+            frames = sorted(page.call("frames"))
+            p95 = frames[int(0.95 * len(frames))]
             heap = page.call("heap")
-            frames = sorted(page.evaluate("watched.frames"))
-            print(
-                f"\nan hour: heap {heap / 1e6:.1f} MB, frame p95 {frames[int(0.95 * len(frames))]:.1f} ms of {len(frames)}"
-            )
+            self.assertGreater(len(frames), 50)
+            print(f"\nan hour: heap {heap / 1e6:.1f} MB, frame p95 {p95:.1f} ms of {len(frames)}")
             self.assertLess(heap, HEAP_BYTES_MAX)
-            self.assertLess(frames[int(0.95 * len(frames))], FRAME_MS_P95_MAX)
+            self.assertLess(p95, FRAME_MS_P95_MAX)
             self.assertLess(page.evaluate("watched.shift"), SHIFT_MAX, page.evaluate("watched.shifts"))
 
     def write_hour(self, path: Path) -> None:
@@ -748,7 +757,8 @@ class TestDocumentation(PagesTestCase):
         server, page = self.page_of_a_run()
         self.wait_for("metrics", lambda: server.ask("api/metrics")["metrics"])
         lines = page.evaluate(
-            "[...document.querySelectorAll('.endpoint .snippet pre')].map((e) => e.textContent).filter((e) => e.startsWith('curl'))"
+            "[...document.querySelectorAll('.endpoint .snippet pre')]"
+            ".map((pre) => pre.textContent).filter((line) => line.startsWith('curl'))"
         )
         self.assertGreater(len(lines), 12)
         for line in lines:

@@ -2,8 +2,8 @@
 """What watching costs the benchmark, as AIPerf itself reports it: `python3 .ci/watching_costs.py`.
 
 Pairs of equal runs, one watched and one not, in changing order; then one run whose watcher is stopped (SIGSTOP) for
-30 s while the memory of AIPerf's main process, which holds the event bus, is followed.  Ten minutes, on a quiet
-machine.
+30 s while the memory of AIPerf's main process, which holds the event bus, is followed.  It takes ten minutes, and a
+machine that does nothing else.
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ function openSocket() {
   if (!token) return new WebSocket(url);
   if (HTTP_TOKEN.test(token)) return new WebSocket(url, ["aiperf", `aiperf.token.${token}`]);
   url.searchParams.set("token", token);
-  return new WebSocket(url, ["aiperf"]);
+  return new WebSocket(url);
 }
 
 const BACK_OFF_SEC = [0.5, 1, 2, 4, 8, 15];

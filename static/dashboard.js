@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The dashboard: puts what the run knows on the page. Drawing is paced: figures four times a second, charts once.
+// The dashboard: puts what the run knows on the page. Drawing is paced: figures twice a second, charts and tables once.
 
 import { setToken } from "./api.js";
 import { Panel, sparkline, timeline } from "./charts.js";
@@ -10,8 +10,10 @@ import { ENDED, Run, errorText, phaseView } from "./run.js";
 import { StreamPanel } from "./stream.js";
 import { EventLog, GPUTable, MEASURES, MetricsTable, ServerTable, WorkersTable, gpuHeader, present } from "./tables.js";
 
-const FIGURES_EVERY_MS = 250;
+const FIGURES_EVERY_MS = 500;
 const CHARTS_EVERY_MS = 1000;
+const TABLES_EVERY_MS = 1000;
+const DRAWINGS_APART_MS = 40;
 
 const STATES = {
   waiting: ["Waiting", "wait"],
@@ -38,16 +40,16 @@ const LATENCIES = ["request_latency", "time_to_first_token", "inter_token_latenc
 history.want([...LATENCIES, "output_token_throughput", "request_throughput", "output_sequence_length", "request_count"]);
 
 /** Tokens of the requests that finished between two messages, per second. */
-const tokensNow = () => history.rate(history.sum("output_sequence_length"));
+const tokensNow = () => history.once("tokens now", () => history.rate(history.sum("output_sequence_length")));
 
 /** Requests that finished per second: successes by the metrics, else everything that the phases count. */
 function requestsNow() {
   const counted = history.get("request_latency", "count");
-  return counted.t.length ? history.rate(counted) : phaseRate("completed");
+  return counted.t.length ? history.once("requests now", () => history.rate(counted)) : phaseRate("completed");
 }
 
-const ofPhases = (stat) => history.ofPhases(stat);
-const phaseRate = (stat) => history.ofPhases(stat, (series) => history.rate(series));
+const ofPhases = (stat) => history.once(`phases ${stat}`, () => history.ofPhases(stat));
+const phaseRate = (stat) => history.once(`phases ${stat} now`, () => history.ofPhases(stat, (series) => history.rate(series)));
 
 /** Series on the axis of the charts. */
 function shifted(all) {
@@ -271,18 +273,18 @@ function indexed() {
   run.soon();
 }
 
-/** One panel a frame: none of them is worth a dropped one. */
+/** One drawing at a time, with room for other things between: none of them is worth a dropped frame. */
 const queue = [];
 function drawCharts() {
   placePhases();
   followRange();
   if (!queue.length) requestAnimationFrame(drawNext);
-  queue.splice(0, queue.length, sparks, ...panels.map((panel) => () => panel.update()));
+  queue.splice(0, queue.length, ...sparkDrawers, ...panels.map((panel) => () => panel.update()));
 }
 
 function drawNext() {
   queue.shift()?.();
-  if (queue.length) requestAnimationFrame(drawNext);
+  if (queue.length) setTimeout(() => requestAnimationFrame(drawNext), DRAWINGS_APART_MS);
 }
 
 // The time range
@@ -377,17 +379,16 @@ function showCards() {
   setAttribute(cards.errors.element, "data-tone", errors > 0 ? "bad" : "good");
 }
 
-function sparks() {
-  const from = timeline.zero;
-  const to = Math.max(history.last / 1e9, from + 1);
-  const line = (card, ...series) => sparkline(card.canvas, series, from, to);
-  line(cards.tps, { ...either(tokensNow(), history.get("output_token_throughput", "avg")), colour: "--d1", fill: true });
-  line(cards.rps, { ...either(requestsNow(), history.get("request_throughput", "avg")), colour: "--d4", fill: true });
-  for (const [id, tag] of [["ttft", "time_to_first_token"], ["itl", "inter_token_latency"], ["latency", "request_latency"]]) {
-    line(cards[id], { ...history.get(tag, "p99"), colour: "--d3" }, { ...history.get(tag, "p50"), colour: "--d1", fill: true });
-  }
-  line(cards.errors, { ...ofPhases("errors"), colour: "--d3", fill: true });
-}
+/** What draws the sparkline of each card. */
+const sparkDrawers = [
+  () => spark("tps", { ...either(tokensNow(), history.get("output_token_throughput", "avg")), colour: "--d1", fill: true }),
+  () => spark("rps", { ...either(requestsNow(), history.get("request_throughput", "avg")), colour: "--d4", fill: true }),
+  ...[["ttft", "time_to_first_token"], ["itl", "inter_token_latency"], ["latency", "request_latency"]].map(([id, tag]) => () =>
+    spark(id, { ...history.get(tag, "p99"), colour: "--d3" }, { ...history.get(tag, "p50"), colour: "--d1", fill: true })),
+  () => spark("errors", { ...ofPhases("errors"), colour: "--d3", fill: true }),
+];
+const spark = (id, ...series) => sparkline(cards[id].canvas, series, timeline.zero, Math.max(history.last / 1e9, timeline.zero + 1));
+const sparks = () => sparkDrawers.forEach((draw) => draw());
 const either = (first, second) => (first.t.length > 1 ? first : second);
 addEventListener("themechange", sparks);
 addEventListener("resize", sparks);
@@ -615,6 +616,39 @@ const fillers = {
   workers: () => workersTable.update(run.workers),
 };
 
+// A table out of sight is filled when it comes into sight; only its first rows and the last ones do not wait for that.
+const inSight = new Set();
+const sight = new IntersectionObserver((entries) => {
+  for (const { target, isIntersecting } of entries) {
+    if (!isIntersecting) inSight.delete(target.id);
+    else if (!inSight.has(target.id)) {
+      inSight.add(target.id);
+      fill(true);
+    }
+  }
+});
+for (const pane of document.querySelectorAll(".pane")) sight.observe(pane);
+
+let fillTimer = 0;
+let filledAt = -Infinity;
+let filled = ""; // what there was to show when it was filled last
+/** Fills the open table: once a second while it is in sight. */
+function fill(now = false) {
+  const what = [tab, run.status?.state, run.final, run.rows.size, run.telemetry.size,
+    Object.keys(run.workers?.worker_statuses ?? {}).length, Object.keys(run.server?.endpoint_summaries ?? {}).length].join();
+  const wait = filledAt + TABLES_EVERY_MS - performance.now();
+  if (!now && what === filled && (wait > 0 || !inSight.has(`pane-${tab}`))) {
+    // What has come since the last time is not forgotten, only late.
+    if (inSight.has(`pane-${tab}`)) fillTimer ||= setTimeout(() => { fillTimer = 0; fill(); }, wait + 10);
+    return;
+  }
+  clearTimeout(fillTimer);
+  fillTimer = 0;
+  filled = what;
+  filledAt = performance.now();
+  fillers[tab]?.();
+}
+
 /** Counts for the tabs that are closed; the open one counts itself. */
 function counts() {
   countTab("metrics", run.rows.size);
@@ -641,7 +675,7 @@ function selectTab(name, focus = false) {
   run.watchWorkers = name === "workers";
   if (run.watchWorkers) run.due.add("workers");
   if (name === "stream") streamPanel.open();
-  fillers[name]?.();
+  fill(true);
 }
 
 for (const button of tabs) {
@@ -679,14 +713,12 @@ function askToken() {
 
 // Pace
 
-const stale = new Set();
 let figuresTimer = 0;
 let chartsTimer = 0;
 let figuresAt = 0;
 let chartsAt = 0;
 
 function changed(what) {
-  for (const one of what) stale.add(one);
   if (what.has("reset")) {
     log.clear();
     timeline.setZoom(null);
@@ -698,7 +730,6 @@ function changed(what) {
       chartsTimer = 0;
       chartsAt = performance.now();
       drawCharts();
-      show();
     }, Math.max(0, CHARTS_EVERY_MS - (performance.now() - chartsAt)));
   }
   if (!figuresTimer) figuresTimer = setTimeout(show, Math.max(0, FIGURES_EVERY_MS - (performance.now() - figuresAt)));
@@ -708,16 +739,14 @@ function show() {
   clearTimeout(figuresTimer);
   figuresTimer = 0;
   figuresAt = performance.now();
-  for (const one of run.settle()) stale.add(one);
+  run.settle();
   showRun();
   showLine();
   showNotice();
   showOverlay();
   showCards();
   counts();
-  const feeds = { metrics: ["metrics"], gpus: ["telemetry"], server: ["server"], workers: ["workers"] };
-  if (feeds[tab]?.some((one) => stale.has(one)) || stale.has("reset") || stale.has("status")) fillers[tab]?.();
-  stale.clear();
+  requestAnimationFrame(() => fill());
 }
 
 setInterval(() => { showLine(); if (run.status) fact("elapsed", elapsed()); }, 1000);

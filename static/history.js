@@ -61,6 +61,13 @@ export class RunHistory {
     this.origin = null; // seconds since the epoch at which the run began
     this.last = 0; // the newest point of all, in ns as the server wrote it
     this.generation = (this.generation ?? 0) + 1;
+    this.derived = new Map(); // what was computed from the points as they are
+  }
+
+  /** `compute()`, once for the points as they are: the same curve is a chart, a sparkline and a figure. */
+  once(key, compute) {
+    if (!this.derived.has(key)) this.derived.set(key, compute());
+    return this.derived.get(key);
   }
 
   want(tags) {
@@ -112,6 +119,7 @@ export class RunHistory {
     }
     for (const tag of tags) this.followed.set(tag, newest);
     this.last = Math.max(this.last, newest);
+    if (changed) this.derived.clear();
     return changed;
   }
 
@@ -138,7 +146,7 @@ export class RunHistory {
   sum(tag) {
     const sum = this.get(tag, "sum");
     if (sum.t.length) return sum;
-    return combine(this.get(tag, "avg"), this.get(tag, "count"), (avg, count) => avg * count);
+    return this.once(`sum ${tag}`, () => combine(this.get(tag, "avg"), this.get(tag, "count"), (avg, count) => avg * count));
   }
 
   /** Δcount/Δt: what was finished per second between two messages. */
@@ -148,8 +156,11 @@ export class RunHistory {
 
   /** Δsum/Δcount: the mean of the requests that finished between two messages; nothing finished, no value. */
   meanNow(tag) {
-    const pairs = join([this.sum(tag), this.get(tag, "count")]);
-    const [t, sums, counts] = pairs;
+    return this.once(`mean ${tag}`, () => this.meanOf(this.sum(tag), this.get(tag, "count")));
+  }
+
+  meanOf(sum, count) {
+    const [t, sums, counts] = join([sum, count]);
     const out = { t: [], v: [] };
     let before = -1;
     for (let i = 0; i < t.length; i++) {

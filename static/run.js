@@ -109,24 +109,19 @@ export class Run {
 
   /** Parses what came since the last look; the newest of each type is all that counts. */
   settle() {
-    const changed = new Set();
     for (const [type, text] of this.pending) {
       let message;
       try { message = JSON.parse(text); } catch { continue; }
       if (type === "realtime_server_metrics") {
         this.server = message;
-        changed.add("server");
       } else if (type === "realtime_telemetry_metrics") {
         this.telemetry = byTag(message.metrics);
-        changed.add("telemetry");
       } else if (!this.final) {
         this.rows = byTag(message.metrics);
-        changed.add("metrics");
         if ([...this.rows.keys()].some((tag) => !Object.hasOwn(this.history.index, tag))) this.due.add("index");
       }
     }
     this.pending.clear();
-    return changed;
   }
 
   control(message) {
