@@ -8243,8 +8243,9 @@ class TestReplicas(ServiceTestCase):
         self.assertEqual(first, second)
         self.assertGreater(len(first), 100)
         count = sum(topic.startswith((b"realtime_metrics", b"worker_status_summary")) for _, topic, _ in wanted)
-        heard = [[await client.read_frame() for _ in range(count)] for client in listeners]
-        self.assertEqual(heard[0], heard[1])
+        for _ in range(count):
+            first, second = [await client.read_frame() for client in listeners]
+            self.assertEqual(first, second)
 
     async def answer(self, service: aiperf_api.APIService, path: str) -> Any:
         """An answer without the times at which this server heard of something."""
