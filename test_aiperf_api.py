@@ -5236,6 +5236,7 @@ class TestBoundSources(ServiceTestCase):
         with tempfile.TemporaryDirectory() as folder:
             for address in ("tcp://127.0.0.1:*", f"ipc://{folder}/bus"):
                 source = aiperf_api.bus_source(address, "bind", bind=True, backend="pyzmq")
+                self.assertEqual(source.backend, "pyzmq")
                 service = await self.serve(source=source)
                 context = zmq.Context()
                 self.addCleanup(context.destroy, 0)
@@ -6780,10 +6781,13 @@ class TestTLS(WireTestCase):
 class TestRecordingsThroughARealProxy(ServiceTestCase):
     """Every recorded run, published at full speed through zmq.proxy, ends as AIPerf said it ended."""
 
+    backend = "pyzmq"
+
     async def asyncSetUp(self) -> None:
         self.bus = Bus()
         self.addCleanup(self.bus.stop)
-        self.service = await self.serve(source=self.bus.address)
+        source = aiperf_api.bus_source(self.bus.address, "zmq", backend=self.backend)
+        self.service = await self.serve(source=source)
         await self.until(lambda: self.bus.has_subscribed(*aiperf_api.CORE_TOPICS))
 
     async def play(self, name: str) -> None:
@@ -6933,6 +6937,13 @@ class TestRecordingsThroughARealProxy(ServiceTestCase):
             [b"system_state_changed$", b'{"message_type":"system_state_changed","state":"configuring"}']
         )
         await self.until(lambda: self.service.status()["state"] == "configuring")
+
+
+@unittest.skipUnless(zmq, "needs the pyzmq package")
+class TestRecordingsThroughARealProxyToTheBuiltinSubscriber(TestRecordingsThroughARealProxy):
+    """The same with nothing but the standard library at our end."""
+
+    backend = "builtin"
 
 
 class TestExpositionOfRecordings(unittest.TestCase):
@@ -8246,7 +8257,8 @@ class TestReplicas(ServiceTestCase):
     async def test_two_replicas_answer_identically(self) -> None:
         bus = Bus()
         self.addCleanup(bus.stop)
-        replicas = [await self.serve(source=bus.address) for _ in range(2)]
+        sources = [aiperf_api.bus_source(bus.address, "zmq", backend=backend) for backend in ("pyzmq", "builtin")]
+        replicas = [await self.serve(source=source) for source in sources]
         await self.until(lambda: bus.has_subscribed(*aiperf_api.CORE_TOPICS))
         await self.until(lambda: all(replica.source.connected for replica in replicas))
         listeners = [await self.listen(replica, "realtime_metrics", "worker_status_summary") for replica in replicas]
@@ -8277,6 +8289,9 @@ class TestReplicas(ServiceTestCase):
 
 
 # == 15 == Command line ================================================================================================
+
+
+ONE_LINE = r"\Aaiperf-api: [^\n]+\n\Z"
 
 
 class TestCommandLine(unittest.TestCase):
@@ -8324,11 +8339,29 @@ class TestCommandLine(unittest.TestCase):
             ("--nonsense",),
             ("--api-port", "0", "stray"),
         )
+        done = self.run_program()
+        self.assertEqual((done.returncode, done.stdout), (2, ""), done.stderr)
+        self.assertRegex(done.stderr, ONE_LINE)
         for argv in cases:
-            with self.subTest(argv):
-                done = self.run_program(*argv)
-                self.assertEqual((done.returncode, done.stdout), (2, ""), done.stderr)
-                self.assertRegex(done.stderr, r"\Aaiperf-api: [^\n]+\n\Z")
+            with self.subTest(argv), unittest.mock.patch.dict(os.environ):
+                output, errors = io.StringIO(), io.StringIO()
+                with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+                    self.assertEqual(aiperf_api.main(argv), 2)
+                self.assertEqual(output.getvalue(), "")
+                self.assertRegex(errors.getvalue(), ONE_LINE)
+
+    def test_the_backend_is_as_asked_for(self) -> None:
+        asked = ("--api-port", "0", "--zmq-backend")
+        self.assertEqual(aiperf_api.parse_arguments([*asked, "builtin"], {}).source.backend, "builtin")
+        wanted = "pyzmq" if zmq else "builtin"
+        self.assertEqual(aiperf_api.parse_arguments([*asked, "auto"], {}).source.backend, wanted)
+        self.assertEqual(aiperf_api.parse_arguments(asked[:2], {}).source.backend, wanted)
+        if zmq:
+            self.assertEqual(aiperf_api.parse_arguments([*asked, "pyzmq"], {}).source.backend, "pyzmq")
+        with unittest.mock.patch.object(aiperf_api, "zmq", None):
+            self.assertEqual(aiperf_api.parse_arguments([*asked, "auto"], {}).source.backend, "builtin")
+            with self.assertRaisesRegex(aiperf_api.UsageError, "--zmq-backend pyzmq: pyzmq is not installed"):
+                aiperf_api.parse_arguments([*asked, "pyzmq"], {})
 
     def test_a_json_log_is_json_from_its_first_line_to_its_last(self) -> None:
         process, _ = self.start("--api-port", "0", "--demo", "--log-format", "json", "--log-level", "debug")
@@ -8411,6 +8444,7 @@ class TestClient(ServiceTestCase):
     """get, watch and top, against a server in the same process and against what is none."""
 
     async def asyncSetUp(self) -> None:
+        asyncio.get_running_loop().set_debug(False)  # the debug mode writes lines of its own to standard error
         self.service = await self.serve()
 
     async def call(self, *words: str, **environ: str) -> tuple[int, str, str]:
@@ -8990,8 +9024,8 @@ def needs_program(*names: str) -> Callable[[Any], Any]:
 class Program:
     """The server as its users start it, in a process of its own, on a port of its choice: `with Program(...) as url`."""
 
-    def __init__(self, *arguments: str) -> None:
-        self.command = [sys.executable, str(ROOT / "aiperf_api.py"), "--api-port", "0", *arguments]
+    def __init__(self, *arguments: str, program: Sequence[str] = (str(ROOT / "aiperf_api.py"),)) -> None:
+        self.command = [sys.executable, *program, "--api-port", "0", *arguments]
         self.lines: list[str] = []  # what it said before it was ready
 
     def __enter__(self) -> str:
@@ -9280,6 +9314,142 @@ class ReadmeSessionTests(unittest.TestCase):
             reader.close()
             shown = session.shown[:-1] if session.goes_on else session.shown
             self.assertEqual([masked(line.rstrip()) for line in lines], [masked(line) for line in shown])
+
+
+class BytePublisher:
+    """A publisher in the standard library: tells each subscriber the whole recording, once it has subscribed.
+
+    `with BytePublisher(sock, messages)`: the socket listens, or is connected to a bound subscriber.
+    """
+
+    def __init__(self, sock: socket.socket, messages: bytes) -> None:
+        self.sock = sock
+        self.messages = messages
+        self.thread = threading.Thread(target=self.run, daemon=True)
+
+    def __enter__(self) -> None:
+        self.thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(OSError):  # macOS: not connected
+            self.sock.shutdown(socket.SHUT_RDWR)
+        self.sock.close()
+        self.thread.join(20)
+
+    def run(self) -> None:
+        with contextlib.suppress(OSError):
+            if self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                peer, _ = self.sock.accept()
+                with peer:
+                    self.tell(peer)
+            else:
+                self.tell(self.sock)
+
+    def tell(self, peer: socket.socket) -> None:
+        peer.sendall(GREETING_4_3 + READY_XPUB)
+        heard = b""
+        while not heard.endswith(aiperf_api.CORE_TOPICS[-1]):
+            heard += peer.recv(65536)
+        peer.sendall(self.messages)
+        peer.recv(1)
+
+
+@unittest.skipUnless(RECORDINGS.is_dir(), "needs the recordings in .ci/")
+class TheProgramWithNothingInstalled(unittest.TestCase):
+    """Every source, with an interpreter that sees no package, and every form that the program is copied in."""
+
+    BARE = ("-I", "-S", str(ROOT / "aiperf_api.py"))
+    RUN = RUNS[0]
+
+    def check_end(self, url: str, kind: str, backend: str) -> None:
+        _, state, total, completed, errors, *_ = self.RUN
+        status = status_when(url, lambda status: status["state"] == state)
+        self.assertEqual((status["source"]["kind"], status["source"]["backend"]), (kind, backend))
+        progress = json.loads(fetched(url + "/api/progress"))
+        self.assertEqual((progress["total"], progress["completed"], progress["errors"]), (total, completed, errors))
+        self.assertIn('"final":true', fetched(url + "/api/metrics"))
+        self.assertRegex(fetched(url + "/metrics"), r"(?m)^aiperf_request_latency_ms\{.*quantile=\"0.5\"\} [0-9.]+$")
+
+    def messages(self) -> bytes:
+        return b"".join(zmtp_message(topic, payload) for _, topic, payload in wire_recording(self.RUN[0]))
+
+    def test_it_attaches_over_tcp(self) -> None:
+        for host in ("127.0.0.1", "localhost"):
+            sock = socket.create_server(("127.0.0.1", 0))
+            address = f"tcp://{host}:{sock.getsockname()[1]}"
+            program = Program("--zmq-address", address, program=self.BARE)
+            with self.subTest(address), BytePublisher(sock, self.messages()), program as url:
+                self.check_end(url, "zmq", "builtin")
+
+    @unittest.skipUnless(hasattr(socket, "AF_UNIX"), "needs Unix sockets")
+    def test_it_attaches_over_ipc(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            addresses = {"--zmq-ipc-path": (folder, f"{folder}/event_bus_proxy_backend.ipc", "ipc")}
+            if sys.platform.startswith("linux"):
+                name = f"aiperf-api-bare-{os.getpid()}"
+                addresses["--zmq-address"] = (f"ipc://@{name}", f"\0{name}", "zmq")
+            for option, (value, path, kind) in addresses.items():
+                sock = socket.socket(socket.AF_UNIX)
+                sock.bind(path)
+                sock.listen()
+                program = Program(option, value, program=self.BARE)
+                with self.subTest(option), BytePublisher(sock, self.messages()), program as url:
+                    self.check_end(url, kind, "builtin")
+
+    def test_publishers_connect_to_it(self) -> None:
+        with Program("--zmq-bind", "tcp://127.0.0.1:*", program=self.BARE) as url:
+            address = json.loads(fetched(url + "/api/status"))["source"]["address"]
+            sock = socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2])), timeout=20)
+            with BytePublisher(sock, self.messages()):
+                self.check_end(url, "bind", "builtin")
+
+    def test_it_replays(self) -> None:
+        recording = RECORDINGS / f"{self.RUN[0]}.jsonl.gz"
+        with Program("--replay", str(recording), "--replay-speed", "0", program=self.BARE) as url:
+            self.check_end(url, "replay", "")
+
+    def test_the_module_alone_serves_all_but_the_pages(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            alone = shutil.copy(ROOT / "aiperf_api.py", folder)
+            recording = RECORDINGS / f"{self.RUN[0]}.jsonl.gz"
+            arguments = ("--replay", str(recording), "--replay-speed", "0")
+            with Program(*arguments, program=("-I", "-S", alone)) as url:
+                self.check_end(url, "replay", "")
+                self.assertIn("static", fetched(url + "/"))
+                for path in ("/api", "/api/docs", "/openapi.json", "/asyncapi.json", "/api/workers", "/api/results"):
+                    self.assertTrue(json.loads(fetched(url + path)), path)
+
+    def test_a_demo_without_its_recording_and_a_backend_that_is_not_there_are_one_line(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            alone = shutil.copy(ROOT / "aiperf_api.py", folder)
+            for arguments, reason in ((("--demo",), "demo"), (("--zmq-backend", "pyzmq"), "pyzmq is not installed")):
+                done = subprocess.run(
+                    [sys.executable, "-I", "-S", alone, "--api-port", "0", *arguments],
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                    timeout=30,
+                    check=False,
+                )
+                self.assertEqual(done.returncode, 2)
+                self.assertRegex(done.stderr, ONE_LINE)
+                self.assertIn(reason, done.stderr)
+
+    @needs_readme
+    @needs_demo
+    def test_the_one_file_that_the_readme_makes_has_its_pages_inside(self) -> None:
+        [session] = readme_sessions("zipapp")
+        with tempfile.TemporaryDirectory() as folder:
+            shutil.copy(ROOT / "aiperf_api.py", folder)
+            shutil.copytree(ROOT / "static", Path(folder) / "static")
+            command = session.command.replace("python3", shlex.quote(sys.executable))
+            subprocess.run(["sh", "-euc", command], cwd=folder, check=True, timeout=60)
+            moved = shutil.move(f"{folder}/aiperf_api.pyz", tempfile.mkdtemp(dir=folder))
+            with Program("--demo", "--replay-speed", "100", program=("-I", "-S", moved)) as url:
+                self.assertIn("<!doctype html>", fetched(url + "/dashboard").lower())
+                for path in re.findall(r"(?:src|href)=\"(static/[^\"]+)\"", fetched(url + "/dashboard")):
+                    fetched(f"{url}/{path}")
+                status_when(url, lambda status: status["state"] == "profiling")
 
 
 @needs_demo
