@@ -6993,6 +6993,7 @@ class APIService:
         self._secrets_found: set[str] = set(self.settings.secrets)  # literals that must show nowhere
         self.secrets = secret_forms(self._secrets_found)  # the same in the forms in which they may stand
         self._types: dict[bytes, str] = {}  # topic -> message type
+        self._taken: list[tuple[str, bytes, bool]] = []  # of the batch at hand, for the hub
         self._held: dict[str, float] = {}  # type -> monotonic second until which a stream that took it may resume
         # media type -> the text of /metrics
         self._texts = {TEXT: CachedText() for TEXT in (CONTENT_TYPE_TEXT_0_0_4, CONTENT_TYPE_OPENMETRICS_1_0_0)}
@@ -7126,15 +7127,19 @@ class APIService:
     def _deliver(self, batch: Batch) -> None:
         """Take one poll turn's messages: into the state, the recording, and out to the clients in one go."""
         now_ns = self.source.now_ns()
-        taken = []
         for frames in batch:
             try:
-                taken.append(self._take(frames, now_ns))
+                message = self._take(frames, now_ns)  # may send what was taken before it
+                self._taken.append(message)
             except BusMessageError as error:
                 self._count_bad(error)
             except Exception as error:  # a fault of ours must not stop the bus
                 log.error("a bus message was dropped: %s", printable(repr(error)), exc_info=error)
                 self._count_bad(BusMessageError("internal", "internal error"))
+        self._send_taken()
+
+    def _send_taken(self) -> None:
+        taken, self._taken = self._taken, []
         if taken:
             self.hub.broadcast(taken, time.monotonic())
 
@@ -7192,6 +7197,7 @@ class APIService:
         self.state_version += 1
         assert self._complete is not None
         if change & Change.NEW_RUN:
+            self._send_taken()  # what came before it in this batch is of the run that is forgotten
             self.hub.forget_run()
             self._complete.clear()
         if change & Change.ENDED:

@@ -7087,6 +7087,19 @@ class TestServiceAnswers(ServiceTestCase):
                 self.assertEqual(answer.headers["content-type"], expected)
                 self.assertEqual(answer.body.endswith(b"# EOF\n"), expected.startswith("application/openmetrics"))
 
+    async def test_a_new_run_starts_from_empty_also_within_one_batch_of_messages(self) -> None:
+        service = await self.serve()
+        fields = (
+            {"message_type": "system_state_changed", "state": "profiling"},
+            {"message_type": "worker_status_summary", "worker_statuses": {"old": "idle"}},
+            {"message_type": "benchmark_complete", "was_cancelled": False},
+            {"message_type": "system_state_changed", "state": "configuring"},
+        )
+        heard = await self.listen(service, "*")
+        service._deliver([[f"{one['message_type']}$".encode(), json.dumps(one).encode()] for one in fields])
+        self.assertEqual([(await heard.hear()) for _ in fields], list(fields))
+        self.assertEqual(list(service.hub.retained), ["system_state_changed"])
+
     async def test_a_new_run_starts_from_empty(self) -> None:
         service = await self.serve()
         self.feed(service, "run_0_13_gpu_and_server_metrics")
