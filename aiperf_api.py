@@ -6278,6 +6278,7 @@ class Connection(asyncio.BufferedProtocol):
         self.admitted: tuple[Request, Any] | None = None  # the last request that passed all checks, and its route
         # WebSocket or stream.
         self._frames: FrameParser | None = None
+        self._events: collections.deque[Event] = collections.deque()  # read, and not yet obeyed
         self._owed_pong: bytes | None = None  # the data of the last ping that came while the transport was full
         self.subscriber: Subscriber | None = None  # in the hub; None for HTTP
         self.number = 0  # the subscriber's in the hub
@@ -6344,6 +6345,8 @@ class Connection(asyncio.BufferedProtocol):
         self._set_reading(True)
         if self._ending:
             self.end()
+        elif self.mode == "websocket":
+            self._take(b"")
         elif self.mode == "http":
             self._take(b"")
             if self._eof and not self.paused:
@@ -6466,17 +6469,21 @@ class Connection(asyncio.BufferedProtocol):
         pings = [event for event in events if isinstance(event, Ping)]
         # RFC 6455 5.5.3: of several pings a peer "MAY elect to send a Pong frame for only the most recently processed".
         if len(pings) > WS_PINGS_PER_READ_MAX:
-            del pings[:-1]
-        for event in events:
-            if isinstance(event, (TextMessage, BinaryMessage)):
-                self.app.received(self, event)
-            elif isinstance(event, Ping):
-                if any(event is ping for ping in pings):
-                    self._pong(event)
-            elif isinstance(event, Close):
-                self._echo_close(event)
-            elif isinstance(event, Failure):
-                self.close_websocket(event.code, event.reason)
+            events = [event for event in events if not isinstance(event, Ping) or event is pings[-1]]
+        self._events += events
+        # One read may hold hundreds of subscriptions to everything: who does not take the answers waits with the rest.
+        while self._events and self.mode == "websocket" and self.transport.is_reading():
+            self._handle(self._events.popleft())
+
+    def _handle(self, event: Event) -> None:
+        if isinstance(event, (TextMessage, BinaryMessage)):
+            self.app.received(self, event)
+        elif isinstance(event, Ping):
+            self._pong(event)
+        elif isinstance(event, Close):
+            self._echo_close(event)
+        elif isinstance(event, Failure):
+            self.close_websocket(event.code, event.reason)
 
     def _pong(self, ping: Ping) -> None:
         if self.paused:

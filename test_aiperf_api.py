@@ -6348,6 +6348,22 @@ class TestMistakesOfOthersInWebSockets(WireTestCase):
         await self.check_closed(1009, b"\x81" + struct.pack("!BQ", 255, 65537) + MASK)
         await self.check_closed(1009, b"\x82" + struct.pack("!BQ", 255, (1 << 63) - 1) + MASK)
 
+    async def test_hundreds_of_subscriptions_at_once_are_obeyed_as_their_answers_are_read(self) -> None:
+        self.service.publish({"message_type": "status", "fill": "x" * 100_000})
+        count, ask = 200, client_frame(1, b'{"type":"subscribe","message_types":["*"]}')
+        client = await self.open()
+        with unittest.mock.patch.object(self.service, "send_snapshot", wraps=self.service.send_snapshot) as snapshot:
+            client.reader._transport.pause_reading()  # type: ignore[attr-defined]
+            client.send(ask * count)
+            await self.until(lambda: self.connection().paused)
+            await asyncio.sleep(0.1)
+            self.assertLess(snapshot.call_count, count // 2)
+            client.reader._transport.resume_reading()  # type: ignore[attr-defined]
+            for _ in range(count):
+                self.assertEqual((await client.hear())["type"], "subscribed")
+                self.assertEqual((await client.hear())["message_type"], "status")
+            self.assertEqual(snapshot.call_count, count)
+
     async def test_the_limit_is_of_the_message_with_control_frames_between(self) -> None:
         half, ping = b"x" * 40_000, client_frame(9, b"p")
         client = await self.open()
