@@ -100,6 +100,7 @@ HTTP_TARGET_BYTES_MAX = 4 * 1024  # as sent, still percent-encoded; Apache 8190,
 HTTP_REQUEST_LINE_BYTES_MAX = HTTP_TARGET_BYTES_MAX + 64  # the target, a method and " HTTP/1.1"; 414
 HTTP_LEADING_CRLF_MAX = 4  # empty lines skipped before a request line; RFC 9112 2.2 asks for at least one; 400
 HTTP_CONTENT_LENGTH_DIGITS_MAX = 15  # h11 20; any length above 0 is refused anyway; 400
+HTTP_PIPELINED_MAX = 32  # requests of one connection that are answered before others have their turn
 HTTP_QUERY_FIELDS_MAX = 64  # parts between "&"; CPython's max_num_fields is off by default; 400
 HTTP_ACCEPT_MEMBERS_MAX = 32  # media types of one Accept header, codings of one Accept-Encoding; the rest are ignored
 HTTP_MEMO_HEADS_MAX = 64  # request heads remembered by one memo; the oldest is forgotten, nobody sees it
@@ -6369,7 +6370,9 @@ class Connection(asyncio.BufferedProtocol):
     def _serve(self) -> None:
         """Answer the requests that are complete, in order, while the answers find room."""
         requests = self._requests
-        while requests is not None and self.mode == "http" and not self.paused:
+        for _ in range(HTTP_PIPELINED_MAX):
+            if requests is None or self.mode != "http" or self.paused:
+                return
             try:
                 request = requests.next_request()
             except HTTPError as error:
@@ -6379,6 +6382,14 @@ class Connection(asyncio.BufferedProtocol):
                 self._await_head(requests.started)
                 return
             self._answer(request)
+        self._set_reading(False)  # also its end: that comes behind what was asked before it
+        asyncio.get_running_loop().call_soon(self._serve_on)
+
+    def _serve_on(self) -> None:
+        """Others have had their turn."""
+        if self.mode == "http" and not self.paused:
+            self._set_reading(True)
+            self._take(b"")
 
     def _await_head(self, begun: bool) -> None:
         """Set the deadline: one for a whole head, however slowly it trickles, and one for an idle connection."""

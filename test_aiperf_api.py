@@ -6037,6 +6037,21 @@ class TestMistakesOfOthersInHTTP(WireTestCase):
         closing = self.HEALTH.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
         self.assertEqual(statuses(await self.exchange(self.HEALTH + closing + self.HEALTH)), [200, 200])
 
+    async def test_others_have_their_turn_between_pipelined_requests(self) -> None:
+        count, order = 200, []
+        answer = self.service.respond
+        with unittest.mock.patch.object(
+            self.service, "respond", side_effect=lambda c, r: (order.append(r.path), answer(c, r))[1]
+        ):
+            busy, other = await self.client(self.service), await self.client(self.service)
+            busy.send(b"HEAD /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n" * count)
+            busy.writer.write_eof()
+            other.send(self.HEALTH)
+            data = await busy.read_to_end()
+            await other.read_answer()
+        self.assertEqual(data.count(b"HTTP/1.1 200 OK\r\n"), count)
+        self.assertLess(order.index("/health"), count // 2)
+
     async def test_pipelined_answers_come_in_order(self) -> None:
         paths = [b"/health", b"/nosuch", b"/api/status", b"/ws", b"/openapi.json", b"/readyz"] * 5
         requests = b"".join(b"GET %b HTTP/1.1\r\nHost: localhost\r\n\r\n" % path for path in paths)
