@@ -426,8 +426,8 @@ def json_bytes(value: JSONValue, *, pretty: bool = False) -> bytes:
 
 # -- Secrets: what must never leave this process -----------------------------------------------------------------------
 #
-# Every bus message, configuration and log line passes here at the door, so that nothing further down (state, hub,
-# recorder, answers) ever sees a credential.  Two nets: by key, wherever an object has a key that names a credential; by
+# Every bus message and configuration passes here at the door (metrics that no client takes: when somebody reads them), so
+# that nothing further down (state, hub, recorder, answers) ever shows a credential.  Two nets: by key, wherever an object has a key that names a credential; by
 # value, for the literal secrets that are known (from the child's command line, or met under such a key before).
 
 REDACTED = "***"
@@ -585,8 +585,10 @@ def scrub_json(payload: bytes, secrets: Sequence[str] = (), found: set[str] | No
         value = json_load(payload)
         redacted = redact(value, met)
         clean = _scrub_strings(redacted, (*secret_forms(met), *secrets))
-    except (JSONError, RecursionError):
+    except JSONError:
         return payload
+    except RecursionError:  # nested too deep to be looked through: nobody gets it, no reader takes an empty text
+        return b""
     return payload if clean == value else json_bytes(clean)
 
 
@@ -3248,7 +3250,7 @@ def _first(read: Callable[[Any], Any], *sections: Mapping[str, Any], keys: Seque
 class Run:
     """What is known of one benchmark, from the first message to the end."""
 
-    def __init__(self) -> None:
+    def __init__(self, scrub: Callable[[bytes], bytes]) -> None:
         # Time: bus clock, ns, but for `skew_ns`
         self.first_ns: Optional[int] = None  # first message
         self.last_ns: Optional[int] = None  # latest message
@@ -3280,9 +3282,9 @@ class Run:
         self.workers: dict[str, Worker] = {}  # by service id
         self.worker_groups: dict[str, dict[str, Any]] = {}  # by group id, as worker_group_stats has them
         # Metrics
-        self.metrics = Latest(_read_rows)  # rows by tag, in display units
-        self.telemetry = Latest(_read_rows)  # rows by tag
-        self.server_metrics = Latest(_read_server_metrics)  # realtime_server_metrics without its envelope
+        self.metrics = Latest(lambda payload: _read_rows(scrub(payload)))  # rows by tag, in display units
+        self.telemetry = Latest(lambda payload: _read_rows(scrub(payload)))  # rows by tag
+        self.server_metrics = Latest(lambda payload: _read_server_metrics(scrub(payload)))  # realtime_server_metrics without its envelope
         self.history = History()  # figures over time
         # Results
         self.final_rows: dict[str, dict[str, Any]] = {}  # the final metrics by tag, in display units
@@ -3730,12 +3732,14 @@ class BenchmarkState:
     """What is known of the benchmark: a reducer over bus messages, and the answers made from it.
 
     Every `now_ns` is the bus clock, in ns. No message makes it raise anything but BusMessageError, and then nothing has
-    changed. Payloads must be free of credentials already: what comes in may come out.
+    changed. Payloads must be free of credentials already: what comes in may come out. Only those of metrics messages,
+    most of which nobody reads, may go through `scrub` when they are read.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, scrub: Callable[[bytes], bytes] = bytes) -> None:
+        self._scrub = scrub  # payload -> payload without credentials
         self._configs: dict[str, dict[str, Any]] = {}  # given from outside, by origin ("file", "command")
-        self._run = Run()  # the run at hand
+        self._run = Run(scrub)  # the run at hand
         self._identified: tuple[list[dict[str, Any]], dict[str, Any]] = [], {}  # configurations, and what they identify
         self._late_errors_before = 0  # messages of earlier runs that proved bad when they were read late
 
@@ -3788,7 +3792,7 @@ class BenchmarkState:
         change = Change.NONE
         if self._begins_run(message_type, message):
             self._late_errors_before = self.late_errors
-            self._run = Run()
+            self._run = Run(self._scrub)
             change = ~Change.ENDED & _ALL_CHANGES
         run = self._run
         run.profile_id = _text(message.get("profile_id")) or run.profile_id
@@ -6963,7 +6967,8 @@ class APIService:
         source: a ZMQ subscriber endpoint (`tcp://127.0.0.1:5664`), a Source, or None for publish() alone.
         config: the benchmark's configuration for /api/config and the identity labels.
         record: a file to record the bus to.
-        settings: everything else; host and port above are put into it.
+        settings: how it runs, in place of host, port and options.
+        options: further fields of Settings, such as token="...".
 
     Raises:
         UsageError: an argument is wrong.
@@ -6983,6 +6988,8 @@ class APIService:
     ) -> None:
         # The server, from start to stop.
         self.settings = settings if settings is not None else Settings(host=host, port=port, **options)
+        if self.settings.token == "":  # an unset variable of a shell script: nobody would notice that it guards nothing
+            raise UsageError("--api-token: an empty token")
         self.source = _source_of(source)  # where messages come from
         self.router = Router(ROUTES)  # path -> route
         self.static = static_table(read_static_files())  # name -> file
@@ -7004,7 +7011,7 @@ class APIService:
         self._connections_max = HTTP_CONNECTIONS_MAX + self.settings.ws_max_connections  # fewer if the system says so
         self.requests: dict[tuple[str, int], int] = {}  # (route, status) -> answers
         # The benchmark.
-        self.state = BenchmarkState()
+        self.state = BenchmarkState(self._scrub)
         self.state_version = 0  # grows with every change
         self.bus = BusCounters()  # counters
         self.hub = Hub(self._on_wanted)  # streaming clients
@@ -7197,8 +7204,9 @@ class APIService:
     def _scrub(self, payload: bytes) -> bytes:
         found: set[str] = set()
         payload = scrub_json(payload, self.secrets, found)
-        if found - self._secrets_found and len(self._secrets_found) < SECRETS_MAX:
-            self._secrets_found |= found
+        new = sorted(found - self._secrets_found)[: max(0, SECRETS_MAX - len(self._secrets_found))]
+        if new:
+            self._secrets_found.update(new)
             self.secrets = secret_forms(self._secrets_found)
         return payload
 
@@ -8828,7 +8836,7 @@ def run_client(argv: Sequence[str], environ: Mapping[str, str]) -> int:
 
 def _parse_client(parser: _ClientParser, words: Sequence[str]) -> tuple[argparse.Namespace, _Remote]:
     given = parser.parse_args(words)
-    hide_in_process_title([given.token] if given.token in words else [])
+    hide_in_process_title(title_secrets(words))
     return given, _Remote(given.url or _CLIENT_URL, given.token)
 
 

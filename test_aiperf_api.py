@@ -756,6 +756,14 @@ class TestSecrets(unittest.TestCase):
             payload = json.dumps({"e": f"is {tricky}!"}, ensure_ascii=ascii_only).encode()
             self.assertEqual(aiperf_api.scrub_json(payload, (tricky,)), b'{"e":"is ***!"}')
 
+    def test_what_is_nested_too_deep_to_be_looked_through_goes_nowhere(self) -> None:
+        for depth in (10, 100, 500, 1000, 5000):
+            payload = b'{"api_key":"sk-12345678","x":' + b'{"a":' * depth + b"1" + b"}" * depth + b"}"
+            clean = aiperf_api.scrub_json(payload)
+            with contextlib.suppress(aiperf_api.JSONError):
+                aiperf_api.json_load(clean)
+                self.assertNotIn(b"sk-12345678", clean, depth)
+
     def test_urls_and_bearer_values_in_any_string(self) -> None:
         payload = b'{"url":"http://user:pw@host:1/x","e":"sent Authorization: Bearer abc.def-1"}'
         shown = b'{"url":"http://***@host:1/x","e":"sent Authorization: Bearer ***"}'
@@ -5111,6 +5119,12 @@ class TheProcessTitle(unittest.TestCase):
         with open("/proc/self/cmdline", "rb") as file:
             self.assertEqual(file.read(), before)
 
+    def test_the_token_of_a_client_command_is_hidden_however_it_is_written(self) -> None:
+        for words in (["--token", "s3cret-key"], ["--token=s3cret-key"]):
+            with unittest.mock.patch.object(aiperf_api, "hide_in_process_title") as hide:
+                aiperf_api._parse_client(aiperf_api._ClientParser("top", "", {}), words)
+            self.assertEqual(hide.call_args[0][0], ["s3cret-key"])
+
 
 class TheVersionOfAnInstalledAIPerf(unittest.TestCase):
     def test_it_is_read_beside_the_interpreter_of_the_script(self) -> None:
@@ -7139,6 +7153,28 @@ class TestServiceAnswers(ServiceTestCase):
         self.assertEqual((metrics["metrics"], metrics["telemetry"]), ({}, {}))
         self.assertEqual((await self.get(service, "/api/history")).json["tags"], {})
         self.assertNotIn("realtime_metrics", service.hub.retained)
+
+    async def test_credentials_in_metrics_that_no_client_takes_show_nowhere(self) -> None:
+        service = await self.serve()
+        secret = "sk-live-0123456789"
+        for _ in range(2):  # read at once, then when somebody asks
+            row = {"tag": "request_latency", "unit": "ms", "avg": 1.5, "api_key": secret}
+            for kind in ("realtime_metrics", "realtime_telemetry_metrics"):
+                service.publish({"message_type": kind, "metrics": [row]})
+            info = {"endpoint_url": f"http://user:{secret}@h/metrics", "info": {"token": secret}, "metrics": {}}
+            service.publish({"message_type": "realtime_server_metrics", "endpoint_summaries": {"h:1": info}})
+            for path in ("/api/metrics", "/api/server-metrics", "/metrics", "/api/history"):
+                self.assertNotIn(secret, (await self.get(service, path)).body.decode())
+        self.assertEqual((await self.get(service, "/api/metrics")).json["metrics"]["request_latency"]["avg"], 1.5)
+
+    async def test_a_message_full_of_secrets_does_not_fill_the_memory(self) -> None:
+        service = await self.serve()
+        service.publish({"message_type": "status", "secrets": [f"secret-{n:06}" for n in range(1000)]})
+        self.assertEqual(len(service.secrets), aiperf_api.SECRETS_MAX)
+
+    async def test_an_empty_token_is_a_mistake_and_not_a_token(self) -> None:
+        with self.assertRaisesRegex(aiperf_api.UsageError, "empty token"):
+            aiperf_api.APIService(token="")
 
     async def test_credentials_show_nowhere(self) -> None:
         service = await self.serve()
