@@ -100,6 +100,7 @@ HTTP_TARGET_BYTES_MAX = 4 * 1024  # as sent, still percent-encoded; Apache 8190,
 HTTP_REQUEST_LINE_BYTES_MAX = HTTP_TARGET_BYTES_MAX + 64  # the target, a method and " HTTP/1.1"; 414
 HTTP_LEADING_CRLF_MAX = 4  # empty lines skipped before a request line; RFC 9112 2.2 asks for at least one; 400
 HTTP_CONTENT_LENGTH_DIGITS_MAX = 15  # h11 20; any length above 0 is refused anyway; 400
+HTTP_PIPELINED_MAX = 32  # requests of one connection that are answered before others have their turn
 HTTP_QUERY_FIELDS_MAX = 64  # parts between "&"; CPython's max_num_fields is off by default; 400
 HTTP_ACCEPT_MEMBERS_MAX = 32  # media types of one Accept header, codings of one Accept-Encoding; the rest are ignored
 HTTP_MEMO_HEADS_MAX = 64  # request heads remembered by one memo; the oldest is forgotten, nobody sees it
@@ -425,8 +426,8 @@ def json_bytes(value: JSONValue, *, pretty: bool = False) -> bytes:
 
 # -- Secrets: what must never leave this process -----------------------------------------------------------------------
 #
-# Every bus message, configuration and log line passes here at the door, so that nothing further down (state, hub,
-# recorder, answers) ever sees a credential.  Two nets: by key, wherever an object has a key that names a credential; by
+# Every bus message and configuration passes here at the door (metrics that no client takes: when somebody reads them), so
+# that nothing further down (state, hub, recorder, answers) ever shows a credential.  Two nets: by key, wherever an object has a key that names a credential; by
 # value, for the literal secrets that are known (from the child's command line, or met under such a key before).
 
 REDACTED = "***"
@@ -584,8 +585,10 @@ def scrub_json(payload: bytes, secrets: Sequence[str] = (), found: set[str] | No
         value = json_load(payload)
         redacted = redact(value, met)
         clean = _scrub_strings(redacted, (*secret_forms(met), *secrets))
-    except (JSONError, RecursionError):
+    except JSONError:
         return payload
+    except RecursionError:  # nested too deep to be looked through: nobody gets it, no reader takes an empty text
+        return b""
     return payload if clean == value else json_bytes(clean)
 
 
@@ -3247,7 +3250,7 @@ def _first(read: Callable[[Any], Any], *sections: Mapping[str, Any], keys: Seque
 class Run:
     """What is known of one benchmark, from the first message to the end."""
 
-    def __init__(self) -> None:
+    def __init__(self, scrub: Callable[[bytes], bytes]) -> None:
         # Time: bus clock, ns, but for `skew_ns`
         self.first_ns: Optional[int] = None  # first message
         self.last_ns: Optional[int] = None  # latest message
@@ -3279,9 +3282,9 @@ class Run:
         self.workers: dict[str, Worker] = {}  # by service id
         self.worker_groups: dict[str, dict[str, Any]] = {}  # by group id, as worker_group_stats has them
         # Metrics
-        self.metrics = Latest(_read_rows)  # rows by tag, in display units
-        self.telemetry = Latest(_read_rows)  # rows by tag
-        self.server_metrics = Latest(_read_server_metrics)  # realtime_server_metrics without its envelope
+        self.metrics = Latest(lambda payload: _read_rows(scrub(payload)))  # rows by tag, in display units
+        self.telemetry = Latest(lambda payload: _read_rows(scrub(payload)))  # rows by tag
+        self.server_metrics = Latest(lambda payload: _read_server_metrics(scrub(payload)))  # realtime_server_metrics without its envelope
         self.history = History()  # figures over time
         # Results
         self.final_rows: dict[str, dict[str, Any]] = {}  # the final metrics by tag, in display units
@@ -3729,12 +3732,14 @@ class BenchmarkState:
     """What is known of the benchmark: a reducer over bus messages, and the answers made from it.
 
     Every `now_ns` is the bus clock, in ns. No message makes it raise anything but BusMessageError, and then nothing has
-    changed. Payloads must be free of credentials already: what comes in may come out.
+    changed. Payloads must be free of credentials already: what comes in may come out. Only those of metrics messages,
+    most of which nobody reads, may go through `scrub` when they are read.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, scrub: Callable[[bytes], bytes] = bytes) -> None:
+        self._scrub = scrub  # payload -> payload without credentials
         self._configs: dict[str, dict[str, Any]] = {}  # given from outside, by origin ("file", "command")
-        self._run = Run()  # the run at hand
+        self._run = Run(scrub)  # the run at hand
         self._identified: tuple[list[dict[str, Any]], dict[str, Any]] = [], {}  # configurations, and what they identify
         self._late_errors_before = 0  # messages of earlier runs that proved bad when they were read late
 
@@ -3787,7 +3792,7 @@ class BenchmarkState:
         change = Change.NONE
         if self._begins_run(message_type, message):
             self._late_errors_before = self.late_errors
-            self._run = Run()
+            self._run = Run(self._scrub)
             change = ~Change.ENDED & _ALL_CHANGES
         run = self._run
         run.profile_id = _text(message.get("profile_id")) or run.profile_id
@@ -6278,6 +6283,7 @@ class Connection(asyncio.BufferedProtocol):
         self.admitted: tuple[Request, Any] | None = None  # the last request that passed all checks, and its route
         # WebSocket or stream.
         self._frames: FrameParser | None = None
+        self._events: collections.deque[Event] = collections.deque()  # read, and not yet obeyed
         self._owed_pong: bytes | None = None  # the data of the last ping that came while the transport was full
         self.subscriber: Subscriber | None = None  # in the hub; None for HTTP
         self.number = 0  # the subscriber's in the hub
@@ -6344,6 +6350,8 @@ class Connection(asyncio.BufferedProtocol):
         self._set_reading(True)
         if self._ending:
             self.end()
+        elif self.mode == "websocket":
+            self._take(b"")
         elif self.mode == "http":
             self._take(b"")
             if self._eof and not self.paused:
@@ -6366,7 +6374,9 @@ class Connection(asyncio.BufferedProtocol):
     def _serve(self) -> None:
         """Answer the requests that are complete, in order, while the answers find room."""
         requests = self._requests
-        while requests is not None and self.mode == "http" and not self.paused:
+        for _ in range(HTTP_PIPELINED_MAX):
+            if requests is None or self.mode != "http" or self.paused:
+                return
             try:
                 request = requests.next_request()
             except HTTPError as error:
@@ -6376,6 +6386,14 @@ class Connection(asyncio.BufferedProtocol):
                 self._await_head(requests.started)
                 return
             self._answer(request)
+        self._set_reading(False)  # also its end: that comes behind what was asked before it
+        asyncio.get_running_loop().call_soon(self._serve_on)
+
+    def _serve_on(self) -> None:
+        """Others have had their turn."""
+        if self.mode == "http" and not self.paused:
+            self._set_reading(True)
+            self._take(b"")
 
     def _await_head(self, begun: bool) -> None:
         """Set the deadline: one for a whole head, however slowly it trickles, and one for an idle connection."""
@@ -6466,17 +6484,21 @@ class Connection(asyncio.BufferedProtocol):
         pings = [event for event in events if isinstance(event, Ping)]
         # RFC 6455 5.5.3: of several pings a peer "MAY elect to send a Pong frame for only the most recently processed".
         if len(pings) > WS_PINGS_PER_READ_MAX:
-            del pings[:-1]
-        for event in events:
-            if isinstance(event, (TextMessage, BinaryMessage)):
-                self.app.received(self, event)
-            elif isinstance(event, Ping):
-                if any(event is ping for ping in pings):
-                    self._pong(event)
-            elif isinstance(event, Close):
-                self._echo_close(event)
-            elif isinstance(event, Failure):
-                self.close_websocket(event.code, event.reason)
+            events = [event for event in events if not isinstance(event, Ping) or event is pings[-1]]
+        self._events += events
+        # One read may hold hundreds of subscriptions to everything: who does not take the answers waits with the rest.
+        while self._events and self.mode == "websocket" and self.transport.is_reading():
+            self._handle(self._events.popleft())
+
+    def _handle(self, event: Event) -> None:
+        if isinstance(event, (TextMessage, BinaryMessage)):
+            self.app.received(self, event)
+        elif isinstance(event, Ping):
+            self._pong(event)
+        elif isinstance(event, Close):
+            self._echo_close(event)
+        elif isinstance(event, Failure):
+            self.close_websocket(event.code, event.reason)
 
     def _pong(self, ping: Ping) -> None:
         if self.paused:
@@ -6945,7 +6967,8 @@ class APIService:
         source: a ZMQ subscriber endpoint (`tcp://127.0.0.1:5664`), a Source, or None for publish() alone.
         config: the benchmark's configuration for /api/config and the identity labels.
         record: a file to record the bus to.
-        settings: everything else; host and port above are put into it.
+        settings: how it runs, in place of host, port and options.
+        options: further fields of Settings, such as token="...".
 
     Raises:
         UsageError: an argument is wrong.
@@ -6965,6 +6988,8 @@ class APIService:
     ) -> None:
         # The server, from start to stop.
         self.settings = settings if settings is not None else Settings(host=host, port=port, **options)
+        if self.settings.token == "":  # an unset variable of a shell script: nobody would notice that it guards nothing
+            raise UsageError("--api-token: an empty token")
         self.source = _source_of(source)  # where messages come from
         self.router = Router(ROUTES)  # path -> route
         self.static = static_table(read_static_files())  # name -> file
@@ -6986,13 +7011,14 @@ class APIService:
         self._connections_max = HTTP_CONNECTIONS_MAX + self.settings.ws_max_connections  # fewer if the system says so
         self.requests: dict[tuple[str, int], int] = {}  # (route, status) -> answers
         # The benchmark.
-        self.state = BenchmarkState()
+        self.state = BenchmarkState(self._scrub)
         self.state_version = 0  # grows with every change
         self.bus = BusCounters()  # counters
         self.hub = Hub(self._on_wanted)  # streaming clients
         self._secrets_found: set[str] = set(self.settings.secrets)  # literals that must show nowhere
         self.secrets = secret_forms(self._secrets_found)  # the same in the forms in which they may stand
         self._types: dict[bytes, str] = {}  # topic -> message type
+        self._taken: list[tuple[str, bytes, bool]] = []  # of the batch at hand, for the hub
         self._held: dict[str, float] = {}  # type -> monotonic second until which a stream that took it may resume
         # media type -> the text of /metrics
         self._texts = {TEXT: CachedText() for TEXT in (CONTENT_TYPE_TEXT_0_0_4, CONTENT_TYPE_OPENMETRICS_1_0_0)}
@@ -7126,15 +7152,19 @@ class APIService:
     def _deliver(self, batch: Batch) -> None:
         """Take one poll turn's messages: into the state, the recording, and out to the clients in one go."""
         now_ns = self.source.now_ns()
-        taken = []
         for frames in batch:
             try:
-                taken.append(self._take(frames, now_ns))
+                message = self._take(frames, now_ns)  # may send what was taken before it
+                self._taken.append(message)
             except BusMessageError as error:
                 self._count_bad(error)
             except Exception as error:  # a fault of ours must not stop the bus
                 log.error("a bus message was dropped: %s", printable(repr(error)), exc_info=error)
                 self._count_bad(BusMessageError("internal", "internal error"))
+        self._send_taken()
+
+    def _send_taken(self) -> None:
+        taken, self._taken = self._taken, []
         if taken:
             self.hub.broadcast(taken, time.monotonic())
 
@@ -7174,8 +7204,9 @@ class APIService:
     def _scrub(self, payload: bytes) -> bytes:
         found: set[str] = set()
         payload = scrub_json(payload, self.secrets, found)
-        if found - self._secrets_found and len(self._secrets_found) < SECRETS_MAX:
-            self._secrets_found |= found
+        new = sorted(found - self._secrets_found)[: max(0, SECRETS_MAX - len(self._secrets_found))]
+        if new:
+            self._secrets_found.update(new)
             self.secrets = secret_forms(self._secrets_found)
         return payload
 
@@ -7192,6 +7223,7 @@ class APIService:
         self.state_version += 1
         assert self._complete is not None
         if change & Change.NEW_RUN:
+            self._send_taken()  # what came before it in this batch is of the run that is forgotten
             self.hub.forget_run()
             self._complete.clear()
         if change & Change.ENDED:
@@ -8809,7 +8841,7 @@ def run_client(argv: Sequence[str], environ: Mapping[str, str]) -> int:
 
 def _parse_client(parser: _ClientParser, words: Sequence[str]) -> tuple[argparse.Namespace, _Remote]:
     given = parser.parse_args(words)
-    hide_in_process_title([given.token] if given.token and any(given.token in word for word in words) else [])
+    hide_in_process_title(title_secrets(words))
     return given, _Remote(given.url or _CLIENT_URL, given.token)
 
 

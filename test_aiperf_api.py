@@ -756,6 +756,14 @@ class TestSecrets(unittest.TestCase):
             payload = json.dumps({"e": f"is {tricky}!"}, ensure_ascii=ascii_only).encode()
             self.assertEqual(aiperf_api.scrub_json(payload, (tricky,)), b'{"e":"is ***!"}')
 
+    def test_what_is_nested_too_deep_to_be_looked_through_goes_nowhere(self) -> None:
+        for depth in (10, 100, 500, 1000, 5000):
+            payload = b'{"api_key":"sk-12345678","x":' + b'{"a":' * depth + b"1" + b"}" * depth + b"}"
+            clean = aiperf_api.scrub_json(payload)
+            with contextlib.suppress(aiperf_api.JSONError):
+                aiperf_api.json_load(clean)
+                self.assertNotIn(b"sk-12345678", clean, depth)
+
     def test_urls_and_bearer_values_in_any_string(self) -> None:
         payload = b'{"url":"http://user:pw@host:1/x","e":"sent Authorization: Bearer abc.def-1"}'
         shown = b'{"url":"http://***@host:1/x","e":"sent Authorization: Bearer ***"}'
@@ -5111,6 +5119,12 @@ class TheProcessTitle(unittest.TestCase):
         with open("/proc/self/cmdline", "rb") as file:
             self.assertEqual(file.read(), before)
 
+    def test_the_token_of_a_client_command_is_hidden_however_it_is_written(self) -> None:
+        for words in (["--token", "s3cret-key"], ["--token=s3cret-key"]):
+            with unittest.mock.patch.object(aiperf_api, "hide_in_process_title") as hide:
+                aiperf_api._parse_client(aiperf_api._ClientParser("top", "", {}), words)
+            self.assertEqual(hide.call_args[0][0], ["s3cret-key"])
+
 
 class TheVersionOfAnInstalledAIPerf(unittest.TestCase):
     def test_it_is_read_beside_the_interpreter_of_the_script(self) -> None:
@@ -6038,6 +6052,21 @@ class TestMistakesOfOthersInHTTP(WireTestCase):
         closing = self.HEALTH.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
         self.assertEqual(statuses(await self.exchange(self.HEALTH + closing + self.HEALTH)), [200, 200])
 
+    async def test_others_have_their_turn_between_pipelined_requests(self) -> None:
+        count, order = 200, []
+        answer = self.service.respond
+        with unittest.mock.patch.object(
+            self.service, "respond", side_effect=lambda c, r: (order.append(r.path), answer(c, r))[1]
+        ):
+            busy, other = await self.client(self.service), await self.client(self.service)
+            busy.send(b"HEAD /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n" * count)
+            busy.writer.write_eof()
+            other.send(self.HEALTH)
+            data = await busy.read_to_end()
+            await other.read_answer()
+        self.assertEqual(data.count(b"HTTP/1.1 200 OK\r\n"), count)
+        self.assertLess(order.index("/health"), count // 2)
+
     async def test_pipelined_answers_come_in_order(self) -> None:
         paths = [b"/health", b"/nosuch", b"/api/status", b"/ws", b"/openapi.json", b"/readyz"] * 5
         requests = b"".join(b"GET %b HTTP/1.1\r\nHost: localhost\r\n\r\n" % path for path in paths)
@@ -6348,6 +6377,22 @@ class TestMistakesOfOthersInWebSockets(WireTestCase):
     async def test_the_declared_length_is_checked_before_a_byte_is_read(self) -> None:
         await self.check_closed(1009, b"\x81" + struct.pack("!BQ", 255, 65537) + MASK)
         await self.check_closed(1009, b"\x82" + struct.pack("!BQ", 255, (1 << 63) - 1) + MASK)
+
+    async def test_hundreds_of_subscriptions_at_once_are_obeyed_as_their_answers_are_read(self) -> None:
+        self.service.publish({"message_type": "status", "fill": "x" * 100_000})
+        count, ask = 200, client_frame(1, b'{"type":"subscribe","message_types":["*"]}')
+        client = await self.open()
+        with unittest.mock.patch.object(self.service, "send_snapshot", wraps=self.service.send_snapshot) as snapshot:
+            client.reader._transport.pause_reading()  # type: ignore[attr-defined]
+            client.send(ask * count)
+            await self.until(lambda: self.connection().paused)
+            await asyncio.sleep(0.1)
+            self.assertLess(snapshot.call_count, count // 2)
+            client.reader._transport.resume_reading()  # type: ignore[attr-defined]
+            for _ in range(count):
+                self.assertEqual((await client.hear())["type"], "subscribed")
+                self.assertEqual((await client.hear())["message_type"], "status")
+            self.assertEqual(snapshot.call_count, count)
 
     async def test_the_limit_is_of_the_message_with_control_frames_between(self) -> None:
         half, ping = b"x" * 40_000, client_frame(9, b"p")
@@ -7098,6 +7143,19 @@ class TestServiceAnswers(ServiceTestCase):
                 self.assertEqual(answer.headers["content-type"], expected)
                 self.assertEqual(answer.body.endswith(b"# EOF\n"), expected.startswith("application/openmetrics"))
 
+    async def test_a_new_run_starts_from_empty_also_within_one_batch_of_messages(self) -> None:
+        service = await self.serve()
+        fields = (
+            {"message_type": "system_state_changed", "state": "profiling"},
+            {"message_type": "worker_status_summary", "worker_statuses": {"old": "idle"}},
+            {"message_type": "benchmark_complete", "was_cancelled": False},
+            {"message_type": "system_state_changed", "state": "configuring"},
+        )
+        heard = await self.listen(service, "*")
+        service._deliver([[f"{one['message_type']}$".encode(), json.dumps(one).encode()] for one in fields])
+        self.assertEqual([(await heard.hear()) for _ in fields], list(fields))
+        self.assertEqual(list(service.hub.retained), ["system_state_changed"])
+
     async def test_a_new_run_starts_from_empty(self) -> None:
         service = await self.serve()
         self.feed(service, "run_0_13_gpu_and_server_metrics")
@@ -7106,6 +7164,28 @@ class TestServiceAnswers(ServiceTestCase):
         self.assertEqual((metrics["metrics"], metrics["telemetry"]), ({}, {}))
         self.assertEqual((await self.get(service, "/api/history")).json["tags"], {})
         self.assertNotIn("realtime_metrics", service.hub.retained)
+
+    async def test_credentials_in_metrics_that_no_client_takes_show_nowhere(self) -> None:
+        service = await self.serve()
+        secret = "sk-live-0123456789"
+        for _ in range(2):  # read at once, then when somebody asks
+            row = {"tag": "request_latency", "unit": "ms", "avg": 1.5, "api_key": secret}
+            for kind in ("realtime_metrics", "realtime_telemetry_metrics"):
+                service.publish({"message_type": kind, "metrics": [row]})
+            info = {"endpoint_url": f"http://user:{secret}@h/metrics", "info": {"token": secret}, "metrics": {}}
+            service.publish({"message_type": "realtime_server_metrics", "endpoint_summaries": {"h:1": info}})
+            for path in ("/api/metrics", "/api/server-metrics", "/metrics", "/api/history"):
+                self.assertNotIn(secret, (await self.get(service, path)).body.decode())
+        self.assertEqual((await self.get(service, "/api/metrics")).json["metrics"]["request_latency"]["avg"], 1.5)
+
+    async def test_a_message_full_of_secrets_does_not_fill_the_memory(self) -> None:
+        service = await self.serve()
+        service.publish({"message_type": "status", "secrets": [f"secret-{n:06}" for n in range(1000)]})
+        self.assertEqual(len(service.secrets), aiperf_api.SECRETS_MAX)
+
+    async def test_an_empty_token_is_a_mistake_and_not_a_token(self) -> None:
+        with self.assertRaisesRegex(aiperf_api.UsageError, "empty token"):
+            aiperf_api.APIService(token="")
 
     async def test_credentials_show_nowhere(self) -> None:
         service = await self.serve()
