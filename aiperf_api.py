@@ -8478,14 +8478,24 @@ def _read_config(path: str | None) -> Mapping[str, Any] | None:
     return value
 
 
+def _json_line(time_sec: float, level: str, message: str, **more: str) -> str:
+    return json_bytes({"time": time_sec, "level": level, "message": message, **more}).decode()
+
+
 class _JSONFormatter(logging.Formatter):
     """A log line as one JSON object."""
 
     def format(self, record: logging.LogRecord) -> str:
-        line = {"time": record.created, "level": record.levelname.lower(), "message": record.getMessage()}
-        if record.exc_info:
-            line["traceback"] = self.formatException(record.exc_info)
-        return json_bytes(line).decode()
+        more = {"traceback": self.formatException(record.exc_info)} if record.exc_info else {}
+        return _json_line(record.created, record.levelname.lower(), record.getMessage(), **more)
+
+
+def _announce(lines: Iterable[str], log_format: str) -> None:
+    """Say where the server is, at any log level and in the format of the log."""
+    for line in lines:
+        print(
+            line if log_format == "text" else _json_line(time.time(), "info", line.strip()), file=sys.stderr, flush=True
+        )
 
 
 class _LogHandler(logging.StreamHandler):  # type: ignore[type-arg]  # its parameter is not there on 3.9 and 3.10
@@ -8619,8 +8629,8 @@ async def _serve_command(arguments: Arguments, environ: Mapping[str, str], handl
         _watch_signals(child.on_signal)
         await service.start()
         try:
-            for line in [*start_lines(service), *(f"  note       {note}" for note in child.plan.notes)]:
-                print(line, file=sys.stderr, flush=True)
+            notes = (f"  note       {note}" for note in child.plan.notes)
+            _announce([*start_lines(service), *notes], arguments.log_format)
             handler.hold_back()
             try:
                 code = await child.run(service)
@@ -8653,8 +8663,7 @@ async def _serve(arguments: Arguments) -> int:
 
     _watch_signals(ask)
     await service.start()
-    for line in start_lines(service):
-        print(line, file=sys.stderr, flush=True)
+    _announce(start_lines(service), arguments.log_format)
     ends = {asyncio.ensure_future(stop.wait()), asyncio.ensure_future(service.wait_lingered())}
     await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
     for end in ends:
@@ -8728,72 +8737,61 @@ class _Remote:
         if self._scheme not in ("http", "https") or not self._host or _TERMINAL_CONTROLS.search(url) or " " in url:
             raise UsageError(f"--url {printable(url)}: one such as {_CLIENT_URL}, or unix:PATH")
 
-    def _connect(self, timeout_sec: float) -> http.client.HTTPConnection:
-        import http.client  # only a client needs it
-
-        kind = http.client.HTTPSConnection if self._scheme == "https" else http.client.HTTPConnection
-        connection = kind(self._host, self._port, timeout=timeout_sec)
-        if self._unix_path is not None:
-            connection.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            connection.sock.settimeout(timeout_sec)
-            connection.sock.connect(self._unix_path)
-        return connection
-
     def _fault(self, error: Exception) -> AskError:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         hint = "; is the server running there? See --url" if isinstance(error, ConnectionRefusedError) else ""
         return AskError(f"{printable(self.url)}: {printable(reason)}{hint}")
 
-    def open(self, path: str, timeout_sec: float, **headers: str) -> http.client.HTTPResponse:
-        """A GET, its answer ready to be read.
+    @contextlib.contextmanager
+    def open(self, path: str, timeout_sec: float, **headers: str) -> Iterator[http.client.HTTPResponse]:
+        """A GET, and its answer to be read within the block.
 
         Raises:
-            AskError: no answer, or an answer that says no.
+            AskError: no answer, one that says no, or one that breaks off while it is read.
         """
-        import http.client
+        import http.client  # only a client needs it
 
+        kind = http.client.HTTPSConnection if self._scheme == "https" else http.client.HTTPConnection
+        connection = kind(self._host, self._port, timeout=timeout_sec)
         sent = {**self._headers, "Connection": "close", **{k.replace("_", "-"): v for k, v in headers.items()}}
         try:
-            connection = self._connect(timeout_sec)
+            if self._unix_path is not None:
+                connection.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+                connection.sock.settimeout(timeout_sec)
+                connection.sock.connect(self._unix_path)
             connection.request("GET", self._prefix + path, headers=sent)
-            response = connection.getresponse()
-            if response.status == 200:
-                return response
-            body = response.read(CLIENT_ERROR_BYTES_MAX)
+            with connection.getresponse() as response:
+                if response.status != 200:
+                    reason = _error_of(response.read(CLIENT_ERROR_BYTES_MAX))
+                    raise AskError(f"{printable(self.url + path)}: {response.status} {reason}", response.status)
+                yield response
         except (OSError, ValueError, http.client.HTTPException) as error:
             raise self._fault(error) from None
-        raise AskError(f"{printable(self.url + path)}: {response.status} {_error_of(body)}", response.status)
+        finally:
+            connection.close()
 
     def get(self, path: str) -> JSONValue:
         """The JSON value at a path; raises AskError."""
-        import http.client
-
+        with self.open(path, CLIENT_TIMEOUT_SEC) as response:
+            body = response.read()
         try:
-            with self.open(path, CLIENT_TIMEOUT_SEC) as response:
-                return json_load(response.read())
+            return json_load(body)
         except JSONError:
             raise AskError(f"{printable(self.url + path)}: the answer is not JSON") from None
-        except (OSError, http.client.HTTPException) as error:
-            raise self._fault(error) from None
 
     def events(self, path: str, last_id: str) -> Iterator[tuple[str, str]]:
         """("", "") as the stream opens, then (id, data) of each event behind that of `last_id`; raises AskError."""
-        import http.client
-
         resume = {"Last_Event_ID": last_id} if last_id else {}
         with self.open(path, CLIENT_SILENCE_SEC, Accept=SSE, **resume) as response:
             fields: dict[str, str] = {}
             yield "", ""
-            try:
-                for line in iter(response.readline, b""):
-                    name, _, value = line.decode("utf-8", "replace").rstrip("\r\n").partition(": ")
-                    if name:
-                        fields[name] = value
-                    elif "data" in fields:
-                        yield fields.get("id", ""), fields["data"]
-                        fields = {}
-            except (OSError, http.client.HTTPException) as error:
-                raise self._fault(error) from None
+            for line in iter(response.readline, b""):
+                name, _, value = line.decode("utf-8", "replace").rstrip("\r\n").partition(": ")
+                if name:
+                    fields[name] = value
+                elif "data" in fields:
+                    yield fields.get("id", ""), fields["data"]
+                    fields = {}
 
 
 def _error_of(body: bytes) -> str:

@@ -186,13 +186,13 @@ class Mock:
             return dict(json.loads(answer.read()))
 
 
-def make_environment(directory: pathlib.Path, version: str, find_links: str | None = None) -> pathlib.Path:
+def make_environment(directory: pathlib.Path, version: str) -> pathlib.Path:
     """A virtual environment with aiperf==version; returns its `aiperf`. Kept and used again when it is there."""
     executable = directory / "bin" / "aiperf"
     if not executable.exists():
         subprocess.run([sys.executable, "-m", "venv", str(directory)], check=True)
         install = [str(directory / "bin" / "python"), "-m", "pip", "install", "--quiet", "--no-compile"]
-        install += ["--disable-pip-version-check", "--find-links", find_links] if find_links else []
+        install += ["--disable-pip-version-check"]
         subprocess.run([*install, "aiperf==" + version], check=True)
     return executable
 

@@ -1,18 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""schemathesis reads /openapi.json and tries to find an answer of the demo that breaks its promise."""
+"""schemathesis tries to find an answer of the demo that breaks the promise of /openapi.json; AsyncAPI's own schema judges
+/asyncapi.json.  Needs schemathesis, jsonschema and npm."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import signal
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 import unittest
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+
+import jsonschema
 
 ROOT = Path(__file__).resolve().parent.parent
 START_SEC = 20
@@ -74,6 +80,22 @@ class TestSchemathesis(unittest.TestCase):
     def test_nor_where_a_token_is_asked_for(self) -> None:
         with demo("--api-token", TOKEN) as url:
             self.run_against(url, "--phases", "coverage", "--header", f"Authorization: Bearer {TOKEN}")
+
+
+class TestAsyncAPI(unittest.TestCase):
+    """The document against the schema that its makers publish."""
+
+    def test_it_is_asyncapi_3(self) -> None:
+        with demo() as url, urllib.request.urlopen(url + "/asyncapi.json", timeout=10) as answer:
+            document = json.load(answer)
+        with tempfile.TemporaryDirectory() as folder:
+            subprocess.run(["npm", "pack", "--silent", "@asyncapi/specs@6"], cwd=folder, check=True, timeout=RUN_SEC)
+            [archive] = Path(folder).glob("*.tgz")
+            with tarfile.open(archive) as package:
+                member = package.extractfile("package/schemas/3.0.0.json")
+                assert member is not None
+                schema = json.load(member)
+        jsonschema.validators.validator_for(schema)(schema).validate(document)
 
 
 if __name__ == "__main__":
