@@ -116,7 +116,8 @@ CONNECTION_READ_BYTES = 16 * 1024  # taken in one read, before others have their
 CONNECTION_UNSENT_BYTES = 16 * 1024  # in the kernel, behind what the peer's window takes; Linux: megabytes
 HTTP_REFUSED_MAX = 64  # connections above the limit that are being told so; a further one is reset without a word
 DESCRIPTORS_SPARE = 64  # file descriptors for everything but connections: the bus, files, a child
-LISTEN_BACKLOG = 128  # connections waiting to be accepted; asyncio 100; the peer's SYN is retried
+LISTEN_BACKLOG = 1024  # connections waiting to be accepted; nginx 511; the peer's SYN is retried, a second later
+ACCEPT_MAX = 128  # connections accepted in one turn of the loop, before others have theirs; asyncio 100
 
 # WebSocket, from the client to us
 WS_MESSAGE_BYTES_MAX = 64 * 1024  # one message over all its fragments; websockets 1 MiB, websocat 64 KiB; Close 1009
@@ -7063,7 +7064,8 @@ class APIService:
             self.url = f"unix:{settings.unix_path}"
         if settings.port is not None:
             listener = _tcp_socket(settings.host, settings.port)
-            self._servers.append(await asyncio.start_server(accept, sock=listener, backlog=LISTEN_BACKLOG, **timing))
+            self._servers.append(await asyncio.start_server(accept, sock=listener, backlog=ACCEPT_MAX, **timing))
+            listener.listen(LISTEN_BACKLOG)  # asyncio has one number for both: what waits, and what a turn accepts
             self.url = _url("https" if tls else "http", settings.host, listener.getsockname()[1])
 
     def _limit_connections(self) -> None:
