@@ -5555,6 +5555,54 @@ class TestSlowClients(HubTestCase):
         self.assertEqual(self.hub.totals(), (1, 3))
 
 
+class TestHoldingTheBus(HubTestCase):
+    """A burst that is more than everybody can take waits on the bus; nobody's fault alone holds it up."""
+
+    def behind(self, transport: PipeTransport, *, reads: bool) -> None:
+        """Put it behind by more than the hold mark; one that reads has taken something just now."""
+        assert transport.subscriber is not None
+        if reads:
+            transport.take(transport.HIGH)
+        transport.subscriber.took_sec = time.monotonic() if reads else 0.0
+
+    def crowd(self, count: int) -> list[PipeTransport]:
+        clients = [self.client() for _ in range(count)]
+        for _ in range(20):
+            self.send("S", size=aiperf_api.CLIENT_HOLD_BYTES // 10)
+        for transport in clients:
+            transport.subscriber.took_sec = 0.0  # type: ignore[union-attr]
+        return clients
+
+    def test_nobody_behind_no_hold(self) -> None:
+        self.assertFalse(self.hub.is_congested())
+        self.client()
+        self.send("S")
+        self.assertFalse(self.hub.is_congested())
+
+    def test_several_that_read_and_are_behind_hold_the_bus_until_they_have_caught_up(self) -> None:
+        clients = self.crowd(50)
+        self.assertFalse(self.hub.is_congested(), "none of them reads")
+        for transport in clients[:2]:
+            self.behind(transport, reads=True)
+        self.assertTrue(self.hub.is_congested())
+        clients[0].take_all()
+        self.assertFalse(self.hub.is_congested(), "one alone does not")
+
+    def test_slow_ones_do_not_hold_the_bus(self) -> None:
+        clients = self.crowd(3)
+        self.now += aiperf_api.CLIENT_SOFT_MARK_SEC + 1
+        self.send("S", "e")
+        for transport in clients:
+            self.behind(transport, reads=True)
+            transport.subscriber.slow = True  # type: ignore[union-attr]
+        self.assertFalse(self.hub.is_congested())
+
+    def test_an_only_client_may(self) -> None:
+        [transport] = self.crowd(1)
+        self.behind(transport, reads=True)
+        self.assertTrue(self.hub.is_congested())
+
+
 class TestStalls(unittest.TestCase):
     """Slow is not stalled: what counts is that bytes have left."""
 
@@ -5678,6 +5726,7 @@ class EchoServer:
         self.date = aiperf_api.http_date(0)
         self.read_buffer = memoryview(bytearray(aiperf_api.CONNECTION_READ_BYTES))
         self.message_bytes_max = message_bytes_max
+        self.read_buffer = memoryview(bytearray(aiperf_api.CONNECTION_READ_BYTES))
         self.connections: set[aiperf_api.Connection] = set()
         self.errors: list[Exception] = []
         self.url = ""
@@ -6790,6 +6839,12 @@ class TestTLS(WireTestCase):
             await self.loop_of().sock_sendall(peer, data)
             peer.close()
         self.assertEqual((await self.get(self.service, "/health")).status, 200)
+
+    async def test_a_handshake_that_never_ends_is_ended(self) -> None:
+        with unittest.mock.patch.object(aiperf_api, "HTTP_HEAD_TIMEOUT_SEC", 0.05):
+            self.service = await self.serve(tls_cert=self.certificate, tls_key=self.key)
+        peer = await self.raw()
+        self.assertEqual(await self.read_all(peer), b"")
 
     async def test_old_versions_of_tls_are_refused(self) -> None:
         server = aiperf_api._tls_context(self.certificate, self.key)
@@ -8328,6 +8383,37 @@ class TestTokens(WireTestCase):
         for line in self.log:
             for form in (self.TOKEN, self.quoted, "plain-token", "s3cret"):
                 self.assertNotIn(form, line)
+
+
+@unittest.skipUnless(zmq, "needs the pyzmq package")
+class TestAHeldBus(ServiceTestCase):
+    """While the service holds its source, messages wait on the bus; then all come, in order."""
+
+    async def check(self, backend: str) -> None:
+        bus = Bus()
+        self.addCleanup(bus.stop)
+        service = await self.serve(source=aiperf_api.bus_source(bus.address, "zmq", backend=backend))
+        await self.until(lambda: bus.has_subscribed(*aiperf_api.CORE_TOPICS))
+        listener = await self.listen(service, "status")
+        held, looks = True, []
+
+        def is_held() -> bool:
+            looks.append(held)
+            return held
+
+        service.source.is_held = is_held
+        for n in range(1500):
+            bus.publish(b"status$", b'{"message_type":"status","n":%d}' % n)
+        await self.until(lambda: len(looks) > 3)
+        self.assertEqual(service.bus.messages, 0)
+        held = False
+        self.assertEqual([(await listener.hear())["n"] for _ in range(1500)], list(range(1500)))
+
+    async def test_pyzmq(self) -> None:
+        await self.check("pyzmq")
+
+    async def test_builtin(self) -> None:
+        await self.check("builtin")
 
 
 @unittest.skipUnless(zmq, "needs the pyzmq package")
