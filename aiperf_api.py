@@ -138,6 +138,7 @@ CLIENT_WRITE_MESSAGES_MAX = 256  # joined into one write
 CLIENT_SOFT_MARK_BYTES = 4 * 1024 * 1024  # behind by more, a client gets only the newest of each state message
 CLIENT_HOLD_BYTES = 256 * 1024  # several behind by more, though they read: the bus waits, and nobody misses anything
 CLIENT_HOLD_PART = 0.02  # of all clients, and more than one, is many
+CLIENT_HOLD_SEC_MAX = 2  # in one go; then the bus is drained and the slow-client rules say who misses what
 CLIENT_HOLD_SEC = 1  # a client that has taken nothing for longer does not read, and nothing waits for it
 CLIENT_SOFT_MARK_SEC = 5  # behind for longer, the same
 CLIENT_QUEUE_EVENTS_MAX = 1000  # events that wait for a slow client; further ones are left out, and it is told
@@ -431,9 +432,10 @@ def json_bytes(value: JSONValue, *, pretty: bool = False) -> bytes:
 
 # -- Secrets: what must never leave this process -----------------------------------------------------------------------
 #
-# Every bus message and configuration passes here at the door (metrics that no client takes: when somebody reads them), so
-# that nothing further down (state, hub, recorder, answers) ever shows a credential.  Two nets: by key, wherever an object has a key that names a credential; by
-# value, for the literal secrets that are known (from the child's command line, or met under such a key before).
+# Every bus message and configuration passes here at the door (metrics that no client takes: when somebody reads them),
+# so that nothing further down (state, hub, recorder, answers) ever shows a credential.  Two nets: by key, wherever an
+# object has a key that names a credential; by value, for the literal secrets that are known (from the child's command
+# line, or met under such a key before).
 
 REDACTED = "***"
 _SECRET_LENGTH_MIN = 6  # characters: a shorter literal would hit innocent text all over a message
@@ -3289,7 +3291,9 @@ class Run:
         # Metrics
         self.metrics = Latest(lambda payload: _read_rows(scrub(payload)))  # rows by tag, in display units
         self.telemetry = Latest(lambda payload: _read_rows(scrub(payload)))  # rows by tag
-        self.server_metrics = Latest(lambda payload: _read_server_metrics(scrub(payload)))  # realtime_server_metrics without its envelope
+        self.server_metrics = Latest(
+            lambda payload: _read_server_metrics(scrub(payload))
+        )  # realtime_server_metrics without its envelope
         self.history = History()  # figures over time
         # Results
         self.final_rows: dict[str, dict[str, Any]] = {}  # the final metrics by tag, in display units
@@ -6098,6 +6102,7 @@ class Hub:
         self.remember = False  # whether `recent` is kept: from the first stream on
         self.sent_total = 0  # by clients that have left
         self.skipped_total = 0  # by clients that have left
+        self._held_since_sec = 0.0  # monotonic: since when the bus waits without a break; 0 when it does not
         self.cut_off_total = 0  # clients that did not keep up
         self.changes = 0  # grows whenever a client comes, goes, subscribes or misses something
 
@@ -6160,14 +6165,22 @@ class Hub:
                 self._on_wanted(message_type, count > 0)
 
     def is_congested(self) -> bool:
-        """Whether many clients are behind although they read.  A burst then waits on the bus, in order and whole,
-        instead of being thinned out for everybody; one slow client, or one that reads nothing, never holds it up."""
-        since_sec = time.monotonic() - CLIENT_HOLD_SEC
+        """Whether the bus is to keep a burst for a moment, because many clients are behind although they read.
+
+        It then waits there, in order and whole, instead of being thinned out for everybody.  A pace, not a wait for a
+        client: one alone, or one that reads nothing, never counts, and after CLIENT_HOLD_SEC_MAX the bus is drained
+        whatever the clients do.
+        """
+        now_sec = time.monotonic()
         behind = sum(
-            s.backlog_bytes > CLIENT_HOLD_BYTES and s.took_sec > since_sec and not s.slow
+            s.backlog_bytes > CLIENT_HOLD_BYTES and now_sec - s.took_sec < CLIENT_HOLD_SEC and not s.slow
             for s in self.subscribers.values()
         )
-        return behind > CLIENT_HOLD_PART * len(self.subscribers) and (behind > 1 or len(self.subscribers) == 1)
+        if behind < 2 or behind <= CLIENT_HOLD_PART * len(self.subscribers):
+            self._held_since_sec = 0.0
+            return False
+        self._held_since_sec = self._held_since_sec or now_sec
+        return now_sec - self._held_since_sec < CLIENT_HOLD_SEC_MAX
 
     def wants(self, message_type: str) -> bool:
         """Whether any client takes this type now."""

@@ -5597,10 +5597,24 @@ class TestHoldingTheBus(HubTestCase):
             transport.subscriber.slow = True  # type: ignore[union-attr]
         self.assertFalse(self.hub.is_congested())
 
-    def test_an_only_client_may(self) -> None:
+    def test_one_alone_never_does(self) -> None:
         [transport] = self.crowd(1)
         self.behind(transport, reads=True)
+        self.assertFalse(self.hub.is_congested())
+
+    def test_it_ends_after_two_seconds_whatever_the_clients_do(self) -> None:
+        clients = self.crowd(2)
+        later = time.monotonic() + aiperf_api.CLIENT_HOLD_SEC_MAX + 0.1
+        for transport in clients:
+            self.behind(transport, reads=True)
         self.assertTrue(self.hub.is_congested())
+        with unittest.mock.patch.object(aiperf_api.time, "monotonic", lambda: later):
+            for transport in clients:
+                transport.subscriber.took_sec = later  # type: ignore[union-attr]
+            self.assertFalse(self.hub.is_congested(), "they still read, and are still behind")
+        clients[0].take_all()
+        clients[1].take_all()
+        self.assertFalse(self.hub.is_congested())
 
 
 class TestStalls(unittest.TestCase):
