@@ -431,9 +431,10 @@ def json_bytes(value: JSONValue, *, pretty: bool = False) -> bytes:
 
 # -- Secrets: what must never leave this process -----------------------------------------------------------------------
 #
-# Every bus message and configuration passes here at the door (metrics that no client takes: when somebody reads them), so
-# that nothing further down (state, hub, recorder, answers) ever shows a credential.  Two nets: by key, wherever an object has a key that names a credential; by
-# value, for the literal secrets that are known (from the child's command line, or met under such a key before).
+# Every bus message and configuration passes here at the door (metrics that no client takes: when somebody reads
+# them), so that nothing further down (state, hub, recorder, answers) ever shows a credential.  Two nets: by key,
+# wherever an object has a key that names a credential; by value, for the literal secrets that are known (from the
+# child's command line, or met under such a key before).
 
 REDACTED = "***"
 _SECRET_LENGTH_MIN = 6  # characters: a shorter literal would hit innocent text all over a message
@@ -3289,7 +3290,8 @@ class Run:
         # Metrics
         self.metrics = Latest(lambda payload: _read_rows(scrub(payload)))  # rows by tag, in display units
         self.telemetry = Latest(lambda payload: _read_rows(scrub(payload)))  # rows by tag
-        self.server_metrics = Latest(lambda payload: _read_server_metrics(scrub(payload)))  # realtime_server_metrics without its envelope
+        # realtime_server_metrics without its envelope
+        self.server_metrics = Latest(lambda payload: _read_server_metrics(scrub(payload)))
         self.history = History()  # figures over time
         # Results
         self.final_rows: dict[str, dict[str, Any]] = {}  # the final metrics by tag, in display units
