@@ -100,6 +100,7 @@ HTTP_TARGET_BYTES_MAX = 4 * 1024  # as sent, still percent-encoded; Apache 8190,
 HTTP_REQUEST_LINE_BYTES_MAX = HTTP_TARGET_BYTES_MAX + 64  # the target, a method and " HTTP/1.1"; 414
 HTTP_LEADING_CRLF_MAX = 4  # empty lines skipped before a request line; RFC 9112 2.2 asks for at least one; 400
 HTTP_CONTENT_LENGTH_DIGITS_MAX = 15  # h11 20; any length above 0 is refused anyway; 400
+HTTP_PIPELINED_MAX = 32  # requests of one connection that are answered before others have their turn
 HTTP_QUERY_FIELDS_MAX = 64  # parts between "&"; CPython's max_num_fields is off by default; 400
 HTTP_ACCEPT_MEMBERS_MAX = 32  # media types of one Accept header, codings of one Accept-Encoding; the rest are ignored
 HTTP_MEMO_HEADS_MAX = 64  # request heads remembered by one memo; the oldest is forgotten, nobody sees it
@@ -111,12 +112,13 @@ HTTP_IDLE_TIMEOUT_SEC = 75  # of a kept-alive connection; nginx 75, uvicorn 5; c
 HTTP_CONNECTIONS_MAX = 512  # beside the WebSocket limit, half-open ones included; nginx worker_connections 512; 503
 HTTP_GZIP_BYTES_MIN = 1024  # a smaller body is sent as it is; nginx gzip_min_length 20, client_python none
 LINGER_TIMEOUT_SEC = 2  # for the peer to end its side after our last words; nginx lingering_timeout 5
-CONNECTION_BUFFER_BYTES = 64 * 1024  # in a transport before it counts as full; asyncio 64 KiB
+CONNECTION_BUFFER_BYTES = 32 * 1024  # in a transport before it counts as full; asyncio 64 KiB
 CONNECTION_READ_BYTES = 16 * 1024  # taken in one read, before others have their turn; asyncio 256 KiB, nginx 4 KiB
 CONNECTION_UNSENT_BYTES = 16 * 1024  # in the kernel, behind what the peer's window takes; Linux: megabytes
 HTTP_REFUSED_MAX = 64  # connections above the limit that are being told so; a further one is reset without a word
 DESCRIPTORS_SPARE = 64  # file descriptors for everything but connections: the bus, files, a child
-LISTEN_BACKLOG = 128  # connections waiting to be accepted; asyncio 100; the peer's SYN is retried
+LISTEN_BACKLOG = 1024  # connections waiting to be accepted; nginx 511; the peer's SYN is retried, a second later
+ACCEPT_MAX = 128  # connections accepted in one turn of the loop, before others have theirs; asyncio 100
 
 # WebSocket, from the client to us
 WS_MESSAGE_BYTES_MAX = 64 * 1024  # one message over all its fragments; websockets 1 MiB, websocat 64 KiB; Close 1009
@@ -131,9 +133,13 @@ WS_PINGS_PER_READ_MAX = 10  # answered one by one (Autobahn's case 2.10 sends te
 CLIENT_TYPES_MAX = 256  # message types of one client; an error answer
 
 # WebSocket and streams, from us to the client
-CLIENT_WRITE_BYTES_MAX = 64 * 1024  # joined into one write; a longer message goes alone
+CLIENT_WRITE_BYTES_MAX = 32 * 1024  # joined into one write; a longer message goes alone
 CLIENT_WRITE_MESSAGES_MAX = 256  # joined into one write
 CLIENT_SOFT_MARK_BYTES = 4 * 1024 * 1024  # behind by more, a client gets only the newest of each state message
+CLIENT_HOLD_BYTES = 256 * 1024  # several behind by more, though they read: the bus waits, and nobody misses anything
+CLIENT_HOLD_PART = 0.02  # of all clients, and more than one, is many
+CLIENT_HOLD_SEC_MAX = 2  # in one go; then the bus is drained and the slow-client rules say who misses what
+CLIENT_HOLD_SEC = 1  # a client that has taken nothing for longer does not read, and nothing waits for it
 CLIENT_SOFT_MARK_SEC = 5  # behind for longer, the same
 CLIENT_QUEUE_EVENTS_MAX = 1000  # events that wait for a slow client; further ones are left out, and it is told
 CLIENT_QUEUE_BYTES_MAX = 6 * 1024 * 1024  # behind by more, events are left out as well
@@ -152,9 +158,10 @@ BUS_MESSAGE_BYTES_MAX = 16 * 1024 * 1024  # a longer message is counted and drop
 BUS_TYPES_MAX = 256  # message types and topics that are told apart; the names come from outside
 BUS_TURN_MESSAGES_MAX = 256  # taken in one poll turn, before clients and requests have theirs
 BUS_TURN_BYTES_MAX = 1024 * 1024  # the same in bytes
-BUS_QUEUE_MESSAGES_MAX = 100_000  # ZMQ_RCVHWM; libzmq 1000; beyond it the bus itself has to keep them
+BUS_QUEUE_MESSAGES_MAX = 500  # ZMQ_RCVHWM, of any size each; libzmq 1000; beyond it TCP and the bus keep them
 BUS_RECONNECT_MIN_MS, BUS_RECONNECT_MAX_MS = 100, 2000  # between attempts, doubling; libzmq 100 and no growth
 BUS_HEARTBEAT_INTERVAL_MS, BUS_HEARTBEAT_TIMEOUT_MS = 5000, 15000  # ZMTP pings; libzmq none
+BUS_HOLD_SEC = 0.005  # between looks whether the clients have caught up
 BUS_POLL_INTERVAL_SEC = 0.02  # where the loop cannot watch a descriptor (Windows)
 REPLAY_PAUSE_SEC = 5  # between two rounds of a looped replay, so that the end can be looked at
 SECRETS_MAX = 64  # literals that are scrubbed wherever they turn up
@@ -425,9 +432,10 @@ def json_bytes(value: JSONValue, *, pretty: bool = False) -> bytes:
 
 # -- Secrets: what must never leave this process -----------------------------------------------------------------------
 #
-# Every bus message, configuration and log line passes here at the door, so that nothing further down (state, hub,
-# recorder, answers) ever sees a credential.  Two nets: by key, wherever an object has a key that names a credential; by
-# value, for the literal secrets that are known (from the child's command line, or met under such a key before).
+# Every bus message and configuration passes here at the door (metrics that no client takes: when somebody reads them),
+# so that nothing further down (state, hub, recorder, answers) ever shows a credential.  Two nets: by key, wherever an
+# object has a key that names a credential; by value, for the literal secrets that are known (from the child's command
+# line, or met under such a key before).
 
 REDACTED = "***"
 _SECRET_LENGTH_MIN = 6  # characters: a shorter literal would hit innocent text all over a message
@@ -584,8 +592,10 @@ def scrub_json(payload: bytes, secrets: Sequence[str] = (), found: set[str] | No
         value = json_load(payload)
         redacted = redact(value, met)
         clean = _scrub_strings(redacted, (*secret_forms(met), *secrets))
-    except (JSONError, RecursionError):
+    except JSONError:
         return payload
+    except RecursionError:  # nested too deep to be looked through: nobody gets it, no reader takes an empty text
+        return b""
     return payload if clean == value else json_bytes(clean)
 
 
@@ -3249,7 +3259,7 @@ def _first(read: Callable[[Any], Any], *sections: Mapping[str, Any], keys: Seque
 class Run:
     """What is known of one benchmark, from the first message to the end."""
 
-    def __init__(self) -> None:
+    def __init__(self, scrub: Callable[[bytes], bytes]) -> None:
         # Time: bus clock, ns, but for `skew_ns`
         self.first_ns: Optional[int] = None  # first message
         self.last_ns: Optional[int] = None  # latest message
@@ -3281,9 +3291,11 @@ class Run:
         self.workers: dict[str, Worker] = {}  # by service id
         self.worker_groups: dict[str, dict[str, Any]] = {}  # by group id, as worker_group_stats has them
         # Metrics
-        self.metrics = Latest(_read_rows)  # rows by tag, in display units
-        self.telemetry = Latest(_read_rows)  # rows by tag
-        self.server_metrics = Latest(_read_server_metrics)  # realtime_server_metrics without its envelope
+        self.metrics = Latest(lambda payload: _read_rows(scrub(payload)))  # rows by tag, in display units
+        self.telemetry = Latest(lambda payload: _read_rows(scrub(payload)))  # rows by tag
+        self.server_metrics = Latest(
+            lambda payload: _read_server_metrics(scrub(payload))
+        )  # realtime_server_metrics without its envelope
         self.history = History()  # figures over time
         # Results
         self.final_rows: dict[str, dict[str, Any]] = {}  # the final metrics by tag, in display units
@@ -3737,12 +3749,14 @@ class BenchmarkState:
     """What is known of the benchmark: a reducer over bus messages, and the answers made from it.
 
     Every `now_ns` is the bus clock, in ns. No message makes it raise anything but BusMessageError, and then nothing has
-    changed. Payloads must be free of credentials already: what comes in may come out.
+    changed. Payloads must be free of credentials already: what comes in may come out. Only those of metrics messages,
+    most of which nobody reads, may go through `scrub` when they are read.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, scrub: Callable[[bytes], bytes] = bytes) -> None:
+        self._scrub = scrub  # payload -> payload without credentials
         self._configs: dict[str, dict[str, Any]] = {}  # given from outside, by origin ("file", "command")
-        self._run = Run()  # the run at hand
+        self._run = Run(scrub)  # the run at hand
         self._identified: tuple[list[dict[str, Any]], dict[str, Any]] = [], {}  # configurations, and what they identify
         self._late_errors_before = 0  # messages of earlier runs that proved bad when they were read late
 
@@ -3795,7 +3809,7 @@ class BenchmarkState:
         change = Change.NONE
         if self._begins_run(message_type, message):
             self._late_errors_before = self.late_errors
-            self._run = Run()
+            self._run = Run(self._scrub)
             change = ~Change.ENDED & _ALL_CHANGES
         run = self._run
         run.profile_id = _text(message.get("profile_id")) or run.profile_id
@@ -4077,6 +4091,7 @@ class Source:
         self.address = address  # endpoint or file
         self.backend = ""  # pyzmq | builtin | "" where no ZMQ is involved
         self.connected = True  # whether there is a bus at the other end now
+        self.is_held: Callable[[], bool] = lambda: False  # whether a bus is to keep its messages for a moment
 
     def start(self, deliver: Deliver, notify: Notify) -> None:
         """Begin to deliver, within the running event loop; `notify` takes a line that is worth a place in the log."""
@@ -4186,10 +4201,10 @@ class PyzmqBusSource(Source):
             self._socket.setsockopt(option, prefix)
             self._again()  # setting an option may have eaten the descriptor's edge
 
-    def _again(self) -> None:
+    def _again(self, delay_sec: float = 0.0) -> None:
         if not self._scheduled:
             self._scheduled = True
-            self._loop.call_soon(self._drain_again)
+            self._loop.call_later(delay_sec, self._drain_again)
 
     def _drain_again(self) -> None:
         self._scheduled = False
@@ -4198,6 +4213,10 @@ class PyzmqBusSource(Source):
     def _drain(self) -> None:
         """One turn: everything that is there, up to the budget, delivered at once."""
         if self._socket is None:
+            return
+        if self.is_held():
+            self._socket.getsockopt(zmq.EVENTS)  # quietens the descriptor
+            self._again(BUS_HOLD_SEC)
             return
         receive, more, again = self._socket.recv, zmq.RCVMORE, zmq.Again
         getsockopt = self._socket.getsockopt
@@ -4608,7 +4627,7 @@ class _BusPeer(asyncio.Protocol):
             self._become_ready()
         self.send(codec.take_output())
         if messages:
-            if len(messages) <= BUS_BATCH_MAX and not self._backlog:
+            if len(messages) <= BUS_BATCH_MAX and not self._backlog and not self._source.is_held():
                 self._source.take(messages)
             else:
                 self._start_backlog(messages)
@@ -4662,6 +4681,9 @@ class _BusPeer(asyncio.Protocol):
         self._backlog += messages
 
     def _work_off(self) -> None:
+        if self._source.is_held():
+            self._loop.call_later(BUS_HOLD_SEC, self._work_off)
+            return
         batch = self._backlog[:BUS_BATCH_MAX]
         del self._backlog[:BUS_BATCH_MAX]
         if self._backlog:
@@ -5933,6 +5955,7 @@ class Subscriber:
         self.newest: dict[str, int] = {}  # state type -> number of its newest in the backlog
         self.backlog_bytes = 0  # of all messages in it
         self.backlog_events = 0  # messages that nothing replaces
+        self.took_sec = 0.0  # monotonic: when the transport last had room again
         self.reached_sec = 0.0  # monotonic: when the hub took what was last written out of it, or first put into it
         self.slow = False  # it has been behind by more than the soft mark, and has not caught up since
         self.missed: dict[str, int] = {}  # type -> left out since the last notice
@@ -6020,6 +6043,7 @@ class Subscriber:
     def flush(self) -> None:
         """The transport has room again: say what was left out, then send what waits, oldest first."""
         self.paused = False
+        self.took_sec = time.monotonic()
         if self.missed and not self.gone:
             notice = json_bytes({"type": "skipped", "counts": self.missed})
             self.missed = {}
@@ -6086,6 +6110,7 @@ class Hub:
         self.remember = False  # whether `recent` is kept: from the first stream on
         self.sent_total = 0  # by clients that have left
         self.skipped_total = 0  # by clients that have left
+        self._held_since_sec = 0.0  # monotonic: since when the bus waits without a break; 0 when it does not
         self.cut_off_total = 0  # clients that did not keep up
         self.changes = 0  # grows whenever a client comes, goes, subscribes or misses something
 
@@ -6146,6 +6171,24 @@ class Hub:
                 self._wanted.pop(message_type, None)
             if count == 0 or (count == 1 and step == 1):
                 self._on_wanted(message_type, count > 0)
+
+    def is_congested(self) -> bool:
+        """Whether the bus is to keep a burst for a moment, because many clients are behind although they read.
+
+        It then waits there, in order and whole, instead of being thinned out for everybody.  A pace, not a wait for a
+        client: one alone, or one that reads nothing, never counts, and after CLIENT_HOLD_SEC_MAX the bus is drained
+        whatever the clients do.
+        """
+        now_sec = time.monotonic()
+        behind = sum(
+            s.backlog_bytes > CLIENT_HOLD_BYTES and now_sec - s.took_sec < CLIENT_HOLD_SEC and not s.slow
+            for s in self.subscribers.values()
+        )
+        if behind < 2 or behind <= CLIENT_HOLD_PART * len(self.subscribers):
+            self._held_since_sec = 0.0
+            return False
+        self._held_since_sec = self._held_since_sec or now_sec
+        return now_sec - self._held_since_sec < CLIENT_HOLD_SEC_MAX
 
     def wants(self, message_type: str) -> bool:
         """Whether any client takes this type now."""
@@ -6286,6 +6329,7 @@ class Connection(asyncio.BufferedProtocol):
         self.admitted: tuple[Request, Any] | None = None  # the last request that passed all checks, and its route
         # WebSocket or stream.
         self._frames: FrameParser | None = None
+        self._events: collections.deque[Event] = collections.deque()  # read, and not yet obeyed
         self._owed_pong: bytes | None = None  # the data of the last ping that came while the transport was full
         self.subscriber: Subscriber | None = None  # in the hub; None for HTTP
         self.number = 0  # the subscriber's in the hub
@@ -6352,6 +6396,8 @@ class Connection(asyncio.BufferedProtocol):
         self._set_reading(True)
         if self._ending:
             self.end()
+        elif self.mode == "websocket":
+            self._take(b"")
         elif self.mode == "http":
             self._take(b"")
             if self._eof and not self.paused:
@@ -6374,7 +6420,9 @@ class Connection(asyncio.BufferedProtocol):
     def _serve(self) -> None:
         """Answer the requests that are complete, in order, while the answers find room."""
         requests = self._requests
-        while requests is not None and self.mode == "http" and not self.paused:
+        for _ in range(HTTP_PIPELINED_MAX):
+            if requests is None or self.mode != "http" or self.paused:
+                return
             try:
                 request = requests.next_request()
             except HTTPError as error:
@@ -6384,6 +6432,14 @@ class Connection(asyncio.BufferedProtocol):
                 self._await_head(requests.started)
                 return
             self._answer(request)
+        self._set_reading(False)  # also its end: that comes behind what was asked before it
+        asyncio.get_running_loop().call_soon(self._serve_on)
+
+    def _serve_on(self) -> None:
+        """Others have had their turn."""
+        if self.mode == "http" and not self.paused:
+            self._set_reading(True)
+            self._take(b"")
 
     def _await_head(self, begun: bool) -> None:
         """Set the deadline: one for a whole head, however slowly it trickles, and one for an idle connection."""
@@ -6474,17 +6530,21 @@ class Connection(asyncio.BufferedProtocol):
         pings = [event for event in events if isinstance(event, Ping)]
         # RFC 6455 5.5.3: of several pings a peer "MAY elect to send a Pong frame for only the most recently processed".
         if len(pings) > WS_PINGS_PER_READ_MAX:
-            del pings[:-1]
-        for event in events:
-            if isinstance(event, (TextMessage, BinaryMessage)):
-                self.app.received(self, event)
-            elif isinstance(event, Ping):
-                if any(event is ping for ping in pings):
-                    self._pong(event)
-            elif isinstance(event, Close):
-                self._echo_close(event)
-            elif isinstance(event, Failure):
-                self.close_websocket(event.code, event.reason)
+            events = [event for event in events if not isinstance(event, Ping) or event is pings[-1]]
+        self._events += events
+        # One read may hold hundreds of subscriptions to everything: who does not take the answers waits with the rest.
+        while self._events and self.mode == "websocket" and self.transport.is_reading():
+            self._handle(self._events.popleft())
+
+    def _handle(self, event: Event) -> None:
+        if isinstance(event, (TextMessage, BinaryMessage)):
+            self.app.received(self, event)
+        elif isinstance(event, Ping):
+            self._pong(event)
+        elif isinstance(event, Close):
+            self._echo_close(event)
+        elif isinstance(event, Failure):
+            self.close_websocket(event.code, event.reason)
 
     def _pong(self, ping: Ping) -> None:
         if self.paused:
@@ -6953,7 +7013,8 @@ class APIService:
         source: a ZMQ subscriber endpoint (`tcp://127.0.0.1:5664`), a Source, or None for publish() alone.
         config: the benchmark's configuration for /api/config and the identity labels.
         record: a file to record the bus to.
-        settings: everything else; host and port above are put into it.
+        settings: how it runs, in place of host, port and options.
+        options: further fields of Settings, such as token="...".
 
     Raises:
         UsageError: an argument is wrong.
@@ -6973,6 +7034,8 @@ class APIService:
     ) -> None:
         # The server, from start to stop.
         self.settings = settings if settings is not None else Settings(host=host, port=port, **options)
+        if self.settings.token == "":  # an unset variable of a shell script: nobody would notice that it guards nothing
+            raise UsageError("--api-token: an empty token")
         self.source = _source_of(source)  # where messages come from
         self.router = Router(ROUTES)  # path -> route
         self.static = static_table(read_static_files())  # name -> file
@@ -6994,13 +7057,14 @@ class APIService:
         self._connections_max = HTTP_CONNECTIONS_MAX + self.settings.ws_max_connections  # fewer if the system says so
         self.requests: dict[tuple[str, int], int] = {}  # (route, status) -> answers
         # The benchmark.
-        self.state = BenchmarkState()
+        self.state = BenchmarkState(self._scrub)
         self.state_version = 0  # grows with every change
         self.bus = BusCounters()  # counters
         self.hub = Hub(self._on_wanted)  # streaming clients
         self._secrets_found: set[str] = set(self.settings.secrets)  # literals that must show nowhere
         self.secrets = secret_forms(self._secrets_found)  # the same in the forms in which they may stand
         self._types: dict[bytes, str] = {}  # topic -> message type
+        self._taken: list[tuple[str, bytes, bool]] = []  # of the batch at hand, for the hub
         self._held: dict[str, float] = {}  # type -> monotonic second until which a stream that took it may resume
         # media type -> the text of /metrics
         self._texts = {TEXT: CachedText() for TEXT in (CONTENT_TYPE_TEXT_0_0_4, CONTENT_TYPE_OPENMETRICS_1_0_0)}
@@ -7038,14 +7102,17 @@ class APIService:
         tls = _tls_context(settings.tls_cert, settings.tls_key) if settings.tls_cert else None
         self._limit_connections()
         accept = connection_factory(self)
+        # The deadline of the first head counts from the end of the handshake; before that, the handshake has its own.
+        timing: dict[str, Any] = {"ssl": tls, "ssl_handshake_timeout": HTTP_HEAD_TIMEOUT_SEC} if tls else {}
         if settings.unix_path is not None:
-            unix = await asyncio.start_unix_server(accept, sock=_unix_socket(settings.unix_path), ssl=tls)
+            unix = await asyncio.start_unix_server(accept, sock=_unix_socket(settings.unix_path), **timing)
             self._unix_identity = _file_identity(settings.unix_path)
             self._servers.append(unix)
             self.url = f"unix:{settings.unix_path}"
         if settings.port is not None:
             listener = _tcp_socket(settings.host, settings.port)
-            self._servers.append(await asyncio.start_server(accept, sock=listener, ssl=tls, backlog=LISTEN_BACKLOG))
+            self._servers.append(await asyncio.start_server(accept, sock=listener, backlog=ACCEPT_MAX, **timing))
+            listener.listen(LISTEN_BACKLOG)  # asyncio has one number for both: what waits, and what a turn accepts
             self.url = _url("https" if tls else "http", settings.host, listener.getsockname()[1])
 
     def _limit_connections(self) -> None:
@@ -7060,6 +7127,7 @@ class APIService:
         topics = (b"",) if self._recorder else CORE_TOPICS
         for prefix in topics:
             self.source.subscribe(prefix)
+        self.source.is_held = self.hub.is_congested
         self.source.start(self._deliver, self._notify)
 
     async def stop(self) -> None:
@@ -7134,15 +7202,19 @@ class APIService:
     def _deliver(self, batch: Batch) -> None:
         """Take one poll turn's messages: into the state, the recording, and out to the clients in one go."""
         now_ns = self.source.now_ns()
-        taken = []
         for frames in batch:
             try:
-                taken.append(self._take(frames, now_ns))
+                message = self._take(frames, now_ns)  # may send what was taken before it
+                self._taken.append(message)
             except BusMessageError as error:
                 self._count_bad(error)
             except Exception as error:  # a fault of ours must not stop the bus
                 log.error("a bus message was dropped: %s", printable(repr(error)), exc_info=error)
                 self._count_bad(BusMessageError("internal", "internal error"))
+        self._send_taken()
+
+    def _send_taken(self) -> None:
+        taken, self._taken = self._taken, []
         if taken:
             self.hub.broadcast(taken, time.monotonic())
 
@@ -7182,8 +7254,9 @@ class APIService:
     def _scrub(self, payload: bytes) -> bytes:
         found: set[str] = set()
         payload = scrub_json(payload, self.secrets, found)
-        if found - self._secrets_found and len(self._secrets_found) < SECRETS_MAX:
-            self._secrets_found |= found
+        new = sorted(found - self._secrets_found)[: max(0, SECRETS_MAX - len(self._secrets_found))]
+        if new:
+            self._secrets_found.update(new)
             self.secrets = secret_forms(self._secrets_found)
         return payload
 
@@ -7200,6 +7273,7 @@ class APIService:
         self.state_version += 1
         assert self._complete is not None
         if change & Change.NEW_RUN:
+            self._send_taken()  # what came before it in this batch is of the run that is forgotten
             self.hub.forget_run()
             self._complete.clear()
         if change & Change.ENDED:
@@ -7317,7 +7391,7 @@ class APIService:
             else:
                 self._check(connection, request)
                 if request.method == "OPTIONS":
-                    return self.preflight(request)
+                    return self._answered(connection, request, None, self.preflight(request))
                 route = self.router.match(request.method, self._routed_path(request))
                 if route.needs_token and self.settings.token is not None:
                     check_token(request, self.settings.token.encode())
@@ -7325,8 +7399,7 @@ class APIService:
             response = route.handler(self, connection, request)
         except HTTPError as error:
             response = error_response(error, request.arg("pretty") is not None)
-        self._log_access(connection, request, route, 101 if response is None else response.status)
-        return self._finish(request, response)
+        return self._answered(connection, request, route, response)
 
     def received(self, connection: Connection, message: TextMessage | BinaryMessage) -> None:
         """A message of the /ws protocol: subscribe, unsubscribe or ping."""
@@ -7351,13 +7424,17 @@ class APIService:
         is_file = request.path.startswith("/static/") or request.path == FAVICON_PATH
         return STATIC_ROUTE if is_file else request.path
 
-    def _finish(self, request: Request, response: Response | None) -> Response | None:
-        """304 for what the client already has (RFC 9110 section 13.1.2)."""
+    def _answered(
+        self, connection: Connection, request: Request, route: Route | None, response: Response | None
+    ) -> Response | None:
+        """The answer as it goes out, counted: 304 for what the client already has (RFC 9110 section 13.1.2)."""
         wanted = request.headers.get("if-none-match")
-        if wanted is None or response is None or response.status != 200:
-            return response
-        etag = dict(response.headers).get("ETag", "")
-        return not_modified(response) if etag_matches(wanted, etag) else response
+        if wanted is not None and response is not None and response.status == 200:
+            etag = dict(response.headers).get("ETag", "")
+            response = not_modified(response) if etag_matches(wanted, etag) else response
+        switched = 101 if request.wants_upgrade else 200  # to a WebSocket; to an endless answer
+        self._log_access(connection, request, route, switched if response is None else response.status)
+        return response
 
     def headers_for(self, request: Request) -> HeaderList:
         """What an answer says beside its own headers: the cookie of a page opened with a token, CORS."""
@@ -8801,6 +8878,8 @@ def run_client(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     """
     command, *words = argv
     run = {"get": _run_get, "watch": _run_watch, "top": _run_top}[command]
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # JSON is UTF-8, whatever the locale
     try:
         return run(words, environ)
     except KeyboardInterrupt:  # how one leaves them
@@ -8812,7 +8891,7 @@ def run_client(argv: Sequence[str], environ: Mapping[str, str]) -> int:
 
 def _parse_client(parser: _ClientParser, words: Sequence[str]) -> tuple[argparse.Namespace, _Remote]:
     given = parser.parse_args(words)
-    hide_in_process_title([given.token] if given.token in words else [])
+    hide_in_process_title(title_secrets(words))
     return given, _Remote(given.url or _CLIENT_URL, given.token)
 
 

@@ -26,6 +26,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDINGS = [ROOT / "static" / "demo.jsonl.gz", *sorted((ROOT / ".ci").rglob("*.jsonl.gz"))]
+README = ROOT / "README.md"
 DASHBOARD = ROOT / "static" / "grafana-dashboard.json"
 OPENMETRICS = "application/openmetrics-text;version=1.0.0"
 ENDED = ("--replay", str(RECORDINGS[0]), "--replay-speed", "0")
@@ -139,6 +140,21 @@ class ExpositionTests(unittest.TestCase):
         self.assertIn(checked.returncode, (0, ADVICE), checked.stderr)
         advice = [line for line in checked.stderr.splitlines() if OUR_OWN_NAMES.match(line)]
         self.assertEqual(advice, [])
+
+
+class ReadmeTests(unittest.TestCase):
+    """The README's configurations."""
+
+    def test_promtool_accepts_the_scrape_configurations(self) -> None:
+        blocks = re.findall(r"^```yaml\n(scrape_configs:.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
+        self.assertEqual(len(blocks), 2)
+        for block in blocks:
+            with self.subTest(block), tempfile.TemporaryDirectory() as folder:
+                file = Path(folder) / "prometheus.yml"
+                file.write_text(block)
+                command = ["promtool", "check", "config", str(file)]
+                checked = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+                self.assertEqual(checked.returncode, 0, checked.stderr)
 
 
 class ScrapedRun:
