@@ -3293,9 +3293,8 @@ class Run:
         # Metrics
         self.metrics = Latest(lambda payload: _read_rows(scrub(payload)))  # rows by tag, in display units
         self.telemetry = Latest(lambda payload: _read_rows(scrub(payload)))  # rows by tag
-        self.server_metrics = Latest(
-            lambda payload: _read_server_metrics(scrub(payload))
-        )  # realtime_server_metrics without its envelope
+        # realtime_server_metrics without its envelope
+        self.server_metrics = Latest(lambda payload: _read_server_metrics(scrub(payload)))
         self.history = History()  # figures over time
         # Results
         self.final_rows: dict[str, dict[str, Any]] = {}  # the final metrics by tag, in display units

@@ -8409,6 +8409,7 @@ class TestAHeldBus(ServiceTestCase):
         service = await self.serve(source=aiperf_api.bus_source(bus.address, "zmq", backend=backend))
         await self.until(lambda: bus.has_subscribed(*aiperf_api.CORE_TOPICS))
         listener = await self.listen(service, "status")
+        await self.until(lambda: bus.has_subscribed(b"status$"))
         held, looks = True, []
 
         def is_held() -> bool:
