@@ -11,6 +11,7 @@ import base64
 import concurrent.futures
 import contextlib
 import fcntl
+import itertools
 import json
 import os
 import pathlib
@@ -219,6 +220,10 @@ class Watcher(threading.Thread):
                     self.states.append(state)
                 time.sleep(0.05)
 
+    def since_phase(self) -> list[str]:
+        """What came from the first phase on; before it, each server finds the bus at a moment of its own."""
+        return list(itertools.dropwhile(lambda text: '"credit_phase_start"' not in text, list(self.messages)))
+
     def types(self) -> set[str]:
         return {str(json.loads(text).get("message_type")) for text in list(self.messages)}
 
@@ -373,10 +378,11 @@ class RealAIPerf(unittest.TestCase):
     # -- Attached from outside
 
     def run_attached(self, version: str, source: list[str], bus: list[str]) -> None:
-        """One server that follows a run, and a second one that is stopped: it must hold up nobody."""
+        """Two servers that follow a run, one without pyzmq, and a third one that is stopped: it must hold up nobody."""
         artifacts = self.work.artifacts()
-        program, stopped = self.program(*source), self.program(*source)
-        watcher = self.watch(program)
+        program = self.program(*source, "--zmq-backend", "pyzmq")
+        builtin, stopped = self.program(*source, "--zmq-backend", "builtin"), self.program(*source)
+        watcher, other = self.watch(program), self.watch(builtin)
         stopper = threading.Thread(target=self.stop_while_profiling, args=(stopped,))
         stopper.start()
         environ = self.work.environment(
@@ -394,10 +400,29 @@ class RealAIPerf(unittest.TestCase):
         self.check_states(watcher, "complete")
         self.check_final_figures(program, artifacts)
         self.check_workers(program)
+        self.check_same(program, builtin)
+        for _ in until(lambda: f"the same messages: {len(watcher.messages)}, {len(other.messages)}", seconds=10):
+            if watcher.since_phase() == other.since_phase():
+                break
+        self.assertGreater(len(other.since_phase()), 10)
         self.assertGreaterEqual(len(watcher.updates), 2)
         self.check_no_secret(program, watcher)
         program.process.terminate()
         self.assertEqual(program.wait(), 0)
+
+    def check_same(self, program: Program, builtin: Program) -> None:
+        """What the bus said came out the same through pyzmq and through the built-in subscriber."""
+        status = self.wait_for_state(builtin, *ENDS, seconds=10)
+        self.assertEqual(status["source"]["backend"], "builtin")
+        reference = program.get("/api/status")
+        self.assertEqual(reference["source"]["backend"], "pyzmq")
+        for name in ("state", "phase", "benchmark_id", "stale", "error"):
+            self.assertEqual(status[name], reference[name], name)
+        for path in ("metrics", "progress", "workers", "config", "server-metrics", "results"):
+            theirs, ours = (
+                re.sub(r'"last_update_ns":\d+', "", one.get_text(f"/api/{path}")) for one in (program, builtin)
+            )
+            self.assertEqual(ours, theirs, path)
 
     def stop_while_profiling(self, program: Program) -> None:
         self.wait_for_requests(program, 10)
