@@ -3420,6 +3420,12 @@ class HistoryTests(unittest.TestCase):
         series = (self.state.history(["request_latency"]) or {})["series"]
         self.assertEqual([(one["stat"], one["unit"]) for one in series], [("avg", "ms"), ("count", "")])
 
+    def test_ever_new_tags_do_not_fill_the_memory(self) -> None:
+        group = aiperf_api.SeriesGroup()
+        for number in range(aiperf_api.HISTORY_MAX_SERIES + 100):
+            group.sample(BASE_NS + number * 10**9, {f"t{number}": {"avg": 1.0}})
+        self.assertEqual((len(group.columns), len(group.about)), (aiperf_api.HISTORY_MAX_SERIES,) * 2)
+
     def test_what_is_unknown_is_none(self) -> None:
         self.send_metrics(BASE_NS, {"tag": "t", "avg": 1})
         for tags, stats in ((["x"], []), (["t", "x"], []), (["t"], ["max"])):
@@ -5234,6 +5240,35 @@ class TestReplayAndRecord(ServiceTestCase):
                 await self.ended(service)
                 self.assertIn("cannot be read", logs.output[0])
 
+    async def test_a_line_without_its_fields_is_named_by_its_number(self) -> None:
+        with tempfile.TemporaryDirectory() as directory:
+            path = pathlib.Path(directory, "r.jsonl")
+            path.write_text('{"t":1,"topic":"status$","payload":"{}"}\n{"t":2}\n')
+            with log_lines() as lines:
+                await self.ended(await self.serve(source=aiperf_api.ReplaySource(str(path), speed=0)))
+        self.assertIn("line 2 cannot be read", lines[0])
+
+    async def test_a_loop_whose_file_has_gone_ends_with_a_word(self) -> None:
+        with tempfile.TemporaryDirectory() as directory, log_lines() as lines:
+            path = pathlib.Path(directory, "r.jsonl")
+            path.write_text('{"t":1,"topic":"status$","payload":"{}"}\n')
+            with unittest.mock.patch.object(aiperf_api, "REPLAY_PAUSE_SEC", 0.05):
+                service = await self.serve(source=aiperf_api.ReplaySource(str(path), speed=0, loop=True))
+                path.unlink()
+                await self.ended(service)
+        self.assertEqual([line for line in lines if "the replay has ended" not in line], [])
+
+    async def test_what_is_no_json_is_not_recorded_but_counted(self) -> None:
+        with tempfile.TemporaryDirectory() as directory, log_lines() as lines:
+            path = pathlib.Path(directory, "r.jsonl")
+            service = await self.serve(record=str(path))
+            for payload in (b"\xff", b"\xff", b"nonsense", b'{"n":1}'):
+                service._deliver([[b"home_made$", payload]])
+            await service.stop()
+            self.assertEqual([json.loads(line)["payload"] for line in path.read_text().splitlines()], ['{"n":1}'])
+        self.assertEqual((service.bus.messages, service.bus.errors), (1, {"not_json": 3}))
+        self.assertEqual(len(lines), 1)
+
     async def test_a_loop_begins_again_from_empty(self) -> None:
         with unittest.mock.patch.object(aiperf_api, "REPLAY_PAUSE_SEC", 0):
             source = aiperf_api.ReplaySource(self.path("run_0_13_success"), speed=0, loop=True)
@@ -6789,6 +6824,12 @@ class TestTLS(WireTestCase):
             await self.loop_of().sock_sendall(peer, data)
             peer.close()
         self.assertEqual((await self.get(self.service, "/health")).status, 200)
+
+    async def test_a_handshake_that_does_not_come_ends_at_the_deadline_of_a_head(self) -> None:
+        with unittest.mock.patch.object(aiperf_api, "HTTP_HEAD_TIMEOUT_SEC", 0.2):
+            self.service = await self.serve(tls_cert=self.certificate, tls_key=self.key)
+        peer = await self.raw()
+        self.assertEqual(await self.read_all(peer), b"")
 
     async def test_old_versions_of_tls_are_refused(self) -> None:
         server = aiperf_api._tls_context(self.certificate, self.key)
@@ -8407,11 +8448,23 @@ class TestCommandLine(unittest.TestCase):
         self.assertNotIn("s3cret-token", rest)
         self.assertRegex(access["message"], r'"GET /api/status\?token=\*\*\*&x=%22" 200 ".*"$')
 
+    def test_no_streaming_client_at_all_may_be_asked_for(self) -> None:
+        arguments = aiperf_api.parse_arguments(["--api-port", "0", "--ws-max-connections", "0"], {})
+        self.assertEqual(arguments.settings.ws_max_connections, 0)
+
+    def test_a_recording_is_not_written_over_the_one_that_is_played(self) -> None:
+        with tempfile.TemporaryDirectory() as directory:
+            path, link = pathlib.Path(directory, "r.jsonl"), pathlib.Path(directory, "same.jsonl")
+            path.write_text("precious")
+            link.symlink_to(path)
+            done = self.run_program("--api-port", "0", "--replay", str(path), "--record", str(link))
+            self.assertEqual((done.returncode, path.read_text()), (2, "precious"))
+
     def test_a_port_in_use_is_one_line_and_exit_1(self) -> None:
         with socket.create_server(("127.0.0.1", 0)) as taken:
             done = self.run_program("--api-port", str(taken.getsockname()[1]), "--demo")
         self.assertEqual(done.returncode, 1)
-        self.assertRegex(done.stderr, r"\Aaiperf-api: cannot listen on [^\n]+\n\Z")
+        self.assertRegex(done.stderr, r"\Aaiperf-api: cannot listen on 127.0.0.1 port \d+: Address already in use\n\Z")
 
     def test_help_and_version(self) -> None:
         shown = self.run_program("--help")
