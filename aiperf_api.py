@@ -5569,7 +5569,7 @@ def _redact_word(word: str, expected: str, found: set[str]) -> tuple[str, str]:
     """(the word, redacted; what the next word is expected to be: "secret", "header" or "")."""
     if expected == "secret" and not word.startswith("--"):
         return str(_hide(word, found)), ""
-    if expected == "header" and not word.startswith("-"):
+    if expected == "header" and not word.startswith(("-", "http://", "https://")):
         return _redact_header_word(word, found), "header"
     if not word.startswith("-"):
         return _redact_plain_word(word, found), ""

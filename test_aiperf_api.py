@@ -4931,6 +4931,12 @@ class TheConfigurationOfACommandLine(unittest.TestCase):
 class CredentialsOnACommandLineAreHidden(unittest.TestCase):
     KEY = "sk-proj-4f9d8e7c6b5a"
 
+    def test_the_url_behind_a_header_is_no_header(self) -> None:
+        words, found = ["curl", "-H", "X-Key: k3y-0123456789abcdef", "http://127.0.0.1:8000/v1/models"], set()
+        shown = ["curl", "-H", "X-Key: ***", "http://127.0.0.1:8000/v1/models"]
+        self.assertEqual(aiperf_api.redact_command(words, found), shown)
+        self.assertEqual(found, {"k3y-0123456789abcdef"})
+
     def test_in_every_place_where_one_can_stand(self) -> None:
         for words, shown in (
             (["--api-key", self.KEY], ["--api-key", "***"]),
