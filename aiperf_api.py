@@ -6159,6 +6159,10 @@ class Hub:
         """Whether any client takes this type now."""
         return message_type in self._wanted or "*" in self._wanted
 
+    def names(self, message_type: str) -> bool:
+        """Whether any client takes this type by its name (`*` is one, too)."""
+        return message_type in self._wanted
+
     # -- Messages --
 
     def broadcast(self, batch: Sequence[tuple[str, bytes, bool]], now_sec: float) -> None:
@@ -7166,8 +7170,9 @@ class APIService:
             except BusMessageError as error:
                 self._count_bad(error)
             except Exception as error:  # a fault of ours must not stop the bus
-                log.error("a bus message was dropped: %s", printable(repr(error)), exc_info=error)
-                self._count_bad(BusMessageError("internal", "internal error"))
+                if self.bus.count_error("internal"):
+                    text = printable(repr(error))
+                    log.error("a bus message was dropped, further ones are only counted: %s", text, exc_info=error)
         self._send_taken()
 
     def _send_taken(self) -> None:
@@ -7311,7 +7316,7 @@ class APIService:
     def _release_held(self, now_sec: float) -> None:
         for message_type in [name for name, until_sec in self._held.items() if now_sec > until_sec]:
             del self._held[message_type]
-            if not any(message_type in client.asked for client in self.hub.subscribers.values()):
+            if not self.hub.names(message_type):
                 self._order(message_type, False)
 
     def _notify(self, line: str) -> None:

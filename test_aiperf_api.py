@@ -7987,6 +7987,16 @@ class TestStreams(ServiceTestCase):
         listener.close()
         await self.until(lambda: b"heartbeat$" not in source.topics)
 
+    async def test_what_was_held_is_dropped_though_a_client_of_everything_had_named_it(self) -> None:
+        source = SpySource()
+        service = await self.serve(source=source)
+        await self.listen(service, "*", "home_made")
+        stream = await self.open(service, "?types=home_made")
+        stream.close()
+        await self.until(lambda: service._held)
+        service._release_held(time.monotonic() + 3600)
+        self.assertNotIn(b"home_made$", source.topics)
+
 
 class SpySource(aiperf_api.Source):
     """A source that brings nothing and remembers what was asked of it."""
@@ -8214,6 +8224,14 @@ class TestSecurity(WireTestCase):
             self.assertNotIn("set-cookie", answer.headers)
             self.assertEqual(answer.headers["content-type"], "application/json")
             self.assertNotIn(b"<", answer.body)
+
+    async def test_a_fault_of_ours_in_a_bus_message_is_logged_once_and_counted(self) -> None:
+        with unittest.mock.patch.object(self.service.state, "apply", side_effect=RuntimeError("oops")):
+            for _ in range(3):
+                self.service.publish({"message_type": "status"})
+        self.assertEqual(self.service.bus.errors, {"internal": 3})
+        self.assertEqual(len(self.log), 1)
+        self.log.clear()
 
     async def test_html_in_the_name_of_a_metric_stays_data(self) -> None:
         name = "<img src=x onerror=alert(1)>"
