@@ -453,6 +453,7 @@ _CREDENTIAL_HINTS: tuple[tuple[bytes, tuple[bytes, ...]], ...] = (
     (b"headers", (b'headers"',)),
 )
 _URL_USERINFO = re.compile(r'(://)[^/\s"@]+@')  # RFC 3986 section 3.2.1
+_URL_PARAMETER = re.compile(r"(?<=[?&])([\w.-]+)=([^&#\s]*)")  # `?api-key=...`, as some gateways want it
 _BEARER_VALUE = re.compile(r"(bearer +)[\w.~+/=-]+", re.IGNORECASE)  # RFC 6750 section 2.1
 
 
@@ -517,10 +518,16 @@ def _redact_header(header: JSONValue, found: set[str] | None) -> JSONValue:
     return _hide(header, found)
 
 
+def _scrub_parameter(match: re.Match[str]) -> str:
+    return f"{match[1]}={REDACTED}" if match[2] and is_credential_key(match[1]) else match[0]
+
+
 def scrub_text(text: str, secrets: Iterable[str] = ()) -> str:
-    """A text without the known secrets, without user information in URLs, and without bearer tokens."""
+    """A text without the known secrets, without user information and credentials in URLs, and without bearer tokens."""
     for secret in secrets:
         text = text.replace(secret, REDACTED)
+    if "=" in text:
+        text = _URL_PARAMETER.sub(_scrub_parameter, text)
     return _BEARER_VALUE.sub(r"\1***", _URL_USERINFO.sub(r"\1***@", text))
 
 
@@ -566,7 +573,8 @@ def _may_hold_secret(payload: bytes, secrets: Sequence[str]) -> bool:
         any(root in lowered and any(_ends_key(end, lowered) for end in ends) for root, ends in _CREDENTIAL_HINTS)
         or b"bearer " in lowered
         or b"\\u00" in lowered
-        or (b"@" in payload and b"://" in payload)
+        or (b"@" in payload and (b"://" in payload or rb":\/" in payload))
+        or (b"=" in payload and b"?" in payload)
         or any(form in payload for secret in secrets for form in _escaped_forms(secret))
     )
 
@@ -5643,7 +5651,6 @@ def _redact_script(word: str, found: set[str]) -> str:
 
 
 _URL_PASSWORD = re.compile(r"(?:(?<=//)|(?<![^\s=]))([^\s/@:]*:)([^\s/@]+)(?=@)")
-_URL_PARAMETER = re.compile(r"(?<=[?&])([\w.-]+)=([^&#\s]*)")
 
 
 def _redact_urls(text: str, found: set[str]) -> str:
@@ -7155,6 +7162,7 @@ class APIService:
         Raises:
             ValueError: it has no `message_type`.
         """
+        assert self._complete is not None, "start() comes first"
         message_type = message.get("message_type")
         if not isinstance(message_type, str) or not message_type:
             raise ValueError("a message needs a message_type")
@@ -7931,8 +7939,6 @@ def _messages_of(channel: str, names: Iterable[str]) -> dict[str, Any]:
 
 
 # -- The endpoints -----------------------------------------------------------------------------------------------------
-
-Handler = Callable[[APIService, Connection, Request], Optional[Response]]
 
 
 def _etag(body: bytes) -> tuple[str, str]:

@@ -769,6 +769,13 @@ class TestSecrets(unittest.TestCase):
         shown = b'{"url":"http://***@host:1/x","e":"sent Authorization: Bearer ***"}'
         self.assertEqual(aiperf_api.scrub_json(payload), shown)
 
+    def test_credentials_among_the_parameters_of_a_url(self) -> None:
+        payload = b'{"urls":["https://gw/v1?api-key=a1b2&model=m#x","gw:80/?token="]}'
+        shown = b'{"urls":["https://gw/v1?api-key=***&model=m#x","gw:80/?token="]}'
+        self.assertEqual(aiperf_api.scrub_json(payload), shown)
+        self.assertEqual(aiperf_api.scrub_json(rb'["gw:80?api_key=a1b2"]'), b'["gw:80?api_key=***"]')
+        self.assertEqual(aiperf_api.scrub_json(rb'["http:\/\/u:p@h"]'), b'["http://***@h"]')
+
 
 # == 4 == WebSocket codec ==============================================================================================
 
