@@ -112,12 +112,13 @@ HTTP_IDLE_TIMEOUT_SEC = 75  # of a kept-alive connection; nginx 75, uvicorn 5; c
 HTTP_CONNECTIONS_MAX = 512  # beside the WebSocket limit, half-open ones included; nginx worker_connections 512; 503
 HTTP_GZIP_BYTES_MIN = 1024  # a smaller body is sent as it is; nginx gzip_min_length 20, client_python none
 LINGER_TIMEOUT_SEC = 2  # for the peer to end its side after our last words; nginx lingering_timeout 5
-CONNECTION_BUFFER_BYTES = 64 * 1024  # in a transport before it counts as full; asyncio 64 KiB
+CONNECTION_BUFFER_BYTES = 32 * 1024  # in a transport before it counts as full; asyncio 64 KiB
 CONNECTION_READ_BYTES = 16 * 1024  # taken in one read, before others have their turn; asyncio 256 KiB, nginx 4 KiB
 CONNECTION_UNSENT_BYTES = 16 * 1024  # in the kernel, behind what the peer's window takes; Linux: megabytes
 HTTP_REFUSED_MAX = 64  # connections above the limit that are being told so; a further one is reset without a word
 DESCRIPTORS_SPARE = 64  # file descriptors for everything but connections: the bus, files, a child
-LISTEN_BACKLOG = 128  # connections waiting to be accepted; asyncio 100; the peer's SYN is retried
+LISTEN_BACKLOG = 1024  # connections waiting to be accepted; nginx 511; the peer's SYN is retried, a second later
+ACCEPT_MAX = 128  # connections accepted in one turn of the loop, before others have theirs; asyncio 100
 
 # WebSocket, from the client to us
 WS_MESSAGE_BYTES_MAX = 64 * 1024  # one message over all its fragments; websockets 1 MiB, websocat 64 KiB; Close 1009
@@ -132,9 +133,13 @@ WS_PINGS_PER_READ_MAX = 10  # answered one by one (Autobahn's case 2.10 sends te
 CLIENT_TYPES_MAX = 256  # message types of one client; an error answer
 
 # WebSocket and streams, from us to the client
-CLIENT_WRITE_BYTES_MAX = 64 * 1024  # joined into one write; a longer message goes alone
+CLIENT_WRITE_BYTES_MAX = 32 * 1024  # joined into one write; a longer message goes alone
 CLIENT_WRITE_MESSAGES_MAX = 256  # joined into one write
 CLIENT_SOFT_MARK_BYTES = 4 * 1024 * 1024  # behind by more, a client gets only the newest of each state message
+CLIENT_HOLD_BYTES = 256 * 1024  # several behind by more, though they read: the bus waits, and nobody misses anything
+CLIENT_HOLD_PART = 0.02  # of all clients, and more than one, is many
+CLIENT_HOLD_SEC_MAX = 2  # in one go; then the bus is drained and the slow-client rules say who misses what
+CLIENT_HOLD_SEC = 1  # a client that has taken nothing for longer does not read, and nothing waits for it
 CLIENT_SOFT_MARK_SEC = 5  # behind for longer, the same
 CLIENT_QUEUE_EVENTS_MAX = 1000  # events that wait for a slow client; further ones are left out, and it is told
 CLIENT_QUEUE_BYTES_MAX = 6 * 1024 * 1024  # behind by more, events are left out as well
@@ -153,9 +158,10 @@ BUS_MESSAGE_BYTES_MAX = 16 * 1024 * 1024  # a longer message is counted and drop
 BUS_TYPES_MAX = 256  # message types and topics that are told apart; the names come from outside
 BUS_TURN_MESSAGES_MAX = 256  # taken in one poll turn, before clients and requests have theirs
 BUS_TURN_BYTES_MAX = 1024 * 1024  # the same in bytes
-BUS_QUEUE_MESSAGES_MAX = 100_000  # ZMQ_RCVHWM; libzmq 1000; beyond it the bus itself has to keep them
+BUS_QUEUE_MESSAGES_MAX = 500  # ZMQ_RCVHWM, of any size each; libzmq 1000; beyond it TCP and the bus keep them
 BUS_RECONNECT_MIN_MS, BUS_RECONNECT_MAX_MS = 100, 2000  # between attempts, doubling; libzmq 100 and no growth
 BUS_HEARTBEAT_INTERVAL_MS, BUS_HEARTBEAT_TIMEOUT_MS = 5000, 15000  # ZMTP pings; libzmq none
+BUS_HOLD_SEC = 0.005  # between looks whether the clients have caught up
 BUS_POLL_INTERVAL_SEC = 0.02  # where the loop cannot watch a descriptor (Windows)
 REPLAY_PAUSE_SEC = 5  # between two rounds of a looped replay, so that the end can be looked at
 SECRETS_MAX = 64  # literals that are scrubbed wherever they turn up
@@ -3293,9 +3299,8 @@ class Run:
         # Metrics
         self.metrics = Latest(lambda payload: _read_rows(scrub(payload)))  # rows by tag, in display units
         self.telemetry = Latest(lambda payload: _read_rows(scrub(payload)))  # rows by tag
-        self.server_metrics = Latest(
-            lambda payload: _read_server_metrics(scrub(payload))
-        )  # realtime_server_metrics without its envelope
+        # realtime_server_metrics without its envelope
+        self.server_metrics = Latest(lambda payload: _read_server_metrics(scrub(payload)))
         self.history = History()  # figures over time
         # Results
         self.final_rows: dict[str, dict[str, Any]] = {}  # the final metrics by tag, in display units
@@ -4085,6 +4090,7 @@ class Source:
         self.address = address  # endpoint or file
         self.backend = ""  # pyzmq | builtin | "" where no ZMQ is involved
         self.connected = True  # whether there is a bus at the other end now
+        self.is_held: Callable[[], bool] = lambda: False  # whether a bus is to keep its messages for a moment
 
     def start(self, deliver: Deliver, notify: Notify) -> None:
         """Begin to deliver, within the running event loop; `notify` takes a line that is worth a place in the log."""
@@ -4195,10 +4201,10 @@ class PyzmqBusSource(Source):
             self._socket.setsockopt(option, prefix)
             self._again()  # setting an option may have eaten the descriptor's edge
 
-    def _again(self) -> None:
+    def _again(self, delay_sec: float = 0.0) -> None:
         if not self._scheduled:
             self._scheduled = True
-            self._loop.call_soon(self._drain_again)
+            self._loop.call_later(delay_sec, self._drain_again)
 
     def _drain_again(self) -> None:
         self._scheduled = False
@@ -4207,6 +4213,10 @@ class PyzmqBusSource(Source):
     def _drain(self) -> None:
         """One turn: everything that is there, up to the budget, delivered at once."""
         if self._socket is None:
+            return
+        if self.is_held():
+            self._socket.getsockopt(zmq.EVENTS)  # quietens the descriptor
+            self._again(BUS_HOLD_SEC)
             return
         receive, more, again = self._socket.recv, zmq.RCVMORE, zmq.Again
         getsockopt = self._socket.getsockopt
@@ -4617,7 +4627,7 @@ class _BusPeer(asyncio.Protocol):
             self._become_ready()
         self.send(codec.take_output())
         if messages:
-            if len(messages) <= BUS_BATCH_MAX and not self._backlog:
+            if len(messages) <= BUS_BATCH_MAX and not self._backlog and not self._source.is_held():
                 self._source.take(messages)
             else:
                 self._start_backlog(messages)
@@ -4671,6 +4681,9 @@ class _BusPeer(asyncio.Protocol):
         self._backlog += messages
 
     def _work_off(self) -> None:
+        if self._source.is_held():
+            self._loop.call_later(BUS_HOLD_SEC, self._work_off)
+            return
         batch = self._backlog[:BUS_BATCH_MAX]
         del self._backlog[:BUS_BATCH_MAX]
         if self._backlog:
@@ -5948,6 +5961,7 @@ class Subscriber:
         self.newest: dict[str, int] = {}  # state type -> number of its newest in the backlog
         self.backlog_bytes = 0  # of all messages in it
         self.backlog_events = 0  # messages that nothing replaces
+        self.took_sec = 0.0  # monotonic: when the transport last had room again
         self.reached_sec = 0.0  # monotonic: when the hub took what was last written out of it, or first put into it
         self.slow = False  # it has been behind by more than the soft mark, and has not caught up since
         self.missed: dict[str, int] = {}  # type -> left out since the last notice
@@ -6035,6 +6049,7 @@ class Subscriber:
     def flush(self) -> None:
         """The transport has room again: say what was left out, then send what waits, oldest first."""
         self.paused = False
+        self.took_sec = time.monotonic()
         if self.missed and not self.gone:
             notice = json_bytes({"type": "skipped", "counts": self.missed})
             self.missed = {}
@@ -6101,6 +6116,7 @@ class Hub:
         self.remember = False  # whether `recent` is kept: from the first stream on
         self.sent_total = 0  # by clients that have left
         self.skipped_total = 0  # by clients that have left
+        self._held_since_sec = 0.0  # monotonic: since when the bus waits without a break; 0 when it does not
         self.cut_off_total = 0  # clients that did not keep up
         self.changes = 0  # grows whenever a client comes, goes, subscribes or misses something
 
@@ -6161,6 +6177,24 @@ class Hub:
                 self._wanted.pop(message_type, None)
             if count == 0 or (count == 1 and step == 1):
                 self._on_wanted(message_type, count > 0)
+
+    def is_congested(self) -> bool:
+        """Whether the bus is to keep a burst for a moment, because many clients are behind although they read.
+
+        It then waits there, in order and whole, instead of being thinned out for everybody.  A pace, not a wait for a
+        client: one alone, or one that reads nothing, never counts, and after CLIENT_HOLD_SEC_MAX the bus is drained
+        whatever the clients do.
+        """
+        now_sec = time.monotonic()
+        behind = sum(
+            s.backlog_bytes > CLIENT_HOLD_BYTES and now_sec - s.took_sec < CLIENT_HOLD_SEC and not s.slow
+            for s in self.subscribers.values()
+        )
+        if behind < 2 or behind <= CLIENT_HOLD_PART * len(self.subscribers):
+            self._held_since_sec = 0.0
+            return False
+        self._held_since_sec = self._held_since_sec or now_sec
+        return now_sec - self._held_since_sec < CLIENT_HOLD_SEC_MAX
 
     def wants(self, message_type: str) -> bool:
         """Whether any client takes this type now."""
@@ -7066,22 +7100,19 @@ class APIService:
     async def _listen(self) -> None:
         settings = self.settings
         tls = _tls_context(settings.tls_cert, settings.tls_key) if settings.tls_cert else None
-        patience_sec = HTTP_HEAD_TIMEOUT_SEC if tls else None  # before it, `check` does not know the connection
         self._limit_connections()
         accept = connection_factory(self)
+        # The deadline of the first head counts from the end of the handshake; before that, the handshake has its own.
+        timing: dict[str, Any] = {"ssl": tls, "ssl_handshake_timeout": HTTP_HEAD_TIMEOUT_SEC} if tls else {}
         if settings.unix_path is not None:
-            unix = await asyncio.start_unix_server(
-                accept, sock=_unix_socket(settings.unix_path), ssl=tls, ssl_handshake_timeout=patience_sec
-            )
+            unix = await asyncio.start_unix_server(accept, sock=_unix_socket(settings.unix_path), **timing)
             self._unix_identity = _file_identity(settings.unix_path)
             self._servers.append(unix)
             self.url = f"unix:{settings.unix_path}"
         if settings.port is not None:
             listener = _tcp_socket(settings.host, settings.port)
-            server = await asyncio.start_server(
-                accept, sock=listener, ssl=tls, ssl_handshake_timeout=patience_sec, backlog=LISTEN_BACKLOG
-            )
-            self._servers.append(server)
+            self._servers.append(await asyncio.start_server(accept, sock=listener, backlog=ACCEPT_MAX, **timing))
+            listener.listen(LISTEN_BACKLOG)  # asyncio has one number for both: what waits, and what a turn accepts
             self.url = _url("https" if tls else "http", settings.host, listener.getsockname()[1])
 
     def _limit_connections(self) -> None:
@@ -7096,6 +7127,7 @@ class APIService:
         topics = (b"",) if self._recorder else CORE_TOPICS
         for prefix in topics:
             self.source.subscribe(prefix)
+        self.source.is_held = self.hub.is_congested
         self.source.start(self._deliver, self._notify)
 
     async def stop(self) -> None:
@@ -7362,7 +7394,7 @@ class APIService:
             else:
                 self._check(connection, request)
                 if request.method == "OPTIONS":
-                    return self.preflight(request)
+                    return self._answered(connection, request, None, self.preflight(request))
                 route = self.router.match(request.method, self._routed_path(request))
                 if route.needs_token and self.settings.token is not None:
                     check_token(request, self.settings.token.encode())
@@ -7370,8 +7402,7 @@ class APIService:
             response = route.handler(self, connection, request)
         except HTTPError as error:
             response = error_response(error, request.arg("pretty") is not None)
-        self._log_access(connection, request, route, 101 if response is None else response.status)
-        return self._finish(request, response)
+        return self._answered(connection, request, route, response)
 
     def received(self, connection: Connection, message: TextMessage | BinaryMessage) -> None:
         """A message of the /ws protocol: subscribe, unsubscribe or ping."""
@@ -7396,13 +7427,17 @@ class APIService:
         is_file = request.path.startswith("/static/") or request.path == FAVICON_PATH
         return STATIC_ROUTE if is_file else request.path
 
-    def _finish(self, request: Request, response: Response | None) -> Response | None:
-        """304 for what the client already has (RFC 9110 section 13.1.2)."""
+    def _answered(
+        self, connection: Connection, request: Request, route: Route | None, response: Response | None
+    ) -> Response | None:
+        """The answer as it goes out, counted: 304 for what the client already has (RFC 9110 section 13.1.2)."""
         wanted = request.headers.get("if-none-match")
-        if wanted is None or response is None or response.status != 200:
-            return response
-        etag = dict(response.headers).get("ETag", "")
-        return not_modified(response) if etag_matches(wanted, etag) else response
+        if wanted is not None and response is not None and response.status == 200:
+            etag = dict(response.headers).get("ETag", "")
+            response = not_modified(response) if etag_matches(wanted, etag) else response
+        switched = 101 if request.wants_upgrade else 200  # to a WebSocket; to an endless answer
+        self._log_access(connection, request, route, switched if response is None else response.status)
+        return response
 
     def headers_for(self, request: Request) -> HeaderList:
         """What an answer says beside its own headers: the cookie of a page opened with a token, CORS."""
@@ -8853,6 +8888,8 @@ def run_client(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     """
     command, *words = argv
     run = {"get": _run_get, "watch": _run_watch, "top": _run_top}[command]
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # JSON is UTF-8, whatever the locale
     try:
         return run(words, environ)
     except KeyboardInterrupt:  # how one leaves them

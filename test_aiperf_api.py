@@ -5298,6 +5298,7 @@ class TestBoundSources(ServiceTestCase):
         with tempfile.TemporaryDirectory() as folder:
             for address in ("tcp://127.0.0.1:*", f"ipc://{folder}/bus"):
                 source = aiperf_api.bus_source(address, "bind", bind=True, backend="pyzmq")
+                self.assertEqual(source.backend, "pyzmq")
                 service = await self.serve(source=source)
                 context = zmq.Context()
                 self.addCleanup(context.destroy, 0)
@@ -5602,6 +5603,68 @@ class TestSlowClients(HubTestCase):
         self.assertEqual(self.hub.totals(), (1, 3))
 
 
+class TestHoldingTheBus(HubTestCase):
+    """A burst that is more than everybody can take waits on the bus; nobody's fault alone holds it up."""
+
+    def behind(self, transport: PipeTransport, *, reads: bool) -> None:
+        """Put it behind by more than the hold mark; one that reads has taken something just now."""
+        assert transport.subscriber is not None
+        if reads:
+            transport.take(transport.HIGH)
+        transport.subscriber.took_sec = time.monotonic() if reads else 0.0
+
+    def crowd(self, count: int) -> list[PipeTransport]:
+        clients = [self.client() for _ in range(count)]
+        for _ in range(20):
+            self.send("S", size=aiperf_api.CLIENT_HOLD_BYTES // 10)
+        for transport in clients:
+            transport.subscriber.took_sec = 0.0  # type: ignore[union-attr]
+        return clients
+
+    def test_nobody_behind_no_hold(self) -> None:
+        self.assertFalse(self.hub.is_congested())
+        self.client()
+        self.send("S")
+        self.assertFalse(self.hub.is_congested())
+
+    def test_several_that_read_and_are_behind_hold_the_bus_until_they_have_caught_up(self) -> None:
+        clients = self.crowd(50)
+        self.assertFalse(self.hub.is_congested(), "none of them reads")
+        for transport in clients[:2]:
+            self.behind(transport, reads=True)
+        self.assertTrue(self.hub.is_congested())
+        clients[0].take_all()
+        self.assertFalse(self.hub.is_congested(), "one alone does not")
+
+    def test_slow_ones_do_not_hold_the_bus(self) -> None:
+        clients = self.crowd(3)
+        self.now += aiperf_api.CLIENT_SOFT_MARK_SEC + 1
+        self.send("S", "e")
+        for transport in clients:
+            self.behind(transport, reads=True)
+            transport.subscriber.slow = True  # type: ignore[union-attr]
+        self.assertFalse(self.hub.is_congested())
+
+    def test_one_alone_never_does(self) -> None:
+        [transport] = self.crowd(1)
+        self.behind(transport, reads=True)
+        self.assertFalse(self.hub.is_congested())
+
+    def test_it_ends_after_two_seconds_whatever_the_clients_do(self) -> None:
+        clients = self.crowd(2)
+        later = time.monotonic() + aiperf_api.CLIENT_HOLD_SEC_MAX + 0.1
+        for transport in clients:
+            self.behind(transport, reads=True)
+        self.assertTrue(self.hub.is_congested())
+        with unittest.mock.patch.object(aiperf_api.time, "monotonic", lambda: later):
+            for transport in clients:
+                transport.subscriber.took_sec = later  # type: ignore[union-attr]
+            self.assertFalse(self.hub.is_congested(), "they still read, and are still behind")
+        clients[0].take_all()
+        clients[1].take_all()
+        self.assertFalse(self.hub.is_congested())
+
+
 class TestStalls(unittest.TestCase):
     """Slow is not stalled: what counts is that bytes have left."""
 
@@ -5725,6 +5788,7 @@ class EchoServer:
         self.date = aiperf_api.http_date(0)
         self.read_buffer = memoryview(bytearray(aiperf_api.CONNECTION_READ_BYTES))
         self.message_bytes_max = message_bytes_max
+        self.read_buffer = memoryview(bytearray(aiperf_api.CONNECTION_READ_BYTES))
         self.connections: set[aiperf_api.Connection] = set()
         self.errors: list[Exception] = []
         self.url = ""
@@ -6838,8 +6902,8 @@ class TestTLS(WireTestCase):
             peer.close()
         self.assertEqual((await self.get(self.service, "/health")).status, 200)
 
-    async def test_a_handshake_that_does_not_come_ends_at_the_deadline_of_a_head(self) -> None:
-        with unittest.mock.patch.object(aiperf_api, "HTTP_HEAD_TIMEOUT_SEC", 0.2):
+    async def test_a_handshake_that_never_ends_is_ended(self) -> None:
+        with unittest.mock.patch.object(aiperf_api, "HTTP_HEAD_TIMEOUT_SEC", 0.05):
             self.service = await self.serve(tls_cert=self.certificate, tls_key=self.key)
         peer = await self.raw()
         self.assertEqual(await self.read_all(peer), b"")
@@ -6879,10 +6943,13 @@ class TestTLS(WireTestCase):
 class TestRecordingsThroughARealProxy(ServiceTestCase):
     """Every recorded run, published at full speed through zmq.proxy, ends as AIPerf said it ended."""
 
+    backend = "pyzmq"
+
     async def asyncSetUp(self) -> None:
         self.bus = Bus()
         self.addCleanup(self.bus.stop)
-        self.service = await self.serve(source=self.bus.address)
+        source = aiperf_api.bus_source(self.bus.address, "zmq", backend=self.backend)
+        self.service = await self.serve(source=source)
         await self.until(lambda: self.bus.has_subscribed(*aiperf_api.CORE_TOPICS))
 
     async def play(self, name: str) -> None:
@@ -7032,6 +7099,13 @@ class TestRecordingsThroughARealProxy(ServiceTestCase):
             [b"system_state_changed$", b'{"message_type":"system_state_changed","state":"configuring"}']
         )
         await self.until(lambda: self.service.status()["state"] == "configuring")
+
+
+@unittest.skipUnless(zmq, "needs the pyzmq package")
+class TestRecordingsThroughARealProxyToTheBuiltinSubscriber(TestRecordingsThroughARealProxy):
+    """The same with nothing but the standard library at our end."""
+
+    backend = "builtin"
 
 
 class TestExpositionOfRecordings(unittest.TestCase):
@@ -7558,6 +7632,24 @@ class TestManners(ServiceTestCase):
         self.assertRegex(first, r'^127\.0\.0\.1:\d+ "GET /api/status\?token=\*\*\*&x=%0d%0a" 200 "curl\\" 200 \\""$')
         self.assertLess(len(second), 600)
         self.assertRegex(second, r'^127\.0\.0\.1:\d+ "GET /y{190,}\.\.\." 404 "a{190,}\.\.\."$')
+
+    async def test_requests_are_counted_by_what_was_answered(self) -> None:
+        service = await self.serve()
+        etag = (await self.get(service, "/openapi.json")).headers["etag"]
+        await self.get(service, "/openapi.json", headers={"If-None-Match": etag})
+        await self.get(service, "/nothing")
+        await self.get(service, "/api", method="OPTIONS")
+        await self.listen(service, "*")
+        stream = await self.client(service)
+        stream.send(b"GET /api/stream HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        await stream.read_answer("HEAD")
+        text = (await self.get(service, "/metrics")).body.decode()
+        counted = re.findall(
+            r'^aiperf_api_http_requests_total\{route="(\w+)",status="(\d+)"\} (\d+)$', text, re.MULTILINE
+        )
+        expected = [("openapi", "200"), ("openapi", "304"), ("none", "404"), ("none", "204")]
+        expected += [("websocket", "101"), ("stream", "200")]
+        self.assertEqual(sorted(counted), sorted((*one, "1") for one in expected))
 
     async def test_nothing_is_logged_of_requests_at_the_usual_level(self) -> None:
         service = await self.serve()
@@ -8374,13 +8466,46 @@ class TestTokens(WireTestCase):
 
 
 @unittest.skipUnless(zmq, "needs the pyzmq package")
+class TestAHeldBus(ServiceTestCase):
+    """While the service holds its source, messages wait on the bus; then all come, in order."""
+
+    async def check(self, backend: str) -> None:
+        bus = Bus()
+        self.addCleanup(bus.stop)
+        service = await self.serve(source=aiperf_api.bus_source(bus.address, "zmq", backend=backend))
+        await self.until(lambda: bus.has_subscribed(*aiperf_api.CORE_TOPICS))
+        listener = await self.listen(service, "status")
+        await self.until(lambda: bus.has_subscribed(b"status$"))
+        held, looks = True, []
+
+        def is_held() -> bool:
+            looks.append(held)
+            return held
+
+        service.source.is_held = is_held
+        for n in range(1500):
+            bus.publish(b"status$", b'{"message_type":"status","n":%d}' % n)
+        await self.until(lambda: len(looks) > 3)
+        self.assertEqual(service.bus.messages, 0)
+        held = False
+        self.assertEqual([(await listener.hear())["n"] for _ in range(1500)], list(range(1500)))
+
+    async def test_pyzmq(self) -> None:
+        await self.check("pyzmq")
+
+    async def test_builtin(self) -> None:
+        await self.check("builtin")
+
+
+@unittest.skipUnless(zmq, "needs the pyzmq package")
 class TestReplicas(ServiceTestCase):
     """Two servers on one bus say the same: that is how users scale out."""
 
     async def test_two_replicas_answer_identically(self) -> None:
         bus = Bus()
         self.addCleanup(bus.stop)
-        replicas = [await self.serve(source=bus.address) for _ in range(2)]
+        sources = [aiperf_api.bus_source(bus.address, "zmq", backend=backend) for backend in ("pyzmq", "builtin")]
+        replicas = [await self.serve(source=source) for source in sources]
         await self.until(lambda: bus.has_subscribed(*aiperf_api.CORE_TOPICS))
         await self.until(lambda: all(replica.source.connected for replica in replicas))
         listeners = [await self.listen(replica, "realtime_metrics", "worker_status_summary") for replica in replicas]
@@ -8411,6 +8536,9 @@ class TestReplicas(ServiceTestCase):
 
 
 # == 15 == Command line ================================================================================================
+
+
+ONE_LINE = r"\Aaiperf-api: [^\n]+\n\Z"
 
 
 class TestCommandLine(unittest.TestCase):
@@ -8458,11 +8586,29 @@ class TestCommandLine(unittest.TestCase):
             ("--nonsense",),
             ("--api-port", "0", "stray"),
         )
+        done = self.run_program()
+        self.assertEqual((done.returncode, done.stdout), (2, ""), done.stderr)
+        self.assertRegex(done.stderr, ONE_LINE)
         for argv in cases:
-            with self.subTest(argv):
-                done = self.run_program(*argv)
-                self.assertEqual((done.returncode, done.stdout), (2, ""), done.stderr)
-                self.assertRegex(done.stderr, r"\Aaiperf-api: [^\n]+\n\Z")
+            with self.subTest(argv), unittest.mock.patch.dict(os.environ):
+                output, errors = io.StringIO(), io.StringIO()
+                with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+                    self.assertEqual(aiperf_api.main(argv), 2)
+                self.assertEqual(output.getvalue(), "")
+                self.assertRegex(errors.getvalue(), ONE_LINE)
+
+    def test_the_backend_is_as_asked_for(self) -> None:
+        asked = ("--api-port", "0", "--zmq-backend")
+        self.assertEqual(aiperf_api.parse_arguments([*asked, "builtin"], {}).source.backend, "builtin")
+        wanted = "pyzmq" if zmq else "builtin"
+        self.assertEqual(aiperf_api.parse_arguments([*asked, "auto"], {}).source.backend, wanted)
+        self.assertEqual(aiperf_api.parse_arguments(asked[:2], {}).source.backend, wanted)
+        if zmq:
+            self.assertEqual(aiperf_api.parse_arguments([*asked, "pyzmq"], {}).source.backend, "pyzmq")
+        with unittest.mock.patch.object(aiperf_api, "zmq", None):
+            self.assertEqual(aiperf_api.parse_arguments([*asked, "auto"], {}).source.backend, "builtin")
+            with self.assertRaisesRegex(aiperf_api.UsageError, "--zmq-backend pyzmq: pyzmq is not installed"):
+                aiperf_api.parse_arguments([*asked, "pyzmq"], {})
 
     def test_a_json_log_is_json_from_its_first_line_to_its_last(self) -> None:
         process, _ = self.start("--api-port", "0", "--demo", "--log-format", "json", "--log-level", "debug")
@@ -8557,6 +8703,7 @@ class TestClient(ServiceTestCase):
     """get, watch and top, against a server in the same process and against what is none."""
 
     async def asyncSetUp(self) -> None:
+        asyncio.get_running_loop().set_debug(False)  # the debug mode writes lines of its own to standard error
         self.service = await self.serve()
 
     async def call(self, *words: str, **environ: str) -> tuple[int, str, str]:
@@ -8715,6 +8862,15 @@ class TestClient(ServiceTestCase):
                 self.assertEqual((code, output), (2, ""))
                 self.assertRegex(errors, r"\Aaiperf-api: [^\n]+\n\Z")
         self.assertIn("did you mean status?", (await self.call("get", "statsu"))[2])
+
+    async def test_what_it_prints_is_utf_8_whatever_the_locale(self) -> None:
+        self.service.publish({"message_type": "worker_status_summary", "worker_statuses": {"w°": "idle"}})
+        for more in ((), ("--table",)):
+            with unittest.mock.patch.dict(os.environ, {"PYTHONIOENCODING": "ascii", "LC_ALL": "C"}):
+                process = await self.start("get", "workers", *more)
+            output, errors = await asyncio.wait_for(process.communicate(), 20)
+            self.assertEqual((process.returncode, errors), (0, b""))
+            self.assertIn("w°", output.decode())
 
     async def test_each_command_explains_itself(self) -> None:
         for command in aiperf_api.CLIENT_COMMANDS:
@@ -9127,8 +9283,8 @@ def needs_program(*names: str) -> Callable[[Any], Any]:
 class Program:
     """The server as its users start it, in a process of its own, on a port of its choice: `with Program(...) as url`."""
 
-    def __init__(self, *arguments: str) -> None:
-        self.command = [sys.executable, str(ROOT / "aiperf_api.py"), "--api-port", "0", *arguments]
+    def __init__(self, *arguments: str, program: Sequence[str] = (str(ROOT / "aiperf_api.py"),)) -> None:
+        self.command = [sys.executable, *program, "--api-port", "0", *arguments]
         self.lines: list[str] = []  # what it said before it was ready
 
     def __enter__(self) -> str:
@@ -9370,8 +9526,9 @@ class DocumentationTests(unittest.TestCase):
 
     def test_options_in_examples_exist(self) -> None:
         known = {option.flag for option in aiperf_api.OPTIONS} | {"--version", "--help"}
-        for line in re.findall(r"^.*(?:aiperf-api|aiperf_api\.py\S*) --.*$", self.text, re.MULTILINE):
-            ours = re.split(r"aiperf-api |aiperf_api\.py\S* ", line, maxsplit=1)[1].split(" -- ")[0]
+        program = r"(?:aiperf-api|(?<!test_)(?<!bench_)aiperf_api\.pyz?) "
+        for line in re.findall(rf"^.*{program}--.*$", self.text, re.MULTILINE):
+            ours = re.split(program, line, maxsplit=1)[1].split(" -- ")[0]
             with self.subTest(line):
                 self.assertLessEqual(set(re.findall(r"(?<!\S)--[a-z-]+", ours)), known)
 
@@ -9417,6 +9574,142 @@ class ReadmeSessionTests(unittest.TestCase):
             reader.close()
             shown = session.shown[:-1] if session.goes_on else session.shown
             self.assertEqual([masked(line.rstrip()) for line in lines], [masked(line) for line in shown])
+
+
+class BytePublisher:
+    """A publisher in the standard library: tells each subscriber the whole recording, once it has subscribed.
+
+    `with BytePublisher(sock, messages)`: the socket listens, or is connected to a bound subscriber.
+    """
+
+    def __init__(self, sock: socket.socket, messages: bytes) -> None:
+        self.sock = sock
+        self.messages = messages
+        self.thread = threading.Thread(target=self.run, daemon=True)
+
+    def __enter__(self) -> None:
+        self.thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(OSError):  # macOS: not connected
+            self.sock.shutdown(socket.SHUT_RDWR)
+        self.sock.close()
+        self.thread.join(20)
+
+    def run(self) -> None:
+        with contextlib.suppress(OSError):
+            if self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                peer, _ = self.sock.accept()
+                with peer:
+                    self.tell(peer)
+            else:
+                self.tell(self.sock)
+
+    def tell(self, peer: socket.socket) -> None:
+        peer.sendall(GREETING_4_3 + READY_XPUB)
+        heard = b""
+        while not heard.endswith(aiperf_api.CORE_TOPICS[-1]):
+            heard += peer.recv(65536)
+        peer.sendall(self.messages)
+        peer.recv(1)
+
+
+@unittest.skipUnless(RECORDINGS.is_dir(), "needs the recordings in .ci/")
+class TheProgramWithNothingInstalled(unittest.TestCase):
+    """Every source, with an interpreter that sees no package, and every form that the program is copied in."""
+
+    BARE = ("-I", "-S", str(ROOT / "aiperf_api.py"))
+    RUN = RUNS[0]
+
+    def check_end(self, url: str, kind: str, backend: str) -> None:
+        _, state, total, completed, errors, *_ = self.RUN
+        status = status_when(url, lambda status: status["state"] == state)
+        self.assertEqual((status["source"]["kind"], status["source"]["backend"]), (kind, backend))
+        progress = json.loads(fetched(url + "/api/progress"))
+        self.assertEqual((progress["total"], progress["completed"], progress["errors"]), (total, completed, errors))
+        self.assertIn('"final":true', fetched(url + "/api/metrics"))
+        self.assertRegex(fetched(url + "/metrics"), r"(?m)^aiperf_request_latency_ms\{.*quantile=\"0.5\"\} [0-9.]+$")
+
+    def messages(self) -> bytes:
+        return b"".join(zmtp_message(topic, payload) for _, topic, payload in wire_recording(self.RUN[0]))
+
+    def test_it_attaches_over_tcp(self) -> None:
+        for host in ("127.0.0.1", "localhost"):
+            sock = socket.create_server(("127.0.0.1", 0))
+            address = f"tcp://{host}:{sock.getsockname()[1]}"
+            program = Program("--zmq-address", address, program=self.BARE)
+            with self.subTest(address), BytePublisher(sock, self.messages()), program as url:
+                self.check_end(url, "zmq", "builtin")
+
+    @unittest.skipUnless(hasattr(socket, "AF_UNIX"), "needs Unix sockets")
+    def test_it_attaches_over_ipc(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            addresses = {"--zmq-ipc-path": (folder, f"{folder}/event_bus_proxy_backend.ipc", "ipc")}
+            if sys.platform.startswith("linux"):
+                name = f"aiperf-api-bare-{os.getpid()}"
+                addresses["--zmq-address"] = (f"ipc://@{name}", f"\0{name}", "zmq")
+            for option, (value, path, kind) in addresses.items():
+                sock = socket.socket(socket.AF_UNIX)
+                sock.bind(path)
+                sock.listen()
+                program = Program(option, value, program=self.BARE)
+                with self.subTest(option), BytePublisher(sock, self.messages()), program as url:
+                    self.check_end(url, kind, "builtin")
+
+    def test_publishers_connect_to_it(self) -> None:
+        with Program("--zmq-bind", "tcp://127.0.0.1:*", program=self.BARE) as url:
+            address = json.loads(fetched(url + "/api/status"))["source"]["address"]
+            sock = socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2])), timeout=20)
+            with BytePublisher(sock, self.messages()):
+                self.check_end(url, "bind", "builtin")
+
+    def test_it_replays(self) -> None:
+        recording = RECORDINGS / f"{self.RUN[0]}.jsonl.gz"
+        with Program("--replay", str(recording), "--replay-speed", "0", program=self.BARE) as url:
+            self.check_end(url, "replay", "")
+
+    def test_the_module_alone_serves_all_but_the_pages(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            alone = shutil.copy(ROOT / "aiperf_api.py", folder)
+            recording = RECORDINGS / f"{self.RUN[0]}.jsonl.gz"
+            arguments = ("--replay", str(recording), "--replay-speed", "0")
+            with Program(*arguments, program=("-I", "-S", alone)) as url:
+                self.check_end(url, "replay", "")
+                self.assertIn("static", fetched(url + "/"))
+                for path in ("/api", "/api/docs", "/openapi.json", "/asyncapi.json", "/api/workers", "/api/results"):
+                    self.assertTrue(json.loads(fetched(url + path)), path)
+
+    def test_a_demo_without_its_recording_and_a_backend_that_is_not_there_are_one_line(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            alone = shutil.copy(ROOT / "aiperf_api.py", folder)
+            for arguments, reason in ((("--demo",), "demo"), (("--zmq-backend", "pyzmq"), "pyzmq is not installed")):
+                done = subprocess.run(
+                    [sys.executable, "-I", "-S", alone, "--api-port", "0", *arguments],
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                    timeout=30,
+                    check=False,
+                )
+                self.assertEqual(done.returncode, 2)
+                self.assertRegex(done.stderr, ONE_LINE)
+                self.assertIn(reason, done.stderr)
+
+    @needs_readme
+    @needs_demo
+    def test_the_one_file_that_the_readme_makes_has_its_pages_inside(self) -> None:
+        [session] = readme_sessions("zipapp")
+        with tempfile.TemporaryDirectory() as folder:
+            shutil.copy(ROOT / "aiperf_api.py", folder)
+            shutil.copytree(ROOT / "static", Path(folder) / "static")
+            command = session.command.replace("python3", shlex.quote(sys.executable))
+            subprocess.run(["sh", "-euc", command], cwd=folder, check=True, timeout=60)
+            moved = shutil.move(f"{folder}/aiperf_api.pyz", tempfile.mkdtemp(dir=folder))
+            with Program("--demo", "--replay-speed", "100", program=("-I", "-S", moved)) as url:
+                self.assertIn("<!doctype html>", fetched(url + "/dashboard").lower())
+                for path in re.findall(r"(?:src|href)=\"(static/[^\"]+)\"", fetched(url + "/dashboard")):
+                    fetched(f"{url}/{path}")
+                status_when(url, lambda status: status["state"] == "profiling")
 
 
 @needs_demo

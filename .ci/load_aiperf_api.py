@@ -411,7 +411,7 @@ async def churn(scale: float) -> None:
     bus = Bus()
     server = Server("--zmq-address", f"tcp://127.0.0.1:{bus.port}")
     await bus.wait_for(CORE)
-    await churn_round(server, bus, count // 5)  # until the allocator has what it keeps
+    await churn_round(server, bus, 8000)  # until the allocator has what it keeps
     await asyncio.sleep(3)
     before, descriptors = server.resident_kib(), server.descriptors()
     began = time.monotonic()
