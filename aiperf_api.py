@@ -166,8 +166,8 @@ BUS_POLL_INTERVAL_SEC = 0.02  # where the loop cannot watch a descriptor (Window
 REPLAY_PAUSE_SEC = 5  # between two rounds of a looped replay, so that the end can be looked at
 SECRETS_MAX = 64  # literals that are scrubbed wherever they turn up
 
-# The bus.  What libzmq does where nothing is configured is the precedent, except that libzmq bounds no message.
-BUS_FRAME_MAX = 256 * 1024 * 1024  # bytes of one frame, and of all frames of a message; beyond: error and reconnect
+# The bus without pyzmq.  What libzmq does where nothing is configured is the precedent; it bounds no message, though.
+BUS_FRAME_MAX = 256 * 1024 * 1024  # bytes of a frame, and of all frames of a message; beyond: reconnect; pyzmq's, too
 BUS_PARTS_MAX = 64  # frames of one message (the bus sends 2); beyond: error and reconnect
 BUS_COMMAND_MAX = 64 * 1024  # bytes of one ZMTP command (READY is the longest, about 50); beyond: error and reconnect
 BUS_BATCH_MAX = 256  # messages handed over in one turn of the loop; the rest waits for the next turn
@@ -210,7 +210,7 @@ LOG_QUOTE_CHARS_MAX = 200  # a quoted string of a peer; websockets 75; cut with 
 #
 #   AIPerfAPIError            everything this module raises on purpose
 #   ├── UsageError            the command line or an argument of APIService is wrong      exit code 2
-#   ├── StartError            the machine says no: port in use, file unreadable           exit code 1
+#   ├── StartError            the machine says no: port in use, address not ours          exit code 1
 #   ├── AskError              a server that `get`, `watch` or `top` asked says no          exit code 1
 #   ├── CommandError          the command behind `--` cannot be started                   exit code 126 or 127
 #   ├── JSONError             bytes that are not JSON
@@ -230,7 +230,7 @@ class UsageError(AIPerfAPIError):
 
 
 class StartError(AIPerfAPIError):
-    """The machine cannot do it (a port in use, a file that cannot be read); the exit code is 1."""
+    """The machine cannot do it (a port in use, an address that cannot be bound); the exit code is 1."""
 
 
 class AskError(AIPerfAPIError):
@@ -459,6 +459,7 @@ _CREDENTIAL_HINTS: tuple[tuple[bytes, tuple[bytes, ...]], ...] = (
     (b"headers", (b'headers"',)),
 )
 _URL_USERINFO = re.compile(r'(://)[^/\s"@]+@')  # RFC 3986 section 3.2.1
+_URL_PARAMETER = re.compile(r"(?<=[?&])([\w.-]+)=([^&#\s]*)")  # `?api-key=...`, as some gateways want it
 _BEARER_VALUE = re.compile(r"(bearer +)[\w.~+/=-]+", re.IGNORECASE)  # RFC 6750 section 2.1
 
 
@@ -523,10 +524,16 @@ def _redact_header(header: JSONValue, found: set[str] | None) -> JSONValue:
     return _hide(header, found)
 
 
+def _scrub_parameter(match: re.Match[str]) -> str:
+    return f"{match[1]}={REDACTED}" if match[2] and is_credential_key(match[1]) else match[0]
+
+
 def scrub_text(text: str, secrets: Iterable[str] = ()) -> str:
-    """A text without the known secrets, without user information in URLs, and without bearer tokens."""
+    """A text without the known secrets, without user information and credentials in URLs, and without bearer tokens."""
     for secret in secrets:
         text = text.replace(secret, REDACTED)
+    if "=" in text:
+        text = _URL_PARAMETER.sub(_scrub_parameter, text)
     return _BEARER_VALUE.sub(r"\1***", _URL_USERINFO.sub(r"\1***@", text))
 
 
@@ -572,7 +579,8 @@ def _may_hold_secret(payload: bytes, secrets: Sequence[str]) -> bool:
         any(root in lowered and any(_ends_key(end, lowered) for end in ends) for root, ends in _CREDENTIAL_HINTS)
         or b"bearer " in lowered
         or b"\\u00" in lowered
-        or (b"@" in payload and b"://" in payload)
+        or (b"@" in payload and (b"://" in payload or rb":\/" in payload))
+        or (b"=" in payload and b"?" in payload)
         or any(form in payload for secret in secrets for form in _escaped_forms(secret))
     )
 
@@ -3077,7 +3085,7 @@ class SeriesGroup:
             self._thin()
 
     def _set_last(self, tag: str, row: Mapping[str, Any]) -> None:
-        self.about[tag] = (text_or(row.get("unit"), ""), text_or(row.get("header"), tag))
+        about = (text_or(row.get("unit"), ""), text_or(row.get("header"), tag))
         for stat, value in row.items():
             if not is_number(value):
                 continue
@@ -3085,7 +3093,7 @@ class SeriesGroup:
             if column is None and len(self.columns) < HISTORY_MAX_SERIES:
                 column = self.columns[tag, stat] = array("d", [math.nan]) * len(self.times)
             if column is not None:
-                column[-1] = value
+                column[-1], self.about[tag] = value, about
 
     def _thin(self) -> None:
         """Drop every second point. Where messages come less often than points may be taken, their pace counts."""
@@ -4166,6 +4174,7 @@ class PyzmqBusSource(Source):
         options = {
             zmq.LINGER: 0,
             zmq.IPV6: 1,
+            zmq.MAXMSGSIZE: BUS_FRAME_MAX,
             zmq.RCVHWM: BUS_QUEUE_MESSAGES_MAX,  # before connecting: it has no effect afterwards
             zmq.RECONNECT_IVL: BUS_RECONNECT_MIN_MS,
             zmq.RECONNECT_IVL_MAX: BUS_RECONNECT_MAX_MS,
@@ -5000,14 +5009,21 @@ class ReplaySource(Source):
             self._set_clock(self._next[0], self._speed)
         self._timer = self._event_loop.call_soon(self._turn)
 
+    def _begin_again(self) -> None:
+        try:
+            self._begin()
+        except UsageError as error:  # the file has gone meanwhile
+            self.connected = False
+            self._notify(f"the replay has ended: {error}")
+
     def _read(self, file: IO[bytes]) -> Iterator[tuple[int, list[bytes]]]:
         """(time in ns, frames) of each line; a line that is none ends the recording with a word in the log."""
         number = 1
         try:
             for line in file:
                 record = json_load(line)
-                number += 1
                 yield int(record["t"]), [record["topic"].encode(), record["payload"].encode()]
+                number += 1
         except (JSONError, LookupError, TypeError, ValueError, AttributeError, OSError, EOFError, zlib.error) as error:
             self._notify(f"{self.address}: line {number} cannot be read, the replay ends there: {error}")
 
@@ -5039,7 +5055,7 @@ class ReplaySource(Source):
     def _end(self) -> None:
         self._close()
         if self._repeat:
-            self._timer = self._event_loop.call_later(REPLAY_PAUSE_SEC, self._begin)
+            self._timer = self._event_loop.call_later(REPLAY_PAUSE_SEC, self._begin_again)
         else:
             self.connected = False
             self._notify(f"the replay of {self.address} has ended")
@@ -5582,7 +5598,7 @@ def _redact_word(word: str, expected: str, found: set[str]) -> tuple[str, str]:
     """(the word, redacted; what the next word is expected to be: "secret", "header" or "")."""
     if expected == "secret" and not word.startswith("--"):
         return str(_hide(word, found)), ""
-    if expected == "header" and not word.startswith("-"):
+    if expected == "header" and not word.startswith(("-", "http://", "https://")):
         return _redact_header_word(word, found), "header"
     if not word.startswith("-"):
         return _redact_plain_word(word, found), ""
@@ -5656,7 +5672,6 @@ def _redact_script(word: str, found: set[str]) -> str:
 
 
 _URL_PASSWORD = re.compile(r"(?:(?<=//)|(?<![^\s=]))([^\s/@:]*:)([^\s/@]+)(?=@)")
-_URL_PARAMETER = re.compile(r"(?<=[?&])([\w.-]+)=([^&#\s]*)")
 
 
 def _redact_urls(text: str, found: set[str]) -> str:
@@ -6192,6 +6207,10 @@ class Hub:
     def wants(self, message_type: str) -> bool:
         """Whether any client takes this type now."""
         return message_type in self._wanted or "*" in self._wanted
+
+    def names(self, message_type: str) -> bool:
+        """Whether any client takes this type by its name (`*` is one, too)."""
+        return message_type in self._wanted
 
     # -- Messages --
 
@@ -6846,7 +6865,7 @@ def _tcp_socket(host: str, port: int) -> socket.socket:
         both = family == socket.AF_INET6 and host == "::" and socket.has_dualstack_ipv6()
         return socket.create_server(address[:2], family=family, backlog=LISTEN_BACKLOG, dualstack_ipv6=both)
     except (OSError, UnicodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not a host name"
+        reason = str(error.strerror).partition(" (while ")[0] if isinstance(error, OSError) else "not a host name"
         raise StartError(f"cannot listen on {printable(host)} port {port}: {reason}") from None
 
 
@@ -6946,16 +6965,6 @@ def _source_of(source: str | Source | None) -> Source:
     if isinstance(source, str):
         return bus_source(source, source.partition("://")[0])
     return source
-
-
-def check_bus_json(payload: bytes) -> None:
-    """BusMessageError unless the payload is a JSON object: what nobody else has looked at does not go to clients."""
-    try:
-        value = json_load(payload)
-    except JSONError as error:
-        raise BusMessageError("not_json", str(error)) from None
-    if not isinstance(value, dict):
-        raise BusMessageError("not_an_object", "a JSON value that is not an object")
 
 
 def _describe(route: Route) -> dict[str, Any]:
@@ -7193,6 +7202,7 @@ class APIService:
         Raises:
             ValueError: it has no `message_type`.
         """
+        assert self._complete is not None, "start() comes first"
         message_type = message.get("message_type")
         if not isinstance(message_type, str) or not message_type:
             raise ValueError("a message needs a message_type")
@@ -7208,8 +7218,9 @@ class APIService:
             except BusMessageError as error:
                 self._count_bad(error)
             except Exception as error:  # a fault of ours must not stop the bus
-                log.error("a bus message was dropped: %s", printable(repr(error)), exc_info=error)
-                self._count_bad(BusMessageError("internal", "internal error"))
+                if self.bus.count_error("internal"):
+                    text = printable(repr(error))
+                    log.error("a bus message was dropped, further ones are only counted: %s", text, exc_info=error)
         self._send_taken()
 
     def _send_taken(self) -> None:
@@ -7229,11 +7240,11 @@ class APIService:
         if is_wanted or self._recorder is not None or message_type not in METRICS_MESSAGE_TYPES:
             payload = self._scrub(payload)
         change = self.state.apply(message_type, payload, now_ns)
-        self.bus.count(message_type, now_ns)
         if change:
             self._follow(change)
         if self._recorder is not None:
             self._record(now_ns, topic, payload)
+        self.bus.count(message_type, now_ns)
         if is_wanted:
             payload = self._prepare(message_type, payload)
         return message_type, payload, message_type in STATE_MESSAGE_TYPES
@@ -7264,7 +7275,7 @@ class APIService:
         if message_type == "realtime_metrics":
             payload = forwardable_realtime_metrics(payload)
         elif message_type not in CORE_MESSAGE_TYPES or message_type in METRICS_MESSAGE_TYPES:
-            check_bus_json(payload)
+            read_message(payload)  # what nobody has looked at does not go to clients
         return json_bytes(json_load(payload)) if b"\n" in payload or b"\r" in payload else payload
 
     def _follow(self, change: Change) -> None:
@@ -7283,6 +7294,7 @@ class APIService:
             log.warning("bad bus message (%s), further ones are only counted: %s", error.kind, printable(str(error)))
 
     def _record(self, now_ns: int, topic: bytes, payload: bytes) -> None:
+        read_message(payload)  # nobody may have looked at it before
         recorder = self._recorder
         if recorder is not None:
             self._record_safely(lambda: recorder.write(now_ns, topic.decode(), payload))
@@ -7352,7 +7364,7 @@ class APIService:
     def _release_held(self, now_sec: float) -> None:
         for message_type in [name for name, until_sec in self._held.items() if now_sec > until_sec]:
             del self._held[message_type]
-            if not any(message_type in client.asked for client in self.hub.subscribers.values()):
+            if not self.hub.names(message_type):
                 self._order(message_type, False)
 
     def _notify(self, line: str) -> None:
@@ -7971,8 +7983,6 @@ def _messages_of(channel: str, names: Iterable[str]) -> dict[str, Any]:
 
 # -- The endpoints -----------------------------------------------------------------------------------------------------
 
-Handler = Callable[[APIService, Connection, Request], Optional[Response]]
-
 
 def _etag(body: bytes) -> tuple[str, str]:
     """Weak, because the same text may go out compressed (RFC 9110 section 8.8.1)."""
@@ -8439,6 +8449,8 @@ def parse_arguments(argv: Sequence[str], environ: Mapping[str, str]) -> Argument
         raise UsageError("--api-host needs --api-port")
     if port is None and unix_path is None:
         raise UsageError("nothing to serve on: give --api-port PORT (or --api-unix PATH); --help lists everything")
+    _check_record(given)
+    most = given.number("--ws-max-connections", 0, 1_000_000, whole=True)
     settings = Settings(
         host=(given.text("--api-host") or "127.0.0.1").strip("[]"),
         port=None if port is None else int(port),
@@ -8448,7 +8460,7 @@ def parse_arguments(argv: Sequence[str], environ: Mapping[str, str]) -> Argument
         cors_origins=given.texts("--cors-origin"),
         tls_cert=_existing_file(given, "--tls-cert"),
         tls_key=_existing_file(given, "--tls-key"),
-        ws_max_connections=int(given.number("--ws-max-connections", 0, 1_000_000, whole=True) or WS_CONNECTIONS_MAX),
+        ws_max_connections=WS_CONNECTIONS_MAX if most is None else int(most),
         linger_sec=given.number("--linger", 0, 1e9, whole=False),
         secrets=tuple(secrets_from_argv(command, environ)),
     )
@@ -8475,6 +8487,13 @@ def _split_command(argv: Sequence[str]) -> tuple[Sequence[str], tuple[str, ...]]
     if not argv[place + 1 :]:
         raise UsageError("a command belongs behind --")
     return argv[:place], tuple(argv[place + 1 :])
+
+
+def _check_record(given: _Given) -> None:
+    """A recording is written from its beginning: not over the one that is being played."""
+    record, played = given.text("--record"), given.text("--replay")
+    if record and played and os.path.exists(record) and os.path.exists(played) and os.path.samefile(record, played):
+        raise UsageError(f"--record {printable(record)}: that is the recording to be replayed")
 
 
 def _no_source(given: _Given) -> Source:
@@ -8907,7 +8926,9 @@ def _run_get(words: Sequence[str], environ: Mapping[str, str]) -> int:
     names = _answers()
     parser = _ClientParser("get", "Print an answer of the server as JSON, or as a table.", environ)
     parser.add_argument("name", metavar="NAME", help=f"one of: {', '.join(sorted(names))}")
-    parser.add_argument("arguments", metavar="KEY=VALUE", nargs="*", help="arguments, such as tag=request_latency")
+    parser.add_argument(
+        "arguments", metavar="KEY=VALUE", nargs="*", default=[], help="arguments, such as tag=request_latency"
+    )
     parser.add_argument("--table", action="store_true", help="columns for people instead of JSON")
     given, remote = _parse_client(parser, words)
     if given.name not in names:
@@ -8988,7 +9009,9 @@ def _looks_numeric(cell: str) -> bool:
 
 def _run_watch(words: Sequence[str], environ: Mapping[str, str]) -> int:
     parser = _ClientParser("watch", "Print messages of the bus, a line each, for as long as there are some.", environ)
-    parser.add_argument("types", metavar="TYPE", nargs="*", help="message types, such as realtime_metrics; all without")
+    parser.add_argument(
+        "types", metavar="TYPE", nargs="*", default=[], help="message types, such as realtime_metrics; all without"
+    )
     parser.add_argument("--once", action="store_true", help="end with the connection instead of connecting again")
     given, remote = _parse_client(parser, words)
     for name in given.types:

@@ -771,6 +771,13 @@ class TestSecrets(unittest.TestCase):
         shown = b'{"url":"http://***@host:1/x","e":"sent Authorization: Bearer ***"}'
         self.assertEqual(aiperf_api.scrub_json(payload), shown)
 
+    def test_credentials_among_the_parameters_of_a_url(self) -> None:
+        payload = b'{"urls":["https://gw/v1?api-key=a1b2&model=m#x","gw:80/?token="]}'
+        shown = b'{"urls":["https://gw/v1?api-key=***&model=m#x","gw:80/?token="]}'
+        self.assertEqual(aiperf_api.scrub_json(payload), shown)
+        self.assertEqual(aiperf_api.scrub_json(rb'["gw:80?api_key=a1b2"]'), b'["gw:80?api_key=***"]')
+        self.assertEqual(aiperf_api.scrub_json(rb'["http:\/\/u:p@h"]'), b'["http://***@h"]')
+
 
 # == 4 == WebSocket codec ==============================================================================================
 
@@ -3422,6 +3429,12 @@ class HistoryTests(unittest.TestCase):
         series = (self.state.history(["request_latency"]) or {})["series"]
         self.assertEqual([(one["stat"], one["unit"]) for one in series], [("avg", "ms"), ("count", "")])
 
+    def test_ever_new_tags_do_not_fill_the_memory(self) -> None:
+        group = aiperf_api.SeriesGroup()
+        for number in range(aiperf_api.HISTORY_MAX_SERIES + 100):
+            group.sample(BASE_NS + number * 10**9, {f"t{number}": {"avg": 1.0}})
+        self.assertEqual((len(group.columns), len(group.about)), (aiperf_api.HISTORY_MAX_SERIES,) * 2)
+
     def test_what_is_unknown_is_none(self) -> None:
         self.send_metrics(BASE_NS, {"tag": "t", "avg": 1})
         for tags, stats in ((["x"], []), (["t", "x"], []), (["t"], ["max"])):
@@ -4927,6 +4940,12 @@ class TheConfigurationOfACommandLine(unittest.TestCase):
 class CredentialsOnACommandLineAreHidden(unittest.TestCase):
     KEY = "sk-proj-4f9d8e7c6b5a"
 
+    def test_the_url_behind_a_header_is_no_header(self) -> None:
+        words, found = ["curl", "-H", "X-Key: k3y-0123456789abcdef", "http://127.0.0.1:8000/v1/models"], set()
+        shown = ["curl", "-H", "X-Key: ***", "http://127.0.0.1:8000/v1/models"]
+        self.assertEqual(aiperf_api.redact_command(words, found), shown)
+        self.assertEqual(found, {"k3y-0123456789abcdef"})
+
     def test_in_every_place_where_one_can_stand(self) -> None:
         for words, shown in (
             (["--api-key", self.KEY], ["--api-key", "***"]),
@@ -5235,6 +5254,35 @@ class TestReplayAndRecord(ServiceTestCase):
                 service = await self.serve(source=aiperf_api.ReplaySource("x", speed=0, data=data))
                 await self.ended(service)
                 self.assertIn("cannot be read", logs.output[0])
+
+    async def test_a_line_without_its_fields_is_named_by_its_number(self) -> None:
+        with tempfile.TemporaryDirectory() as directory:
+            path = pathlib.Path(directory, "r.jsonl")
+            path.write_text('{"t":1,"topic":"status$","payload":"{}"}\n{"t":2}\n')
+            with log_lines() as lines:
+                await self.ended(await self.serve(source=aiperf_api.ReplaySource(str(path), speed=0)))
+        self.assertIn("line 2 cannot be read", lines[0])
+
+    async def test_a_loop_whose_file_has_gone_ends_with_a_word(self) -> None:
+        with tempfile.TemporaryDirectory() as directory, log_lines() as lines:
+            path = pathlib.Path(directory, "r.jsonl")
+            path.write_text('{"t":1,"topic":"status$","payload":"{}"}\n')
+            with unittest.mock.patch.object(aiperf_api, "REPLAY_PAUSE_SEC", 0.05):
+                service = await self.serve(source=aiperf_api.ReplaySource(str(path), speed=0, loop=True))
+                path.unlink()
+                await self.ended(service)
+        self.assertEqual([line for line in lines if "the replay has ended" not in line], [])
+
+    async def test_what_is_no_json_is_not_recorded_but_counted(self) -> None:
+        with tempfile.TemporaryDirectory() as directory, log_lines() as lines:
+            path = pathlib.Path(directory, "r.jsonl")
+            service = await self.serve(record=str(path))
+            for payload in (b"\xff", b"\xff", b"nonsense", b'{"n":1}'):
+                service._deliver([[b"home_made$", payload]])
+            await service.stop()
+            self.assertEqual([json.loads(line)["payload"] for line in path.read_text().splitlines()], ['{"n":1}'])
+        self.assertEqual((service.bus.messages, service.bus.errors), (1, {"not_json": 3}))
+        self.assertEqual(len(lines), 1)
 
     async def test_a_loop_begins_again_from_empty(self) -> None:
         with unittest.mock.patch.object(aiperf_api, "REPLAY_PAUSE_SEC", 0):
@@ -8040,6 +8088,16 @@ class TestStreams(ServiceTestCase):
         listener.close()
         await self.until(lambda: b"heartbeat$" not in source.topics)
 
+    async def test_what_was_held_is_dropped_though_a_client_of_everything_had_named_it(self) -> None:
+        source = SpySource()
+        service = await self.serve(source=source)
+        await self.listen(service, "*", "home_made")
+        stream = await self.open(service, "?types=home_made")
+        stream.close()
+        await self.until(lambda: service._held)
+        service._release_held(time.monotonic() + 3600)
+        self.assertNotIn(b"home_made$", source.topics)
+
 
 class SpySource(aiperf_api.Source):
     """A source that brings nothing and remembers what was asked of it."""
@@ -8267,6 +8325,14 @@ class TestSecurity(WireTestCase):
             self.assertNotIn("set-cookie", answer.headers)
             self.assertEqual(answer.headers["content-type"], "application/json")
             self.assertNotIn(b"<", answer.body)
+
+    async def test_a_fault_of_ours_in_a_bus_message_is_logged_once_and_counted(self) -> None:
+        with unittest.mock.patch.object(self.service.state, "apply", side_effect=RuntimeError("oops")):
+            for _ in range(3):
+                self.service.publish({"message_type": "status"})
+        self.assertEqual(self.service.bus.errors, {"internal": 3})
+        self.assertEqual(len(self.log), 1)
+        self.log.clear()
 
     async def test_html_in_the_name_of_a_metric_stays_data(self) -> None:
         name = "<img src=x onerror=alert(1)>"
@@ -8561,11 +8627,23 @@ class TestCommandLine(unittest.TestCase):
         self.assertNotIn("s3cret-token", rest)
         self.assertRegex(access["message"], r'"GET /api/status\?token=\*\*\*&x=%22" 200 ".*"$')
 
+    def test_no_streaming_client_at_all_may_be_asked_for(self) -> None:
+        arguments = aiperf_api.parse_arguments(["--api-port", "0", "--ws-max-connections", "0"], {})
+        self.assertEqual(arguments.settings.ws_max_connections, 0)
+
+    def test_a_recording_is_not_written_over_the_one_that_is_played(self) -> None:
+        with tempfile.TemporaryDirectory() as directory:
+            path, link = pathlib.Path(directory, "r.jsonl"), pathlib.Path(directory, "same.jsonl")
+            path.write_text("precious")
+            link.symlink_to(path)
+            done = self.run_program("--api-port", "0", "--replay", str(path), "--record", str(link))
+            self.assertEqual((done.returncode, path.read_text()), (2, "precious"))
+
     def test_a_port_in_use_is_one_line_and_exit_1(self) -> None:
         with socket.create_server(("127.0.0.1", 0)) as taken:
             done = self.run_program("--api-port", str(taken.getsockname()[1]), "--demo")
         self.assertEqual(done.returncode, 1)
-        self.assertRegex(done.stderr, r"\Aaiperf-api: cannot listen on [^\n]+\n\Z")
+        self.assertRegex(done.stderr, r"\Aaiperf-api: cannot listen on 127.0.0.1 port \d+: Address already in use\n\Z")
 
     def test_help_and_version(self) -> None:
         shown = self.run_program("--help")
