@@ -5629,17 +5629,17 @@ class TestHoldingTheBus(HubTestCase):
         self.send("S")
         self.assertFalse(self.hub.is_congested())
 
-    def test_several_that_read_and_are_behind_hold_the_bus_until_they_have_caught_up(self) -> None:
+    def test_most_of_those_that_read_and_are_behind_hold_the_bus_until_they_have_caught_up(self) -> None:
         clients = self.crowd(50)
         self.assertFalse(self.hub.is_congested(), "none of them reads")
-        for transport in clients[:2]:
+        for transport in clients[:25]:
             self.behind(transport, reads=True)
         self.assertTrue(self.hub.is_congested())
         clients[0].take_all()
-        self.assertFalse(self.hub.is_congested(), "one alone does not")
+        self.assertFalse(self.hub.is_congested(), "less than half of them do not")
 
     def test_slow_ones_do_not_hold_the_bus(self) -> None:
-        clients = self.crowd(3)
+        clients = self.crowd(20)
         self.now += aiperf_api.CLIENT_SOFT_MARK_SEC + 1
         self.send("S", "e")
         for transport in clients:
@@ -5647,13 +5647,13 @@ class TestHoldingTheBus(HubTestCase):
             transport.subscriber.slow = True  # type: ignore[union-attr]
         self.assertFalse(self.hub.is_congested())
 
-    def test_one_alone_never_does(self) -> None:
-        [transport] = self.crowd(1)
-        self.behind(transport, reads=True)
+    def test_a_few_never_do(self) -> None:
+        for transport in self.crowd(aiperf_api.CLIENT_HOLD_CLIENTS_MIN - 1):
+            self.behind(transport, reads=True)
         self.assertFalse(self.hub.is_congested())
 
     def test_it_ends_after_two_seconds_whatever_the_clients_do(self) -> None:
-        clients = self.crowd(2)
+        clients = self.crowd(10)
         later = time.monotonic() + aiperf_api.CLIENT_HOLD_SEC_MAX + 0.1
         for transport in clients:
             self.behind(transport, reads=True)
@@ -5662,8 +5662,8 @@ class TestHoldingTheBus(HubTestCase):
             for transport in clients:
                 transport.subscriber.took_sec = later  # type: ignore[union-attr]
             self.assertFalse(self.hub.is_congested(), "they still read, and are still behind")
-        clients[0].take_all()
-        clients[1].take_all()
+        for transport in clients:
+            transport.take_all()
         self.assertFalse(self.hub.is_congested())
 
 
