@@ -136,8 +136,8 @@ CLIENT_TYPES_MAX = 256  # message types of one client; an error answer
 CLIENT_WRITE_BYTES_MAX = 32 * 1024  # joined into one write; a longer message goes alone
 CLIENT_WRITE_MESSAGES_MAX = 256  # joined into one write
 CLIENT_SOFT_MARK_BYTES = 4 * 1024 * 1024  # behind by more, a client gets only the newest of each state message
-CLIENT_HOLD_BYTES = 256 * 1024  # most of many clients behind by more, though they read: the bus waits a moment
-CLIENT_HOLD_PART = 0.5  # of all clients is most of them ...
+CLIENT_HOLD_BYTES = 256 * 1024  # many clients behind by more, though they read: the bus waits a moment
+CLIENT_HOLD_PART = 0.05  # of all clients is many ...
 CLIENT_HOLD_CLIENTS_MIN = 8  # ... and fewer than these never hold the bus: a few slow ones are no reason to wait
 CLIENT_HOLD_SEC_MAX = 2  # in one go; then the bus is drained and the slow-client rules say who misses what
 CLIENT_HOLD_SEC = 1  # a client that has taken nothing for longer does not read, and nothing waits for it
@@ -6188,7 +6188,7 @@ class Hub:
                 self._on_wanted(message_type, count > 0)
 
     def is_congested(self) -> bool:
-        """Whether the bus is to keep a burst for a moment, because most clients are behind although they read.
+        """Whether the bus is to keep a burst for a moment, because many clients are behind although they read.
 
         It then waits there, in order and whole, instead of being thinned out for everybody.  A pace, not a wait for a
         client: a few slow ones never hold it up, one that reads nothing does not count, and after CLIENT_HOLD_SEC_MAX
