@@ -615,11 +615,12 @@ class TestSafety(PagesTestCase):
                 page.wait("aiperf.run.line.open")
         without = self.open(server.url + "dashboard", allowed="401")
         without.wait("document.body.textContent.includes('a token is needed')")
-        late = self.open(f"{server.url}dashboard?token=s3cret/%2B%3D", allowed="401|WebSocket|ERR_")
+        other = self.serve("--demo")
+        late = self.open(f"{other.url}dashboard?token=s3cret/%2B%3D", allowed="401|WebSocket|ERR_")
         late.wait_text("#connection", "Connected")
-        server.stop()
+        other.stop()
         os.environ["AIPERF_API_TOKEN"] = "another"
-        server.start()
+        other.start()
         late.wait("document.getElementById('token-dialog').open")  # the page asks for the new one
 
 
