@@ -7081,7 +7081,6 @@ class APIService:
         self._texts = {TEXT: CachedText() for TEXT in (CONTENT_TYPE_TEXT_0_0_4, CONTENT_TYPE_OPENMETRICS_1_0_0)}
         self._formats: dict[str | None, str] = {}  # Accept header -> media type of /metrics
         self._complete: asyncio.Event | None = None  # set while a run has ended
-        self._stopped: asyncio.Event | None = None  # set when stop() is done
         self._emptied: asyncio.Event | None = None  # set when the last connection has gone, while stopping
         if config is not None:
             self.configure(config, "file")
@@ -7098,7 +7097,7 @@ class APIService:
     async def start(self) -> None:
         """Listen, then begin to take messages: whoever asks early gets an answer, and nothing is missed."""
         self._loop = asyncio.get_running_loop()
-        self._complete, self._stopped = asyncio.Event(), asyncio.Event()
+        self._complete = asyncio.Event()
         self.started_ns = time.time_ns()
         self._sweep()
         try:
@@ -7166,8 +7165,6 @@ class APIService:
         if self.settings.unix_path is not None:
             _remove_socket(self.settings.unix_path, self._unix_identity)
         self._servers.clear()
-        if self._stopped is not None:
-            self._stopped.set()
 
     async def wait_complete(self) -> str:
         """Wait for the end of a run; its state: complete, cancelled or failed."""
