@@ -160,8 +160,11 @@ BUS_TYPES_MAX = 256  # message types and topics that are told apart; the names c
 BUS_TURN_MESSAGES_MAX = 256  # taken in one poll turn, before clients and requests have theirs
 BUS_TURN_BYTES_MAX = 1024 * 1024  # the same in bytes
 BUS_QUEUE_MESSAGES_MAX = 500  # ZMQ_RCVHWM, of any size each; libzmq 1000; beyond it TCP and the bus keep them
-BUS_RECONNECT_MIN_MS, BUS_RECONNECT_MAX_MS = 100, 2000  # between attempts, doubling; libzmq 100 and no growth
+# AIPerf's proxy is up for 0.6 s only before a run tells its configuration, once; a slower attempt would miss that.
+BUS_RETRY_MIN_SEC = 0.1  # before the first reconnect (ZMQ_RECONNECT_IVL, as libzmq); doubled each time, and some jitter
+BUS_RETRY_MAX_SEC = 0.2  # between reconnects at most
 BUS_HEARTBEAT_INTERVAL_MS, BUS_HEARTBEAT_TIMEOUT_MS = 5000, 15000  # ZMTP pings; libzmq none
+BUS_CONNECT_SEC = 10.0  # for the name and the connection; then the next attempt
 BUS_HOLD_SEC = 0.005  # between looks whether the clients have caught up
 BUS_POLL_INTERVAL_SEC = 0.02  # where the loop cannot watch a descriptor (Windows)
 REPLAY_PAUSE_SEC = 5  # between two rounds of a looped replay, so that the end can be looked at
@@ -174,12 +177,9 @@ BUS_COMMAND_MAX = 64 * 1024  # bytes of one ZMTP command (READY is the longest, 
 BUS_BATCH_MAX = 256  # messages handed over in one turn of the loop; the rest waits for the next turn
 BUS_PEERS_MAX = 1024  # publishers connected to a bound source; a further one is cut off
 BUS_SEND_MAX = 1024 * 1024  # bytes that a peer has left unread before it is cut off
-BUS_CONNECT_SEC = 10.0  # for the name and the connection; then the next attempt
 BUS_HANDSHAKE_SEC = 30.0  # from connection to READY (ZMQ_HANDSHAKE_IVL); then error and reconnect
 BUS_HEARTBEAT_SEC = 10.0  # of silence before a PING
 BUS_HEARTBEAT_MISSES = 3  # PINGs in a row that nothing followed; then error and reconnect
-BUS_RETRY_MIN_SEC = 0.1  # before the first reconnect (ZMQ_RECONNECT_IVL); doubled each time, a quarter of jitter
-BUS_RETRY_MAX_SEC = 2.0  # between reconnects at most
 BUS_PROVEN_SEC = 2.0  # a connection that lasted so long starts the back-off and the log lines afresh
 BUS_IPC_PATH_MAX = 107 if sys.platform.startswith("linux") else 103  # bytes of an ipc:// path: sun_path less its NUL
 
@@ -4177,8 +4177,9 @@ class PyzmqBusSource(Source):
             zmq.IPV6: 1,
             zmq.MAXMSGSIZE: BUS_FRAME_MAX,
             zmq.RCVHWM: BUS_QUEUE_MESSAGES_MAX,  # before connecting: it has no effect afterwards
-            zmq.RECONNECT_IVL: BUS_RECONNECT_MIN_MS,
-            zmq.RECONNECT_IVL_MAX: BUS_RECONNECT_MAX_MS,
+            zmq.CONNECT_TIMEOUT: round(BUS_CONNECT_SEC * 1000),  # a host that comes up may leave a SYN unanswered for 64 s
+            zmq.RECONNECT_IVL: round(BUS_RETRY_MIN_SEC * 1000),
+            zmq.RECONNECT_IVL_MAX: round(BUS_RETRY_MAX_SEC * 1000),
             zmq.HEARTBEAT_IVL: BUS_HEARTBEAT_INTERVAL_MS,  # so that a host that vanished is noticed
             zmq.HEARTBEAT_TIMEOUT: BUS_HEARTBEAT_TIMEOUT_MS,
         }
