@@ -112,7 +112,7 @@ HTTP_IDLE_TIMEOUT_SEC = 75  # of a kept-alive connection; nginx 75, uvicorn 5; c
 HTTP_CONNECTIONS_MAX = 512  # beside the WebSocket limit, half-open ones included; nginx worker_connections 512; 503
 HTTP_GZIP_BYTES_MIN = 1024  # a smaller body is sent as it is; nginx gzip_min_length 20, client_python none
 LINGER_TIMEOUT_SEC = 2  # for the peer to end its side after our last words; nginx lingering_timeout 5
-CONNECTION_BUFFER_BYTES = 32 * 1024  # in a transport before it counts as full; asyncio 64 KiB
+CONNECTION_BUFFER_BYTES = 4 * 1024  # in a transport before it counts as full (a copy; the hub shares); asyncio 64 KiB
 CONNECTION_READ_BYTES = 16 * 1024  # taken in one read, before others have their turn; asyncio 256 KiB, nginx 4 KiB
 CONNECTION_UNSENT_BYTES = 16 * 1024  # in the kernel, behind what the peer's window takes; Linux: megabytes
 HTTP_REFUSED_MAX = 64  # connections above the limit that are being told so; a further one is reset without a word
@@ -133,13 +133,16 @@ WS_PINGS_PER_READ_MAX = 10  # answered one by one (Autobahn's case 2.10 sends te
 CLIENT_TYPES_MAX = 256  # message types of one client; an error answer
 
 # WebSocket and streams, from us to the client
-CLIENT_WRITE_BYTES_MAX = 32 * 1024  # joined into one write; a longer message goes alone
+CLIENT_WRITE_BYTES_MAX = 64 * 1024  # joined into one write; a longer message goes alone
 CLIENT_WRITE_MESSAGES_MAX = 256  # joined into one write
 CLIENT_SOFT_MARK_BYTES = 4 * 1024 * 1024  # behind by more, a client gets only the newest of each state message
 CLIENT_HOLD_BYTES = 256 * 1024  # many clients behind by more, though they read: the bus waits a moment
 CLIENT_HOLD_PART = 0.05  # of all clients is many ...
-CLIENT_HOLD_CLIENTS_MIN = 8  # ... and fewer than these never hold the bus: a few slow ones are no reason to wait
+CLIENT_HOLD_CLIENTS_MIN = 8  # ... but fewer than these are a few
 CLIENT_HOLD_SEC_MAX = 2  # in one go; then the bus is drained and the slow-client rules say who misses what
+CLIENT_HOLD_FEW_BYTES = 2 * 1024 * 1024  # a few behind by more, though they read: TCP may have lost a packet of theirs
+CLIENT_HOLD_FEW_SEC = 0.5  # what the bus waits for a few, all in all, ...
+CLIENT_HOLD_FEW_EVERY_SEC = 60  # ... in such a time: so that they cannot slow down the many
 CLIENT_HOLD_SEC = 1  # a client that has taken nothing for longer does not read, and nothing waits for it
 CLIENT_SOFT_MARK_SEC = 5  # behind for longer, the same
 CLIENT_QUEUE_EVENTS_MAX = 1000  # events that wait for a slow client; further ones are left out, and it is told
@@ -157,9 +160,11 @@ RESUME_HOLD_SEC = 30  # the bus still brings what a stream took that has gone: i
 # The bus
 BUS_MESSAGE_BYTES_MAX = 16 * 1024 * 1024  # a longer message is counted and dropped; AIPerf's longest are 0.3 MB
 BUS_TYPES_MAX = 256  # message types and topics that are told apart; the names come from outside
+ROW_SHAPES_MAX = 4096  # shapes of rows of metrics that are remembered; then all are forgotten
+ROW_SHAPE_CHARS_MAX = 2000  # of one; a longer one is worked out each time
 BUS_TURN_MESSAGES_MAX = 256  # taken in one poll turn, before clients and requests have theirs
 BUS_TURN_BYTES_MAX = 1024 * 1024  # the same in bytes
-BUS_QUEUE_MESSAGES_MAX = 500  # ZMQ_RCVHWM, of any size each; libzmq 1000; beyond it TCP and the bus keep them
+BUS_QUEUE_MESSAGES_MAX = 200  # ZMQ_RCVHWM, of any size each; libzmq 1000; beyond it TCP and the bus keep them
 # AIPerf's proxy is up for 0.6 s only before a run tells its configuration, once; a slower attempt would miss that.
 BUS_RETRY_MIN_SEC = 0.1  # before the first reconnect (ZMQ_RECONNECT_IVL, as libzmq); doubled each time, and some jitter
 BUS_RETRY_MAX_SEC = 0.2  # between reconnects at most
@@ -459,6 +464,8 @@ _CREDENTIAL_HINTS: tuple[tuple[bytes, tuple[bytes, ...]], ...] = (
     (b"credential", (b'credential"', b'credentials"')),
     (b"headers", (b'headers"',)),
 )
+_LOWER_CASE = bytes(range(256)).lower()
+_IN_NO_HINT = b"0123456789.+-_"  # nearly half of a metrics message, which is looked through without them
 _URL_USERINFO = re.compile(r'(://)[^/\s"@]+@')  # RFC 3986 section 3.2.1
 _URL_PARAMETER = re.compile(r"(?<=[?&])([\w.-]+)=([^&#\s]*)")  # `?api-key=...`, as some gateways want it
 _BEARER_VALUE = re.compile(r"(bearer +)[\w.~+/=-]+", re.IGNORECASE)  # RFC 6750 section 2.1
@@ -575,11 +582,11 @@ def _ends_key(hint: bytes, text: bytes) -> bool:
 
 def _may_hold_secret(payload: bytes, secrets: Sequence[str]) -> bool:
     """A quick look, at a hundredth of the cost of parsing; wrong only on the side of caution."""
-    lowered = payload.lower()
+    thinned = payload.translate(_LOWER_CASE, _IN_NO_HINT)
     return (
-        any(root in lowered and any(_ends_key(end, lowered) for end in ends) for root, ends in _CREDENTIAL_HINTS)
-        or b"bearer " in lowered
-        or b"\\u00" in lowered
+        any(root in thinned and any(_ends_key(end, thinned) for end in ends) for root, ends in _CREDENTIAL_HINTS)
+        or b"bearer " in thinned
+        or (b"\\" in payload and b"\\u00" in payload.lower())
         or (b"@" in payload and (b"://" in payload or rb":\/" in payload))
         or (b"=" in payload and b"?" in payload)
         or any(form in payload for secret in secrets for form in _escaped_forms(secret))
@@ -2199,52 +2206,101 @@ def _conversion(tag: str, unit: Any) -> Optional[tuple[float, str]]:
     return _CONVERSIONS[metric.unit, metric.display_unit], metric.display_unit
 
 
-def _tag_of(row: Any) -> str:
-    """Return a row's tag; "" for what is no row, or one that people do not see."""
-    tag = text_or(row.get("tag"), "") if isinstance(row, dict) else ""
-    return "" if tag in CATALOGUE and CATALOGUE[tag].hidden else tag
+class RowPlan(NamedTuple):
+    """What is done to a row before people see it."""
+
+    is_hidden: bool = False  # it is not for them
+    removed: tuple[str, ...] = ()  # fields that are not shown
+    scaled: tuple[str, ...] = ()  # statistics that are multiplied
+    factor: float = 1.0  # by it
+    unit: str = ""  # in which they are then; "" when nothing is scaled
+
+
+def make_row_plan(row: dict[str, Any]) -> RowPlan:
+    """Work out what is to be done to a row."""
+    tag = text_or(row.get("tag"), "")
+    if not tag or (tag in CATALOGUE and CATALOGUE[tag].hidden):
+        return RowPlan(is_hidden=True)
+    removed = tuple(key for key, value in row.items() if key in INTERNAL_FIELDS or not _is_shown(key, value))
+    conversion = _conversion(tag, row.get("unit"))
+    if conversion is None:
+        return RowPlan(removed=removed)
+    scaled = tuple(key for key in row if key in STATISTICS and key not in removed)
+    return RowPlan(False, removed, scaled, *conversion)
+
+
+class RowPlans:
+    """Remembers plans: they follow from a row's shape alone, its tag and unit and the names and types of its fields. A
+    run has some hundred shapes, and a burst brings a hundred thousand rows a second."""
+
+    def __init__(self) -> None:
+        self._plans: dict[tuple[Any, ...], RowPlan] = {}  # by shape
+
+    def of(self, row: dict[str, Any]) -> RowPlan:
+        """Return `make_row_plan(row)`."""
+        shape = row.get("tag"), row.get("unit"), tuple(row), tuple(map(type, row.values()))
+        try:
+            plan = self._plans.get(shape)
+        except TypeError:  # a list for a tag or a unit
+            return make_row_plan(row)
+        if plan is None:
+            plan = make_row_plan(row)
+            if len(repr(shape)) <= ROW_SHAPE_CHARS_MAX:
+                if len(self._plans) >= ROW_SHAPES_MAX:
+                    self._plans.clear()
+                self._plans[shape] = plan
+        return plan
 
 
 def _is_shown(key: str, value: Any) -> bool:
     """Tell whether a field of a row has a value for clients: not null, and a number where one belongs."""
-    if value is None:
-        return False
-    if key in STATISTICS or key == "count":
-        return is_number(value)
-    return not isinstance(value, float) or math.isfinite(value)
+    return is_number(value) if key in STATISTICS or key == "count" else value is not None
 
 
-def display_row(row: Any) -> Optional[dict[str, Any]]:
+MetricRows = dict[str, dict[str, Any]]  # rows of metrics by tag, without it
+PlanOf = Callable[[dict[str, Any]], RowPlan]
+
+
+def display_row(row: Any, plan_of: PlanOf = make_row_plan) -> Optional[dict[str, Any]]:
     """Return one row of a metrics message as people read it, in the order of its fields; None when it is not for them.
 
-    Statistics are in display units, nulls and infinities are left out, fields that AIPerf may add later are kept.
+    Statistics are in display units, nulls are left out, fields that AIPerf may add later are kept.
+
+    Args:
+        row: as `json_load` returns it: no NaN, no infinity.
+        plan_of: works out the plan of a row, or knows it (`RowPlans.of`).
     """
-    tag = _tag_of(row)
-    if not tag:
+    plan = plan_of(row) if isinstance(row, dict) else None
+    if plan is None or plan.is_hidden:
         return None
-    # Nearly all fields are finite floats and integers: shown, and told so without a call.
-    shown = {
-        key: value
-        for key, value in row.items()
-        if (value - value == 0.0 if type(value) is float else type(value) is int or _is_shown(key, value))
-    }
-    for field in INTERNAL_FIELDS:
-        shown.pop(field, None)
-    conversion = _conversion(tag, shown.get("unit"))
-    if conversion is not None:
-        factor, shown["unit"] = conversion
-        shown.update((key, shown[key] * factor) for key in STATISTICS & shown.keys())
+    shown: dict[str, Any] = row.copy()
+    for key in plan.removed:
+        del shown[key]
+    if plan.unit:
+        shown["unit"] = plan.unit
+        for key in plan.scaled:
+            shown[key] *= plan.factor
     return shown
 
 
-def display_rows(rows: Any) -> dict[str, dict[str, Any]]:
-    """Return the rows of a metrics message by tag, in the order they came; the last of two with one tag stays."""
-    shown = filter(None, map(display_row, rows if isinstance(rows, list) else ()))
-    return {row.pop("tag"): row for row in shown}
+def display_list(rows: Any, plan_of: PlanOf = make_row_plan) -> list[dict[str, Any]]:
+    """Return those rows of a metrics message that people see, in the order they came."""
+    shown = (display_row(row, plan_of) for row in (rows if isinstance(rows, list) else ()))
+    return [row for row in shown if row is not None]
 
 
-def forwardable_realtime_metrics(payload: bytes) -> bytes:
-    """Return a realtime_metrics message as clients get it: the very same object where nothing needs a change.
+def display_rows(rows: Any, plan_of: PlanOf = make_row_plan) -> MetricRows:
+    """Return the same by tag; the last of two with one tag stays."""
+    return _by_tag(display_list(rows, plan_of))
+
+
+def _by_tag(rows: Iterable[dict[str, Any]]) -> MetricRows:
+    return {row.pop("tag"): row for row in rows}
+
+
+def forwardable_realtime_metrics(payload: bytes, plan_of: PlanOf = make_row_plan) -> tuple[bytes, Optional[MetricRows]]:
+    """Return a realtime_metrics message as clients get it, the very same object where nothing needs a change, and its
+    rows as `display_rows` returns them: None when it has none.
 
     Raises:
         BusMessageError: the payload is not JSON, or not an object.
@@ -2252,11 +2308,11 @@ def forwardable_realtime_metrics(payload: bytes) -> bytes:
     message = read_message(payload)
     rows = message.get("metrics")
     if not isinstance(rows, list):
-        return payload
-    shown = list(map(display_row, rows))
-    if shown == rows:
-        return payload
-    return json_bytes({**message, "metrics": [row for row in shown if row is not None]})
+        return payload, None
+    shown = display_list(rows, plan_of)
+    if shown != rows:
+        payload = json_bytes({**message, "metrics": shown})
+    return payload, _by_tag(shown)
 
 
 def read_message(payload: bytes) -> dict[str, Any]:
@@ -2989,16 +3045,19 @@ class Latest:
         self.read_ns: Optional[int] = None  # bus clock, ns: when a payload was last read on arrival
         self.late_errors = 0  # payloads that proved bad when they were read late
 
-    def offer(self, payload: bytes, now_ns: int) -> bool:
+    def offer(self, payload: bytes, now_ns: int, value: Optional[dict[str, Any]] = None) -> bool:
         """Take a payload; read it now if none was read for a while, which is what the answer tells.
+
+        Args:
+            value: what the payload says, when the caller has read it already.
 
         Raises:
             BusMessageError: it was read now, and is bad; what was known stays.
         """
-        if self.read_ns is not None and 0 <= now_ns - self.read_ns < EAGER_PARSE_NS:
+        if value is None and self.read_ns is not None and 0 <= now_ns - self.read_ns < EAGER_PARSE_NS:
             self._pending = payload
             return False
-        self.set(self._read(payload))
+        self.set(self._read(payload) if value is None else value)
         self.read_ns = now_ns
         return True
 
@@ -3016,12 +3075,12 @@ class Latest:
         return self._value
 
 
-def _read_rows(payload: bytes) -> dict[str, Any]:
+def _read_rows(payload: bytes, plan_of: PlanOf) -> MetricRows:
     """Return the rows of a message by tag, in display units."""
     rows = read_message(payload).get("metrics")
     if not isinstance(rows, list):
         raise BusMessageError("bad_shape", "a metrics message without a list of metrics")
-    return display_rows(rows)
+    return display_rows(rows, plan_of)
 
 
 def _read_server_metrics(payload: bytes) -> dict[str, Any]:
@@ -3268,7 +3327,7 @@ def _first(read: Callable[[Any], Any], *sections: Mapping[str, Any], keys: Seque
 class Run:
     """What is known of one benchmark, from the first message to the end."""
 
-    def __init__(self, scrub: Callable[[bytes], bytes]) -> None:
+    def __init__(self, scrub: Callable[[bytes], bytes], plan_of: PlanOf) -> None:
         # Time: bus clock, ns, but for `skew_ns`
         self.first_ns: Optional[int] = None  # first message
         self.last_ns: Optional[int] = None  # latest message
@@ -3300,8 +3359,8 @@ class Run:
         self.workers: dict[str, Worker] = {}  # by service id
         self.worker_groups: dict[str, dict[str, Any]] = {}  # by group id, as worker_group_stats has them
         # Metrics
-        self.metrics = Latest(lambda payload: _read_rows(scrub(payload)))  # rows by tag, in display units
-        self.telemetry = Latest(lambda payload: _read_rows(scrub(payload)))  # rows by tag
+        self.metrics = Latest(lambda payload: _read_rows(scrub(payload), plan_of))  # rows by tag, in display units
+        self.telemetry = Latest(lambda payload: _read_rows(scrub(payload), plan_of))  # rows by tag
         # realtime_server_metrics without its envelope
         self.server_metrics = Latest(lambda payload: _read_server_metrics(scrub(payload)))
         self.history = History()  # figures over time
@@ -3603,7 +3662,7 @@ class Run:
         self.was_cancelled = self.was_cancelled or message.get("was_cancelled") is True
         return Change.PROGRESS
 
-    def take_metrics(self, message_type: str, payload: bytes, now_ns: int) -> Change:
+    def take_metrics(self, message_type: str, payload: bytes, now_ns: int, rows: Optional[MetricRows] = None) -> Change:
         """Keep a metrics message for those who ask; read it now when a point of its history is due.
 
         Raises:
@@ -3614,9 +3673,9 @@ class Run:
             "realtime_telemetry_metrics": (self.telemetry, "telemetry", Change.TELEMETRY),
             "realtime_server_metrics": (self.server_metrics, "server", Change.SERVER_METRICS),
         }[message_type]
-        if latest.offer(payload, now_ns) and self.history.groups[group].is_due(now_ns):
-            rows = latest.get()
-            self.history.groups[group].sample(now_ns, _server_rows(rows) if group == "server" else rows)
+        if latest.offer(payload, now_ns, rows) and self.history.groups[group].is_due(now_ns):
+            found = latest.get()
+            self.history.groups[group].sample(now_ns, _server_rows(found) if group == "server" else found)
         return change
 
     # Answers
@@ -3693,7 +3752,7 @@ def _weights(phases: Sequence[Phase]) -> list[float]:
 
 def _display_list(rows: Any) -> Any:
     """Return a list of rows in display units, hidden ones left out; anything else as it is."""
-    return [row for row in map(display_row, rows) if row is not None] if isinstance(rows, list) else rows
+    return display_list(rows) if isinstance(rows, list) else rows
 
 
 # The field of `stats` that says when a message was sent.
@@ -3763,8 +3822,9 @@ class BenchmarkState:
 
     def __init__(self, scrub: Callable[[bytes], bytes] = bytes) -> None:
         self._scrub = scrub  # payload -> payload without credentials
+        self.row_plans = RowPlans()  # for all who show rows of metrics
         self._configs: dict[str, dict[str, Any]] = {}  # given from outside, by origin ("file", "command")
-        self._run = Run(scrub)  # the run at hand
+        self._run = Run(scrub, self.row_plans.of)  # the run at hand
         self._identified: tuple[list[dict[str, Any]], dict[str, Any]] = [], {}  # configurations, and what they identify
         self._late_errors_before = 0  # messages of earlier runs that proved bad when they were read late
 
@@ -3785,13 +3845,14 @@ class BenchmarkState:
         latest = (run.metrics, run.telemetry, run.server_metrics)
         return self._late_errors_before + sum(one.late_errors for one in latest)
 
-    def apply(self, message_type: str, payload: bytes, now_ns: int) -> Change:
+    def apply(self, message_type: str, payload: bytes, now_ns: int, rows: Optional[MetricRows] = None) -> Change:
         """Take one bus message.
 
         Args:
             message_type: from the topic, without target and `$`.
             payload: the JSON object as it came, without credentials.
             now_ns: bus clock at reception.
+            rows: of a realtime_metrics message that the caller has read already; they are the state's from now on.
 
         Raises:
             BusMessageError: it cannot be used; the state is as before. A metrics message that arrives within 100 ms
@@ -3799,7 +3860,7 @@ class BenchmarkState:
         """
         self._run.fell_silent = self._run.fell_silent or self._run.is_stale(now_ns)
         if message_type in METRICS_MESSAGE_TYPES:
-            change = self._run.take_metrics(message_type, payload, now_ns)
+            change = self._run.take_metrics(message_type, payload, now_ns, rows)
         elif message_type in _HANDLERS:
             change = self._apply_known(message_type, _read_known(message_type, payload), now_ns)
         else:
@@ -3817,7 +3878,7 @@ class BenchmarkState:
         change = Change.NONE
         if self._begins_run(message_type, message):
             self._late_errors_before = self.late_errors
-            self._run = Run(self._scrub)
+            self._run = Run(self._scrub, self.row_plans.of)
             change = ~Change.ENDED & _ALL_CHANGES
         run = self._run
         run.profile_id = _text(message.get("profile_id")) or run.profile_id
@@ -4177,7 +4238,9 @@ class PyzmqBusSource(Source):
             zmq.IPV6: 1,
             zmq.MAXMSGSIZE: BUS_FRAME_MAX,
             zmq.RCVHWM: BUS_QUEUE_MESSAGES_MAX,  # before connecting: it has no effect afterwards
-            zmq.CONNECT_TIMEOUT: round(BUS_CONNECT_SEC * 1000),  # a host that comes up may leave a SYN unanswered for 64 s
+            zmq.CONNECT_TIMEOUT: round(
+                BUS_CONNECT_SEC * 1000
+            ),  # a host that comes up may leave a SYN unanswered for 64 s
             zmq.RECONNECT_IVL: round(BUS_RETRY_MIN_SEC * 1000),
             zmq.RECONNECT_IVL_MAX: round(BUS_RETRY_MAX_SEC * 1000),
             zmq.HEARTBEAT_IVL: BUS_HEARTBEAT_INTERVAL_MS,  # so that a host that vanished is noticed
@@ -4228,20 +4291,19 @@ class PyzmqBusSource(Source):
             self._socket.getsockopt(zmq.EVENTS)  # quietens the descriptor
             self._again(BUS_HOLD_SEC)
             return
-        receive, more, again = self._socket.recv, zmq.RCVMORE, zmq.Again
-        getsockopt = self._socket.getsockopt
+        receive, getsockopt = self._socket.recv, self._socket.getsockopt
+        events, readable, more, no_block = zmq.EVENTS, zmq.POLLIN, zmq.RCVMORE, zmq.NOBLOCK
         batch: Batch = []
         size = 0
-        try:
-            while len(batch) < BUS_TURN_MESSAGES_MAX and size < BUS_TURN_BYTES_MAX:
-                frames = [receive(zmq.NOBLOCK)]
-                while getsockopt(more):
-                    frames.append(receive(zmq.NOBLOCK))  # the frames of one message arrive together
-                batch.append(frames)
-                size += len(frames[-1])
-            self._again()
-        except again:
-            pass  # drained: the descriptor tells of the next one
+        while getsockopt(events) & readable:  # cheaper than to be told zmq.Again; 0 rearms the descriptor
+            frames = [receive(no_block)]
+            while getsockopt(more):
+                frames.append(receive(no_block))  # the frames of one message arrive together
+            batch.append(frames)
+            size += len(frames[-1])
+            if len(batch) >= BUS_TURN_MESSAGES_MAX or size >= BUS_TURN_BYTES_MAX:
+                self._again()
+                break
         if batch:
             self._deliver(batch)
 
@@ -5868,10 +5930,11 @@ def hide_in_process_title(secrets: Sequence[str]) -> bool:
 # Who listens to what, and what becomes of a client that does not keep up.  A broadcast never waits: a batch of messages
 # is encoded once for all clients that take the same ones in the same form, and goes out in one write per client.
 #
-# The slow.  While a client's transport is full, its messages queue here, by reference: the bytes are shared with every
-# other client.  One that is behind by more than the soft mark, in bytes or in seconds, gets of each state message (the
-# latest replaces the one before) only the newest, and of the events as many as fit; it is told what it missed.  Above
-# the hard mark, or when nothing has moved for a while, it is cut off with abort(), for close() would keep the bytes.
+# The slow.  While a client's transport is full, the writes that are due to it queue here, by reference: the bytes are
+# shared with every other client.  One that is behind by more than the soft mark, in bytes or in seconds, gets of each
+# state message (the latest replaces the one before) only the newest, and of the events as many as fit; it is told what
+# it missed.  Above the hard mark, or when nothing has moved for a while, it is cut off with abort(), for close() would
+# keep the bytes.
 
 
 class Message(NamedTuple):
@@ -5892,8 +5955,31 @@ class Encoded(NamedTuple):
     taken_sec: float  # monotonic: when the hub took it
 
 
+class Chunk:
+    """Messages joined into one write, once for all clients that take them; for a slow one they come apart again."""
+
+    __slots__ = ("_heads", "_messages", "count", "data", "taken_sec")
+
+    def __init__(self, messages: Sequence[Encoded]) -> None:
+        pieces = [message.data for message in messages]
+        self.data = b"".join(pieces) if len(pieces) > 1 else pieces[0]  # only this is kept: the pieces would be as much
+        self.count = sum([message.type != "" for message in messages])  # bus messages; an answer is none
+        self.taken_sec = messages[-1].taken_sec  # monotonic: when the hub took them
+        self._heads = [(message.type, len(message.data), message.replaceable) for message in messages]  # to cut it up
+        self._messages: list[Encoded] = []  # the pieces, once somebody has asked for them
+
+    def messages(self) -> list[Encoded]:
+        """The messages by themselves; their bytes are cut out once for all clients that ask."""
+        if not self._messages:
+            start = 0
+            for message_type, size, replaceable in self._heads:
+                data = self.data[start : start + size]
+                self._messages.append(Encoded(message_type, data, replaceable, self.taken_sec))
+                start += size
+        return self._messages
+
+
 Encoder = Callable[[Message], bytes]
-Chunk = tuple[bytes, list[Encoded]]  # what one write sends, and the messages it is made of
 
 
 class Transport(Protocol):
@@ -5965,12 +6051,13 @@ class Subscriber:
         # Counters for /api/clients.
         self.sent = 0  # messages written
         self.skipped = 0  # messages left out, ever
-        # The backlog, oldest first.
-        self.backlog: dict[int, Encoded] = {}  # by a number that grows
+        # What waits, oldest first: whole writes, or, from the moment it is slow until it has caught up, messages.
+        self.backlog: collections.deque[Chunk] = collections.deque()
+        self.thinned: dict[int, Encoded] = {}  # by a number that grows
         self.queued = 0  # the last such number
-        self.newest: dict[str, int] = {}  # state type -> number of its newest in the backlog
-        self.backlog_bytes = 0  # of all messages in it
-        self.backlog_events = 0  # messages that nothing replaces
+        self.newest: dict[str, int] = {}  # state type -> number of its newest in `thinned`
+        self.events = 0  # messages in `thinned` that nothing replaces
+        self.backlog_bytes = 0  # of all that waits here; 0 only when nothing does
         self.took_sec = 0.0  # monotonic: when the transport last had room again
         self.reached_sec = 0.0  # monotonic: when the hub took what was last written out of it, or first put into it
         self.slow = False  # it has been behind by more than the soft mark, and has not caught up since
@@ -5988,69 +6075,89 @@ class Subscriber:
 
     def send(self, chunks: Sequence[Chunk], now_sec: float) -> None:
         """Take a batch: written while the transport has room, queued from the first chunk on that finds it full."""
-        for data, messages in chunks:
+        for chunk in chunks:
             if self.gone:
                 return
-            if self.paused or self.backlog:
-                for message in messages:
-                    self._queue(message, now_sec)
+            if self.paused or self.backlog_bytes:
+                self._queue(chunk, now_sec)
             else:
-                self.outlet.write(data)
-                self.sent += len(messages)
+                self.outlet.write(chunk.data)
+                self.sent += chunk.count
 
     def reply(self, data: bytes, now_sec: float) -> None:
         """Take an answer to this client alone, behind what waits for it; it is never left out."""
         if self.gone:
             return
-        if self.paused or self.backlog:
-            self._append(Encoded("", data, False, now_sec))
+        answer = Encoded("", data, False, now_sec)
+        if self.slow:
+            self._keep(answer)
+        elif self.paused or self.backlog_bytes:
+            self._append(Chunk([answer]))
         else:
             self.outlet.write(data)
 
     def is_slow(self, now_sec: float) -> bool:
         """Whether it is behind by more than the soft mark allows; then it stays slow until it has caught up."""
-        behind_sec = now_sec - self.reached_sec if self.backlog else 0.0
+        behind_sec = now_sec - self.reached_sec if self.backlog_bytes else 0.0
         if not self.slow and (self.backlog_bytes > CLIENT_SOFT_MARK_BYTES or behind_sec > CLIENT_SOFT_MARK_SEC):
             self.slow = True
-            for number in [n for n, m in self.backlog.items() if m.replaceable and self.newest[m.type] != n]:
-                self._leave_out(number)
+            self._take_apart()
         return self.slow
 
-    def _queue(self, message: Encoded, now_sec: float) -> None:
-        if self.gone:
+    def _take_apart(self) -> None:
+        chunks, self.backlog, self.backlog_bytes = self.backlog, collections.deque(), 0
+        reached_sec = self.reached_sec
+        for chunk in chunks:
+            for message in chunk.messages():
+                self._replace(message)
+                self._keep(message)
+        self.reached_sec = reached_sec
+
+    def _queue(self, chunk: Chunk, now_sec: float) -> None:
+        if not self.is_slow(now_sec):
+            self._append(chunk)
             return
-        if self.is_slow(now_sec):
-            if message.replaceable and message.type in self.newest:
-                self._leave_out(self.newest.pop(message.type))
-            elif not message.replaceable and not self._has_room_for_event(message):
+        for message in chunk.messages():
+            self._replace(message)
+            if message.replaceable or self._has_room_for_event(message):
+                self._keep(message)
+            else:
                 self._miss(message.type)
-                return
-        self._append(message)
+
+    def _replace(self, message: Encoded) -> None:
+        """Leave out the state message that this one makes old."""
+        number = self.newest.pop(message.type, None) if message.replaceable else None
+        if number is not None:
+            self.backlog_bytes -= len(self.thinned.pop(number).data)
+            self._miss(message.type)
 
     def _has_room_for_event(self, message: Encoded) -> bool:
         return (
-            self.backlog_events < CLIENT_QUEUE_EVENTS_MAX
-            and self.backlog_bytes + len(message.data) <= CLIENT_QUEUE_BYTES_MAX
+            self.events < CLIENT_QUEUE_EVENTS_MAX and self.backlog_bytes + len(message.data) <= CLIENT_QUEUE_BYTES_MAX
         )
 
-    def _append(self, message: Encoded) -> None:
-        if not self.backlog:
-            self.reached_sec = message.taken_sec
+    def _append(self, chunk: Chunk) -> None:
+        self.backlog.append(chunk)
+        self._grow(len(chunk.data), chunk.taken_sec)
+
+    def _keep(self, message: Encoded) -> None:
+        if self.gone:
+            return
         self.queued += 1
-        self.backlog[self.queued] = message
-        self.backlog_bytes += len(message.data)
+        self.thinned[self.queued] = message
         if message.replaceable:
             self.newest[message.type] = self.queued
         else:
-            self.backlog_events += 1
+            self.events += 1
+        self._grow(len(message.data), message.taken_sec)
+
+    def _grow(self, size: int, taken_sec: float) -> None:
+        if not self.backlog_bytes:
+            self.reached_sec = taken_sec
+        self.backlog_bytes += size
         # `held` instead of a look into the transport, which newer Pythons sum up over all its pieces.
         if self.backlog_bytes + self.held > CLIENT_HARD_MARK_BYTES:
             self.cut_off(f"{self.outstanding} bytes waited for it")
-
-    def _leave_out(self, number: int) -> None:
-        message = self.backlog.pop(number)
-        self.backlog_bytes -= len(message.data)
-        self._miss(message.type)
 
     def _miss(self, message_type: str) -> None:
         self.missed[message_type] = self.missed.get(message_type, 0) + 1
@@ -6064,34 +6171,47 @@ class Subscriber:
             notice = json_bytes({"type": "skipped", "counts": self.missed})
             self.missed = {}
             self.outlet.write(self.encode(Message(0, "skipped", notice, False)))
-        while self.backlog and not self.paused and not self.gone:
-            self.outlet.write(self._take_chunk())
-        if not self.backlog:
+        while self.backlog_bytes and not self.paused and not self.gone:
+            data = self._take_chunks() if self.backlog else self._take_messages()
+            self.backlog_bytes -= len(data)
+            self.outlet.write(data)
+        if not self.backlog_bytes:
             self._forget_backlog()
 
-    def _take_chunk(self) -> bytes:
-        """The oldest of the backlog, as much as makes one write."""
+    def _take_chunks(self) -> bytes:
+        """The oldest writes, as many as make one."""
+        taken = [self.backlog.popleft()]
+        size = len(taken[0].data)
+        while self.backlog and size + len(self.backlog[0].data) <= CLIENT_WRITE_BYTES_MAX:
+            taken.append(self.backlog.popleft())
+            size += len(taken[-1].data)
+        self.sent += sum([chunk.count for chunk in taken])
+        self.reached_sec = taken[-1].taken_sec
+        return taken[0].data if len(taken) == 1 else b"".join([chunk.data for chunk in taken])
+
+    def _take_messages(self) -> bytes:
+        """The oldest of what is left of the messages, as many as make one write."""
         parts: list[bytes] = []
         size = 0
-        for number in list(itertools.islice(self.backlog, CLIENT_WRITE_MESSAGES_MAX)):
-            message = self.backlog[number]
+        for number in list(itertools.islice(self.thinned, CLIENT_WRITE_MESSAGES_MAX)):
+            message = self.thinned[number]
             if parts and size + len(message.data) > CLIENT_WRITE_BYTES_MAX:
                 break
-            del self.backlog[number]
+            del self.thinned[number]
             if message.replaceable and self.newest.get(message.type) == number:
                 del self.newest[message.type]
-            self.backlog_events -= not message.replaceable
+            self.events -= not message.replaceable
             self.sent += bool(message.type)  # an answer is no bus message
             self.reached_sec = message.taken_sec
             parts.append(message.data)
             size += len(message.data)
-        self.backlog_bytes -= size
         return b"".join(parts)
 
     def _forget_backlog(self) -> None:
         self.backlog.clear()
+        self.thinned.clear()
         self.newest.clear()
-        self.backlog_bytes = self.backlog_events = 0
+        self.backlog_bytes = self.events = 0
         self.slow = False
 
     def leave(self) -> None:
@@ -6104,6 +6224,28 @@ class Subscriber:
         self.fault = self.fault or fault
         self.leave()
         self.outlet.abort()
+
+
+class Patience:
+    """The time that the bus waits for a few clients: CLIENT_HOLD_FEW_SEC in each CLIENT_HOLD_FEW_EVERY_SEC."""
+
+    def __init__(self) -> None:
+        self._since_sec = 0.0  # monotonic: when it was whole the last time
+        self._used_sec = 0.0  # of it, since then
+        self._asked_sec = 0.0  # monotonic: the last look that found it wanted; 0 when the last one did not
+
+    def lasts(self, now_sec: float) -> bool:
+        """Whether there is some left, now that somebody wants it; to be asked again and again as long as that is so."""
+        if now_sec - self._since_sec > CLIENT_HOLD_FEW_EVERY_SEC:
+            self._since_sec, self._used_sec, self._asked_sec = now_sec, 0.0, 0.0
+        if self._asked_sec:
+            self._used_sec += now_sec - self._asked_sec
+        self._asked_sec = now_sec
+        return self._used_sec < CLIENT_HOLD_FEW_SEC
+
+    def rest(self) -> None:
+        """Nobody wants it now."""
+        self._asked_sec = 0.0
 
 
 class Hub:
@@ -6126,7 +6268,8 @@ class Hub:
         self.remember = False  # whether `recent` is kept: from the first stream on
         self.sent_total = 0  # by clients that have left
         self.skipped_total = 0  # by clients that have left
-        self._held_since_sec = 0.0  # monotonic: since when the bus waits without a break; 0 when it does not
+        self._held_since_sec = 0.0  # monotonic: since when the bus waits for many without a break; 0 when it does not
+        self._patience = Patience()  # with a few
         self.cut_off_total = 0  # clients that did not keep up
         self.changes = 0  # grows whenever a client comes, goes, subscribes or misses something
 
@@ -6189,24 +6332,27 @@ class Hub:
                 self._on_wanted(message_type, count > 0)
 
     def is_congested(self) -> bool:
-        """Whether the bus is to keep a burst for a moment, because many clients are behind although they read.
+        """Whether the bus is to keep a burst for a moment, because clients are behind although they read.
 
-        It then waits there, in order and whole, instead of being thinned out for everybody.  A pace, not a wait for a
-        client: a few slow ones never hold it up, one that reads nothing does not count, and after CLIENT_HOLD_SEC_MAX
-        the bus is drained whatever the clients do.
+        It then waits there, in order and whole, instead of being thinned out. A pace, not a wait for a client: one that
+        reads nothing does not count, nor one that is slow already; for many the bus is held CLIENT_HOLD_SEC_MAX in one
+        go at most, and for a few, to whom TCP may be repeating a lost packet (0.2 s), CLIENT_HOLD_FEW_SEC in a minute.
         """
-        if len(self.subscribers) < CLIENT_HOLD_CLIENTS_MIN:
-            return False
         now_sec = time.monotonic()
-        behind = sum(
-            s.backlog_bytes > CLIENT_HOLD_BYTES and now_sec - s.took_sec < CLIENT_HOLD_SEC and not s.slow
+        behind = [
+            s.backlog_bytes
             for s in self.subscribers.values()
-        )
-        if behind < max(CLIENT_HOLD_CLIENTS_MIN, CLIENT_HOLD_PART * len(self.subscribers)):
-            self._held_since_sec = 0.0
+            if s.backlog_bytes > CLIENT_HOLD_BYTES and now_sec - s.took_sec < CLIENT_HOLD_SEC and not s.slow
+        ]
+        if len(behind) >= max(CLIENT_HOLD_CLIENTS_MIN, CLIENT_HOLD_PART * len(self.subscribers)):
+            self._patience.rest()
+            self._held_since_sec = self._held_since_sec or now_sec
+            return now_sec - self._held_since_sec < CLIENT_HOLD_SEC_MAX
+        self._held_since_sec = 0.0
+        if not behind or max(behind) <= CLIENT_HOLD_FEW_BYTES:
+            self._patience.rest()
             return False
-        self._held_since_sec = self._held_since_sec or now_sec
-        return now_sec - self._held_since_sec < CLIENT_HOLD_SEC_MAX
+        return self._patience.lasts(now_sec)
 
     def wants(self, message_type: str) -> bool:
         """Whether any client takes this type now."""
@@ -6280,12 +6426,12 @@ def _chunks(messages: Sequence[Encoded]) -> list[Chunk]:
     size = 0
     for message in messages:
         if parts and size + len(message.data) > CLIENT_WRITE_BYTES_MAX:
-            chunks.append((b"".join(part.data for part in parts), parts))
+            chunks.append(Chunk(parts))
             parts, size = [], 0
         parts.append(message)
         size += len(message.data)
     if parts:
-        chunks.append((parts[0].data if len(parts) == 1 else b"".join(part.data for part in parts), parts))
+        chunks.append(Chunk(parts))
     return chunks
 
 
@@ -6413,7 +6559,7 @@ class Connection(asyncio.BufferedProtocol):
         self._owed_pong = None
         if self.subscriber is not None:
             self.subscriber.flush()
-            if self.subscriber.backlog:
+            if self.subscriber.backlog_bytes:
                 return
         self._set_reading(True)
         if self._ending:
@@ -6599,7 +6745,7 @@ class Connection(asyncio.BufferedProtocol):
             self.outlet.write(frame)
             return
         self.subscriber.reply(frame, time.monotonic())
-        if self.subscriber.backlog:
+        if self.subscriber.backlog_bytes:
             self._set_reading(False)  # who does not take our answers is not asked for further questions
 
     # -- The sweep --
@@ -6657,7 +6803,7 @@ class Connection(asyncio.BufferedProtocol):
     def end(self) -> None:
         """The server stops: say goodbye in the way of the mode, behind what waits, without waiting for an answer."""
         self._ending = True
-        if self.subscriber is not None and self.subscriber.backlog:
+        if self.subscriber is not None and self.subscriber.backlog_bytes:
             return  # resume_writing() comes back here
         if self.mode == "websocket":
             self.close_websocket(CLOSE_GOING_AWAY, "the server stops")
@@ -7240,15 +7386,14 @@ class APIService:
         is_wanted = self.hub.wants(message_type)
         if is_wanted or self._recorder is not None or message_type not in METRICS_MESSAGE_TYPES:
             payload = self._scrub(payload)
-        change = self.state.apply(message_type, payload, now_ns)
+        shown, rows = self._prepare(message_type, payload) if is_wanted else (payload, None)
+        change = self.state.apply(message_type, payload, now_ns, rows)
         if change:
             self._follow(change)
         if self._recorder is not None:
             self._record(now_ns, topic, payload)
         self.bus.count(message_type, now_ns)
-        if is_wanted:
-            payload = self._prepare(message_type, payload)
-        return message_type, payload, message_type in STATE_MESSAGE_TYPES
+        return message_type, shown, message_type in STATE_MESSAGE_TYPES
 
     def _type_of(self, topic: bytes) -> str:
         """The message type of a topic: what stands before the `$`, less the target of a targeted message."""
@@ -7271,13 +7416,16 @@ class APIService:
             self.secrets = secret_forms(self._secrets_found)
         return payload
 
-    def _prepare(self, message_type: str, payload: bytes) -> bytes:
-        """The payload as clients get it: one JSON object on one line, hidden metrics out."""
+    def _prepare(self, message_type: str, payload: bytes) -> tuple[bytes, MetricRows | None]:
+        """The payload as clients get it: one JSON object on one line, hidden metrics out; its rows if it was read."""
+        rows = None
         if message_type == "realtime_metrics":
-            payload = forwardable_realtime_metrics(payload)
+            payload, rows = forwardable_realtime_metrics(payload, self.state.row_plans.of)
         elif message_type not in CORE_MESSAGE_TYPES or message_type in METRICS_MESSAGE_TYPES:
             read_message(payload)  # what nobody has looked at does not go to clients
-        return json_bytes(json_load(payload)) if b"\n" in payload or b"\r" in payload else payload
+        if b"\n" in payload or b"\r" in payload:
+            payload = json_bytes(json_load(payload))
+        return payload, rows
 
     def _follow(self, change: Change) -> None:
         """What a change of state means for the rest of the server."""
@@ -7551,7 +7699,7 @@ class APIService:
         bus had them."""
         for message in messages:
             try:
-                payload = self._prepare(message.type, self._scrub(message.payload))
+                payload, _ = self._prepare(message.type, self._scrub(message.payload))
             except BusMessageError as error:
                 self._count_bad(error)  # nobody had looked at it before
                 continue

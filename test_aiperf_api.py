@@ -2458,7 +2458,7 @@ class MetricCatalogueTests(unittest.TestCase):
             b'{"metrics":[]}',
             b'{"metrics":null}',
         ):
-            self.assertIs(aiperf_api.forwardable_realtime_metrics(payload), payload)
+            self.assertIs(aiperf_api.forwardable_realtime_metrics(payload)[0], payload)
 
     def test_a_message_that_needs_a_change_keeps_everything_else(self) -> None:
         rows = (
@@ -2467,7 +2467,7 @@ class MetricCatalogueTests(unittest.TestCase):
         )
         payload = b'{"message_type":"realtime_metrics","metrics":' + rows + b',"later":1}'
         self.assertEqual(
-            aiperf_api.forwardable_realtime_metrics(payload),
+            aiperf_api.forwardable_realtime_metrics(payload)[0],
             b'{"message_type":"realtime_metrics","metrics":[{"unit":"ms","avg":5.0,"tag":"request_latency","header":"H"}'
             b',{"tag":"x","unit":"","new":[1]}],"later":1}',
         )
@@ -2484,8 +2484,10 @@ class MetricCatalogueTests(unittest.TestCase):
         for name in ("run_0_3_success", "run_0_6_success", "run_0_13_success"):
             for kind, payload, _ in recording(name):
                 if kind == "realtime_metrics":
-                    once = aiperf_api.forwardable_realtime_metrics(payload)
-                    self.assertIs(aiperf_api.forwardable_realtime_metrics(once), once)
+                    once, rows = aiperf_api.forwardable_realtime_metrics(payload)
+                    self.assertEqual(rows, aiperf_api.display_rows(json.loads(payload)["metrics"]))
+                    self.assertEqual(aiperf_api.forwardable_realtime_metrics(once), (once, rows))
+                    self.assertIs(aiperf_api.forwardable_realtime_metrics(once)[0], once)
 
 
 # == 9 == Prometheus text ==============================================================================================
@@ -5346,7 +5348,7 @@ class TestBoundSources(ServiceTestCase):
 class PipeTransport:
     """An asyncio transport as the hub sees it, whose peer takes bytes when the test says so."""
 
-    HIGH, LOW = aiperf_api.CONNECTION_BUFFER_BYTES, aiperf_api.CONNECTION_BUFFER_BYTES // 4
+    HIGH, LOW = 32 * 1024, 8 * 1024
 
     def __init__(self) -> None:
         self.buffer = b""
@@ -5539,12 +5541,12 @@ class TestSlowClients(HubTestCase):
         self.send("S", size=aiperf_api.CLIENT_SOFT_MARK_BYTES)
         for _ in range(30):  # below the mark again, but with old states in the queue they must not gather
             self.send("S", size=100_000)
-        self.assertEqual(len(slow.subscriber.backlog), 1)  # type: ignore[union-attr]
+        self.assertEqual(len(slow.subscriber.thinned), 1)  # type: ignore[union-attr]
         slow.take_all()
         self.assertFalse(slow.subscriber.slow)  # type: ignore[union-attr]
         self.fill(slow)
         self.send("S", "S")
-        self.assertEqual(len(slow.subscriber.backlog), 2)  # type: ignore[union-attr]
+        self.assertEqual([chunk.count for chunk in slow.subscriber.backlog], [2])  # type: ignore[union-attr]
 
     def test_events_are_bounded_in_number_and_left_out_ones_are_counted(self) -> None:
         slow = self.client()
@@ -5580,7 +5582,8 @@ class TestSlowClients(HubTestCase):
             good.take_all()
             self.send(name, size=aiperf_api.CLIENT_HARD_MARK_BYTES // 2 + 1)
         self.assertTrue(slow.aborted)
-        self.assertEqual((slow.subscriber.outstanding, slow.subscriber.backlog), (0, {}))  # type: ignore[union-attr]
+        self.assertEqual(slow.subscriber.outstanding, 0)  # type: ignore[union-attr]
+        self.assertFalse(slow.subscriber.backlog or slow.subscriber.thinned)  # type: ignore[union-attr]
         self.assertIn("waited for it", slow.subscriber.fault)  # type: ignore[union-attr]
         self.send("a")  # and nobody writes to it any more
         good.take_all()
@@ -5670,10 +5673,37 @@ class TestHoldingTheBus(HubTestCase):
             transport.subscriber.slow = True  # type: ignore[union-attr]
         self.assertFalse(self.hub.is_congested())
 
-    def test_a_few_never_do(self) -> None:
+    def test_a_few_behind_by_a_little_never_do(self) -> None:
         for transport in self.crowd(aiperf_api.CLIENT_HOLD_CLIENTS_MIN - 1):
             self.behind(transport, reads=True)
         self.assertFalse(self.hub.is_congested())
+
+    def test_for_a_few_that_are_far_behind_the_bus_waits_half_a_second_in_a_minute(self) -> None:
+        [*_, far] = self.crowd(50)
+        now = 1000.0
+        with unittest.mock.patch.object(aiperf_api.time, "monotonic", lambda: now):
+
+            def look(seconds: float) -> bool:
+                nonlocal now
+                now += seconds
+                far.subscriber.took_sec = now - 0.2  # type: ignore[union-attr]
+                return self.hub.is_congested()
+
+            def far_behind() -> None:
+                while far.subscriber.backlog_bytes <= aiperf_api.CLIENT_HOLD_FEW_BYTES:  # type: ignore[union-attr]
+                    self.send("S", size=aiperf_api.CLIENT_HOLD_BYTES)
+
+            far_behind()
+            self.assertEqual([look(0.11) for _ in range(4)], [True] * 4)
+            far.take_all()
+            self.assertFalse(look(0.11), "it has caught up")
+            far_behind()
+            self.assertEqual([look(0.11) for _ in range(5)], [True, True, False, False, False])
+            self.assertFalse(look(40))
+            self.assertEqual([look(20), *(look(0.11) for _ in range(6))], [True] * 5 + [False] * 2)
+            far.subscriber.took_sec = now - 10  # type: ignore[union-attr]
+            now += aiperf_api.CLIENT_HOLD_FEW_EVERY_SEC
+            self.assertFalse(self.hub.is_congested(), "it does not read")
 
     def test_it_ends_after_two_seconds_whatever_the_clients_do(self) -> None:
         clients = self.crowd(10)
@@ -5785,7 +5815,8 @@ class TestHubModel(HubTestCase):
             newest = [item for item in due if item[0] == name][-1:]
             self.assertEqual([item for item in got if item[0] == name][-1:], newest, "the newest state is not there")
         self.assertEqual((subscriber.sent, subscriber.skipped), (len(got), sum(told.values())))
-        self.assertEqual((subscriber.backlog_bytes, subscriber.backlog_events, subscriber.newest), (0, 0, {}))
+        self.assertEqual((subscriber.backlog_bytes, subscriber.events, subscriber.newest), (0, 0, {}))
+        self.assertFalse(subscriber.backlog or subscriber.thinned or subscriber.slow)
 
     def test_order_counts_bounds_and_the_newest_state_hold_in_random_histories(self) -> None:
         dice = random.Random(20)
@@ -6217,7 +6248,7 @@ class TestMistakesOfOthersInHTTP(WireTestCase):
         connection = self.connection()
         self.assertFalse(connection.transport.is_reading())
         one = len((await self.get(self.service, "/openapi.json")).body)
-        self.assertLess(connection.outlet.waiting, aiperf_api.CONNECTION_BUFFER_BYTES + one + 1000)
+        self.assertLess(connection.outlet.waiting, one + 1000)
         peer.shutdown(socket.SHUT_WR)
         answer = await self.read_all(peer)
         self.assertEqual(statuses(answer), [200] * 100)
@@ -6704,9 +6735,8 @@ class TestMistakesOfOthersInWebSockets(WireTestCase):
 
     async def test_a_close_is_answered_by_a_close_also_while_bytes_are_on_their_way(self) -> None:
         client = await self.listen(self.service, "heartbeat")
-        with unittest.mock.patch.object(aiperf_api, "CONNECTION_BUFFER_BYTES", 1 << 20):
-            for _ in range(200):
-                self.service.publish({"message_type": "heartbeat", "fill": "x" * 20_000})
+        for _ in range(200):
+            self.service.publish({"message_type": "heartbeat", "fill": "x" * 20_000})
         client.send(client_close(1000))
         opcode = 1
         while opcode != 8:
@@ -7536,7 +7566,7 @@ class TestDescriptions(ServiceTestCase):
                 kind = self.service._type_of(topic)
                 counts[kind] = counts.get(kind, 0) + 1
                 if counts[kind] <= 5:
-                    message = json.loads(self.service._prepare(kind, payload))
+                    message = json.loads(self.service._prepare(kind, payload)[0])
                     validators.get(kind, validators[None]).validate(message)
                     seen.add(kind)
         self.assertLessEqual(aiperf_api.BUILTIN_MESSAGE_TYPES, seen)
@@ -8152,7 +8182,7 @@ class TestStreamsThroughCurl(ServiceTestCase):
         self.expected = [json.loads(self.prepared(topic, payload)) for _, topic, payload in messages]
 
     def prepared(self, topic: bytes, payload: bytes) -> bytes:
-        return self.service._prepare(self.service._type_of(topic), self.service._scrub(payload))
+        return self.service._prepare(self.service._type_of(topic), self.service._scrub(payload))[0]
 
     async def curl(self, *arguments: str) -> asyncio.subprocess.Process:
         before = len(self.service.hub.subscribers)
