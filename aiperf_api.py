@@ -453,19 +453,21 @@ _HEADERS_KEY = re.compile(r"(?:.*_)?headers")
 _CAMEL_HUMP = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 # Ends of such keys, lower-cased, by what they begin with: a payload with none of them, nor an escape that could hide
 # one, needs no parsing.
-_CREDENTIAL_HINTS: tuple[tuple[bytes, tuple[bytes, ...]], ...] = (
-    (b"key", (b'key"', b'keys"')),
-    (b"auth", (b'auth"', b'authorization"')),
-    (b"bearer", (b'bearer"',)),
-    (b"token", (b'token"',)),
-    (b"passw", (b'password"', b'passwd"')),
-    (b"cookie", (b'cookie"',)),
-    (b"secret", (b'secret"', b'secrets"')),
-    (b"credential", (b'credential"', b'credentials"')),
-    (b"headers", (b'headers"',)),
+_CREDENTIAL_HINTS: Mapping[bytes, tuple[bytes, ...]] = MappingProxyType(
+    {
+        b"key": (b'key"', b'keys"'),
+        b"auth": (b'auth"', b'authorization"'),
+        b"bearer": (b'bearer"',),
+        b"token": (b'token"',),
+        b"passw": (b'password"', b'passwd"'),
+        b"cookie": (b'cookie"',),
+        b"secret": (b'secret"', b'secrets"'),
+        b"credential": (b'credential"', b'credentials"'),
+        b"headers": (b'headers"',),
+    }
 )
 _LOWER_CASE = bytes(range(256)).lower()
-_IN_NO_HINT = b"0123456789.+-_"  # nearly half of a metrics message, which is looked through without them
+_IN_NO_HINT = b"0123456789.,+-_([{fgjmqvxFGJMQVX"  # half of a metrics message, which is looked through without them
 _URL_USERINFO = re.compile(r'(://)[^/\s"@]+@')  # RFC 3986 section 3.2.1
 _URL_PARAMETER = re.compile(r"(?<=[?&])([\w.-]+)=([^&#\s]*)")  # `?api-key=...`, as some gateways want it
 _BEARER_VALUE = re.compile(r"(bearer +)[\w.~+/=-]+", re.IGNORECASE)  # RFC 6750 section 2.1
@@ -583,9 +585,10 @@ def _ends_key(hint: bytes, text: bytes) -> bool:
 def _may_hold_secret(payload: bytes, secrets: Sequence[str]) -> bool:
     """A quick look, at a hundredth of the cost of parsing; wrong only on the side of caution."""
     thinned = payload.translate(_LOWER_CASE, _IN_NO_HINT)
+    roots = [root for root in _CREDENTIAL_HINTS if root in thinned]
     return (
-        any(root in thinned and any(_ends_key(end, thinned) for end in ends) for root, ends in _CREDENTIAL_HINTS)
-        or b"bearer " in thinned
+        any(_ends_key(end, thinned) for root in roots for end in _CREDENTIAL_HINTS[root])
+        or (b"bearer" in roots and b"bearer " in thinned)
         or (b"\\" in payload and b"\\u00" in payload.lower())
         or (b"@" in payload and (b"://" in payload or rb":\/" in payload))
         or (b"=" in payload and b"?" in payload)

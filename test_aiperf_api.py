@@ -719,6 +719,24 @@ class TestSecrets(unittest.TestCase):
         for key in innocent.split():
             self.assertFalse(aiperf_api.is_credential_key(key), key)
 
+    def test_the_quick_look_misses_no_key_in_any_spelling(self) -> None:
+        words = "key keys authorization auth bearer token password passwd cookie secret secrets credential headers"
+        for word in words.split():
+            for key in (word, word.upper(), f"X-Api_{word}", f"v1.2_{word}"):
+                for text in (
+                    f'{{"{key}":["v0.5"]}}',
+                    f'[1.5,{{"a":"b","{key}" : ["v0.5"]}}]',
+                    f'{{"{key}"\n:["v0.5"]}}',
+                ):
+                    with self.subTest(text):
+                        payload = text.encode()
+                        redacted = aiperf_api.redact(json.loads(payload))
+                        self.assertEqual(json.loads(aiperf_api.scrub_json(payload)), redacted)
+                        self.assertEqual(aiperf_api._may_hold_secret(payload, ()), True)
+        for root, ends in aiperf_api._CREDENTIAL_HINTS.items():
+            for hint in (root, *ends):
+                self.assertEqual(hint.translate(aiperf_api._LOWER_CASE, aiperf_api._IN_NO_HINT), hint)
+
     def test_header_values_are_hidden_and_their_names_stay(self) -> None:
         for headers, hidden in (
             ({"X-A": "v", "N": 1}, {"X-A": "***", "N": "***"}),
