@@ -4241,9 +4241,7 @@ class PyzmqBusSource(Source):
             zmq.IPV6: 1,
             zmq.MAXMSGSIZE: BUS_FRAME_MAX,
             zmq.RCVHWM: BUS_QUEUE_MESSAGES_MAX,  # before connecting: it has no effect afterwards
-            zmq.CONNECT_TIMEOUT: round(
-                BUS_CONNECT_SEC * 1000
-            ),  # a host that comes up may leave a SYN unanswered for 64 s
+            zmq.CONNECT_TIMEOUT: round(BUS_CONNECT_SEC * 1000),  # the kernel's own attempts come 64 s apart in the end
             zmq.RECONNECT_IVL: round(BUS_RETRY_MIN_SEC * 1000),
             zmq.RECONNECT_IVL_MAX: round(BUS_RETRY_MAX_SEC * 1000),
             zmq.HEARTBEAT_IVL: BUS_HEARTBEAT_INTERVAL_MS,  # so that a host that vanished is noticed

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gzip
 import json
 import math
 import re
@@ -100,12 +101,19 @@ def samples(text: str, parse: Callable[[str], Any] = parse_text) -> dict[Sample,
     return found
 
 
+def length_sec(recording: Path) -> float:
+    """How long the recorded run took."""
+    with gzip.open(recording, "rt", encoding="utf-8") as file:
+        times = [json.loads(line)["t"] for line in file if '"topic"' in line]
+    return float(times[-1] - times[0]) / 1e9
+
+
 class ExpositionTests(unittest.TestCase):
     """Both formats, through independent parsers, while recordings are played."""
 
     def test_both_parsers_accept_both_formats_all_through_every_recording(self) -> None:
         for recording in RECORDINGS:
-            options = ("--replay", str(recording), "--replay-speed", "20")
+            options = ("--replay", str(recording), "--replay-speed", f"{length_sec(recording) / 3:.2f}")
             with contextlib.ExitStack() as stack:
                 stack.enter_context(self.subTest(recording.name))
                 folder = stack.enter_context(tempfile.TemporaryDirectory())
