@@ -163,11 +163,11 @@ BUS_TYPES_MAX = 256  # message types and topics that are told apart; the names c
 ROW_SHAPES_MAX = 4096  # shapes of rows of metrics that are remembered; then all are forgotten
 ROW_SHAPE_CHARS_MAX = 2000  # of one; a longer one is worked out each time
 BUS_TURN_MESSAGES_MAX = 256  # taken in one poll turn, before clients and requests have theirs
-BUS_TURN_BYTES_MAX = 1024 * 1024  # the same in bytes
+BUS_TURN_BYTES_MAX = 512 * 1024  # the same in bytes
 BUS_QUEUE_MESSAGES_MAX = 200  # ZMQ_RCVHWM, of any size each; libzmq 1000; beyond it TCP and the bus keep them
 # AIPerf's proxy is up for 0.6 s only before a run tells its configuration, once; a slower attempt would miss that.
-BUS_RETRY_MIN_SEC = 0.1  # before the first reconnect (ZMQ_RECONNECT_IVL, as libzmq); doubled each time, and some jitter
-BUS_RETRY_MAX_SEC = 0.2  # between reconnects at most
+BUS_RETRY_MIN_SEC = 0.1  # before the first reconnect (ZMQ_RECONNECT_IVL, as libzmq), give or take some jitter
+BUS_RETRY_MAX_SEC = 0.2  # before all further ones (ZMQ_RECONNECT_IVL_MAX; libzmq: no growth)
 BUS_HEARTBEAT_INTERVAL_MS, BUS_HEARTBEAT_TIMEOUT_MS = 5000, 15000  # ZMTP pings; libzmq none
 BUS_CONNECT_SEC = 10.0  # for the name and the connection; then the next attempt
 BUS_HOLD_SEC = 0.005  # between looks whether the clients have caught up
@@ -467,7 +467,7 @@ _CREDENTIAL_HINTS: Mapping[bytes, tuple[bytes, ...]] = MappingProxyType(
     }
 )
 _LOWER_CASE = bytes(range(256)).lower()
-_IN_NO_HINT = b"0123456789.,+-_([{fgjmqvxFGJMQVX"  # half of a metrics message, which is looked through without them
+_IN_NO_HINT = b"0123456789.+-_([{fgjmqvxFGJMQVX"  # half of a metrics message, which is looked through without them
 _URL_USERINFO = re.compile(r'(://)[^/\s"@]+@')  # RFC 3986 section 3.2.1
 _URL_PARAMETER = re.compile(r"(?<=[?&])([\w.-]+)=([^&#\s]*)")  # `?api-key=...`, as some gateways want it
 _BEARER_VALUE = re.compile(r"(bearer +)[\w.~+/=-]+", re.IGNORECASE)  # RFC 6750 section 2.1
@@ -2229,7 +2229,8 @@ def make_row_plan(row: dict[str, Any]) -> RowPlan:
     if conversion is None:
         return RowPlan(removed=removed)
     scaled = tuple(key for key in row if key in STATISTICS and key not in removed)
-    return RowPlan(False, removed, scaled, *conversion)
+    factor, unit = conversion
+    return RowPlan(removed=removed, scaled=scaled, factor=factor, unit=unit)
 
 
 class RowPlans:
@@ -2694,6 +2695,8 @@ CORE_MESSAGE_TYPES = frozenset(
         "worker_status_summary",
     }
 )
+# What has been read on its way, by the state or for the clients; another message may be no JSON at all.
+_READ_MESSAGE_TYPES = (CORE_MESSAGE_TYPES - METRICS_MESSAGE_TYPES) | {"realtime_metrics"}
 # Their topics. `command` has targeted ones too; of the responses only the controller's matter, a failed configuration.
 CORE_TOPICS = (
     *sorted(f"{name}$".encode() for name in CORE_MESSAGE_TYPES - {"command_response"}),
@@ -6115,7 +6118,10 @@ class Subscriber:
         self.reached_sec = reached_sec
 
     def _queue(self, chunk: Chunk, now_sec: float) -> None:
-        if not self.is_slow(now_sec):
+        is_slow = self.is_slow(now_sec)
+        if self.gone:  # cut off just now
+            return
+        if not is_slow:
             self._append(chunk)
             return
         for message in chunk.messages():
@@ -6172,7 +6178,7 @@ class Subscriber:
             notice = json_bytes({"type": "skipped", "counts": self.missed})
             self.missed = {}
             self.outlet.write(self.encode(Message(0, "skipped", notice, False)))
-        while self.backlog_bytes and not self.paused and not self.gone:
+        while (self.backlog or self.thinned) and not self.paused and not self.gone:
             data = self._take_chunks() if self.backlog else self._take_messages()
             self.backlog_bytes -= len(data)
             self.outlet.write(data)
@@ -6240,7 +6246,8 @@ class Patience:
         if now_sec - self._since_sec > CLIENT_HOLD_FEW_EVERY_SEC:
             self._since_sec, self._used_sec, self._asked_sec = now_sec, 0.0, 0.0
         if self._asked_sec:
-            self._used_sec += now_sec - self._asked_sec
+            self._used_sec += max(0.0, now_sec - self._asked_sec - BUS_HOLD_SEC)
+        self._used_sec += BUS_HOLD_SEC  # until the next look: also when nobody wants it any more by then
         self._asked_sec = now_sec
         return self._used_sec < CLIENT_HOLD_FEW_SEC
 
@@ -7387,13 +7394,17 @@ class APIService:
         is_wanted = self.hub.wants(message_type)
         if is_wanted or self._recorder is not None or message_type not in METRICS_MESSAGE_TYPES:
             payload = self._scrub(payload)
-        shown, rows = self._prepare(message_type, payload) if is_wanted else (payload, None)
+        shown, rows = payload, None
+        if is_wanted and message_type == "realtime_metrics":  # read once, for the clients and the state
+            shown, rows = forwardable_realtime_metrics(payload, self.state.row_plans.of)
         change = self.state.apply(message_type, payload, now_ns, rows)
         if change:
             self._follow(change)
         if self._recorder is not None:
             self._record(now_ns, topic, payload)
         self.bus.count(message_type, now_ns)
+        if is_wanted:
+            shown = self._on_one_line(message_type, shown)
         return message_type, shown, message_type in STATE_MESSAGE_TYPES
 
     def _type_of(self, topic: bytes) -> str:
@@ -7417,16 +7428,18 @@ class APIService:
             self.secrets = secret_forms(self._secrets_found)
         return payload
 
-    def _prepare(self, message_type: str, payload: bytes) -> tuple[bytes, MetricRows | None]:
-        """The payload as clients get it: one JSON object on one line, hidden metrics out; its rows if it was read."""
-        rows = None
+    def _prepare(self, message_type: str, payload: bytes) -> bytes:
+        """The payload as clients get it: one JSON object on one line, hidden metrics out."""
         if message_type == "realtime_metrics":
-            payload, rows = forwardable_realtime_metrics(payload, self.state.row_plans.of)
-        elif message_type not in CORE_MESSAGE_TYPES or message_type in METRICS_MESSAGE_TYPES:
-            read_message(payload)  # what nobody has looked at does not go to clients
+            payload, _ = forwardable_realtime_metrics(payload, self.state.row_plans.of)
+        return self._on_one_line(message_type, payload)
+
+    def _on_one_line(self, message_type: str, payload: bytes) -> bytes:
         if b"\n" in payload or b"\r" in payload:
-            payload = json_bytes(json_load(payload))
-        return payload, rows
+            return json_bytes(read_message(payload))
+        if message_type not in _READ_MESSAGE_TYPES:
+            read_message(payload)  # what nobody has looked at does not go to clients
+        return payload
 
     def _follow(self, change: Change) -> None:
         """What a change of state means for the rest of the server."""
@@ -7700,7 +7713,7 @@ class APIService:
         bus had them."""
         for message in messages:
             try:
-                payload, _ = self._prepare(message.type, self._scrub(message.payload))
+                payload = self._prepare(message.type, self._scrub(message.payload))
             except BusMessageError as error:
                 self._count_bad(error)  # nobody had looked at it before
                 continue

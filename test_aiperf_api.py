@@ -760,6 +760,10 @@ class TestSecrets(unittest.TestCase):
             b"",
         ):
             self.assertIs(aiperf_api.scrub_json(payload, ("s3cret-value",)), payload)
+        row = {"header": "Time to First Token", "unit": "ms", "tag": "time_to_first_token"}
+        for separators in ((",", ":"), (", ", ": ")):  # orjson's, and those of json.dumps
+            text = json.dumps({"metrics": [row, row]}, separators=separators)
+            self.assertFalse(aiperf_api._may_hold_secret(text.encode(), ()))
 
     def test_secrets_met_under_a_key_are_found_again_without_it(self) -> None:
         found: set[str] = set()
@@ -5723,6 +5727,13 @@ class TestHoldingTheBus(HubTestCase):
             now += aiperf_api.CLIENT_HOLD_FEW_EVERY_SEC
             self.assertFalse(self.hub.is_congested(), "it does not read")
 
+    def test_patience_is_used_up_by_short_waits_too(self) -> None:
+        patience, waits = aiperf_api.Patience(), 0
+        for look in range(10_000):  # wanted and not wanted in turns, for 50 s
+            waits += patience.lasts(1000 + look * aiperf_api.BUS_HOLD_SEC)
+            patience.rest()
+        self.assertLessEqual(waits * aiperf_api.BUS_HOLD_SEC, aiperf_api.CLIENT_HOLD_FEW_SEC)
+
     def test_it_ends_after_two_seconds_whatever_the_clients_do(self) -> None:
         clients = self.crowd(10)
         later = time.monotonic() + aiperf_api.CLIENT_HOLD_SEC_MAX + 0.1
@@ -7584,7 +7595,7 @@ class TestDescriptions(ServiceTestCase):
                 kind = self.service._type_of(topic)
                 counts[kind] = counts.get(kind, 0) + 1
                 if counts[kind] <= 5:
-                    message = json.loads(self.service._prepare(kind, payload)[0])
+                    message = json.loads(self.service._prepare(kind, payload))
                     validators.get(kind, validators[None]).validate(message)
                     seen.add(kind)
         self.assertLessEqual(aiperf_api.BUILTIN_MESSAGE_TYPES, seen)
@@ -8200,7 +8211,7 @@ class TestStreamsThroughCurl(ServiceTestCase):
         self.expected = [json.loads(self.prepared(topic, payload)) for _, topic, payload in messages]
 
     def prepared(self, topic: bytes, payload: bytes) -> bytes:
-        return self.service._prepare(self.service._type_of(topic), self.service._scrub(payload))[0]
+        return self.service._prepare(self.service._type_of(topic), self.service._scrub(payload))
 
     async def curl(self, *arguments: str) -> asyncio.subprocess.Process:
         before = len(self.service.hub.subscribers)
@@ -8396,6 +8407,18 @@ class TestSecurity(WireTestCase):
             self.assertNotIn("set-cookie", answer.headers)
             self.assertEqual(answer.headers["content-type"], "application/json")
             self.assertNotIn(b"<", answer.body)
+
+    async def test_what_is_no_json_is_so_named_whoever_listens(self) -> None:
+        client = await self.listen(self.service, "*", snapshot=False)
+        names = ("worker_health", "realtime_metrics", "realtime_telemetry_metrics", "home_made", "heartbeat")
+        for name in names:
+            for payload in (b"{\nbad", b"{bad", b'["a list"]', b'["a",\r\n"list"]'):
+                self.service._deliver([[name.encode() + b"$", payload]])
+        self.assertEqual(self.service.bus.errors, {"not_json": 2 * len(names), "not_object": 2 * len(names)})
+        self.service.publish({"message_type": "heartbeat", "n": 1})
+        self.assertEqual((await client.hear())["n"], 1)
+        self.assertEqual(len(self.log), 2)
+        self.log.clear()
 
     async def test_a_fault_of_ours_in_a_bus_message_is_logged_once_and_counted(self) -> None:
         with unittest.mock.patch.object(self.service.state, "apply", side_effect=RuntimeError("oops")):
