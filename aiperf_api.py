@@ -2287,15 +2287,14 @@ def display_row(row: Any, plan_of: PlanOf = make_row_plan) -> Optional[dict[str,
     return shown
 
 
-def display_list(rows: Any, plan_of: PlanOf = make_row_plan) -> list[dict[str, Any]]:
+def display_list(rows: list[Any], plan_of: PlanOf = make_row_plan) -> list[dict[str, Any]]:
     """Return those rows of a metrics message that people see, in the order they came."""
-    shown = (display_row(row, plan_of) for row in (rows if isinstance(rows, list) else ()))
-    return [row for row in shown if row is not None]
+    return [row for row in (display_row(row, plan_of) for row in rows) if row is not None]
 
 
 def display_rows(rows: Any, plan_of: PlanOf = make_row_plan) -> MetricRows:
-    """Return the same by tag; the last of two with one tag stays."""
-    return _by_tag(display_list(rows, plan_of))
+    """Return the same by tag, the last of two with one tag; nothing where `rows` is no list."""
+    return _by_tag(display_list(rows, plan_of)) if isinstance(rows, list) else {}
 
 
 def _by_tag(rows: Iterable[dict[str, Any]]) -> MetricRows:
@@ -5965,8 +5964,7 @@ class Chunk:
     __slots__ = ("_heads", "_messages", "count", "data", "taken_sec")
 
     def __init__(self, messages: Sequence[Encoded]) -> None:
-        pieces = [message.data for message in messages]
-        self.data = b"".join(pieces) if len(pieces) > 1 else pieces[0]  # only this is kept: the pieces would be as much
+        self.data = b"".join([message.data for message in messages])  # only this is kept: the pieces would be as much
         self.count = sum([message.type != "" for message in messages])  # bus messages; an answer is none
         self.taken_sec = messages[-1].taken_sec  # monotonic: when the hub took them
         self._heads = [(message.type, len(message.data), message.replaceable) for message in messages]  # to cut it up
@@ -6060,7 +6058,6 @@ class Subscriber:
         self.thinned: dict[int, Encoded] = {}  # by a number that grows
         self.queued = 0  # the last such number
         self.newest: dict[str, int] = {}  # state type -> number of its newest in `thinned`
-        self.events = 0  # messages in `thinned` that nothing replaces
         self.backlog_bytes = 0  # of all that waits here; 0 only when nothing does
         self.took_sec = 0.0  # monotonic: when the transport last had room again
         self.reached_sec = 0.0  # monotonic: when the hub took what was last written out of it, or first put into it
@@ -6071,6 +6068,11 @@ class Subscriber:
     def outstanding(self) -> int:
         """Bytes that wait for this client, here and in the transport."""
         return self.backlog_bytes + self.outlet.waiting
+
+    @property
+    def events(self) -> int:
+        """Messages in `thinned` that nothing replaces; of the others it has the newest of each type."""
+        return len(self.thinned) - len(self.newest)
 
     def pause(self) -> None:
         """The transport is full."""
@@ -6092,13 +6094,14 @@ class Subscriber:
         """Take an answer to this client alone, behind what waits for it; it is never left out."""
         if self.gone:
             return
+        if not self.paused and not self.backlog_bytes:
+            self.outlet.write(data)
+            return
         answer = Encoded("", data, False, now_sec)
         if self.slow:
             self._keep(answer)
-        elif self.paused or self.backlog_bytes:
-            self._append(Chunk([answer]))
         else:
-            self.outlet.write(data)
+            self._append(Chunk([answer]))
 
     def is_slow(self, now_sec: float) -> bool:
         """Whether it is behind by more than the soft mark allows; then it stays slow until it has caught up."""
@@ -6154,8 +6157,6 @@ class Subscriber:
         self.thinned[self.queued] = message
         if message.replaceable:
             self.newest[message.type] = self.queued
-        else:
-            self.events += 1
         self._grow(len(message.data), message.taken_sec)
 
     def _grow(self, size: int, taken_sec: float) -> None:
@@ -6194,7 +6195,7 @@ class Subscriber:
             size += len(taken[-1].data)
         self.sent += sum([chunk.count for chunk in taken])
         self.reached_sec = taken[-1].taken_sec
-        return taken[0].data if len(taken) == 1 else b"".join([chunk.data for chunk in taken])
+        return b"".join([chunk.data for chunk in taken])  # of a single one no copy
 
     def _take_messages(self) -> bytes:
         """The oldest of what is left of the messages, as many as make one write."""
@@ -6205,9 +6206,8 @@ class Subscriber:
             if parts and size + len(message.data) > CLIENT_WRITE_BYTES_MAX:
                 break
             del self.thinned[number]
-            if message.replaceable and self.newest.get(message.type) == number:
+            if message.replaceable:
                 del self.newest[message.type]
-            self.events -= not message.replaceable
             self.sent += bool(message.type)  # an answer is no bus message
             self.reached_sec = message.taken_sec
             parts.append(message.data)
@@ -6218,7 +6218,7 @@ class Subscriber:
         self.backlog.clear()
         self.thinned.clear()
         self.newest.clear()
-        self.backlog_bytes = self.events = 0
+        self.backlog_bytes = 0
         self.slow = False
 
     def leave(self) -> None:
@@ -6357,7 +6357,7 @@ class Hub:
             self._held_since_sec = self._held_since_sec or now_sec
             return now_sec - self._held_since_sec < CLIENT_HOLD_SEC_MAX
         self._held_since_sec = 0.0
-        if not behind or max(behind) <= CLIENT_HOLD_FEW_BYTES:
+        if max(behind, default=0) <= CLIENT_HOLD_FEW_BYTES:
             self._patience.rest()
             return False
         return self._patience.lasts(now_sec)

@@ -246,7 +246,6 @@ class RealAIPerf(unittest.TestCase):
 
     def setUp(self) -> None:
         self._started = time.monotonic()
-        self.watchers: list[Watcher] = []
 
     def tearDown(self) -> None:
         print(f"    {time.monotonic() - self._started:5.1f} s  {self._testMethodName}", file=sys.stderr, flush=True)
@@ -260,7 +259,6 @@ class RealAIPerf(unittest.TestCase):
 
     def watch(self, program: Program) -> Watcher:
         watcher = Watcher(program)
-        self.watchers.append(watcher)
         self.addCleanup(watcher.close)
         return watcher
 
@@ -525,21 +523,23 @@ class RealAIPerf(unittest.TestCase):
     def test_a_tokenizer_that_is_not_there_fails_0_13(self) -> None:
         # Data set manager and record processor fail at the same time. The first to fail ends the run, and only the data
         # set manager says so on the bus; of the other's failure 0.13 tells nobody but its terminal.
-        status = self.fail_to_configure("0.13.0", tokenizer="local/none")
-        if any('"dataset_configuration_failed"' in message for message in self.watchers[-1].messages):
+        status, watcher = self.fail_to_configure("0.13.0", tokenizer="local/none")
+        if any('"dataset_configuration_failed"' in message for message in watcher.messages):
             self.assertIn("local/none", status["error"])
         else:
             self.assertEqual(status["error"], "ended before a request was sent")
 
     def test_a_tokenizer_that_is_not_there_fails_0_6(self) -> None:
-        status = self.fail_to_configure("0.6.0", tokenizer="local/none")
+        status, _ = self.fail_to_configure("0.6.0", tokenizer="local/none")
         self.assertIn("local/none", status["error"])
 
     def test_a_child_that_dies_without_a_word_fails_with_its_exit_status(self) -> None:
-        status = self.fail_to_configure("0.13.0", "--request-count", "-1")
+        status, _ = self.fail_to_configure("0.13.0", "--request-count", "-1")
         self.assertEqual(status["error"], "exit status 1")
 
-    def fail_to_configure(self, version: str, *flags: str, tokenizer: str = real_aiperf.TOKENIZER) -> dict[str, Any]:
+    def fail_to_configure(
+        self, version: str, *flags: str, tokenizer: str = real_aiperf.TOKENIZER
+    ) -> tuple[dict[str, Any], Watcher]:
         command = self.work.profile(version, self.work.artifacts(), *(flags or ("--request-count", "10")))
         command[command.index(real_aiperf.TOKENIZER)] = tokenizer
         program = self.program("--linger", "2", "--", *command)
@@ -550,7 +550,7 @@ class RealAIPerf(unittest.TestCase):
         self.assertTrue(status["error"], status)
         self.assertEqual(program.get("/api/results"), {"status": "failed", "results": None})
         self.assertEqual(program.wait(), 1)
-        return dict(status)
+        return dict(status), watcher
 
 
 def _samples(text: str) -> Iterator[tuple[str, float]]:
