@@ -13,8 +13,8 @@ class SdistWithTests(sdist):
     """An sdist whose receiver can run what the project's own CI runs."""
 
     def make_release_tree(self, base_dir: str, files: list[str]) -> None:
-        """Add the tests, the benchmark and `.ci/` to the files that setuptools finds by itself."""
-        patterns = ("test_*.py", "bench_*.py", ".ci/*", ".ci/*/*")
+        """Add the tests and `.ci/` to the files that setuptools finds by itself."""
+        patterns = ("test_*.py", ".ci/*", ".ci/*/*")
         more = {str(path) for pattern in patterns for path in Path().glob(pattern) if path.is_file()}
         super().make_release_tree(base_dir, sorted({*files, *more}))
 

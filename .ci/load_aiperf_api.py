@@ -176,11 +176,11 @@ class Listener(asyncio.Protocol):
             if buffer[at] == 0x89:
                 self.transport.write(b"\x8a\x80\0\0\0\0")  # type: ignore[attr-defined]
             elif buffer[at] == 0x81:
-                self.take(bytes(buffer[at + head : at + head + min(size, 300)]), now_ns)
+                self.receive(bytes(buffer[at + head : at + head + min(size, 300)]), now_ns)
             at += head + size
         del buffer[:at]
 
-    def take(self, text: bytes, now_ns: int) -> None:
+    def receive(self, text: bytes, now_ns: int) -> None:
         found = re.search(rb'"seq":([0-9]+),"sent_ns":([0-9]+)', text)
         if found:
             self.numbers.append(int(found[1]))
@@ -204,7 +204,7 @@ async def connect(server: Server, count: int) -> list[Listener]:
 
 async def bad_socket(server: Server) -> socket.socket:
     """A WebSocket whose small SO_RCVBUF makes its reading, or not reading, show on the wire: with the kernel's default
-    a client that takes nothing at all looks like a good one for the first megabytes, and one that takes 1 KiB a second
+    a client that reads nothing at all looks like a good one for the first megabytes, and one that reads 1 KiB a second
     opens its window only once a minute."""
     peer = socket.socket()
     peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -237,7 +237,7 @@ async def read_slowly(peer: socket.socket, into: bytearray, until: asyncio.Event
 
 
 async def watch(server: Server, stalled: socket.socket | None, found: dict[str, float], until: asyncio.Event) -> None:
-    """The peak of the server's memory, and how long bytes had waited for the stalled client when it was cut off."""
+    """The peak of the server's memory, and how long bytes had waited for the stalled client when it was evicted."""
     name = "{}:{}".format(*stalled.getsockname()) if stalled else ""
     waits_since = 0.0
     while not until.is_set():
@@ -245,8 +245,8 @@ async def watch(server: Server, stalled: socket.socket | None, found: dict[str, 
         clients = {c["address"]: c for c in (await server.get("/api/clients"))["clients"]}
         if name in clients and clients[name]["waiting_bytes"] and not waits_since:
             waits_since = time.monotonic()
-        if name and name not in clients and waits_since and "cut_sec" not in found:
-            found["cut_sec"] = time.monotonic() - waits_since
+        if name and name not in clients and waits_since and "evicted_sec" not in found:
+            found["evicted_sec"] = time.monotonic() - waits_since
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(until.wait(), 0.25)
 
@@ -258,7 +258,7 @@ async def run_slow(seconds: int, burst: int, good: int, *, bad: bool) -> dict[st
     listeners = await connect(server, good)
     stalled, slow = (await bad_socket(server), await bad_socket(server)) if bad else (None, None)
     await bus.wait_for(EVENT.encode())
-    for _ in range(burst // 4):  # what the allocator and the caches take once, they take before the measurement
+    for _ in range(burst // 4):  # the allocator and the caches grow before the measurement
         bus.publish(STATES[0], 100)
     await wait_until(lambda: all(listener.numbers[-1:] == [bus.count] for listener in listeners))
     for listener in listeners:
@@ -320,8 +320,9 @@ async def slow(seconds: int, scale: float) -> None:
         must(figures["missed"] == 0 and figures["disordered"] == 0, f"{name}: the good ones miss nothing")
     ratio = beside["p99_ms"] / max(alone["p99_ms"], 0.001)
     must(ratio < 2, f"p99 {beside['p99_ms']:.1f} ms beside {alone['p99_ms']:.1f} ms alone: {ratio:.2f} times")
-    must(beside["growth_mib"] < 16, f"memory grows by {beside['growth_mib']:.1f} MiB (alone {alone['growth_mib']:.1f})")
-    must(beside.get("cut_sec", 99) < 35, f"the stalled one is cut off after {beside.get('cut_sec', 99):.1f} s")
+    # What they are behind is queued once for both, at most up to the hard mark of 32 MiB.
+    must(beside["growth_mib"] < 48, f"memory grows by {beside['growth_mib']:.1f} MiB (alone {alone['growth_mib']:.1f})")
+    must(beside.get("evicted_sec", 99) < 35, f"the stalled one is evicted after {beside.get('cut_sec', 99):.1f} s")
 
 
 async def crowd(scale: float) -> None:

@@ -5,6 +5,9 @@
 The demo is a real run with every figure as it was recorded.  Left out is what shows nowhere: housekeeping, the
 dataset's list of conversations, and the earlier of the two messages that carry the same final results.  The same
 recording gives the same bytes (with the same zlib).
+
+The bus of AIPerf 0.13 carries no configuration.  What this run was started with stands in static/demo.config.json,
+which `--demo` gives to the server as `--config` would; it is checked here against what the recording does say.
 """
 
 from __future__ import annotations
@@ -43,6 +46,21 @@ def demo_records(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
+def check_configuration(records: list[dict[str, Any]], config: dict[str, Any]) -> None:
+    """Raise ValueError unless the configuration is that of the recorded run, as far as the recording tells it."""
+    starts = [
+        json.loads(record["payload"]) for record in records if message_kind(record["topic"]) == "credit_phase_start"
+    ]
+    told = {start["stats"]["phase"]: start["config"] for start in starts}
+    found = {
+        "concurrency": told["profiling"]["concurrency"],
+        "request_count": told["profiling"]["total_expected_requests"],
+        "warmup_request_count": told["warmup"]["total_expected_requests"],
+    }
+    if found != {name: config[name] for name in found}:
+        raise ValueError(f"demo.config.json is not of this run, which had {found}")
+
+
 def gzip_small(data: bytes) -> bytes:
     """A gzip file without time, name or system in its header."""
     packer = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS, 9)
@@ -55,9 +73,11 @@ def main() -> int:
     if len(sys.argv) not in (2, 3):
         print(f"usage: {sys.argv[0]} RECORDING [OUTPUT]", file=sys.stderr)
         return 2
-    output = Path(sys.argv[2]) if len(sys.argv) == 3 else Path(__file__).parent.parent / "static" / "demo.jsonl.gz"
+    static = Path(__file__).resolve().parent.parent / "static"
+    output = Path(sys.argv[2]) if len(sys.argv) == 3 else static / "demo.jsonl.gz"
     with gzip.open(sys.argv[1]) as lines:
         kept = demo_records([json.loads(line) for line in lines])
+    check_configuration(kept, json.loads((static / "demo.config.json").read_text(encoding="utf-8")))
     data = b"".join(json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode() + b"\n" for record in kept)
     packed = gzip_small(data)
     output.write_bytes(packed)

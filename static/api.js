@@ -17,14 +17,22 @@ function takeToken() {
     history.replaceState(null, "", here);
     setToken(given);
   }
-  try { return sessionStorage.getItem(TOKEN) ?? given ?? ""; } catch { return given ?? ""; }
+  try {
+    return sessionStorage.getItem(TOKEN) ?? given ?? "";
+  } catch {
+    return given ?? "";
+  }
 }
 
 let token = "";
 
 export function setToken(value) {
   token = value;
-  try { sessionStorage.setItem(TOKEN, value); } catch { /* no storage: it lasts until the next reload */ }
+  try {
+    sessionStorage.setItem(TOKEN, value);
+  } catch {
+    /* no storage: it lasts until the next reload */
+  }
 }
 
 token = takeToken();
@@ -98,7 +106,9 @@ export class Feed {
     this.failures = 0;
     this.stopped = false;
     this.timer = 0;
-    this.wake = () => { if (!this.stopped && !this.socket) this.connect(); };
+    this.wake = () => {
+      if (!this.stopped && !this.socket) this.connect();
+    };
     addEventListener("online", this.wake);
     this.connect();
   }
@@ -133,7 +143,11 @@ export class Feed {
       return;
     }
     let message;
-    try { message = JSON.parse(text); } catch { return; }
+    try {
+      message = JSON.parse(text);
+    } catch {
+      return;
+    }
     if (message && typeof message.message_type === "string") this.onMessage(message.message_type, text);
     else if (message && message.type === "subscribed") {
       this.failures = 0;

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which way is better, as AIPerf's own metric registry has it.
+// Which way is better, as AIPerf's own metric registry has it. The one list: cards, tables, comparisons ask here.
 
-const LARGER = new Set(`
+const LARGER = new Set(
+  `
   amd_goodput_per_watt amd_output_tokens_per_joule amd_output_tps_per_watt amd_performance_per_watt
   e2e_output_token_throughput error_isl good_request_fraction input_sequence_length input_token_throughput
   nvidia_goodput_per_watt nvidia_output_tokens_per_joule nvidia_output_tps_per_watt nvidia_performance_per_watt
@@ -16,11 +17,23 @@ const LARGER = new Set(`
   total_usage_reasoning_tokens total_usage_total_tokens usage_accepted_prediction_tokens
   usage_completion_audio_tokens usage_completion_tokens usage_prompt_audio_seconds usage_prompt_audio_tokens
   usage_prompt_cache_read_tokens usage_prompt_tokens usage_reasoning_tokens usage_total_tokens
-`.trim().split(/\s+/));
+`
+    .trim()
+    .split(/\s+/),
+);
+const TIMES = ["ms", "sec", "s", "us", "ns"];
+const FAILURE = /(^|_)(error|errors|overflow|preemptions|discrepancy)(_|$)/;
 
-/** "larger" as AIPerf flags it; "smaller" for times and failures, which are never flagged; "" when it is a matter of taste. */
+/** "larger" as AIPerf flags it; "smaller" for times and failures, which are never flagged; "" where it is taste. */
 export function better(tag, unit) {
   if (LARGER.has(tag) || tag.endsWith("goodput")) return "larger";
-  const smaller = ["ms", "sec", "s", "us", "ns"].includes(unit) && !tag.includes("duration");
-  return smaller || /(^|_)(error|errors|overflow|preemptions|discrepancy)(_|$)/.test(tag) ? "smaller" : "";
+  const smaller = TIMES.includes(unit) && !tag.includes("duration");
+  return smaller || FAILURE.test(tag) ? "smaller" : "";
+}
+
+/** "better", "worse" or "" for a change (0.1 is 10 % more); what is less than half a percent is neither. */
+export function verdict(tag, unit, change) {
+  const way = better(tag, unit);
+  if (!way || Math.abs(change) < 0.005) return "";
+  return change > 0 === (way === "larger") ? "better" : "worse";
 }

@@ -1,48 +1,66 @@
 // SPDX-License-Identifier: Apache-2.0
-// The documentation page, written from /api/docs: the tables the server routes and parses with.
+// The documentation page, made from openapi.json and asyncapi.json.
 
 import { AnswerError, Feed, getJSON, hasToken, request, root, socketURL } from "./api.js";
-import { byId, h, setText, snippet } from "./dom.js";
-import { bytes } from "./format.js";
+import { byId, copyButton, h, setText, snippet } from "./dom.js";
+import { bytes, clock, count, percent } from "./format.js";
 import { quoted } from "./stream.js";
 
 const SHOWN_CHARACTERS = 20_000;
 const STREAM_LINES = 200;
-const FILLED_IN = new Set(["tag", "stat", "types"]); // parameters whose example makes the first try worth looking at
+const REFRESH_MS = 2_000;
+const FIRST_TYPES = ["realtime_metrics", "credit_phase_progress"]; // of the WebSocket's try-out
+const TITLES = { everyday: "Every day", streams: "Streams", more: "The rest" };
 
 const AUTH = hasToken() ? ' -H "Authorization: Bearer $AIPERF_API_TOKEN"' : "";
 const WS_AUTH = hasToken() ? ' -H="Authorization: Bearer $AIPERF_API_TOKEN"' : "";
-const anchor = (text) => text.toLowerCase().replace(/[^a-z0-9]+/g, "-").replace(/^-|-$/g, "") || "start";
+const anchor = (path) => `endpoint-${path.toLowerCase().replace(/[^a-z0-9]+/g, "-").replace(/^-|-$/g, "") || "start"}`;
 
-/** A path of the route table, relative to this page. */
-const relative = (path) => `./${path.replace(/^\//, "")}`;
-
-// One endpoint
+// One endpoint: a line, and below it, once it is opened, its parameters, the line for a shell, and an answer.
 
 class Endpoint {
-  constructor(route) {
-    this.route = route;
-    const { media } = route;
-    this.socket = route.websocket;
-    this.streaming = media.some((type) => /event-stream|ndjson/.test(type));
-    this.page = media.some((type) => type.startsWith("text/html"));
+  constructor(path, operation, parameters) {
+    this.path = path;
+    this.media = Object.keys(operation.responses[200]?.content ?? {});
+    this.socket = Boolean(operation.responses[101]);
+    this.streaming = this.media.some((type) => /event-stream|ndjson/.test(type));
+    this.page = this.media[0] === "text/html" && this.media.length === 1;
     this.inputs = new Map();
-    this.curl = snippet("", `${this.socket ? "websocat" : "curl"} line for ${route.path}`);
-    this.element = h("article", { class: "endpoint", id: anchor(`endpoint ${route.path}`), "aria-label": route.path },
-      h("header", {}, h("h3", {}, h("a", { href: `#${anchor(`endpoint ${route.path}`)}` }, route.path)),
-        h("span", { class: "summary" }, route.summary ?? ""), h("span", { class: "media" }, media.join(", "))),
-      h("div", { class: "body" }, route.description ? h("p", {}, route.description) : null, this.parameters(), this.page ? null : this.curl, ...this.tryIt()));
+    this.curl = snippet("", `${this.socket ? "websocat" : "curl"} line for ${path}`);
+    this.result = h("span", { class: "result", role: "status" });
+    this.answer = h("pre", { class: "answer", hidden: true, tabindex: "0", "aria-label": `Answer of ${path}` });
+    const id = anchor(path);
+    this.body = h("div", { class: "body", id: `${id}-body`, hidden: true }, this.fields(parameters), this.curl, this.result, this.answer);
+    this.element = h("article", { class: "endpoint", id, "aria-label": path },
+      h("header", {}, h("h3", {}, h("a", { href: `#${id}` }, path)), h("span", { class: "summary" }, operation.summary ?? ""), this.tools()),
+      this.body);
     this.changed();
   }
 
-  parameters() {
-    const { params = [] } = this.route;
-    if (!params.length) return null;
-    return h("div", { class: "params" }, ...params.map(({ name, description, example }) => {
-      const flag = name === "pretty";
-      const input = h("input", flag ? { type: "checkbox" }
-        : { type: "text", value: FILLED_IN.has(name) ? example : "", placeholder: example, spellcheck: "false", autocomplete: "off" });
-      if (flag) input.checked = true; // a person looks at the answer
+  /** What there is to click; a page is opened, anything else is tried. */
+  tools() {
+    if (this.page) return h("div", { class: "tools" }, h("a", { class: "button quiet", href: `.${this.path}` }, "Open"));
+    this.more = h("button", { class: "button quiet", type: "button", "aria-label": `Details: ${this.path}`, "aria-controls": this.body.id }, "Details");
+    this.more.addEventListener("click", () => this.open(this.body.hidden));
+    this.button = h("button", { class: "button quiet", type: "button" }, "Try it");
+    this.button.addEventListener("click", () => (this.stop ? this.stop() : this.run()));
+    this.name("Try it");
+    this.open(false);
+    const line = this.socket ? "websocat" : "curl";
+    return h("div", { class: "tools" }, copyButton(() => this.line, `Copy ${line}`, `Copy ${line}: ${this.path}`), this.more, this.button);
+  }
+
+  open(opened) {
+    this.body.hidden = !opened;
+    this.more?.setAttribute("aria-expanded", String(opened));
+  }
+
+  fields(parameters) {
+    const shown = parameters.filter(({ name }) => name !== "pretty");
+    if (!shown.length) return null;
+    return h("div", { class: "params" }, ...shown.map(({ name, in: place, description, example = "" }) => {
+      const filled = place === "path" || ["tag", "stat", "types"].includes(name); // so that the first try shows something
+      const input = h("input", { type: "text", value: filled ? example : "", placeholder: example, spellcheck: "false", autocomplete: "off" });
       input.addEventListener("input", () => this.changed());
       this.inputs.set(name, input);
       return h("label", {}, h("code", {}, name), input, h("span", { class: "hint" }, description ?? ""));
@@ -51,30 +69,24 @@ class Endpoint {
 
   /** The address asked for, by the parameters as they stand. */
   url() {
-    const url = new URL(relative(this.route.path), root);
-    const words = [...this.inputs].flatMap(([name, input]) => {
-      if (input.type === "checkbox") return input.checked ? [name] : [];
-      return input.value === "" ? [] : [`${name}=${encodeURIComponent(input.value).replaceAll("%2C", ",").replaceAll("%3A", ":")}`];
-    });
-    url.search = words.length ? `?${words.join("&")}` : "";
+    let path = this.path;
+    const words = [];
+    for (const [name, { value }] of this.inputs) {
+      if (path.includes(`{${name}}`)) path = path.replace(`{${name}}`, value.split("/").map(encodeURIComponent).join("/"));
+      else if (value !== "") words.push(`${name}=${encodeURIComponent(value).replaceAll("%2C", ",").replaceAll("%3A", ":")}`);
+    }
+    const url = new URL(`.${path}`, root);
+    url.search = words.join("&");
     return url;
   }
 
   changed() {
-    this.curl.setLine(this.socket ? websocatLine(["realtime_metrics", "credit_phase_progress"])
-      : `curl -s${this.streaming ? "N" : ""}${AUTH} ${quoted(this.url().href)}`);
-  }
-
-  tryIt() {
-    if (this.page) return [h("div", { class: "try" }, h("a", { class: "button", href: relative(this.route.path) }, "Open"))];
-    this.button = h("button", { class: "button", type: "button", "aria-label": `Try it: ${this.route.path}` }, "Try it");
-    this.result = h("span", { class: "result", role: "status" });
-    this.answer = h("pre", { class: "answer", hidden: true, tabindex: "0", "aria-label": `Answer of ${this.route.path}` });
-    this.button.addEventListener("click", () => (this.stop ? this.stop() : this.run()));
-    return [h("div", { class: "try" }, this.button, this.result), this.answer];
+    this.line = this.socket ? websocatLine(FIRST_TYPES) : `curl -s${this.streaming ? "N" : ""}${AUTH} ${quoted(this.url().href)}`;
+    this.curl.setLine(this.line);
   }
 
   async run() {
+    this.open(true);
     setText(this.result, "Asking.");
     this.answer.hidden = false;
     this.answer.textContent = "";
@@ -83,7 +95,9 @@ class Endpoint {
     this.running(() => giveUp.abort());
     const began = performance.now();
     try {
-      const answer = await request(this.url().href, { signal: giveUp.signal });
+      const url = this.url();
+      if (this.media.includes("application/json")) url.search += `${url.search ? "&" : "?"}pretty`; // a person looks at it
+      const answer = await request(url.href, { signal: giveUp.signal });
       const line = `${answer.status} ${answer.statusText} · ${answer.headers.get("content-type") ?? ""}`;
       if (this.streaming && answer.ok) await this.follow(answer, line);
       else {
@@ -111,7 +125,7 @@ class Endpoint {
 
   runSocket() {
     const feed = new Feed({
-      types: ["realtime_metrics", "credit_phase_progress"],
+      types: FIRST_TYPES,
       onMessage: (type, text) => this.add(`${text}\n`),
       onControl: (object) => this.add(`${JSON.stringify(object)}\n`),
       onState: (state) => setText(this.result, state === "open" ? "Subscribed." : "Connecting."),
@@ -141,98 +155,82 @@ class Endpoint {
 
   name(text) {
     setText(this.button, text);
-    this.button.setAttribute("aria-label", `${text}: ${this.route.path}`);
+    this.button.setAttribute("aria-label", `${text}: ${this.path}`);
   }
 }
 
 // Sections
 
-const section = (id, title, ...children) => h("section", { id, "aria-labelledby": `${id}-title` }, h("h2", { id: `${id}-title` }, title), ...children);
-
-function table(caption, head, rows) {
-  return h("div", { class: "table", tabindex: "0", role: "region", "aria-label": caption },
-    h("table", {}, h("thead", {}, h("tr", {}, ...head.map((text) => h("th", { scope: "col" }, text)))),
-      h("tbody", {}, ...rows.map((cells) => h("tr", {}, ...cells.map((cell) => h("td", {}, cell)))))));
-}
-
-const code = (text) => (text === null || text === undefined || text === "" ? "" : h("code", {}, String(text)));
+const section = (id, title, ...children) => h("section", { "aria-labelledby": id }, h("h2", { id }, title), ...children);
 
 function websocatLine(types, more = {}) {
   return `echo ${quoted(JSON.stringify({ type: "subscribe", message_types: types, ...more }))} | websocat -n${WS_AUTH} ${quoted(socketURL().href)}`;
 }
 
-function webSocketSection({ message_types: types = {} }) {
-  return section("websocket", "WebSocket",
-    h("p", {}, "Subscribe, and the last message of each type comes at once, then every one as it comes off the bus. Each line can be pasted as it is."),
-    h("h3", {}, "Watch the metrics"), snippet(websocatLine(["realtime_metrics"]), "websocat line for metrics"),
-    h("h3", {}, "Everything on the bus"), snippet(websocatLine(["*"]).replace("websocat -n", "websocat -n -B 4194304"), "websocat line for everything"),
-    h("h3", {}, "Only what is new, without the present state"), snippet(websocatLine(["credit_phase_progress"], { snapshot: false }), "websocat line without snapshot"),
-    h("h3", {}, "By hand"), snippet(`websocat${WS_AUTH} ${quoted(socketURL().href)}`, "websocat line by hand"),
-    h("h3", {}, "What one may say, and what comes back"),
-    table("WebSocket messages", ["You say", "You get"], [
-      [code('{"type":"subscribe","message_types":["realtime_metrics"]}'), code('{"type":"subscribed","message_types":["realtime_metrics"]}')],
-      [code('{"type":"unsubscribe","message_types":["realtime_metrics"]}'), code('{"type":"unsubscribed","message_types":["realtime_metrics"]}')],
-      [code('{"type":"ping"}'), code('{"type":"pong"}')],
-      ["anything else", code('{"type":"error","message":"…"}')],
-      ["reading too slowly", h("span", {}, code('{"type":"skipped","counts":{…}}'), " state messages are skipped, the newest is sent when there is room")],
-    ]),
-    h("h3", {}, "Message types"),
-    h("p", {}, "The built-in ones are marked; any other type of the bus can be subscribed to as well. A name that AIPerf does not know comes back under ", h("code", {}, "unknown"), "."),
-    h("div", { class: "names" }, ...[...new Set([...(types.builtin ?? []), ...(types.known ?? [])])]
-      .map((name) => h("code", (types.builtin ?? []).includes(name) ? { class: "builtin", title: "built in" } : {}, name))));
+function endpointSections({ paths, tags, components }) {
+  const named = (parameter) => (parameter.$ref ? components.parameters[parameter.$ref.split("/").pop()] : parameter);
+  return tags.map(({ name, description }) => section(name, TITLES[name] ?? name, h("p", {}, description),
+    h("div", { class: "endpoints" }, ...Object.entries(paths).filter(([, { get }]) => get.tags.includes(name))
+      .map(([path, { get, parameters = [] }]) => new Endpoint(path, get, parameters.map(named)).element))));
 }
 
-function prometheusSection() {
-  const lines = ["scrape_configs:", "  - job_name: aiperf", "    scrape_interval: 5s"];
-  if (root.protocol === "https:") lines.push("    scheme: https");
-  if (root.pathname !== "/") lines.push(`    metrics_path: ${root.pathname}metrics`);
-  if (hasToken()) lines.push("    authorization:", "      credentials_file: /etc/prometheus/aiperf-token");
-  lines.push("    static_configs:", `      - targets: ["${root.host || location.host}"]`);
-  return section("prometheus", "Prometheus",
-    h("p", {}, "Names and units are those of AIPerf's own exporter; the identity of the run stands on every sample."),
-    snippet(lines.join("\n"), "Prometheus scrape configuration"),
-    h("h3", {}, "OpenMetrics"), snippet(`curl -s${AUTH} -H 'Accept: application/openmetrics-text; version=1.0.0' ${quoted(new URL("metrics", root).href)}`, "curl line for OpenMetrics"));
+function messages({ "x-message-types": { builtin, known } }) {
+  return h("details", { class: "types" }, h("summary", {}, "Message types"),
+    h("p", { class: "muted" }, "Any other type of the bus can be subscribed to as well; ", h("code", {}, "*"), " is all of them. A name that AIPerf does not know comes back under ", h("code", {}, "unknown"), "."),
+    h("div", { class: "names" }, ...[...new Set([...builtin, ...known])]
+      .map((name) => h("code", builtin.includes(name) ? { class: "builtin", title: "built in" } : {}, name))));
 }
 
-function optionRow({ flag, metavar, default: preset, env, help }) {
-  return [h("code", {}, metavar ? `${flag} ${metavar}` : flag), code(env), code(preset), help];
-}
-
-function limitRow({ name, value, unit, meaning }) {
-  return [name, unit === "bytes" ? bytes(value) : `${Number(value).toLocaleString("en-US")} ${unit}`, meaning];
-}
-
-function write(docs) {
-  setText(byId("version"), docs.version ? `version ${docs.version}` : "");
-  const endpoints = (docs.routes ?? []).map((route) => new Endpoint(route));
-  const sections = [
-    section("endpoints", "Endpoints", h("p", {}, "GET and HEAD. JSON is compact; ", h("code", {}, "?pretty"), " indents it. Errors are ", h("code", {}, '{"error": "…"}'), " with the right status."),
-      ...endpoints.map(({ element }) => element)),
-    webSocketSection(docs),
-    prometheusSection(),
-    section("options", "Options", h("p", {}, "Every option has an environment variable; the flag beats it."),
-      table("Options", ["Option", "Variable", "Default", "Meaning"], (docs.options ?? []).map(optionRow))),
-    section("limits", "Limits", h("p", {}, "What the server takes, and what happens past it."),
-      table("Limits", ["Limit", "Value", "Past it"], (docs.limits ?? []).map(limitRow))),
-  ];
+async function write() {
+  const [openapi, asyncapi] = await Promise.all([getJSON("openapi.json"), getJSON("asyncapi.json")]);
+  setText(byId("version"), `version ${openapi.info.version}`);
+  const sections = endpointSections(openapi);
+  sections[0].querySelector("p").append(" JSON is compact; ", h("code", {}, "?pretty"), " indents it. Errors are ", h("code", {}, '{"error": "…"}'), " with the right status.");
+  sections[1].append(messages(asyncapi));
   byId("generated").replaceChildren(...sections);
-  contents(docs, sections);
   if (location.hash.length > 1) document.getElementById(decodeURIComponent(location.hash.slice(1)))?.scrollIntoView();
 }
 
-function contents({ routes = [] }, sections) {
-  byId("contents").replaceChildren(...sections.flatMap((one) => {
-    const links = [h("a", { class: "group", href: `#${one.id}` }, one.querySelector("h2").textContent)];
-    if (one.id === "endpoints") links.push(...routes.map(({ path }) => h("a", { class: "mono", href: `#${anchor(`endpoint ${path}`)}` }, path)));
-    return links;
-  }));
+// The run, in a line
+
+const TONES = { complete: "good", failed: "bad", cancelled: "warn", waiting: "warn" };
+
+function runLine(status, progress, { model, endpoint_type: type }) {
+  const { total, completed, errors, percent_complete: done, eta_sec: eta } = progress;
+  const words = [h("strong", { "data-tone": status.stale ? "bad" : TONES[status.state] ?? null }, status.stale ? `${status.state}, silent` : status.state)];
+  if (status.label !== "run 1") words.push(h("span", {}, status.label));
+  if (status.error) words.push(h("span", {}, status.error));
+  if (status.state !== "waiting") {
+    words.push(h("span", {}, percent(done)), h("span", {}, `${count(completed)}${total ? ` of ${count(total)}` : ""} requests, ${count(errors)} errors`));
+    if (eta > 0) words.push(h("span", {}, `${clock(eta)} left`));
+  }
+  if (model) words.push(h("span", {}, [model, type].filter(Boolean).join(", ")));
+  words.push(h("span", { class: "muted" }, `${status.source.kind}: ${status.source.address}${status.source.connected ? "" : ", not connected"}`));
+  return words;
+}
+
+let identity = { of: "" }; // what /api/metrics says of the run, asked for again when its state is another
+
+async function refresh() {
+  try {
+    if (!document.hidden) {
+      const [status, progress] = await Promise.all(["api/status", "api/progress"].map(getJSON));
+      const of = `${status.run} ${status.benchmark_id} ${status.state}`;
+      if (identity.of !== of) identity = { ...(await getJSON("api/metrics")), of };
+      byId("run").replaceChildren(...runLine(status, progress, identity));
+    }
+  } catch (error) {
+    byId("run").replaceChildren(h("strong", { "data-tone": "bad" }, `The server does not answer: ${error.message}`));
+  }
+  setTimeout(refresh, REFRESH_MS);
 }
 
 try {
-  write(await getJSON("api/docs"));
+  await write();
 } catch (error) {
   const problem = byId("problem");
   const why = error instanceof AnswerError && error.status === 401 ? "the server asks for a token: open this page as ./?token=…" : error.message;
-  problem.textContent = `The endpoints could not be read from api/docs: ${why}. openapi.json and the links above may still answer.`;
+  problem.textContent = `The endpoints could not be read from openapi.json and asyncapi.json: ${why}. The guides below and /api may still answer.`;
   problem.hidden = false;
 }
+refresh();

@@ -16,6 +16,14 @@ export function h(name, attributes = {}, ...children) {
   return element;
 }
 
+/** The same for a drawing. */
+export function svg(name, attributes = {}, ...children) {
+  const element = document.createElementNS("http://www.w3.org/2000/svg", name);
+  for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, String(value));
+  element.append(...children);
+  return element;
+}
+
 /** Sets an element's text, and touches the document only when it changes. */
 export function setText(element, text) {
   if (element.textContent !== text) element.textContent = text;
@@ -42,7 +50,7 @@ export function setChildren(parent, wanted) {
 }
 
 /** Copies text; the fallback serves pages that came over plain http, where there is no clipboard API. */
-export async function copyText(text) {
+async function copyText(text) {
   try {
     await navigator.clipboard.writeText(text);
     return true;
@@ -62,7 +70,9 @@ export function copyButton(text, label = "Copy", name = label) {
   const button = h("button", { class: "button", type: "button", "aria-label": name === label ? null : name }, label);
   button.addEventListener("click", async () => {
     button.textContent = (await copyText(text())) ? "Copied" : "Failed";
-    setTimeout(() => { button.textContent = label; }, 1200);
+    setTimeout(() => {
+      button.textContent = label;
+    }, 1200);
   });
   return button;
 }

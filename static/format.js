@@ -14,6 +14,11 @@ function fixed(value, digits) {
 
 export const NONE = "—";
 
+const BIDI = /[\u0590-\u08ff\u202a-\u202e\u2066-\u2069\ufb1d-\ufdff\ufe70-\ufeff]/;
+
+/** Text of others within a sentence of ours: what is written from right to left turns nothing but itself around. */
+export const isolated = (text) => (BIDI.test(text) ? `\u2068${text}\u2069` : text);
+
 /** True for a number that can be shown. */
 export const known = (value) => typeof value === "number" && Number.isFinite(value);
 
@@ -50,23 +55,19 @@ export function share(part, whole) {
 }
 
 const UNITS = {
-  "tokens/sec": "tok/s",
-  "tokens/sec/user": "tok/s/user",
-  "tokens/s": "tok/s",
-  "requests/sec": "req/s",
-  requests: "req",
-  tokens: "tok",
-  count: "",
+  "tokens/sec": "tok/s", "tokens/sec/user": "tok/s/user", "tokens/s": "tok/s", "requests/sec": "req/s",
+  requests: "req", tokens: "tok", count: "",
 };
 
 /** A unit as it stands beside a figure. */
-export const unitLabel = (unit) => (unit === undefined || unit === null ? "" : UNITS[unit] ?? String(unit));
+export const unitLabel = (unit) => (unit === undefined || unit === null ? "" : (UNITS[unit] ?? String(unit)));
 
 /** A value and its unit in a readable size: 12,345 ms becomes 12.35 s, 0.4 ms becomes 400 µs. */
 export function quantity(value, unit, significant = 4) {
   if (known(value)) {
     if (unit === "ms" && Math.abs(value) >= 10_000) return { text: number(value / 1000, significant), unit: "s" };
-    if (unit === "ms" && value !== 0 && Math.abs(value) < 0.1) return { text: number(value * 1000, significant), unit: "µs" };
+    if (unit === "ms" && value !== 0 && Math.abs(value) < 0.1)
+      return { text: number(value * 1000, significant), unit: "µs" };
     if (unit === "MB" && Math.abs(value) >= 10_000) return { text: number(value / 1000, significant), unit: "GB" };
   }
   return { text: number(value, significant), unit: unitLabel(unit) };
@@ -111,10 +112,14 @@ export const timeOfDay = (ms) => new Date(ms).toLocaleTimeString("en-GB", { hour
 
 /** One line of CSV (RFC 4180). A cell that a spreadsheet would run as a formula gets a leading apostrophe. */
 export function csvLine(cells) {
-  return cells.map((cell) => {
-    if (cell === undefined || cell === null) return "";
-    let text = String(cell);
-    if (typeof cell === "string" && /^[=+\-@\t\r]/.test(text)) text = `'${text}`;
-    return /[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
-  }).join(",") + "\r\n";
+  return (
+    cells
+      .map((cell) => {
+        if (cell === undefined || cell === null) return "";
+        let text = String(cell);
+        if (typeof cell === "string" && /^[=+\-@\t\r]/.test(text)) text = `'${text}`;
+        return /[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
+      })
+      .join(",") + "\r\n"
+  );
 }

@@ -4,9 +4,12 @@
 import { Feed, getJSON, hasToken, root, socketURL } from "./api.js";
 import { h, setText, snippet } from "./dom.js";
 
-const TYPES = ["realtime_metrics", "realtime_telemetry_metrics", "realtime_server_metrics", "credit_phase_start", "credit_phase_progress",
-  "credit_phase_complete", "worker_status_summary", "worker_health", "processing_stats", "all_records_received",
-  "system_state_changed", "process_all_results", "process_records_result", "results_exported", "benchmark_complete", "heartbeat"];
+const TYPES = [
+  "realtime_metrics", "realtime_telemetry_metrics", "realtime_server_metrics", "credit_phase_start",
+  "credit_phase_progress", "credit_phase_complete", "worker_status_summary", "worker_health", "processing_stats",
+  "all_records_received", "system_state_changed", "process_all_results", "process_records_result",
+  "results_exported", "benchmark_complete", "heartbeat",
+];
 const MAX_LINES = 200;
 const MAX_LENGTH = 4000;
 
@@ -14,7 +17,7 @@ const MAX_LENGTH = 4000;
 export const quoted = (text) => `'${String(text).replaceAll("'", "'\\''")}'`;
 
 /** The same subscription from a terminal. */
-export function shellLines(types) {
+function shellLines(types) {
   const asked = JSON.stringify({ type: "subscribe", message_types: types });
   const header = hasToken() ? ' -H "Authorization: Bearer $AIPERF_API_TOKEN"' : "";
   const wsHeader = hasToken() ? ' -H="Authorization: Bearer $AIPERF_API_TOKEN"' : "";
@@ -26,6 +29,9 @@ export function shellLines(types) {
   };
 }
 
+const shortened = (text) =>
+  text.length > MAX_LENGTH ? `${text.slice(0, MAX_LENGTH)} … (${text.length} characters)` : text;
+
 export class StreamPanel {
   constructor(pane) {
     this.feed = null;
@@ -35,17 +41,29 @@ export class StreamPanel {
     this.boxes = new Map();
     this.list = h("div", { class: "types" });
     this.addTypes(["*", ...TYPES]);
-    this.messages = h("div", { class: "messages", tabindex: "0", role: "log", "aria-live": "off", "aria-label": "Messages" });
+    this.messages = h("div", {
+      class: "messages", tabindex: "0", role: "log", "aria-live": "off", "aria-label": "Messages",
+    });
     this.tally = h("span", { class: "muted" });
     this.pauseButton = h("button", { class: "button", type: "button", "aria-pressed": "false" }, "Pause");
     this.pauseButton.addEventListener("click", () => this.pause(!this.paused));
     const clear = h("button", { class: "button", type: "button" }, "Clear");
-    clear.addEventListener("click", () => { this.messages.replaceChildren(); this.count = 0; this.tell(); });
+    clear.addEventListener("click", () => {
+      this.messages.replaceChildren();
+      this.count = 0;
+      this.tell();
+    });
     this.websocat = snippet("", "websocat line");
     this.curl = snippet("", "curl line");
-    pane.append(h("div", { class: "stream" },
-      h("fieldset", {}, h("legend", {}, "Message types"), this.list),
-      h("div", { class: "right" }, h("div", { class: "tools" }, this.pauseButton, clear, this.tally), this.messages, this.websocat, this.curl)));
+    pane.append(
+      h(
+        "div", { class: "stream" }, h("fieldset", {}, h("legend", {}, "Message types"), this.list),
+        h(
+          "div", { class: "right" }, h("div", { class: "tools" }, this.pauseButton, clear, this.tally),
+          this.messages, this.websocat, this.curl,
+        ),
+      ),
+    );
     this.lines();
     this.tell();
   }
@@ -60,12 +78,13 @@ export class StreamPanel {
     }
   }
 
-  /** The tab was opened: take the names that the server knows. */
+  /** The tab was opened: the names that AIPerf knows stand in the description of the messages. */
   async open() {
     if (this.opened) return;
     this.opened = true;
-    const docs = await getJSON("api/docs").catch(() => null);
-    this.addTypes([...(docs?.message_types?.builtin ?? []), ...(docs?.message_types?.known ?? [])]);
+    const described = await getJSON("asyncapi.json").catch(() => null);
+    const { builtin = [], known = [] } = described?.["x-message-types"] ?? {};
+    this.addTypes([...builtin, ...known]);
   }
 
   chosen() {
@@ -86,9 +105,10 @@ export class StreamPanel {
     this.lines();
     if (types.length) {
       this.feed = new Feed({
-        types,
-        onMessage: (type, text) => this.hold(text),
-        onControl: (object) => { if (object.type !== "subscribed") this.hold(JSON.stringify(object)); },
+        types, onMessage: (type, text) => this.hold(text),
+        onControl: (object) => {
+          if (object.type !== "subscribed") this.hold(JSON.stringify(object));
+        },
       });
     }
     this.tell();
@@ -112,7 +132,7 @@ export class StreamPanel {
     this.frame = undefined;
     const box = this.messages;
     const atEnd = box.scrollHeight - box.scrollTop - box.clientHeight < 24;
-    box.append(...this.held.splice(0).map((text) => h("div", {}, text.length > MAX_LENGTH ? `${text.slice(0, MAX_LENGTH)} … (${text.length} characters)` : text)));
+    box.append(...this.held.splice(0).map((text) => h("div", {}, shortened(text))));
     while (box.childElementCount > MAX_LINES) box.firstChild.remove();
     if (atEnd) box.scrollTop = box.scrollHeight;
     this.tell();
@@ -120,6 +140,11 @@ export class StreamPanel {
 
   tell() {
     const types = this.chosen().length;
-    setText(this.tally, types ? `${this.count.toLocaleString("en-US")} messages${this.paused ? ", paused" : ""}` : "Choose a type to watch it.");
+    setText(
+      this.tally,
+      types
+        ? `${this.count.toLocaleString("en-US")} messages${this.paused ? ", paused" : ""}`
+        : "Choose a type to watch it.",
+    );
   }
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Sets the theme before the first paint, so that nobody sees a flash of the other one. A classic script for that reason.
+// Sets the theme before the first paint, so that nobody sees a flash of the other one: a classic script.
 (() => {
   const KEY = "aiperf.theme";
   const dark = matchMedia("(prefers-color-scheme: dark)");
@@ -23,7 +23,9 @@
         const next = document.documentElement.dataset.theme === "dark" ? "light" : "dark";
         const system = dark.matches ? "dark" : "light";
         // Back at what the system says: follow the system again.
-        try { next === system ? localStorage.removeItem(KEY) : localStorage.setItem(KEY, next); } catch { /* no storage */ }
+        try {
+          next === system ? localStorage.removeItem(KEY) : localStorage.setItem(KEY, next);
+        } catch { /* no storage */ }
         document.documentElement.dataset.theme = next;
         dispatchEvent(new Event("themechange"));
       });
