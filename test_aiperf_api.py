@@ -38,6 +38,7 @@ import tracemalloc
 import unittest
 import unittest.mock
 import urllib.request
+import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -5480,6 +5481,8 @@ class TestTLS(WireTestCase):
         cls.addClassCleanup(directory.cleanup)
         cls.certificate, cls.key = make_certificate(directory.name)
         cls.context = ssl.create_default_context(cafile=cls.certificate)
+        if sys.version_info < (3, 11):  # whose transport of a handshake that failed nobody could close
+            warnings.filterwarnings("ignore", "unclosed transport <asyncio.sslproto", ResourceWarning)
 
     async def asyncSetUp(self) -> None:
         await super().asyncSetUp()
@@ -5701,6 +5704,7 @@ class TestCommandLine(unittest.TestCase):
             done = run_program("--api-port", "0", "--replay", recording, "--replay-speed", "0", "--linger", "0")
             self.assertEqual(done.returncode, 0, done.stderr)
 
+    @unittest.skipUnless(zmq, "needs the pyzmq package")
     def test_standard_error_that_is_closed_full_or_broken_costs_nothing(self) -> None:
         child = shlex.join([sys.executable, "-c", "print('ran')"])
         program = shlex.join([sys.executable, aiperf_api.__file__, "--api-port", "0", "--linger", "0", "--"])
