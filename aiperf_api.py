@@ -1039,7 +1039,8 @@ def check_token(request: Request, token: bytes, cookie_name: str) -> None:
     fits = [hmac.compare_digest(candidate, token) for candidate in given]
     fits += [hmac.compare_digest(candidate, page_cookie(token).encode()) for candidate in shown]
     if not any(fits):
-        hint = "a token is needed (--api-token, AIPERF_API_TOKEN): -H 'Authorization: Bearer TOKEN', or ?token=TOKEN"
+        what = "this is not the token of this server" if given else "a token is needed"
+        hint = f"{what} (--api-token, AIPERF_API_TOKEN): -H 'Authorization: Bearer TOKEN', or ?token=TOKEN"
         raise HTTPError(401, hint, (("WWW-Authenticate", 'Bearer realm="aiperf-api"'),))
 
 
@@ -3243,8 +3244,8 @@ class PyzmqBusSource(Source):
                 self._report("up", f"{what} {self.address}")
             elif self.connected and not self._peers:
                 what = "the last publisher at {} left; waiting for the next" if self._bind else _BUS_GONE
-                too_large = f"a frame of over {BUS_RESULT_BYTES_MAX:,} bytes does that, too"
-                self._report("down", f"{what.format(self.address)} ({too_large})")
+                cause = "" if self._bind else f" (a frame of over {BUS_RESULT_BYTES_MAX:,} bytes does that, too)"
+                self._report("down", what.format(self.address) + cause)
 
     def _connect_anew(self) -> None:
         """Connect where libzmq gives up for good: after a fault of the peer, or a frame over maxmsgsize."""
@@ -3550,7 +3551,7 @@ def _read_recording(path: str, data: bytes | None = None) -> Generator[tuple[int
                 yield int(record["t"]), [record["topic"].encode(), record["payload"].encode()]
                 number += 1
         except Exception as error:  # of reading, gzip, JSON or its shape: whatever the bytes may do
-            raise UsageError(f"{name}: line {number} is none of a recording: {printable(str(error))}") from None
+            raise UsageError(f"{name}: line {number} is not a line of a recording: {printable(str(error))}") from None
     if number == 1:
         raise UsageError(f"{name}: it is empty, and no recording")
 
@@ -5302,7 +5303,8 @@ def _get_index(service: APIService, *_: Any) -> JSONValue:
 
 
 def _get_ready(service: APIService, *_: Any) -> Response:
-    text = f"not connected to the bus at {printable(service.source.address)}\n"
+    what = "at the end of the recording" if service.source.ended else "not connected to the bus at"
+    text = f"{what} {printable(service.source.address)}\n"
     return text_response("ok\n") if service.source.connected else text_response(text, 503, (("Retry-After", "2"),))
 
 
@@ -5328,6 +5330,7 @@ def top_text(service: APIService) -> str:
     is_over, is_here = benchmark.end is not None, status["source"]["connected"]
     phase = "" if is_over or status["phase"] in (None, status["state"]) else f"phase {status['phase']}"
     trouble = "silent" if status["stale"] else "" if is_here or is_over else "no bus"
+    trouble = "recording ended" if service.source.ended and not is_over else trouble
     words = (status["state"], phase, trouble, metrics["model"], metrics["endpoint_type"])
     failures = benchmark.results(whole=False)["error_summary"]["errors"][:5]
     seconds = f"{progress['elapsed_ns'] / 1e9:,.0f} s" + (f", {left_sec:,.0f} s left" if left_sec else "")
@@ -5864,6 +5867,10 @@ async def _serve_command(arguments: Arguments, environ: Mapping[str, str]) -> in
             with log_held():
                 code = await child.run()
             await service.settle()
+            if not service.bus_total:
+                log.warning(
+                    "the benchmark was not heard; is it in a script? See --zmq-host in the guide troubleshooting"
+                )
             if code or service.bus_total:  # a command that ended well and never reported has not failed
                 hint = "" if service.bus_total else "; see its output above"
                 service.end_child(child.exit_text + hint if code else "")

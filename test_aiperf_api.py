@@ -3615,14 +3615,14 @@ class TestReplayAndRecord(BusTestCase):
         line = b'{"t":1,"topic":"heartbeat$","payload":"%d"}\n'
         lines = b"".join(line % random.getrandbits(60) for _ in range(9999))
         for data, text in (
-            (gzip.compress(lines)[:-20], "line [0-9]{4} is none of a recording: Compressed file ended"),
-            (line + b"nonsense\n", "line 2 is none"),
-            (line + b'{"t":2}\n', "line 2 is none"),
+            (gzip.compress(lines)[:-20], "line [0-9]{4} is not a line of a recording: Compressed file ended"),
+            (line + b"nonsense\n", "line 2 is not"),
+            (line + b'{"t":2}\n', "line 2 is not"),
             *(
-                (line + b'{"t":%s,"topic":"a","payload":""}\n' % t, "line 2 is none")
+                (line + b'{"t":%s,"topic":"a","payload":""}\n' % t, "line 2 is not")
                 for t in (b"1e400", b"-1", b"9223372036854775808", b"1" + b"0" * 300, b"null")
             ),
-            (line + b'"' + b"x" * 5000, "line 2 is none of a recording: longer than 4,000 bytes"),
+            (line + b'"' + b"x" * 5000, "line 2 is not a line of a recording: longer than 4,000 bytes"),
             (line + b'{"t":1,"topic":"a","payload":"%s"}\n' % ("x" * 4100 + "😀").encode(), "line 2 .* longer than"),
         ):
             Path(self.path).write_bytes(data)

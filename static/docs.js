@@ -60,7 +60,7 @@ class Endpoint {
     if (!shown.length) return null;
     return h("div", { class: "params" }, ...shown.map(({ name, in: place, description, example = "" }) => {
       const filled = place === "path" || ["tag", "stat", "types"].includes(name); // so that the first try shows something
-      const input = h("input", { type: "text", value: filled ? example : "", placeholder: example, spellcheck: "false", autocomplete: "off" });
+      const input = h("input", { type: "text", value: filled ? example : "", placeholder: example && `such as ${example}`, spellcheck: "false", autocomplete: "off" });
       input.addEventListener("input", () => this.changed());
       this.inputs.set(name, input);
       return h("label", {}, h("code", {}, name), input, h("span", { class: "hint" }, description ?? ""));
