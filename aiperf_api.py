@@ -52,6 +52,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import weakref
 from array import array
@@ -313,7 +314,7 @@ _SECRET_IN_TEXT = re.compile(  # all but `likely` is hidden, and that if it look
         \\?["']?\s{0,32}(?P<sign>[=:])BEGIN
         (?P<sure>(?:(?:bearer|basic|token|digest)[ \t]+)?(?:(?<=["'])[^"']+|[^\s"'&,;]+))
       | (?:key|token|pass|secret|password)(?:[ ]provided)?
-        \\?["']?(?:\s{0,32}[=:])?\s{0,32}\\?["']?(?P<likely>(?<![a-z0-9])[^\s"'&,;=:]{16,}))
+        \\?["']?(?:\s{0,32}[=:]|(?<=["']),)?\s{0,32}\\?["']?(?P<likely>(?<![a-z0-9])[^\s"'&,;=:]{16,}))
     """.replace("BEGIN", rf"""\s{{0,32}}\\?(?:["']|(?=[^\s"'\\]))(?!{_PLACEHOLDER})"""),
     re.VERBOSE | re.IGNORECASE,
 )
@@ -386,7 +387,7 @@ class Secrets:
 
     def redact(self, value: JSONValue) -> JSONValue:
         """Return a copy with `***` for every secret, or the very same object if there is none; keys never change."""
-        self._texts, self._room = {}, 4 * BUS_TEXT_BYTES_MAX
+        self._texts, self._room, self._values = {}, 4 * BUS_TEXT_BYTES_MAX, 4 * JSON_ITEMS_MAX
         redacted = self._redact(value, "")
         if not self._met.keys() <= self._for_ever.keys() | self._of_run.keys():
             self.add(self._met, for_ever=False)
@@ -434,6 +435,9 @@ class Secrets:
 
     def _redact(self, value: JSONValue, role: str) -> JSONValue:
         """Redact what stands under a key of this role; what is not changed is the same object."""
+        self._values -= 1
+        if self._values < 0:  # only huge results have so many: the rest is not shown
+            return REDACTED
         if isinstance(value, str):
             return self._redact_string(value, role)
         if isinstance(value, dict):
@@ -1608,7 +1612,7 @@ class FamilySet:
         suffix, words = (f"_{ending}" if unit else ""), f" (in {unit})"
         key, opened = (f"{{{labels}}}", f"{{{labels},") if labels else ("", "{")
         figures = {stat: value for stat, value in row.items() if type(value) in (int, float) and abs(value) < math.inf}
-        if not self._fits(len(figures), base + labels):
+        if not self._fits(len(figures), base + suffix + labels):
             return
         if not figures.keys().isdisjoint(QUANTILES):
             samples = self._samples(base + suffix, "summary", title + words, ending)
@@ -1821,7 +1825,11 @@ class BusMessage:
         records, errors = _list(inner.get("records")), _list(inner.get("error_summary"))
         if len(records) > ROWS_MAX or len(errors) > RUNS_MAX:
             counted = [one for one in errors if isinstance(one, dict) and _count(one.get("count"))]
-            most = heapq.nlargest(RUNS_MAX, counted, key=lambda one: one["count"])
+            ranks = [(_object(one.get("error_details")).get("code") == 499, one["count"]) for one in counted]
+            best = heapq.nlargest(
+                RUNS_MAX, range(len(counted)), ranks.__getitem__
+            )  # 499 first: aborted, and subtracted
+            most = [counted[place] for place in best]
             self.errors_left_out = len(counted) - len(most)
             inner = {**inner, "records": records[:ROWS_MAX], "error_summary": most}
             value = {**self.value, "results": {**outer, "results": inner}}
@@ -3249,6 +3257,7 @@ class PyzmqBusSource(Source):
 
     def _connect_anew(self) -> None:
         """Connect where libzmq gives up for good: after a fault of the peer, or a frame over maxmsgsize."""
+        self._drain_monitor()  # it may be connected, and we not told yet
         if self._socket is None or self.connected:
             return
         if self._socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:  # disconnecting would drop what is not read yet
@@ -3265,8 +3274,12 @@ class PyzmqBusSource(Source):
             self._loop.remove_reader(self._socket.getsockopt(zmq.FD))
             self._loop.remove_reader(self._monitor.getsockopt(zmq.FD))
             self._socket.disable_monitor()
-            self._socket.context.destroy(linger=0)  # closes both sockets
-            self._socket = None
+            context, self._socket = self._socket.context, None
+            # It closes both sockets, and waits for libzmq, which may be looking up a name; no exit waits for a daemon.
+            ending = threading.Thread(target=context.destroy, args=(0,), daemon=True)
+            ending.start()
+            while ending.is_alive():  # noqa: ASYNC110 - as long as the caller of stop() waits
+                await asyncio.sleep(0.005)
 
 
 # -- The bus without pyzmq ---------------------------------------------------------------------------------------------
@@ -3956,9 +3969,10 @@ class Hub:
                 del self._wanted[name]
         self.changes += 1
 
-    def has_room(self, types: set[str]) -> bool:
-        """Return whether clients may ask for these, too: each name is a subscription upstream."""
-        return len(self._wanted.keys() | types) <= 4 * CLIENT_TYPES_MAX
+    def has_room(self, invented: set[str]) -> bool:
+        """Return whether clients may ask for these names, which no AIPerf has: each is a subscription upstream."""
+        new = invented - self._wanted.keys()
+        return not new or len(self._wanted) + len(new) <= 4 * CLIENT_TYPES_MAX
 
     def wants(self, message_type: str) -> bool:
         """Return whether any client gets this type."""
@@ -4023,7 +4037,7 @@ class Hub:
 # Deadlines are counted in sweeps, one a second, not on a clock: while this process is stopped (SIGSTOP, a paused
 # container) no time goes by in which a peer could have done its part.
 
-_TURN_SEC = 0.02  # of the loop for the pipelined requests of one connection, before others have theirs
+_TURN_SEC = 0.02  # of the loop for the requests or messages that one connection sent, before others have theirs
 UNIX_PEER = "unix"  # stands for the address of a peer on a Unix socket, which has none
 
 
@@ -4265,7 +4279,12 @@ class Connection(asyncio.BufferedProtocol):
             events = [event for event in events if event.kind != "ping" or event is pings[-1]]
         self._events += events
         # One read may hold hundreds of subscriptions to everything: who does not read the replies waits with the rest.
+        until_sec = time.monotonic() + _TURN_SEC
         while self._events and self.mode == "websocket" and self.transport.is_reading():
+            if time.monotonic() > until_sec:
+                self._set_reading(False)
+                asyncio.get_running_loop().call_soon(self._resume)  # when others have had their turn
+                break
             event = self._events.popleft()
             if event.kind in ("text", "binary"):
                 self.app.received(self, event.data)
@@ -4728,6 +4747,7 @@ class APIService:
     def _deliver(self, batch: Batch) -> None:
         """Process what one poll turn found: the state, the recording, and the clients in one go."""
         now_ns = self.source.now_ns()
+        was_enabled = gc.isenabled()
         gc.disable()  # it would go through the objects of a large message again and again: half of the time of 4 MiB
         for frames in batch:
             try:
@@ -4737,7 +4757,8 @@ class APIService:
                 self._count_bad(error)
             except Exception as error:  # a fault of ours must not stop the bus
                 self._count_bad(BusError("internal", repr(error)), error)
-        gc.enable()
+        if was_enabled:
+            gc.enable()
         self._broadcast()
 
     def _receive(self, frames: list[bytes], now_ns: int) -> Message:
@@ -4845,8 +4866,9 @@ class APIService:
         """Complete the configuration by what AIPerf writes beside, where this machine has it; each file once a run."""
         benchmark = self.benchmark
         folder, run = benchmark.artifact_dir(), benchmark.run_number
-        host = urlsplit(self.source.address).hostname or ""
-        if not folder or not (self.source.kind in ("child", "ipc") or is_loopback(host)):
+        is_local, address = self.source.kind in ("child", "ipc"), self.source.address
+        host = urlsplit(address).hostname if address.startswith("tcp://") else None  # a path may be no URL
+        if not folder or not (is_local or (host and is_loopback(host))):
             return
         for name in ("run_config.json", *(("profile_export_aiperf.json",) if benchmark.end else ())):
             if (run, folder, name) not in self._artifacts:
@@ -5048,7 +5070,7 @@ class APIService:
         asked = client.asked | set(types) if kind == "subscribe" else client.asked - set(types)
         if len(asked) > CLIENT_TYPES_MAX:
             raise ClientMessageError(f"at most {CLIENT_TYPES_MAX} message types")
-        if not self.hub.has_room(asked):
+        if not self.hub.has_room(asked - _KNOWN_TYPES):
             raise ClientMessageError("too many different message types are asked for by all clients")
         self.subscribe(client, asked)
         if kind == "unsubscribe":
@@ -5279,7 +5301,7 @@ def _get_stream(service: APIService, connection: Connection, request: Request, _
     if request.method == "HEAD":
         return head
     service.check_room()
-    if not service.hub.has_room(set(types)):
+    if not service.hub.has_room(set(types) - _KNOWN_TYPES):
         raise HTTPError(503, "too many different message types are asked for by all clients", (("Retry-After", "5"),))
     connection.open_stream(head.encode(date=service.date, extra=service.headers_for(request)))
     client = service.add_client(connection, "sse" if media == SSE else "ndjson")
@@ -5514,6 +5536,7 @@ def _read_options(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[set[
             if not re.fullmatch(_PATTERNS.get(flag, "(?s:.+)"), str(one).strip(), re.IGNORECASE):
                 what = "usable" if flag == "--api-token" else printable(repr(one))  # it may be seen by others
                 raise UsageError(f"{flag}: not {what}; {text}")
+        value = value.strip() if value and flag == "--api-token" else value  # no header could carry it
         given[flag] = [str(one).strip() for one in values] if is_list else value
     return flags, given
 
