@@ -28,7 +28,6 @@ import base64
 import codecs
 import collections
 import contextlib
-import difflib
 import functools
 import gc
 import gzip
@@ -1257,6 +1256,8 @@ class Router:
         """Say what is wrong with a path; difflib is slow, and looks only at a short one."""
         if not _PLAIN_PATH.fullmatch(path):
             return "unknown path; GET /api lists what there is"
+        import difflib  # only here: few paths are wrong
+
         near = difflib.get_close_matches(path, self._by_path, n=1, cutoff=0.8)
         return f"unknown path {path}; " + (f"did you mean {near[0]}?" if near else "GET /api lists what there is")
 

@@ -304,7 +304,7 @@ ROOMS = (
     (
         "Command line",
         330,
-        215,
+        225,
         "a benchmark behind --: signals, its output, its last words; hints for mistyped options",
     ),
 )

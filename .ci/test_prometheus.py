@@ -164,8 +164,8 @@ class ScrapedRun:
         targets = self.folder / "targets.json"
         config = {
             "job_name": "aiperf",
-            "scrape_interval": "200ms",
-            "scrape_timeout": "200ms",
+            "scrape_interval": "300ms",
+            "scrape_timeout": "300ms",
             "file_sd_configs": [{"files": [str(targets)], "refresh_interval": "1s"}],
         }
         (self.folder / "prometheus.yml").write_text(json.dumps({"scrape_configs": [config]}))  # JSON is YAML
