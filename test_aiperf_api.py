@@ -251,6 +251,8 @@ class Bus:
     def _run(self) -> None:
         with contextlib.suppress(zmq.ContextTerminated, zmq.ZMQError):
             zmq.proxy(self.frontend, self.backend)
+        for end in (self.frontend, self.backend):  # by the thread that they belong to
+            end.close()
 
     def has_subscribed(self, *prefixes: bytes) -> bool:
         """Return whether the subscriptions have come all the way through to the publisher."""
@@ -264,7 +266,7 @@ class Bus:
 
     def stop(self) -> None:
         self.publisher.close()
-        self.context.destroy(linger=0)
+        self.context.term()  # ends the proxy
         self.thread.join(5)
 
 
