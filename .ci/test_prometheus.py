@@ -164,8 +164,8 @@ class ScrapedRun:
         targets = self.folder / "targets.json"
         config = {
             "job_name": "aiperf",
-            "scrape_interval": "300ms",
-            "scrape_timeout": "300ms",
+            "scrape_interval": "1s",
+            "scrape_timeout": "1s",
             "file_sd_configs": [{"files": [str(targets)], "refresh_interval": "1s"}],
         }
         (self.folder / "prometheus.yml").write_text(json.dumps({"scrape_configs": [config]}))  # JSON is YAML
@@ -218,7 +218,7 @@ class TestPrometheus(unittest.TestCase):
         cls.run_ = stack.enter_context(ScrapedRun(folder).played())
 
     def test_every_scrape_succeeded(self) -> None:
-        self.assertGreater(self.run_.scrapes(), 15)
+        self.assertGreater(self.run_.scrapes(), 6)
         [up] = self.run_.query("min_over_time(up[10m])")
         self.assertEqual(up["value"][1], "1")
 
