@@ -139,16 +139,13 @@ SAMPLES_MAX, SAMPLES_BYTES_MAX = 50_000, 8 * 1024 * 1024  # of /metrics; left ou
 WORKERS_MAX = 4096  # workers of a run; AIPerf caps a node at 32; further ones are not told apart
 RESULTS_KEPT_BYTES_MAX = 8 * 1024 * 1024  # of the final results; larger parts go, with a reason
 RUNS_MAX, RUNS_BYTES_MAX = 100, 8 * 1024 * 1024  # earlier runs; then the oldest go, or only their summaries stay
-HISTORY_POINTS_DEFAULT, HISTORY_POINTS_MAX = (
-    1000,
-    7200,
-)  # of a series; two hours at one a second, then every second goes
+HISTORY_POINTS_DEFAULT = 1000  # of a series in an answer, unless it is asked for another number
+HISTORY_POINTS_MAX = 7200  # of a series; two hours at one a second, then every second goes
 HISTORY_SERIES_MAX = 4096  # of a run; shared fairly among tags, the answer says what was left out
 HISTORY_VALUES_MAX = 2 * 1024 * 1024  # of all series, 8 bytes each; then every second point goes
 HISTORY_ANSWER_VALUES_MAX = 200_000  # of one answer; 400
 SECRETS_MAX = 16  # literals of a run that are redacted wherever they turn up; older ones only where they stand
 STALE_AFTER_NS = 10_000_000_000  # silence after which a running benchmark counts as gone; AIPerf's STALE_TIME
-
 
 # The program
 LOG_QUOTE_CHARS_MAX = 200  # of a quoted string in a line of the log; cut with "..."
@@ -1310,10 +1307,9 @@ def _read_folder(folder: str) -> dict[str, bytes]:
 
 def static_table(files: Mapping[str, bytes]) -> dict[str, Response]:
     """Return what is served, by path under /static/: files of a known type, which recordings are not."""
-    types = {name: _CONTENT_TYPES.get(os.path.splitext(name)[1].lower()) for name in files}
     return {
         name: Response(200, body, content_type, (etag(body), ("Cache-Control", "no-cache")))
-        for name, body in files.items() if (content_type := types[name])
+        for name, body in files.items() if (content_type := _CONTENT_TYPES.get(os.path.splitext(name)[1].lower()))
     }  # fmt: skip
 
 
@@ -1591,7 +1587,7 @@ class FamilySet:
 
     def _put(self, name: str, kind: str, text: str, unit: str, key: str, value: Any) -> None:
         samples = self._samples(name, kind, text, unit)
-        if is_number(value) and not (kind == "counter" and value < 0):
+        if kind != "counter" or value >= 0:
             samples.setdefault(key, value)
 
     def _samples(self, name: str, kind: str, text: str, unit: str) -> dict[str, Any]:
@@ -1720,8 +1716,8 @@ class ServerSeries(NamedTuple):
 def server_series(summaries: Any) -> Iterator[ServerSeries]:
     """Yield the well-formed series in the `endpoint_summaries` of a message, ROWS_MAX at most."""
     left = ROWS_MAX
-    for endpoint, summary in _items(summaries):
-        for name, metric in _items(summary.get("metrics")):
+    for endpoint, summary in _objects(summaries):
+        for name, metric in _objects(summary.get("metrics")):
             found = metric.get("series")
             kind, title = text_or(metric.get("type"), "gauge"), text_or(metric.get("description"), name)
             for series in found[:left] if isinstance(found, list) else ():
@@ -1733,11 +1729,10 @@ def server_series(summaries: Any) -> Iterator[ServerSeries]:
                         yield ServerSeries(endpoint, name, kind, title, tuple(own), stats)
 
 
-def _items(value: Any) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the (key, object) pairs of an object of objects; nothing for what is none."""
-    for key, inner in value.items() if isinstance(value, dict) else ():
-        if isinstance(inner, dict):
-            yield key, inner
+def _objects(value: Any, limit: int | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the (key, object) pairs among the first `limit` of an object of objects; nothing for what is none."""
+    items = islice(value.items(), limit) if isinstance(value, dict) else ()
+    return ((key, inner) for key, inner in items if isinstance(inner, dict))
 
 
 def server_families(summaries: Any, labels: Labels = (), before: FamilySet | None = None) -> list[Family]:
@@ -1827,9 +1822,8 @@ class BusMessage:
         if len(records) > ROWS_MAX or len(errors) > RUNS_MAX:
             counted = [one for one in errors if isinstance(one, dict) and _count(one.get("count"))]
             ranks = [(_object(one.get("error_details")).get("code") == 499, one["count"]) for one in counted]
-            best = heapq.nlargest(
-                RUNS_MAX, range(len(counted)), ranks.__getitem__
-            )  # 499 first: aborted, and subtracted
+            # 499 first: aborted, and subtracted
+            best = heapq.nlargest(RUNS_MAX, range(len(counted)), ranks.__getitem__)
             most = [counted[place] for place in best]
             self.errors_left_out = len(counted) - len(most)
             inner = {**inner, "records": records[:ROWS_MAX], "error_summary": most}
@@ -1851,11 +1845,6 @@ def _list(value: Any) -> list[Any]:
 
 def _first(*values: Any) -> Any:
     return next((value for value in values if value is not None), None)
-
-
-def _objects(value: Any, limit: int = ROWS_MAX) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the (key, object) pairs among the first `limit` of an object of objects."""
-    return ((key, inner) for key, inner in islice(_object(value).items(), limit) if isinstance(inner, dict))
 
 
 def _count(value: Any) -> int | None:
@@ -2639,9 +2628,9 @@ def _final_telemetry(results: Mapping[str, Any], live: Mapping[str, Mapping[str,
     urls = [url for url in _list(_object(results.get("summary")).get("endpoints_configured"))[:256] if _name(url)]
     for endpoint, found in _objects(results.get("endpoints"), 256):
         source = re.sub("[^a-zA-Z0-9]", "_", next((url for url in urls if f"//{endpoint}/" in url), endpoint))
-        for _, gpu in _objects(found.get("gpus")):
+        for _, gpu in _objects(found.get("gpus"), ROWS_MAX):
             index, name, uuid = _count(gpu.get("gpu_index")) or 0, gpu.get("gpu_name"), text_or(gpu.get("gpu_uuid"), "")
-            for metric, row in _objects(gpu.get("metrics")):
+            for metric, row in _objects(gpu.get("metrics"), ROWS_MAX):
                 tag = f"{metric}_dcgm_{source}_gpu{index}_{uuid[:12]}"
                 title = text_or(row.get("display_name"), metric.replace("_", " "))
                 header = f"{title} | {endpoint} | GPU {index} | {text_or(name, '')}"
@@ -4202,8 +4191,12 @@ class Connection(asyncio.BufferedProtocol):
             self._answer(request)
             if time.monotonic() > until_sec:
                 break
+        self._let_others()
+
+    def _let_others(self) -> None:
+        """Go on when others have had their turn."""
         self._set_reading(False)  # also its end: that comes behind what was asked before it
-        asyncio.get_running_loop().call_soon(self._resume)  # when others have had their turn
+        asyncio.get_running_loop().call_soon(self._resume)
 
     def _answer(self, request: Request) -> None:
         self._waited, self._limit_sec = 0, HTTP_IDLE_TIMEOUT_SEC
@@ -4283,8 +4276,7 @@ class Connection(asyncio.BufferedProtocol):
         until_sec = time.monotonic() + _TURN_SEC
         while self._events and self.mode == "websocket" and self.transport.is_reading():
             if time.monotonic() > until_sec:
-                self._set_reading(False)
-                asyncio.get_running_loop().call_soon(self._resume)  # when others have had their turn
+                self._let_others()
                 break
             event = self._events.popleft()
             if event.kind in ("text", "binary"):
@@ -4776,7 +4768,8 @@ class APIService:
                 raise BusError("too_large", f"{message_type} of over {limit} bytes")
             message = BusMessage(message_type, frames[1])
             if not is_figures:
-                message = message.cut() if is_result else message
+                if is_result:
+                    message.cut()
                 message.replace(*self.secrets.redact_payload(message.payload, message.value))
             elif is_wanted or self._recorder is not None:
                 message.value  # noqa: B018 - what is no JSON does not go out
@@ -4954,9 +4947,11 @@ class APIService:
                 connection.checked = (request, *self._route(request))
             _, route, rest = connection.checked
             name = route.name
-            make = functools.partial(self._answer, route, rest, connection, request)
-            key = (request.target if name == "history" else f"{name} {rest}", request.wants_pretty)
-            response: Response | None = self._share(key, make) if name in _SHARED else make()
+            make: Callable[[], Any] = functools.partial(self._answer, route, rest, connection, request)
+            if name in _SHARED:  # arguments that it does not have make no other answer
+                key = (request.target if name == "history" else f"{name} {rest}", request.wants_pretty)
+                make = functools.partial(self._share, key, make)
+            response: Response | None = make()
         except HTTPError as error:
             form = self.static.get("token.html") if error.status == 401 and request.path in PAGES else None
             response = error_response(error, request.wants_pretty)
@@ -5139,7 +5134,6 @@ class APIService:
 
     def _health_families(self) -> list[Family]:
         """Return how this server does: its bus, its clients, its process."""
-
         kinds = [client.kind for client in self.hub.subscribers]
         sent, skipped = self.hub.totals()
         found = FamilySet()
@@ -5293,7 +5287,8 @@ def _get_stream(service: APIService, connection: Connection, request: Request, _
     media = {None: accepted, "sse": SSE, "ndjson": NDJSON}.get(request.arg("format"))
     if media is None:
         raise HTTPError(400, "format must be sse or ndjson")
-    if request.arg("snapshot", "1") not in ("0", "1"):
+    snapshot = request.arg("snapshot", "1")
+    if snapshot not in ("0", "1"):
         raise HTTPError(400, "snapshot must be 0 or 1")
     types = list(dict.fromkeys(name for name in ",".join(request.args("types")).split(",") if name)) or ["*"]
     if len(types) > CLIENT_TYPES_MAX or not all(map(_CLIENT_MESSAGE_TYPE.fullmatch, types)):
@@ -5312,7 +5307,7 @@ def _get_stream(service: APIService, connection: Connection, request: Request, _
         if told:  # events begin at once, also on a silent bus; lines are messages of the bus alone
             notice = json_bytes({"type": name, "message_types": told})
             client.reply(client.encode(Message(name, notice, False)), time.monotonic())
-    if request.arg("snapshot") != "0":
+    if snapshot == "1":
         service.send_snapshot(client, types)
     return None
 
@@ -5350,10 +5345,10 @@ def top_text(service: APIService) -> str:
     benchmark, status, now_ns = service.benchmark, service.status(), service.now_ns()
     metrics, progress, workers = benchmark.metrics(), benchmark.progress(now_ns), benchmark.workers()
     percent, total, left_sec = (progress[key] for key in ("percent_complete", "total", "eta_sec"))
-    is_over, is_here = benchmark.end is not None, status["source"]["connected"]
+    is_over = benchmark.end is not None
     phase = "" if is_over or status["phase"] in (None, status["state"]) else f"phase {status['phase']}"
-    trouble = "silent" if status["stale"] else "" if is_here or is_over else "no bus"
-    trouble = "recording ended" if service.source.ended and not is_over else trouble
+    gone = "recording ended" if service.source.ended else "silent" if status["stale"] else "no bus"
+    trouble = "" if is_over or (status["source"]["connected"] and not status["stale"]) else gone
     words = (status["state"], phase, trouble, metrics["model"], metrics["endpoint_type"])
     failures = benchmark.results(whole=False)["error_summary"]["errors"][:5]
     seconds = f"{progress['elapsed_ns'] / 1e9:,.0f} s" + (f", {left_sec:,.0f} s left" if left_sec else "")
@@ -5586,15 +5581,16 @@ def parse_arguments(argv: Sequence[str], environ: Mapping[str, str]) -> Argument
         secrets=learnt.known,
     )  # fmt: skip
     backend, level = (given["--zmq-backend"] or "auto").lower(), (given["--log-level"] or "info").upper()
-    source = _choose_source(flags, given, backend, bool(command))
-    config = _read_config(given["--config"]) if given["--config"] else None
-    if config is None and source is not None and source.kind == "demo":
-        config = json_load(read_static_files().get("demo.config.json", b"null"))
+    source, told = _choose_source(flags, given, backend, bool(command))
+    config = _read_config(given["--config"]) if given["--config"] else told
     return Arguments(settings, source, backend, command, config, level)
 
 
-def _choose_source(flags: set[str], given: Mapping[str, Any], backend: str, has_command: bool) -> Source | None:
-    """Return the one source that is asked for: a flag beats variables, and two of the same standing are a mistake.
+def _choose_source(
+    flags: set[str], given: Mapping[str, Any], backend: str, has_command: bool
+) -> tuple[Source | None, JSONValue]:
+    """Return the one source that is asked for, and the configuration that comes with it: a flag beats variables, and
+    two of the same standing are a mistake.
 
     A command brings its own bus (None), unless a flag says where that is; variables are for runs without a command.
     """
@@ -5608,23 +5604,25 @@ def _choose_source(flags: set[str], given: Mapping[str, Any], backend: str, has_
         if given[option] is not None and not {"--replay", "--demo"} & set(chosen):
             raise UsageError(f"{option} needs --replay or --demo")
     if not chosen:
-        return None
+        return None, None
     flag, value = chosen[0], given[chosen[0]] or "127.0.0.1"
     if flag in ("--replay", "--demo"):
         speed, loop = float(given["--replay-speed"] or 1.0), (given["--replay-loop"] or "no").lower() not in _OFF
         if flag == "--replay":
             check_recording(value)
-            return ReplaySource(value, speed=speed, loop=loop)
-        data = read_static_files().get(DEMO_RECORDING)
+            return ReplaySource(value, speed=speed, loop=loop), None
+        files = read_static_files()
+        data, config = files.get(DEMO_RECORDING), json_load(files.get("demo.config.json", b"null"))
         if data is None:
             raise UsageError("--demo: the recording is not here; copy the folder static/ beside aiperf_api.py")
-        return ReplaySource(DEMO_RECORDING, "demo", speed=speed, loop=True, data=data, start_at=20.5)  # half way
+        # half way
+        return ReplaySource(DEMO_RECORDING, "demo", speed=speed, loop=True, data=data, start_at=20.5), config
     kind, address = {
         "--zmq-host": ("tcp", backend_address(value.strip("[]"))),
         "--zmq-ipc-path": ("ipc", ipc_address(value)),
         "--zmq-bind": ("bind", value),
     }.get(flag, ("zmq", value))
-    return bus_source(address, "child" if has_command else kind, bind=flag == "--zmq-bind", backend=backend)
+    return bus_source(address, "child" if has_command else kind, bind=flag == "--zmq-bind", backend=backend), None
 
 
 # -- The benchmark behind `--` -----------------------------------------------------------------------------------------
@@ -5893,7 +5891,7 @@ async def _serve_command(arguments: Arguments, environ: Mapping[str, str]) -> in
             await service.settle()
             if not service.bus_total:
                 log.warning(
-                    "the benchmark was not heard; is it in a script? See --zmq-host in the guide troubleshooting"
+                    "the benchmark was not heard; in a script it needs --zmq-host: see the troubleshooting guide"
                 )
             if code or service.bus_total:  # a command that ended well and never reported has not failed
                 hint = "" if service.bus_total else "; see its output above"
