@@ -880,7 +880,7 @@ class TestComfort(PagesTestCase):
             self.wait_for("the hour", lambda: server.ask("api/status")["elapsed_sec"] > 3599)
             page = self.open(server.url + "dashboard")
             page.wait("document.querySelector('#charts canvas')")
-            page.wait_text("#card-latency .value", "")
+            page.wait(r"/\d/.test(document.querySelector('#card-latency .value')?.textContent)")
             tasks = page.evaluate("watched.tasks")
             print(f"\nan hour: {page.call('wire')} bytes, longest task {max(tasks, default=0):.0f} ms")
             self.assertLess(page.call("wire"), HOUR_WIRE_BYTES_MAX)
@@ -981,7 +981,9 @@ class TestDocumentation(PagesTestCase):
         _, page = self.page_of_a_run()
         page.wait_text("#run", "profiling")
         page.wait_text("#run", "demo: demo.jsonl.gz")
-        for link in page.evaluate("[...document.querySelectorAll('.guides a')].map((e) => e.href)"):
+        links = page.evaluate("[...document.querySelectorAll('.guides a')].map((e) => e.href)")
+        self.assertTrue(links)
+        for link in links:
             self.assertIn(
                 "# ", subprocess.run(["curl", "-fsS", link], stdout=subprocess.PIPE, text=True, check=True).stdout
             )
