@@ -387,8 +387,6 @@ async def drop(server: Server, data: bytes, how: int) -> None:
             peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         elif how == 2:
             peer.shutdown(socket.SHUT_WR)
-        elif how == 3:
-            await asyncio.wait_for(loop.sock_recv(peer, 100), 15)
 
 
 async def churn_round(server: Server, bus: Bus, count: int) -> None:
