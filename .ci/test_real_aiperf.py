@@ -33,6 +33,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import real_aiperf
+from processes import free_port
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 ENVIRONMENTS = pathlib.Path(os.environ.get("AIPERF_ENVIRONMENTS", ROOT / ".venv"))
@@ -135,8 +136,7 @@ class Program:
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
     def get(self, path: str) -> Any:
-        text = self.get_text(path)
-        return json.loads(text)
+        return json.loads(self.get_text(path))
 
     def get_text(self, path: str) -> str:
         with urllib.request.urlopen(self.url + path, timeout=10) as answer:
@@ -238,9 +238,6 @@ class Watcher(threading.Thread):
     def since_phase(self) -> list[str]:
         """What came from the first phase on; before it, each server finds the bus at a moment of its own."""
         return list(itertools.dropwhile(lambda text: '"credit_phase_start"' not in text, list(self.messages)))
-
-    def types(self) -> set[str]:
-        return {str(json.loads(text).get("message_type")) for text in list(self.messages)}
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
@@ -487,14 +484,8 @@ class RealAIPerf(unittest.TestCase):
         (artifacts / "config.yaml").write_text(
             TWO_PHASES.format(url=self.work.mock.url, tokenizer=real_aiperf.TOKENIZER, artifacts=artifacts)
         )
-        command = [
-            str(self.work.aiperf["0.13.0"]),
-            "profile",
-            "--config",
-            str(artifacts / "config.yaml"),
-            "--ui",
-            "none",
-        ]
+        config = str(artifacts / "config.yaml")
+        command = [str(self.work.aiperf["0.13.0"]), "profile", "--config", config, "--ui", "none"]
         program = self.program("--linger", "6", "--", *command)
         watcher = self.watch(program)
         self.wait_for_end_of_child(program)
@@ -506,9 +497,7 @@ class RealAIPerf(unittest.TestCase):
         self.assertEqual(program.wait(), 0)
 
     def test_a_server_that_is_down_fails_with_the_top_error(self) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            url = f"http://127.0.0.1:{free.getsockname()[1]}"
+        url = f"http://127.0.0.1:{free_port()}"
         command = self.work.profile("0.13.0", self.work.artifacts(), "--request-count", "10")
         program = self.program(
             "--linger", "4", "--", *[url if word == self.work.mock.url else word for word in command]
@@ -523,10 +512,7 @@ class RealAIPerf(unittest.TestCase):
     # -- Beside AIPerf's own API
 
     def test_beside_its_own_api_both_tell_the_same(self) -> None:
-        artifacts = self.work.artifacts()
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
+        artifacts, port = self.work.artifacts(), str(free_port())
         flags = ["--benchmark-duration", "20", "--api-port", port, "--workers-max", "2"]
         program = self.program("--linger", "0", "--", *self.work.profile("0.13.0", artifacts, *flags))
         watcher = self.watch(program)
@@ -584,10 +570,7 @@ class RealAIPerf(unittest.TestCase):
     def test_ctrl_c_in_its_dashboard(self) -> None:
         program = self.cancel("0.13.0", "--ui", "dashboard")
         drawn = program.text()
-        begin, end = (
-            drawn.index("\x1b[?1049h"),
-            drawn.rindex("\x1b[?1049l"),
-        )  # the alternate screen, xterm's control sequences
+        begin, end = drawn.index("\x1b[?1049h"), drawn.rindex("\x1b[?1049l")  # the alternate screen of xterm
         self.assertNotIn("aiperf-api", drawn[begin:end].replace(str(ROOT), ""))
 
     def cancel(self, version: str, *flags: str) -> Program:
