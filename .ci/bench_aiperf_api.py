@@ -70,6 +70,12 @@ EFFORT = {
     "answers": (50, 10),  # renderings of /metrics after a change, and of the history
     "starts": (7, 1),  # of every server
     "idle_clients": (1000, 200),  # idle WebSocket clients whose memory is counted
+    "scale_clients": ((10, 100, 1000), (10, 100)),
+    "scale_sizes": ((1_500, 3_000, 6_000, 12_000, 24_000, 48_000), (2_000, 12_000)),  # of a message, in bytes
+    "scale_metrics": ((30, 100, 300, 1000), (30, 300)),
+    "scale_history": ((10_000, 6), (4_000, 2)),  # messages of a block, blocks
+    "scale_run": ((3_000, 6), (300, 2)),  # the same
+    "scale_memory": ((20, 125, 125, 250, 450), (20, 100, 100)),  # clients that are added
 }
 
 
@@ -316,7 +322,7 @@ class Bench:
 
     def __init__(self, quick: bool, recording: Recording, directory: Path) -> None:
         self.effort: dict[str, Any] = {name: both[quick] for name, both in EFFORT.items()}
-        self.quick, self.recording, self.directory = quick, recording, directory
+        self.recording, self.directory = recording, directory
         self.rows: dict[tuple[str, str, str], Row] = {}
         self.small = self.write("small", recording.small())
         self.large = self.write("large", recording.metrics())
@@ -672,35 +678,35 @@ def scale(bench: Bench) -> None:
 
 
 def scale_clients(bench: Bench, server: Any, feeder: Feeder) -> Points:
-    for count in (10, 100, 1000)[: 2 if bench.quick else 3]:
+    for count in bench.effort["scale_clients"]:
         turns = [burst_turn(server, feeder, count, bench.small, 100) for _ in range(bench.effort["rounds"])]
         yield count, statistics.median(turn["cpu"] for turn in turns) * count
 
 
 def scale_size(bench: Bench, server: Any, feeder: Feeder) -> Points:
-    for size in (2_000, 12_000) if bench.quick else (1_500, 3_000, 6_000, 12_000, 24_000, 48_000):
+    for size in bench.effort["scale_sizes"]:
         file = bench.write(f"size{size}", bench.recording.metrics(size))
         turns = [burst_turn(server, feeder, 50, file, 100) for _ in range(bench.effort["rounds"])]
         yield size, statistics.median(turn["cpu"] for turn in turns)
 
 
 def scale_metrics(bench: Bench, server: Any, feeder: Feeder) -> Points:
-    for count in (30, 300) if bench.quick else (30, 100, 300, 1000):
+    for count in bench.effort["scale_metrics"]:
         file = bench.write(f"metrics{count}", bench.recording.metrics(1 << 30, count))
         yield count, change_turn(server, feeder, file, bench.effort["answers"])["cpu"]
 
 
 def scale_history(bench: Bench, server: Any, feeder: Feeder) -> Points:
-    block = 4_000 if bench.quick else 10_000
-    for number in range(1, 3 if bench.quick else 7):
+    block, blocks = bench.effort["scale_history"]
+    for number in range(1, blocks + 1):
         yield block * number, ingest_turn(server, feeder, bench.large, block, 1)["cpu"]
 
 
 def scale_run(bench: Bench, server: Any, feeder: Feeder) -> Points:
-    block = 300 if bench.quick else 3_000
+    block, blocks = bench.effort["scale_run"]
     with connected(server, feeder, 100, bench.small) as group:
         group.burst(feeder, bench.small, 500)  # the first burst grows the buffers once and for all
-        for number in range(1, 3 if bench.quick else 7):
+        for number in range(1, blocks + 1):
             group.burst(feeder, bench.small, block)
             yield block * number, server.memory()
 
@@ -708,7 +714,7 @@ def scale_run(bench: Bench, server: Any, feeder: Feeder) -> Points:
 def scale_memory(bench: Bench, server: Any, feeder: Feeder) -> Points:
     with contextlib.ExitStack() as stack:
         base, clients = 0.0, 0
-        for more in (20, 100, 100) if bench.quick else (20, 125, 125, 250, 450):
+        for more in bench.effort["scale_memory"]:
             stack.callback(WebSocketClients(server, feeder, more).close)
             time.sleep(0.3)
             if base:  # the first cost more than the next

@@ -197,12 +197,12 @@ const commands = {
 };
 
 for await (const line of createInterface({ input: process.stdin })) {
-  const { id, command, ...options } = JSON.parse(line);
+  const { command, ...options } = JSON.parse(line);
   try {
     const result = await commands[command](options);
-    console.log(JSON.stringify({ id, result: result ?? null }));
+    console.log(JSON.stringify({ result: result ?? null }));
   } catch (error) {
-    console.log(JSON.stringify({ id, error: String(error.stack ?? error) }));
+    console.log(JSON.stringify({ error: String(error.stack ?? error) }));
   }
 }
 await browser.close();

@@ -21,13 +21,12 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import zmq
+from bench_aiperf_api import MIB, ROOT, Measured, command_of_ours
 
-ROOT = Path(__file__).resolve().parent.parent
-MIB, RESIDENT_MIB_MAX = 1 << 20, 256
+RESIDENT_MIB_MAX = 256
 HEALTH_CPU_SEC_MAX = 0.15 if os.environ.get("CI") else 0.1  # the step beside it in CI costs up to half as much again
 PATHS = (
     "metrics top api/metrics api/status api/progress api/workers api/config api/server-metrics api/results api/history"
@@ -46,14 +45,12 @@ def must(condition: object, text: str) -> None:
         failures.append(text)
 
 
-class Server:
+class Server(Measured):
     """The program, and somebody who asks for /health all the time."""
 
     def __init__(self, *options: str, builtin: bool = False, prefix: tuple[str, ...] = ()) -> None:
-        hide = "sys.modules['zmq'] = None; " if builtin else ""
-        code = f"import sys; {hide}sys.path.insert(0, {str(ROOT)!r}); import aiperf_api; sys.exit(aiperf_api.main())"
         self.log = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the server
-        command = [*prefix, sys.executable, "-c", code, "--api-port", "0", *options]
+        command = [*prefix, *command_of_ours(*options, builtin=builtin, cached=True)]
         self.process = subprocess.Popen(command, stderr=self.log)
         deadline = time.monotonic() + 20
         while not (found := re.search(r"http://127\.0\.0\.1:(\d+)", self.text())):
@@ -76,9 +73,6 @@ class Server:
 
     def text(self) -> str:
         return os.pread(self.log.fileno(), 1 << 24, 0).decode(errors="replace")
-
-    def cpu(self) -> float:
-        return time.clock_gettime((~self.process.pid << 3) | 2)
 
     def get(self, path: str) -> tuple[int, bytes]:
         with socket.create_connection(self.address, 60) as peer:
@@ -107,9 +101,9 @@ class Server:
         wrong = [path for path in PATHS.split() if self.get(path)[0] != 200]
         self.ended = True
         self.prober.join()
-        peak_kib = re.findall(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{self.process.pid}/status").read_text())[0]
+        peak = self.memory("VmHWM")
         must(not wrong, f"every endpoint answers{' but ' if wrong else ''}{' '.join(wrong)}")
-        must(int(peak_kib) < RESIDENT_MIB_MAX * 1024, f"{int(peak_kib) // 1024} MiB at most")
+        must(peak < RESIDENT_MIB_MAX * MIB, f"{peak / MIB:.0f} MiB at most")
         must(self.worst_sec < HEALTH_CPU_SEC_MAX, f"{self.worst_sec * 1e3:.0f} ms of CPU before /health was answered")
         must("Traceback" not in self.text(), f"no traceback in {len(self.text().splitlines())} lines of log")
         self.process.terminate()

@@ -91,6 +91,7 @@ ANY_ERRORS = (400, 403, 405, 421, 503)  # what any request may meet
 
 # A shape a paragraph, a field a line: `Name  description`, `Name+` where there may be further fields; then
 # `  field  type  description`, `field~` for one that may be missing.  Types: those of type_schema().
+# `Name < Base` begins with the fields of Base.
 ANSWER_SHAPES = """
 Error  what went wrong
   error  string  what it was, and what to do about it
@@ -271,23 +272,7 @@ Run  a run, with the metrics that runs are compared by
   requests  integer
   errors  integer
   metrics  Row{}  by tag, with a few statistics each
-RunWhole  a run with all of its metrics; of the oldest only what /api/runs has
-  n  integer  its number, from 1
-  label  string  which run this is, in words: run 2 of 3: concurrency_4
-  of  integer?  how many the sweep has, where a configuration tells
-  benchmark_id  string?
-  model  string?
-  endpoint_type  string?
-  streaming  boolean?
-  concurrency  number?
-  request_rate  number?
-  state  string
-  error  string?
-  started_ns  integer?  ns since the epoch
-  ended_ns  integer?  ns since the epoch
-  elapsed_sec  number?
-  requests  integer
-  errors  integer
+RunWhole < Run  a run with all of its metrics; of the oldest only what /api/runs has
   metrics  Row{}  by tag
   telemetry~  Row{}  of the GPUs, by tag
   final~  boolean  these are the final results
@@ -366,7 +351,7 @@ BusMessage+  a message of any other type, as the bus has it
 CLIENT_SAYS = ("Subscribe", "Unsubscribe", "Ping")
 SERVER_ANSWERS = ("Subscribed", "Unsubscribed", "Pong", "ClientError", "Skipped")
 PLAIN_TYPES = frozenset(("boolean", "integer", "number", "object", "string"))
-SHAPE_LINE = re.compile(r"([A-Z]\w+)(\+?) +(.+)")
+SHAPE_LINE = re.compile(r"([A-Z]\w+)(\+?)(?: < (\w+))? +(.+)")
 FIELD_LINE = re.compile(r"  (\w+)(~?) +(\S+)(?: +(.+))?")
 # Open (no token asked for), or one of the two ways to present it.
 SECURITY: list[dict[str, list[str]]] = [{}, {"bearer": []}, {"query": []}]
@@ -410,13 +395,16 @@ def read_shapes(text: str) -> dict[str, dict[str, Any]]:
     for line in text.strip().splitlines():
         head, field = SHAPE_LINE.fullmatch(line), FIELD_LINE.fullmatch(line)
         if head:
-            shape = {"type": "object", "description": head[3], "properties": {}, "required": []}
-            shapes[head[1]] = shape if head[2] else {**shape, "additionalProperties": False}
+            name, is_open, base, words = head.groups()
+            of: dict[str, Any] = shapes[base] if base else {"properties": {}, "required": []}
+            shape = {"type": "object", "description": words}
+            shape.update(properties={**of["properties"]}, required=[*of["required"]])
+            shapes[name] = shape if is_open else {**shape, "additionalProperties": False}
         elif field:
             name, may_miss, kind, words = field.groups()
             schema = type_schema(kind)
             shape["properties"][name] = {**schema, "description": words} if words else schema
-            shape["required"] += [] if may_miss else [name]
+            shape["required"] += [] if may_miss or name in shape["required"] else [name]
         else:
             raise ValueError(f"neither a shape nor a field: {line}")
     return shapes

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import re
-import socket
 import subprocess
 import sys
 import tempfile
-import time
 import unittest
-from collections.abc import Iterator
 from pathlib import Path
+
+from processes import free_port, running, serving
 
 ROOT = Path(__file__).resolve().parent.parent
 GUIDES = ROOT / "static" / "guides"
@@ -38,29 +37,6 @@ def output(*command: str, text: str | None = None, wait: float = WAIT_SEC) -> st
     return done.stdout
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
-
-
-@contextlib.contextmanager
-def running(*command: str, port: int) -> Iterator[None]:
-    """A server, from the moment that its port answers."""
-    with tempfile.TemporaryFile("w+") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=log)
-        try:
-            deadline = time.monotonic() + WAIT_SEC
-            while output("curl", "-s", "-o", "/dev/null", "-w", "%{http_code}", f"http://127.0.0.1:{port}/") == "000":
-                if server.poll() is not None or time.monotonic() > deadline:
-                    log.seek(0)
-                    raise AssertionError(f"{command[0]} did not start: {log.read()}")
-                time.sleep(0.1)
-            yield
-        finally:
-            server.terminate()
-            server.wait(WAIT_SEC)
-
-
 class TestProxies(unittest.TestCase):
     """Pages, WebSockets and streams come through, and other sites are kept out, under a path of a named host."""
 
@@ -68,14 +44,15 @@ class TestProxies(unittest.TestCase):
         stack = contextlib.ExitStack()
         self.addCleanup(stack.close)
         self.folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        self.port, self.proxy = free_port(), free_port()
-        command = (sys.executable, str(ROOT / "aiperf_api.py"), "--api-port", str(self.port), "--demo")
-        stack.enter_context(running(*command, "--allow-host", HOST, port=self.port))
+        self.url, self.proxy = stack.enter_context(serving("--demo", "--allow-host", HOST)), free_port()
 
     def config(self, name: str, old: str = "", new: str = "") -> str:
         [text] = blocks("vendoring.md", f"file {name}")
         self.assertIn("127.0.0.1:9090", text)
-        return text.replace("127.0.0.1:9090", f"127.0.0.1:{self.port}").replace(old, new)
+        return text.replace("127.0.0.1:9090", self.url[len("http://") :]).replace(old, new)
+
+    def answers(self, _log: str) -> bool:
+        return output("curl", "-s", "-o", "/dev/null", "-w", "%{http_code}", f"http://127.0.0.1:{self.proxy}/") != "000"
 
     def check(self) -> None:
         host, base = f"Host: {HOST}:{self.proxy}", f"127.0.0.1:{self.proxy}/aiperf"
@@ -105,14 +82,14 @@ class TestProxies(unittest.TestCase):
             f" http {{ access_log off; client_body_temp_path {self.folder}; {paths}"
             f" server {{ listen 127.0.0.1:{self.proxy}; {location} }} }}"
         )
-        with running("nginx", "-p", str(self.folder), "-c", str(main), "-g", "daemon off;", port=self.proxy):
+        with running("nginx", "-p", str(self.folder), "-c", str(main), "-g", "daemon off;", ready=self.answers):
             self.check()
 
     def test_caddy(self) -> None:
         file = self.folder / "Caddyfile"
         site = self.config("Caddyfile", f"{HOST} {{", f"http://:{self.proxy} {{")
         file.write_text(f"{{\n\tadmin off\n\tauto_https off\n}}\n{site}")
-        with running("caddy", "run", "--config", str(file), port=self.proxy):
+        with running("caddy", "run", "--config", str(file), ready=self.answers):
             self.check()
 
 

@@ -10,9 +10,7 @@ import json
 import math
 import re
 import signal
-import socket
 import subprocess
-import sys
 import tempfile
 import time
 import unittest
@@ -22,6 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+from processes import free_port, serving
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
@@ -34,7 +33,7 @@ ADVICE = 3  # promtool's exit code when it parsed everything and has advice on n
 # Names that AIPerf or the inference server gives are theirs; advice on ours is a fault.
 OUR_OWN_NAMES = re.compile("aiperf_(api|benchmark_sta|elapsed|eta|info|phase|progress|workers)")
 WAIT_SEC = 90
-SPEED = 4  # times as fast as it was recorded: the run of 40 s is scraped some 50 times
+SPEED = 4  # times as fast as it was recorded: the run of 40 s is scraped some ten times
 
 T = TypeVar("T")
 Sample = tuple[str, frozenset[tuple[str, str]]]  # name and labels: what makes a series
@@ -69,24 +68,9 @@ def running(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
             process.wait(20)
 
 
-@contextlib.contextmanager
-def serving(folder: Path, *options: str) -> Iterator[str]:
-    """Run the server on a port of its choice; gives its URL."""
-    log = folder / "server.log"
-    with running([sys.executable, str(ROOT / "aiperf_api.py"), "--api-port", "0", *options], log):
-        yield wait_for("the server's URL", lambda: re.search(r"http://127\.0\.0\.1:\d+", log.read_text())).group()
-
-
 def has_state(url: str, state: str) -> bool:
     """Whether the run that the server watches is in a state."""
     return bool(json.loads(fetch(url + "/api/status"))["state"] == state)
-
-
-def free_port() -> int:
-    """Return a port that was free just now."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def samples(text: str, parse: Callable[[str], Any] = parse_text) -> dict[Sample, float]:
@@ -113,10 +97,7 @@ class TestExposition(unittest.TestCase):
     def test_both_parsers_accept_both_formats_all_through_every_recording(self) -> None:
         for recording in RECORDINGS:
             options = ("--replay", str(recording), "--replay-speed", f"{length_sec(recording) / 3:.2f}")
-            with contextlib.ExitStack() as stack:
-                stack.enter_context(self.subTest(recording.name))
-                folder = stack.enter_context(tempfile.TemporaryDirectory())
-                url = stack.enter_context(serving(Path(folder), *options))
+            with self.subTest(recording.name), serving(*options) as url:
                 self.assertGreater(self._parse_until_the_end(url), 3)
 
     def _parse_until_the_end(self, url: str) -> int:
@@ -137,7 +118,7 @@ class TestExposition(unittest.TestCase):
     def test_promtool_accepts_what_is_there_before_and_after_a_run(self) -> None:
         nothing = ("--zmq-bind", "tcp://127.0.0.1:*")
         for state, options in (("waiting", nothing), ("complete", ENDED)):
-            with self.subTest(state), tempfile.TemporaryDirectory() as folder, serving(Path(folder), *options) as url:
+            with self.subTest(state), serving(*options) as url:
                 wait_for(state, functools.partial(has_state, url, state))
                 self._check_with_promtool(fetch(url + "/metrics"))
 
@@ -175,7 +156,7 @@ class ScrapedRun:
         with running(command, self.log):
             wait_for("Prometheus", lambda: fetch(self.prometheus + "/-/ready"))
             options = ("--replay", str(RECORDINGS[0]), "--replay-speed", str(SPEED))
-            with serving(self.folder, *options) as self.api:
+            with serving(*options) as self.api:
                 written = targets.with_suffix(".new")  # renamed when whole, for Prometheus is already looking
                 written.write_text(json.dumps([{"targets": [urllib.parse.urlsplit(self.api).netloc]}]))
                 written.rename(targets)
