@@ -214,9 +214,6 @@ class WebSocketError(AIPerfAPIError):
 
 JSONValue = Any  # str | int | float | bool | None | list | dict, nested
 
-_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
-_NOT_FINITE = re.compile(b"(NaN|Infinity|-Infinity)")  # so, it is found by its first letters
-
 
 def _read_number(digits: str) -> int | float:
     number = int(digits) if len(digits) <= 20 and digits.lstrip("-").isdecimal() else float(digits)
@@ -226,9 +223,9 @@ def _read_number(digits: str) -> int | float:
     return number
 
 
-def _load_with_json(data: bytes) -> JSONValue:
+def _load_with_json(data: bytes, constant: Callable[[str], Any] = _read_number) -> JSONValue:
     text = data.decode("utf-8")
-    value = json.loads(text, parse_int=_read_number, parse_float=_read_number, parse_constant=_read_number)
+    value = json.loads(text, parse_int=_read_number, parse_float=_read_number, parse_constant=constant)
     if "\\u" in text:  # only an escape can smuggle in a lone surrogate: UTF-8 itself has none
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     return value
@@ -243,10 +240,11 @@ def _is_deep(value: JSONValue) -> bool:
     return bool(level)
 
 
-def json_load(data: bytes) -> JSONValue:
+def json_load(data: bytes, load: Callable[[bytes], JSONValue] | None = None) -> JSONValue:
     """Return the value of one JSON text; a JSONError if it is none, not in UTF-8, or nested too deep."""
+    load = load or (_load_with_json if orjson is None else orjson.loads)
     try:
-        value = _load_with_json(data) if orjson is None else orjson.loads(data)
+        value = load(data)
     except (ValueError, RecursionError) as error:  # both decoders' errors are ValueErrors, UnicodeDecodeError too
         raise JSONError(str(error) or type(error).__name__) from None
     if data.count(b"[") + data.count(b"{") > JSON_DEPTH_MAX and _is_deep(value):
@@ -261,13 +259,7 @@ def json_load_lenient(data: bytes) -> tuple[JSONValue, bool]:
     except JSONError:
         if b"NaN" not in data and b"Infinity" not in data:
             raise
-    pieces, is_string = _NOT_FINITE.split(data, JSON_ITEMS_MAX), False
-    for index, piece in enumerate(pieces):
-        if index % 2 == 0:  # between two such words; a string has begun or ended with each quote that is not escaped
-            is_string ^= piece.replace(b"\\\\", b"").replace(b'\\"', b"").count(b'"') % 2 == 1
-        elif not is_string:
-            pieces[index] = b"null"
-    return json_load(b"".join(pieces)), True
+    return json_load(data, lambda text: _load_with_json(text, lambda _: None)), True
 
 
 def json_bytes(value: JSONValue, *, pretty: bool = False) -> bytes:
@@ -281,78 +273,68 @@ def json_bytes(value: JSONValue, *, pretty: bool = False) -> bytes:
         return write(value).encode("utf-8")
     except ValueError:  # a NaN, an infinity, or (UnicodeEncodeError) a lone surrogate: rare, so cleaned only then
         clean = json.loads(json.dumps(value), parse_constant=lambda _: None)
-        return _LONE_SURROGATE.sub("\ufffd", write(clean)).encode("utf-8")
+        return re.sub("[\ud800-\udfff]", "\ufffd", write(clean)).encode("utf-8")
 
 
 # -- Secrets: whatever may hold one passes here at the door; no pattern is worse than linear on any text ---------------
 
 REDACTED = "***"
-_NO_KEY_LETTERS = bytes(set(range(256)) - set(b"abcdefghijklmnopqrstuvwxyz0123456789"))
-_STRONG_KEY = re.compile(
-    b"apikey|accesskey|secret|password|passwd|passphrase|credential|privatekey|authorization|cookie|bearer|accesstoken"
-    b"|authtoken|refreshtoken|apitoken|^(?:jwt|auth)$"
+_STRONG = (  # a dot: what may stand between two words
+    "api.key|access.key|private.key|access.token|auth.token|refresh.token|api.token|secret|password|passwd|passphrase"
+    "|credential|authorization|cookie|bearer"
 )
+_STRONG_KEY = re.compile(_STRONG.replace(".", "") + "|^(?:jwt|auth)$")
 _PLAIN = frozenset((int, float, bool, type(None)))  # types of values that no secret is
 _RANDOM = re.compile(r"(?=[^0-9]*[0-9])(?=[^a-zA-Z]*[a-zA-Z])(?!\w*://)\S{16,}")
-_MIXED = re.compile("(?<![a-zA-Z0-9])(?=[a-zA-Z]*[0-9])(?=[0-9]*[a-zA-Z])[a-zA-Z0-9]{8}")  # no word, no version
+# Not of words and versions, either, as time_to_first_token_p99 and meta-llama/Llama-3.1-8B are
+_KEYLIKE = re.compile(r"(?=\S*?(?<![a-zA-Z0-9])(?=[a-zA-Z]*[0-9])(?=[0-9]*[a-zA-Z])[a-zA-Z0-9]{8})" + _RANDOM.pattern)
 _SECRET_HINT = re.compile("key|token|pass|secret|credential|auth|cookie|bearer|basic|jwt|header|-h |://")
-_WORD = re.compile("(?i:(?:basic|bearer|digest|token) )?[A-Z]{1,15}")
+_WORD = re.compile("(?i:(?:basic|bearer|digest|token) )?[A-Z]{1,15}")  # a placeholder: TOKEN, Bearer TOKEN
+_PROSE = re.compile("[A-Z]{1,15}|[A-Za-z][a-z]{1,14}")  # "Basic authentication", "the bearer of bad news"
 _PLACEHOLDER = r"""(?:(?:none|null|true|false)\.?|\*\*\*|(?:[Bb]earer[ ])?(?:\$\{?(?-i:[A-Z_]+)\}?|<[\w -]{1,64}>))
     (?:[\s"',;&)\]}\\]|$)"""
-_SECRET_IN_TEXT = re.compile(  # all but `likely` is hidden, and that if it looks random
-    r"""(?=[:abcjkprst])(?: ://(?![\w.-]+:\d+,)(?P<user>[^/\s"']+)@
+_BEGIN = rf"""\s{{0,32}}\\?(?:["']|(?=[^\s"'\\]))(?!{_PLACEHOLDER})"""  # of what stands behind a name and its sign
+_SECRET_IN_TEXT = re.compile(  # all but `likely` is hidden, and that if it looks random; each ends the match
+    r"""(?xi)(?=[:abcjkprst])(?: ://(?![\w.-]+:\d+,)(?P<user>[^/\s"']+)(?=@)
       | (?<!\w)(?:bearer|basic)(?:[ \t:]+|%20)(?P<scheme>[\w.~+/=-]+)
       | (?:authorization|cookie)\\?["']?\s{0,32}:BEGIN
         (?P<line>[^"'\r\n]+(?:(?:(?<==)|(?<==\\))"[^"\r\n]*"?[^"'\r\n]*)*)
-      | (?:(?:(?:api|access|private)(?:[_. -]|%5f|%2d)?key|(?:access|auth|refresh|api)(?:[_. -]|%5f|%2d)?token|secret
-      |password|passwd|passphrase|credential|authorization|cookie|bearer)
-        (?=(?P<rest>[\w.-]{0,24}))(?P=rest)|(?<![\w.])(?<!\w-)(?:jwt|auth))  # (?=(x))\1 is x, and gives nothing back
-        \\?["']?\s{0,32}(?P<sign>[=:])BEGIN
+      | (?:(?:STRONG)(?=(?P<rest>[\w.-]{0,24}))(?P=rest)  # (?=(x))\1 is x, and gives nothing back
+        |(?<![\w.])(?<!\w-)(?:jwt|auth))\\?["']?\s{0,32}(?P<sign>[=:])BEGIN
         (?P<sure>(?:(?:bearer|basic|token|digest)[ \t]+)?(?:(?<=["'])[^"']+|[^\s"'&,;]+))
       | (?:key|token|pass|secret|password)(?:[ ]provided)?
         \\?["']?(?:\s{0,32}[=:]|(?<=["']),)?\s{0,32}\\?["']?(?P<likely>(?<![a-z0-9])[^\s"'&,;=:]{16,}))
-    """.replace("BEGIN", rf"""\s{{0,32}}\\?(?:["']|(?=[^\s"'\\]))(?!{_PLACEHOLDER})"""),
-    re.VERBOSE | re.IGNORECASE,
+    """.replace("BEGIN", _BEGIN).replace("STRONG", _STRONG.replace(".", "(?:[_. -]|%5f|%2d)?"))
 )
 _SECRET_FLAG = re.compile(  # of a command line; a header is shown by its name
-    r"""(?<![\w-])(?P<flag>--[\w-]{1,64}|-H)["']?(?:,?\s{1,32}|=)(?:(?P<escaped>\\["'])|(?P<double>")|(?P<single>')|(?=[^\\]))
+    r"""(?x)(?<![\w-])(?P<flag>--[\w-]{1,64}|-H)["']?(?:,?\s{1,32}|=)
+        (?:(?P<escaped>\\["'])|(?P<double>")|(?P<single>')|(?=[^\\]))
         (?!-|PLACEHOLDER)(?P<name>[\w-]{1,64}:\s{0,32}(?=\S)(?!PLACEHOLDER))?
         (?P<value>(?(escaped)[^"'\\\r\n]+|(?(double)[^"\\\r\n]*(?:\\.[^"\\\r\n]*)*|(?(single)[^'\r\n]+|[^\s"']+))))
-    """.replace("PLACEHOLDER", _PLACEHOLDER),
-    re.VERBOSE,
+    """.replace("PLACEHOLDER", _PLACEHOLDER)
 )
 # What must not be logged: the token in a query (its name may be percent-encoded), in a header, in a subprotocol
 _OUR_TOKEN = re.compile(r"(?i)([?&](?:t|%74)(?:o|%6f)(?:k|%6b)(?:e|%65)(?:n|%6e)=|aiperf\.token\.|bearer +)[^\s&]+")
 
 
-def _key_letters(key: str) -> bytes:
-    return key.lower().encode("ascii", "ignore").translate(None, _NO_KEY_LETTERS)
-
-
-def is_strong_key(key: str) -> bool:
-    """Tell whether every string under this key is a secret, whatever the spelling: api_key, apiKey, X-API-Key."""
-    return _STRONG_KEY.search(_key_letters(key)) is not None
-
-
-def is_weak_key(key: str) -> bool:
-    """Tell whether a value under this key is a secret if it looks random; `time_to_first_token` is such a key."""
-    return _key_letters(key).endswith((b"key", b"token", b"pass"))
+def key_role(key: str) -> str:
+    """Return what stands under a key, whatever its spelling (api_key, apiKey, X-API-Key): "strong", every string is a
+    secret; "weak", one that looks random is (`time_to_first_token` is such a key); "headers"; or ""."""
+    letters = re.sub("[^a-z0-9]+", "", key.lower())
+    if _STRONG_KEY.search(letters):
+        return "strong"
+    if letters.endswith(("key", "token", "pass")):
+        return "weak"
+    return "headers" if key == "-H" or letters.endswith(("header", "headers")) else ""
 
 
 def _hide(match: re.Match[str]) -> str:
-    """Return a match with `***` for its secret; prose ("Basic authentication") and placeholders (TOKEN) are none."""
-    form, found = match.lastgroup or "", match[match.lastgroup or 0]
-    is_word = _WORD.fullmatch(found) or (
-        form == "scheme" and found[1:].islower() and found.isalpha() and len(found) < 16
-    )
-    if not _is_random(found) if form == "likely" else is_word and match["sign"] != "=":
+    """Return a match with `***` for its secret; prose and placeholders are none."""
+    form, found = match.lastgroup, match[match.lastgroup or 0]
+    is_word = (_PROSE if form == "scheme" else _WORD).fullmatch(found)
+    if not _KEYLIKE.fullmatch(found) if form == "likely" else is_word and match["sign"] != "=":
         return match[0]
-    return match[0][: match.start(form) - match.start()] + REDACTED + match[0][match.end(form) - match.start() :]
-
-
-def _is_random(text: str) -> bool:
-    """Tell whether a text looks like a key: `time_to_first_token_p99` and `meta-llama/Llama-3.1-8B` do not."""
-    return _RANDOM.fullmatch(text) is not None and _MIXED.search(text) is not None
+    return match[0].removesuffix(found) + REDACTED
 
 
 class Secrets:
@@ -360,36 +342,36 @@ class Secrets:
     16 or more characters, letters and digits, no blank.  With any word, `{"auth": "metrics"}` would blind us."""
 
     def __init__(self, known: Iterable[str] = ()) -> None:
-        self._for_ever: dict[str, None] = {}  # an ordered set
-        self._of_run: dict[str, None] = {}
-        self._met: dict[str, None] = {}  # while a value is looked through
+        self._for_ever = frozenset(filter(_RANDOM.fullmatch, (one.rpartition(" ")[2] for one in known)))
+        self._met: dict[str, None] = {}  # while a value is looked through; an ordered set
         self._texts: dict[str, str] = {}  # looked through in it, and what is shown
-        self._roles: dict[str, str] = {}  # of keys, the same ones again and again
-        self.add(known, for_ever=True)
-
-    def add(self, literals: Iterable[str], for_ever: bool) -> None:
-        """Remember those literals that look random (of `Bearer x`, the `x`); of those of a run, the newest."""
-        forms = (literal.rpartition(" ")[2] for literal in literals)
-        (self._for_ever if for_ever else self._of_run).update({form: None for form in forms if _RANDOM.fullmatch(form)})
-        self._of_run = dict.fromkeys([*self._of_run][-SECRETS_MAX:])
-        self.known = tuple(sorted({*self._for_ever, *self._of_run}, key=len, reverse=True))  # cut below, if long
-        escaped = [re.escape(form[:64]) + (r"[\w.~+/=-]*" if len(form) > 64 else "") for form in self.known]
-        self._patterns = [re.compile(form) for form in escaped]  # apart, each is linear; joined, they were not
+        self._role_of = functools.lru_cache(maxsize=None)(key_role)  # of its keys, the same ones again and again
+        self.forget_run()
 
     def forget_run(self) -> None:
         """Forget what was met in a run."""
-        self._of_run.clear()
-        self.add((), for_ever=False)
+        self._of_run: list[str] = []
+        self._remember(())
+
+    def _remember(self, words: Iterable[str]) -> None:
+        """Redact these wherever they stand, until the run is forgotten or there are SECRETS_MAX newer ones."""
+        self._of_run = [*dict.fromkeys((*self._of_run, *words))][-SECRETS_MAX:]
+        self.known = tuple(sorted({*self._for_ever, *self._of_run}, key=len, reverse=True))  # cut below, if long
+        words = (re.escape(word[:64]) + (r"[\w.~+/=-]*" if len(word) > 64 else "") for word in self.known)
+        self._patterns = [*map(re.compile, words)]  # apart, each is linear; joined, they were not
 
     def redact(self, value: JSONValue) -> JSONValue:
         """Return a copy with `***` for every secret, or the very same object if there is none; keys never change."""
-        self._texts, self._room, self._values = {}, 4 * BUS_TEXT_BYTES_MAX, 4 * JSON_ITEMS_MAX
+        self._left = 4 * BUS_TEXT_BYTES_MAX  # values and characters; only huge results have more, and it takes long
         redacted = self._redact(value, "")
-        if not self._met.keys() <= self._for_ever.keys() | self._of_run.keys():
-            self.add(self._met, for_ever=False)
-            redacted = self._without_known(redacted)  # what was met on the way stands before its key, too
+        if self._met.keys() - self.known:  # it may also stand before its key: once more
+            self._remember(self._met)
+            self._texts = {text: self._without_known(shown) for text, shown in self._texts.items()}
+            self._left = 4 * BUS_TEXT_BYTES_MAX
+            redacted = self._redact(value, "")
         self._met.clear()
-        self._texts = {}
+        self._texts.clear()
+        self._role_of.cache_clear()
         return redacted
 
     def redact_payload(self, payload: bytes, value: JSONValue) -> tuple[bytes, JSONValue]:
@@ -400,39 +382,23 @@ class Secrets:
         is_same = redacted is value and payload.count(b":") == written.count(b":") and b"\\u003" not in payload
         return payload if is_same else written, redacted
 
-    def _redact_text(self, text: str) -> str:
-        """Return a text without known secrets, credentials in URLs, `Bearer …`, `Basic …` and `password: …`."""
-        shown = self._texts.get(text)
-        if shown is None:
-            self._room -= len(text)
-            if self._room < 0:  # only huge results have so many, and looking through them takes long
-                return REDACTED
-            shown = self._without_known(text)
-            if _SECRET_HINT.search(shown.lower()):
-                shown = _SECRET_FLAG.sub(self._hide_flag, _SECRET_IN_TEXT.sub(_hide, shown))
-            self._texts[text] = shown
-        return text if shown == text else shown
+    def _without_known(self, text: str) -> str:
+        for pattern in self._patterns if len(text) >= 16 else ():
+            text = pattern.sub(REDACTED, text)
+        return text
 
     def _hide_flag(self, match: re.Match[str]) -> str:
-        role, name = self._role_of(match["flag"]), match["name"] or ""
-        if role != "strong" and not (role == "headers" and name):
+        role, hidden = self._role_of(match["flag"]), match["value"]
+        if role == "strong":
+            hidden = (match["name"] or "") + hidden
+        elif role != "headers" or not match["name"]:
             return match[0]
-        kept = match.start("value") - (0 if role == "headers" else len(name))
-        return match[0][: kept - match.start()] + REDACTED
-
-    def _without_known(self, value: JSONValue) -> JSONValue:
-        if isinstance(value, dict):
-            return {key: self._without_known(item) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [self._without_known(item) for item in value]
-        for pattern in self._patterns if isinstance(value, str) and len(value) >= 16 else ():
-            value = pattern.sub(REDACTED, value)
-        return value
+        return match[0].removesuffix(hidden) + REDACTED
 
     def _redact(self, value: JSONValue, role: str) -> JSONValue:
         """Redact what stands under a key of this role; what is not changed is the same object."""
-        self._values -= 1
-        if self._values < 0:  # only huge results have so many: the rest is not shown
+        self._left -= len(value) if isinstance(value, str) and value not in self._texts else 1
+        if self._left < 0:
             return REDACTED
         if isinstance(value, str):
             return self._redact_string(value, role)
@@ -453,17 +419,23 @@ class Secrets:
         return value
 
     def _redact_string(self, text: str, role: str) -> str:
+        """Hide all of a secret, what a header says, or what any text gives away, as in `Bearer …` and `password: …`."""
         name, colon, content = text.partition(":") if role else ("", "", "")
-        if role == "strong" or (role == "weak" and _is_random(text)):
+        if role == "strong" or (role == "weak" and _KEYLIKE.fullmatch(text)):
             name, content = "", text
         elif role != "headers" or not colon or " " in name:
-            return self._redact_text(text)
+            if text not in self._texts:
+                shown = self._without_known(text)
+                if _SECRET_HINT.search(shown.lower()):
+                    shown = _SECRET_FLAG.sub(self._hide_flag, _SECRET_IN_TEXT.sub(_hide, shown))
+                self._texts[text] = shown
+            return text if self._texts[text] == text else self._texts[text]
         if content.strip() in ("", REDACTED):
             return text
         form = content.rpartition(" ")[2]
         if _RANDOM.fullmatch(form) and len(self._met) < SECRETS_MAX:
             self._met[form] = None
-        return f"{name}: {REDACTED}" if name else REDACTED
+        return f"{self._without_known(name)}: {REDACTED}" if name else REDACTED
 
     def _roles_in(self, values: Sequence[JSONValue], role: str) -> Iterator[str]:
         """Yield the roles of a list's items: `["api_key", "…"]` counts as a member, and so does `--api-key …`."""
@@ -476,26 +448,12 @@ class Secrets:
                 is_key = isinstance(before, str) and (len(values) == 2 or before[:1] == "-")
                 yield self._role_of(before) if is_key else ""
 
-    def _role_of(self, key: str) -> str:
-        role = self._roles.get(key)
-        if role is None:
-            is_headers = key == "-H" or _key_letters(key).endswith((b"header", b"headers"))
-            role = "strong" if is_strong_key(key) else "weak" if is_weak_key(key) else "headers" if is_headers else ""
-            if len(key) <= 64 and len(self._roles) < 4096:
-                self._roles[key] = role
-        return role
-
 
 def printable(text: str | bytes, limit: int = LOG_QUOTE_CHARS_MAX) -> str:
     """Return a peer's string for a log line: one line of ASCII, at most `limit` characters and "...", no tokens."""
     raw = text.decode("latin-1") if isinstance(text, bytes) else text
     shown = _OUR_TOKEN.sub(r"\1***", raw[: 4 * limit]).encode("unicode_escape").decode("ascii")
     return shown if len(shown) <= limit and len(raw) <= 4 * limit else shown[:limit] + "..."
-
-
-def terminal_text(value: Any, limit: int = 80) -> str:
-    """Return a value for a terminal: one line, nothing that moves the cursor, colours or turns the text."""
-    return "".join(c if c.isprintable() else "\ufffd" for c in str(value)[:limit])
 
 
 # == 4 == WebSocket frames =============================================================================================
@@ -5376,7 +5334,8 @@ def top_text(service: APIService) -> str:
     shown = ("utilization", "power_usage", "memory_used", "temperature")
     lines += ["", _top_row("GPUs", ("util %", "power W", "memory GB", "temp C"))] if gpus else []
     lines += [_top_row(f"  {gpu}", map(figures.get, shown)) for gpu, figures in list(gpus.items())[:16]]
-    return "".join(f"{terminal_text(line, 80)}\n" for line in lines)
+    # On a terminal nothing of it may move the cursor, colour or turn the text.
+    return "".join(["".join(c if c.isprintable() else "\ufffd" for c in line[:80]) + "\n" for line in lines])
 
 
 ROUTES: tuple[Route, ...] = (
