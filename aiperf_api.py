@@ -61,7 +61,7 @@ from http import HTTPStatus
 from itertools import islice
 from stat import S_ISSOCK
 from types import MappingProxyType
-from typing import IO, Any, NamedTuple, NoReturn, Optional, Protocol, cast
+from typing import IO, Any, NamedTuple, NoReturn, Protocol, cast
 from urllib.parse import unquote_to_bytes, urlsplit
 
 try:
@@ -1318,106 +1318,79 @@ def is_name(text: str) -> bool:
     return len(text) <= NAME_BYTES_MAX // 4 or len(text.encode("utf-8", "replace")) <= NAME_BYTES_MAX
 
 
-class RowPlan(NamedTuple):
-    """What is done to a row before people see it."""
-
-    removed: tuple[str, ...]  # fields that are not shown
-    texts: tuple[str, ...]  # fields whose length is looked at
-    scaled: tuple[str, ...]  # statistics that are multiplied by `factor`, and are in `unit` then
-    factor: float
-    unit: str  # "" where nothing is scaled
-
-
-PlanOf = Callable[[MetricRow], Optional[RowPlan]]  # None: the row is not for people, or is none
-
-
-def make_row_plan(row: MetricRow) -> RowPlan | None:
-    """Return what is done to a row; None when it is not for people."""
-    tag = row.get("tag")
-    if not isinstance(tag, str) or not tag or tag in _HIDDEN_TAGS or len(row) > EXTRAS_MAX:
+@functools.lru_cache(maxsize=1024)  # a run has some hundred shapes, and a burst 100,000 rows a second
+def _row_plan(names: tuple[str, ...], *types: type) -> tuple[list[str], list[str], list[str], float, str] | None:
+    """Return what makes rows with this tag, unit and fields fit for people: fields to remove, fields that hold text,
+    statistics to multiply, by what, and their unit then ("" where there are none); None where nobody is to see them."""
+    tag, unit, *fields = names
+    if not tag or tag in _HIDDEN_TAGS:
         return None
-    removed = []
-    for field, value in row.items():  # no null, nothing nested, and a finite number where one belongs
-        fits = is_number(value) if field in STATISTICS or field == "count" else isinstance(value, (str, int, float))
-        if not fits or field == "console_group" or not is_name(field):
-            removed.append(field)
-    texts = tuple(field for field, value in row.items() if isinstance(value, str) and field not in removed)
-    factor, shown = _CONVERSIONS.get((tag, text_or(row.get("unit"), "")), (1.0, ""))
-    scaled = tuple(field for field in row if shown and field in STATISTICS and field not in removed)
-    return RowPlan(tuple(removed), texts, scaled, factor, shown)
+    kept = {}  # no null, nothing nested, and a number where one belongs
+    for field, kind in zip(fields, types):
+        fits = kind in (int, float) or (kind in (str, bool) and field not in STATISTICS and field != "count")
+        if fits and field != "console_group" and is_name(field):
+            kept[field] = kind
+    factor, shown = _CONVERSIONS.get((tag, unit), (1.0, ""))
+    scaled = [field for field in kept if shown and field in STATISTICS]
+    texts = [field for field, kind in kept.items() if kind is str]
+    return [field for field in fields if field not in kept], texts, scaled, factor, shown
 
 
-class RowPlans:
-    """Plans by a row's shape, which tells all: a run has some hundred shapes, and a burst 100,000 rows a second."""
-
-    def __init__(self) -> None:
-        self._plans: dict[tuple[Any, ...], RowPlan] = {}
-
-    def of(self, row: MetricRow) -> RowPlan | None:
-        """Return `make_row_plan(row)`."""
-        shape = row.get("tag"), row.get("unit"), tuple(row), tuple(map(type, row.values()))
-        try:
-            plan = self._plans.get(shape)
-        except TypeError:  # a list for a tag or a unit
-            return make_row_plan(row)
-        if plan is None:
-            plan = make_row_plan(row)
-            if plan is not None and len(repr(shape)) <= 4 * NAME_BYTES_MAX:
-                if len(self._plans) >= ROWS_MAX:
-                    self._plans.clear()
-                self._plans[shape] = plan
-        return plan
-
-
-def display_row(row: Any, plan_of: PlanOf = make_row_plan) -> MetricRow | None:
+def display_row(row: Any) -> MetricRow | None:
     """Return one row of metrics as people read it, without nulls and what is internal; None when it is not for them."""
-    plan = plan_of(row) if isinstance(row, dict) else None
-    if plan is None or not all(is_name(row[field]) for field in plan.texts):
+    if not isinstance(row, dict) or not isinstance(row.get("tag"), str) or len(row) > EXTRAS_MAX:
+        return None
+    names = (row["tag"], text_or(row.get("unit"), ""), *row)
+    plan = _row_plan(names, *map(type, row.values())) if len("".join(names)) <= 4 * NAME_BYTES_MAX else None
+    if plan is None:
+        return None
+    removed, texts, scaled, factor, display_unit = plan
+    if not all(map(is_name, map(row.__getitem__, texts))):
         return None
     shown: MetricRow = row.copy()
-    for field in plan.removed:
+    for field in removed:
         del shown[field]
-    if plan.unit:
-        shown["unit"] = plan.unit
-        for field in plan.scaled:
-            shown[field] *= plan.factor
+    if display_unit:
+        shown["unit"] = display_unit
+        for field in scaled:
+            shown[field] *= factor
     return shown
 
 
-def display_list(rows: Any, plan_of: PlanOf = make_row_plan) -> list[MetricRow]:
+def display_list(rows: Any) -> list[MetricRow]:
     """Return those of a list's first ROWS_MAX rows that people see, in the order they came."""
-    shown = (display_row(row, plan_of) for row in (rows[:ROWS_MAX] if isinstance(rows, list) else ()))
+    shown = map(display_row, rows[:ROWS_MAX] if isinstance(rows, list) else ())
     return [row for row in shown if row is not None]
 
 
-def display_rows(rows: Any, plan_of: PlanOf = make_row_plan) -> MetricRows:
+def display_rows(rows: Any) -> MetricRows:
     """Return the same by tag, the last of two with one tag."""
-    return {row.pop("tag"): row for row in display_list(rows, plan_of)}
+    return {row.pop("tag"): row for row in display_list(rows)}
 
 
-def _shown(value: Any, plan_of: PlanOf) -> Any:
+def _shown(value: Any) -> Any:
     """Return a part of final results with its rows (objects with a tag, at any depth) as people read them."""
     if isinstance(value, list):
-        return [shown for shown in (_shown(item, plan_of) for item in value) if shown is not None]
+        return [shown for shown in map(_shown, value) if shown is not None]
     if not isinstance(value, dict):
         return value
     if isinstance(value.get("tag"), str):
-        return display_row(value, plan_of)
-    shown = {key: _shown(item, plan_of) for key, item in value.items()}
+        return display_row(value)
+    shown = {key: _shown(item) for key, item in value.items()}
     return {key: item for key, item in shown.items() if item is not None or value[key] is None}
 
 
-def shown_message(message: dict[str, Any], plan_of: PlanOf = make_row_plan) -> dict[str, Any]:
+def shown_message(message: dict[str, Any]) -> dict[str, Any]:
     """Return a message of metrics or final results as clients get it, the same object where nothing needs a change."""
     if isinstance(message.get("metrics"), list):
-        changed: dict[str, Any] = {"metrics": display_list(message["metrics"], plan_of)}
+        changed: dict[str, Any] = {"metrics": display_list(message["metrics"])}
     else:
         outer: Any = message.get("results")
         inner = outer.get("results") if isinstance(outer, dict) else None
         if not isinstance(inner, dict):
             return message
         parts = ("records", "warmup_records", "timeslices", "timeslice_metric_results")
-        shown = {part: _shown(inner[part], plan_of) for part in parts if inner.get(part) is not None}
+        shown = {part: _shown(inner[part]) for part in parts if inner.get(part) is not None}
         changed = {"results": {**outer, "results": {**inner, **shown}}}
     return message if changed.items() <= message.items() else {**message, **changed}
 
@@ -1429,7 +1402,6 @@ def shown_message(message: dict[str, Any], plan_of: PlanOf = make_row_plan) -> d
 
 CONTENT_TYPE_TEXT_0_0_4 = "text/plain; version=0.0.4; charset=utf-8"
 CONTENT_TYPE_OPENMETRICS_1_0_0 = "application/openmetrics-text; version=1.0.0; charset=utf-8"
-
 Labels = tuple[tuple[str, str], ...]  # (name, value) pairs in the order they are written
 
 
@@ -1453,7 +1425,6 @@ _GAUGES: Mapping[str, str] = MappingProxyType({
     "avg": "average", "min": "minimum", "max": "maximum", "std": "standard deviation", "current": "current value",
     "count": "observation count", "sum": "observation sum",
 })  # fmt: skip
-_QUANTILE_LABELS = tuple((stat, f'quantile="{quantile}"}}') for stat, quantile in QUANTILES.items())
 _NOT_IN_A_NAME = re.compile("[^a-zA-Z0-9_]")
 # Control characters (a line feed aside, which is escaped) would let a name on the bus drive the terminal behind curl.
 _CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029]")
@@ -1519,34 +1490,34 @@ def unique_families(families: Iterable[Family]) -> list[Family]:
 
 
 class FamilySet:
-    """Families under construction, each series in them once: of two with the same name and labels, the first stays.
-
-    `room` is shared with the set `before`: samples and bytes that may still be added, and samples that did not fit.
-    """
+    """Families under construction, of two alike series the first; `room`: samples and bytes left, samples left out."""
 
     def __init__(self, before: FamilySet | None = None) -> None:
         self.families: dict[str, Family] = {}
         self.room: list[int] = before.room if before else [SAMPLES_MAX, SAMPLES_BYTES_MAX, 0]
-        self._rows: set[tuple[str, str, str]] = set()  # (base, unit, labels) of the rows that are in
+        self._rows: set[tuple[str, str]] = set()  # names and labels that are in
 
     def add(self, head: tuple[str, str, str, str], labels: Labels, value: Any, suffix: str = "") -> None:
         """Add a sample to the family (name, kind, help, unit); not what is no number, and no negative count."""
         key = f"{suffix}{{{_labels_text(labels)}}}" if labels else suffix
-        if is_number(value) and self._fits(1, head[0] + key):
+        if is_number(value) and self._admits(1, head[0], key):
             self._put(*head, key, value)
 
-    def _fits(self, samples: int, text: str) -> bool:
-        """Tell whether there is room for samples with this name and labels, and book it."""
-        size = samples * (len(text.encode("utf-8", "replace")) + 40)  # a quantile, and the digits of a number
-        fits = samples <= self.room[0] and size <= self.room[1]
-        self.room[:2] = (self.room[0] - samples, self.room[1] - size) if fits else self.room[:2]
-        self.room[2] += 0 if fits else samples
-        return fits
+    def _admits(self, samples: int, name: str, labels: str) -> bool:
+        """Tell whether such a row is new, as the figures of two would be mixed, and has room, which is booked."""
+        if (name, labels) in self._rows:
+            return False
+        self._rows.add((name, labels))
+        size = samples * (40 + len((name + labels).encode("utf-8", "replace")))  # 40: a quantile, and the number
+        if samples > self.room[0] or size > self.room[1]:
+            self.room[2] += samples
+            return False
+        self.room[:2] = self.room[0] - samples, self.room[1] - size
+        return True
 
     def _put(self, name: str, kind: str, text: str, unit: str, key: str, value: Any) -> None:
-        samples = self._samples(name, kind, text, unit)
         if kind != "counter" or value >= 0:
-            samples.setdefault(key, value)
+            self._samples(name, kind, text, unit).setdefault(key, value)
 
     def _samples(self, name: str, kind: str, text: str, unit: str) -> dict[str, Any]:
         """Return the samples of a family, a new one if need be; those of another kind go nowhere."""
@@ -1557,26 +1528,18 @@ class FamilySet:
         return family.samples if family.kind == kind else {}
 
     def add_row(self, base: str, row: Mapping[str, Any], labels: str, title: str) -> None:
-        """Add a row of statistics under names that begin with `base`: percentiles as a summary with sum and count,
-        everything else as gauges; `labels` as they stand between the braces, `title` as the help begins."""
+        """Add a row of statistics under names that begin with `base`: percentiles with sum and count, gauges."""
         unit = text_or(row.get("unit"), "").replace("°C", "celsius")
         ending = unit_name(unit)
-        if (base, ending, labels) in self._rows:  # the figures of two would be mixed
-            return
-        self._rows.add((base, ending, labels))
         suffix, words = (f"_{ending}" if unit else ""), f" (in {unit})"
         key, opened = (f"{{{labels}}}", f"{{{labels},") if labels else ("", "{")
         figures = {stat: value for stat, value in row.items() if type(value) in (int, float) and abs(value) < math.inf}
-        if not self._fits(len(figures), base + suffix + labels):
+        if not self._admits(len(figures), base + suffix, labels):
             return
         if not figures.keys().isdisjoint(QUANTILES):
             samples = self._samples(base + suffix, "summary", title + words, ending)
-            for stat, label in _QUANTILE_LABELS:
-                if stat in figures:
-                    samples.setdefault(opened + label, figures[stat])
-            for stat in ("count", "sum"):
-                if stat in figures:
-                    samples.setdefault(f"_{stat}{key}", figures.pop(stat))
+            samples.update({f'{opened}quantile="{QUANTILES[p]}"}}': figures[p] for p in QUANTILES if p in figures})
+            samples.update({f"_{stat}{key}": figures.pop(stat) for stat in ("count", "sum") if stat in figures})
         for stat, phrase in _GAUGES.items():
             if stat in figures:
                 name = f"{base}_{stat}{suffix}"
@@ -1584,36 +1547,33 @@ class FamilySet:
 
     def add_series(self, series: ServerSeries, labels: Labels) -> None:
         """Add a series of an inference server, in its own words."""
-        base, unit = f"aiperf_server_{metric_name(series.name)}", _SERVER_UNIT.search(series.name)
+        endpoint, own_name, series_kind, title, own_labels, own_stats = series
+        base, unit = f"aiperf_server_{metric_name(own_name)}", _SERVER_UNIT.search(own_name)
         stem, suffix, ending = (base[: -len(unit[0])], unit[0], unit[1]) if unit else (base, "", "")
-        joined = dict((*labels, ("endpoint", series.endpoint)))
+        joined = dict((*labels, ("endpoint", endpoint)))
         reserved = {*joined, "quantile", "le"}
-        for original, value in series.labels:  # renamed where they clash with ours, as Prometheus does when it scrapes
+        for original, value in own_labels:  # renamed where they clash with ours, as Prometheus does when it scrapes
             name = _NOT_IN_A_NAME.sub("_", original)
             clash = name in reserved or name.startswith("__") or not name or name[0].isdigit()
             joined.setdefault(f"exported_{name}" if clash else name, value)
         text = _labels_text(tuple(joined.items()))
-        key, title = f"{{{text}}}", series.title
-        if (base, "", text) in self._rows:
+        figures = ((stat.replace("_estimate", ""), value) for stat, value in own_stats.items() if is_number(value))
+        stats = dict(islice(figures, 16))  # as AIPerf has them
+        if not self._admits(len(stats), base, text):
             return
-        self._rows.add((base, "", text))
-        figures = ((name.replace("_estimate", ""), value) for name, value in series.stats.items() if is_number(value))
-        stats = dict(itertools.islice(figures, 16))  # as AIPerf has them
-        if not self._fits(len(stats), base + text):
-            return
-        summarised = series.kind == "histogram" or not QUANTILES.keys().isdisjoint(stats)
+        key, summarised = f"{{{text}}}", series_kind == "histogram" or not QUANTILES.keys().isdisjoint(stats)
         for stat, value in stats.items():
             if stat in QUANTILES:
                 self._put(base, "summary", title, ending, f'{{{text},quantile="{QUANTILES[stat]}"}}', value)
             elif stat in ("sum", "count") and summarised:
                 self._put(base, "summary", title, ending, f"_{stat}{key}", value)
-            elif stat == "total" and series.kind == "counter":
+            elif stat == "total" and series_kind == "counter":
                 self._put(base, "counter", title, ending, f"_total{key}", value)
             elif stat in _GAUGES and stat != "count":  # these have the metric's own unit
                 self._put(f"{stem}_{stat}{suffix}", "gauge", f"{title} ({_GAUGES[stat]})", ending, key, value)
             else:
-                name = f"{base}_{metric_name(stat)}"
-                self._put(name, "gauge", f"{title} ({stat.replace('_', ' ')})", "", key, value)
+                words = f"{title} ({stat.replace('_', ' ')})"
+                self._put(f"{base}_{metric_name(stat)}", "gauge", words, "", key, value)
 
 
 def metric_families(metrics: MetricRows, labels: Labels = (), before: FamilySet | None = None) -> list[Family]:
@@ -1640,10 +1600,8 @@ def gpu_series(tag: str, header: str) -> tuple[str, str, Labels]:
         source, gpu = source or place, index
     else:
         metric, uuid, gpu = tag, "", gpu.replace("GPU ", "")
-    metric = _GPU_VENDOR.sub("", metric, 1)
-    metric = metric[4:] if metric.startswith("gpu_") else metric
     labels = (("source", source), ("gpu", gpu), ("gpu_name", gpu_name), ("uuid", uuid))
-    return metric, _GPU_VENDOR.sub("", title, 1), labels
+    return _GPU_VENDOR.sub("", metric, 1).removeprefix("gpu_"), _GPU_VENDOR.sub("", title, 1), labels
 
 
 def telemetry_families(telemetry: MetricRows, labels: Labels = (), before: FamilySet | None = None) -> list[Family]:
@@ -1658,17 +1616,8 @@ def telemetry_families(telemetry: MetricRows, labels: Labels = (), before: Famil
 # -- Inference-server metrics: the server's own names and labels, prefixed ---------------------------------------------
 
 _SERVER_UNIT = re.compile(r"_(seconds|milliseconds|bytes|ratio|percent|tokens|celsius|watts|joules)\Z")
-
-
-class ServerSeries(NamedTuple):
-    """One series of an inference server's metrics, as realtime_server_metrics has it."""
-
-    endpoint: str  # host:port
-    name: str  # the server's own, such as "vllm:num_requests_running"
-    kind: str  # "gauge", "counter", "histogram", ...
-    title: str
-    labels: Labels  # the server's own, by name
-    stats: Mapping[str, Any]
+# Endpoint (host:port), name, type, description, labels and statistics of one series, in the server's own words
+ServerSeries = tuple[str, str, str, str, Labels, Mapping[str, Any]]
 
 
 def server_series(summaries: Any) -> Iterator[ServerSeries]:
@@ -1684,7 +1633,7 @@ def server_series(summaries: Any) -> Iterator[ServerSeries]:
                 if isinstance(stats, dict) and isinstance(labels, (dict, type(None))):
                     own = sorted((key, str(text)) for key, text in (labels or {}).items())
                     if all(map(is_name, (endpoint, name, *itertools.chain(*own)))):
-                        yield ServerSeries(endpoint, name, kind, title, tuple(own), stats)
+                        yield endpoint, name, kind, title, tuple(own), stats
 
 
 def _objects(value: Any, limit: int | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -2194,7 +2143,6 @@ class Run:
     """What is known of one benchmark run, and how messages change it: `_on_…` follows what is there and usable."""
 
     def __init__(self, on_late_error: OnLateError = lambda error: None) -> None:
-        self.row_plans = RowPlans()  # for all who show rows of metrics
         self._on_late_error = on_late_error  # told of a bad message that had been accepted unread
         self.version = 0  # grows whenever an answer may have changed
         self._configs: dict[str, dict[str, Any]] = {}  # given from outside, by origin
@@ -2490,8 +2438,8 @@ class Run:
     def _keep_results(self, outer: dict[str, Any], inner: dict[str, Any]) -> None:
         """Keep results as clients see them, without what is too large."""
         kept = {**inner, **{part: _list(inner.get(part)) for part in ("records", "error_summary")}}
-        kept = shown_message({"results": {"results": kept}}, self.row_plans.of)["results"]["results"]
-        self._final_rows = display_rows(kept["records"], self.row_plans.of) or self._final_rows
+        kept = shown_message({"results": {"results": kept}})["results"]["results"]
+        self._final_rows = display_rows(kept["records"]) or self._final_rows
         for part in (kept, {**_scalars(kept), "records": kept["records"]}):
             self._results = json_bytes({**outer, "results": part})
             if len(self._results) <= RESULTS_KEPT_BYTES_MAX:
@@ -2522,7 +2470,7 @@ class Run:
     def _on_telemetry_results(self, message: BusMessage, now_ns: int) -> None:
         results = _object(message.value["telemetry_result"].get("results"))
         rows = list(islice(_final_telemetry(results, self._read("telemetry")), ROWS_MAX))
-        self._final_telemetry = display_rows(rows, self.row_plans.of) or self._final_telemetry
+        self._final_telemetry = display_rows(rows) or self._final_telemetry
 
     def _on_metrics(self, message: BusMessage, now_ns: int) -> None:
         """Keep a message of metrics; they come often, so most are read only when somebody asks."""
@@ -2562,7 +2510,7 @@ class Run:
         tags = (row.get("tag") for row in rows[:ROWS_MAX] if isinstance(row, dict))
         if len(rows) > ROWS_MAX or not all(is_name(tag) for tag in tags if isinstance(tag, str)):
             self._on_late_error(BusError("bad_shape", "rows of metrics with tags that are too long, or too many"))
-        return display_rows(rows, self.row_plans.of)
+        return display_rows(rows)
 
     def metric_rows(self) -> MetricRows:
         return self._final_rows or self._read("metrics")
@@ -2574,10 +2522,10 @@ class Run:
 def _server_rows(server_metrics: Mapping[str, Any]) -> MetricRows:
     """Return server metrics as rows by tag: `server:ENDPOINT:METRIC{label="value"}`."""
     rows = {}
-    for series in server_series(server_metrics.get("endpoint_summaries")):
-        labels = ",".join(f'{name}="{value}"' for name, value in series.labels)
-        tag = f"server:{series.endpoint}:{series.name}" + (f"{{{labels}}}" if labels else "")
-        rows[tag] = {"unit": "", **series.stats, "header": series.title}
+    for endpoint, name, _, title, labels, stats in server_series(server_metrics.get("endpoint_summaries")):
+        text = ",".join(f'{label}="{value}"' for label, value in labels)
+        tag = f"server:{endpoint}:{name}" + (f"{{{text}}}" if text else "")
+        rows[tag] = {"unit": "", **stats, "header": title}
     return rows
 
 
@@ -4760,7 +4708,7 @@ class APIService:
 
     def _shown(self, message: BusMessage) -> bytes:
         """Return a payload as clients get it: one JSON object on one line, rows in display units."""
-        shown = shown_message(message.value, self.benchmark.row_plans.of)
+        shown = shown_message(message.value)
         payload = message.payload
         is_as_it_came = shown is message.value and not message.not_finite and not (b"\n" in payload or b"\r" in payload)
         return payload if is_as_it_came else json_bytes(shown)
