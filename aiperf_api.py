@@ -464,14 +464,11 @@ def printable(text: str | bytes, limit: int = LOG_QUOTE_CHARS_MAX) -> str:
 # A fault is found at the byte that commits it: what a peer declares is checked before a byte of it is kept, and text is
 # decoded while it arrives.  After a fault or a Close nothing more is read (7.1.7).
 
-OP_CONT, OP_TEXT, OP_BINARY = 0x0, 0x1, 0x2
-OP_CLOSE, OP_PING, OP_PONG = 0x8, 0x9, 0xA
-
+OP_CONT, OP_TEXT, OP_BINARY, OP_CLOSE, OP_PING, OP_PONG = 0x0, 0x1, 0x2, 0x8, 0x9, 0xA
 # RFC 6455 7.4.1 and the IANA registry.  1004, 1005, 1006 and 1015 are never on the wire.
 CLOSE_GOING_AWAY, CLOSE_PROTOCOL_ERROR, CLOSE_INVALID_DATA = 1001, 1002, 1007
 CLOSE_POLICY_VIOLATION, CLOSE_MESSAGE_TOO_BIG, CLOSE_INTERNAL_ERROR = 1008, 1009, 1011
 _CLOSE_CODES = frozenset((*range(1000, 1004), *range(1007, 1015), *range(3000, 5000)))  # 7.4.1, 7.4.2
-_ACCEPT_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # 1.3
 
 
 class Event(NamedTuple):
@@ -483,14 +480,9 @@ class Event(NamedTuple):
     reason: str = ""
 
 
-def websocket_accept(key: str) -> str:
-    """Return the `Sec-WebSocket-Accept` for a `Sec-WebSocket-Key` (RFC 6455 4.2.2, step 5.4)."""
-    return base64.b64encode(hashlib.sha1(key.encode("ascii") + _ACCEPT_GUID).digest()).decode("ascii")
-
-
-def encode_frame(opcode: int, payload: bytes, fin: bool = True) -> bytes:
+def encode_frame(opcode: int, payload: bytes) -> bytes:
     """Return one unmasked frame, as a server sends it; the same bytes serve every client (RFC 6455 5.2)."""
-    first, size = (0x80 | opcode) if fin else opcode, len(payload)
+    first, size = 0x80 | opcode, len(payload)
     if size <= 125:
         return bytes((first, size)) + payload
     if size <= 0xFFFF:
@@ -611,9 +603,9 @@ def _read_head(
     [first] = yield from read(1)
     fin, opcode = first >= 0x80, first & 0x0F
     _require(not first & 0x70, "reserved bits are set")  # no extension is ever negotiated
-    _require(opcode in (0, 1, 2, 8, 9, 10), "reserved opcode")
+    _require(opcode <= OP_BINARY or OP_CLOSE <= opcode <= OP_PONG, "reserved opcode")
     _require(fin or opcode < 8, "fragmented control frame")  # 5.5
-    _require(not kind or opcode in (0, 8, 9, 10), "new message inside a fragmented one")  # 5.4
+    _require(not kind or opcode not in (OP_TEXT, OP_BINARY), "new message inside a fragmented one")  # 5.4
     _require(kind > 0 or opcode > 0, "continuation without a message")
     _require(opcode > 0 or fragments < max_message // WS_FRAGMENT_BYTES_MEAN, "too fragmented", CLOSE_POLICY_VIOLATION)
     [second] = yield from read(1)
@@ -646,12 +638,12 @@ def _read_head(
 HeaderList = Sequence[tuple[str, str]]
 
 _TOKEN = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")  # RFC 9110 5.6.2
-_REQUEST_LINE = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")  # RFC 9112 3
-_FIELD_LINE = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):([\t\x20-\x7e\x80-\xff]*)")  # RFC 9112 5, RFC 9110 5.5
+_REQUEST_LINE = re.compile(rb"(%b) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])" % _TOKEN.pattern)  # RFC 9112 3
+_FIELD_LINE = re.compile(rb"(%b):([\t\x20-\x7e\x80-\xff]*)" % _TOKEN.pattern)  # RFC 9112 5, RFC 9110 5.5
 # RFC 9112 3.2.1 and 3.2.2: origin-form, and absolute-form without userinfo; a fragment is never sent (RFC 9110 7.1)
 _TARGET = re.compile(rb"(?:(?i:https?)://([^/?#]+))?(/[^?#]*)?(?:\?([^#]*))?")
 # RFC 9110 7.2: uri-host [ ":" port ]; names as DNS and containers have them, addresses as IP-literal (RFC 3986 3.2.2)
-_HOST = re.compile(r"(?:([A-Za-z0-9._~-]*)|\[([0-9A-Fa-f:.]+)\])(?::([0-9]{0,5}))?")
+_HOST = re.compile(r"(?:([A-Za-z0-9._~-]*)|\[([0-9A-Fa-f:.]+)\])(?::[0-9]{0,5})?")
 _CONTENT_LENGTH = re.compile(r"[0-9]{1,15}")  # RFC 9110 8.6; int() would also read "+5", "1_0" and Arabic digits
 _BAD_PERCENT = re.compile(rb"%(?![0-9A-Fa-f]{2})")  # RFC 3986 2.1
 _QVALUE = re.compile(r"0(?:\.[0-9]{0,3})?|1(?:\.0{0,3})?")  # RFC 9110 12.4.2
@@ -715,12 +707,12 @@ def _percent_decode(raw: bytes) -> str:
     raise _bad("the target is not percent-encoded UTF-8")
 
 
-def split_host(host: str) -> tuple[str, str]:
-    """Return name or address in lower case and port, "" if none: `[::1]:8080` is ("::1", "8080")."""
+def host_name(host: str) -> str:
+    """Return name or address of a Host header, in lower case and without the port: of `[::1]:8080`, `::1`."""
     match = _HOST.fullmatch(host)
     if match is None:
         raise _bad("malformed Host")
-    return (match[1] or match[2] or "").lower(), match[3] or ""
+    return (match[1] or match[2] or "").lower()
 
 
 def _members(header: str) -> list[str]:
@@ -742,7 +734,7 @@ def _parse_request_line(line: bytes) -> Request:
     if match is None or not (match[1] or match[2]):  # 3.2.3: authority-form is for proxies
         raise _bad("the target must be a path or an http(s) URL")
     headers = {"host": match[1].decode("ascii")} if match[1] else {}
-    split_host(headers.get("host", ""))
+    host_name(headers.get("host", ""))
     # ".." and "//" stay: a path is only ever looked up.  So does an encoded slash: it separates nothing (RFC 3986 2.2).
     path = _percent_decode((match[2] or b"/").replace(b"%2F", b"%252F").replace(b"%2f", b"%252f"))
     # Only "&" separates, never ";": proxies that cache know only "&" (CVE-2020-28473).
@@ -780,7 +772,7 @@ def _build_request(line: Request, fields: Iterable[tuple[str, str]]) -> Request:
     is_1_1 = line.version == (1, 1)
     if "host" not in headers and is_1_1:  # RFC 9112 3.2
         raise _bad("no Host header")
-    split_host(headers.get("host", ""))
+    host_name(headers.get("host", ""))
     refusal = _body_refusal(headers, line.version)
     # RFC 9110 10.1.1.  `100-continue` needs no 100 here: no body is waited for.
     if is_1_1 and headers.get("expect", "100-continue").lower() != "100-continue":
@@ -852,10 +844,6 @@ class RequestParser:
         if self._line is None:
             while buffer.startswith(b"\r\n"):  # RFC 9112 2.2: a server "SHOULD ignore" them before a request line
                 del buffer[:2]
-            end = buffer.find(b"\r\n\r\n", 0, _MEMO_HEAD_BYTES_MAX) + 4
-            if end > 3 and (known := self._memo.get(bytes(buffer[:end]))):
-                del buffer[:end]
-                return known
             self.is_head = buffer.startswith(b"HEAD ")
             if buffer and buffer[0] != 0x0D and not 0x21 <= buffer[0] <= 0x7E:
                 # 0x16 is a TLS handshake (RFC 8446 5.1).  Neither can become a request line: say so at once.
@@ -911,7 +899,7 @@ def check_host(host: str | None, *, allowed: frozenset[str], bound_to_loopback: 
     """
     if host is None or (not bound_to_loopback and not allowed):
         return
-    name = split_host(host)[0]
+    name = host_name(host)
     # Exact names and strict addresses: "localhost.evil", "localhost6" and "127.1" are names like any other.
     with contextlib.suppress(ValueError):
         if bound_to_loopback and (name == "localhost" or ipaddress.ip_address(name)):
@@ -965,11 +953,6 @@ def choose_subprotocol(request: Request) -> str | None:
     offered = subprotocols(request)
     ours = (name for name in offered if name.startswith("aiperf.") and not name.lower().startswith(_TOKEN_PROTOCOL))
     return "aiperf" if "aiperf" in offered else next(ours, None)
-
-
-def token_cookie_name(port: int) -> str:
-    """Return the name of the cookie of pages; browsers do not keep cookies apart by port (RFC 6265 8.5)."""
-    return f"aiperf_api_{port}"
 
 
 def page_cookie(token: bytes) -> str:
@@ -1156,7 +1139,8 @@ def with_preconditions(request: Request, response: Response) -> Response:
 
 def upgrade_response(key: str, subprotocol: str | None = None) -> bytes:
     """Return the 101 that opens a WebSocket (RFC 6455 4.2.2).  No Sec-WebSocket-Extensions: every offer is declined."""
-    headers = [("Upgrade", "websocket"), ("Connection", "Upgrade"), ("Sec-WebSocket-Accept", websocket_accept(key))]
+    accept = base64.b64encode(hashlib.sha1(f"{key}258EAFA5-E914-47DA-95CA-C5AB0DC85B11".encode()).digest()).decode()
+    headers = [("Upgrade", "websocket"), ("Connection", "Upgrade"), ("Sec-WebSocket-Accept", accept)]
     headers += [("Sec-WebSocket-Protocol", subprotocol)] if subprotocol is not None else []
     return b"HTTP/1.1 101 Switching Protocols\r\n" + _header_bytes(headers) + b"\r\n"
 
@@ -1182,15 +1166,13 @@ class Route(NamedTuple):
 
 
 class Router:
-    """The table of routes; ValueError if two share a path or a name."""
+    """The table of routes."""
 
     def __init__(self, routes: Sequence[Route]) -> None:
         self.routes = tuple(routes)
         self._by_path = {route.path: route for route in self.routes if not route.path.endswith("}")}
         folders = {route.path[: route.path.rindex("/") + 1]: route for route in self.routes if route.path.endswith("}")}
         self._by_folder = dict(sorted(folders.items(), reverse=True))  # the longest first
-        if not len(self.routes) == len({route.name for route in routes}) == len(self._by_path) + len(folders):
-            raise ValueError("two routes share a path or a name")
 
     def match(self, method: str, path: str) -> tuple[Route, str]:
         """Return the route of a request and the rest of its path; raise HTTPError 404, 405 with Allow, or 501."""
@@ -1219,22 +1201,13 @@ class Router:
 
 # -- Static files ------------------------------------------------------------------------------------------------------
 
-STATIC_FOLDERS = ("static", "aiperf_api_static")  # beside a copied module; beside an installed one
 DEMO_RECORDING = "demo.jsonl.gz"
-_CONTENT_TYPES: Mapping[str, str] = MappingProxyType(
-    {
-        ".css": "text/css; charset=utf-8",
-        ".html": "text/html; charset=utf-8",
-        ".ico": "image/x-icon",
-        ".js": "text/javascript; charset=utf-8",
-        ".json": "application/json",
-        ".md": "text/plain; charset=utf-8",
-        ".mjs": "text/javascript; charset=utf-8",
-        ".png": "image/png",
-        ".svg": "image/svg+xml",
-        ".txt": "text/plain; charset=utf-8",
-    }
-)
+_CONTENT_TYPES: Mapping[str, str] = MappingProxyType({
+    ".css": "text/css; charset=utf-8", ".html": "text/html; charset=utf-8", ".ico": "image/x-icon",
+    ".js": "text/javascript; charset=utf-8", ".json": "application/json", ".md": "text/plain; charset=utf-8",
+    ".mjs": "text/javascript; charset=utf-8", ".png": "image/png", ".svg": "image/svg+xml",
+    ".txt": "text/plain; charset=utf-8",
+})  # fmt: skip
 
 
 def read_static_files() -> dict[str, bytes]:
@@ -1246,9 +1219,9 @@ def read_static_files() -> dict[str, bytes]:
         with zipfile.ZipFile(here) as archive:
             names = [name for name in archive.namelist() if name.startswith("static/") and not name.endswith("/")]
             return {name[len("static/") :]: archive.read(name) for name in names}
-    for folder in (os.path.join(here, name) for name in STATIC_FOLDERS):
-        # Not any folder of that name: there may be one in site-packages.
-        if any(os.path.isfile(os.path.join(folder, name)) for name in ("dashboard.html", DEMO_RECORDING)):
+    for name in ("static", "aiperf_api_static"):  # beside a copied module; beside an installed one
+        folder = os.path.join(here, name)  # not any folder of that name: there may be one in site-packages
+        if any(os.path.isfile(os.path.join(folder, file)) for file in ("dashboard.html", DEMO_RECORDING)):
             return _read_folder(folder)
     return {}
 
@@ -4876,8 +4849,8 @@ class APIService:
                 check_token(request, self.settings.token.encode(), self._cookie_name())
         return route, rest
 
-    def _cookie_name(self) -> str:
-        return token_cookie_name(int(self.url.rpartition(":")[2]) if self.settings.port is not None else 0)
+    def _cookie_name(self) -> str:  # browsers do not keep cookies apart by port (RFC 6265 8.5)
+        return f"aiperf_api_{self.url.rpartition(':')[2] if self.settings.port is not None else 0}"
 
     def _answer(self, route: Route, rest: str, connection: Connection, request: Request) -> Any:
         value = route.answer(self, connection, request, rest)
