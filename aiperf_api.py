@@ -208,9 +208,9 @@ class WebSocketError(AIPerfAPIError):
 
 # == 3 == JSON and secrets =============================================================================================
 #
-# One contract over orjson (fast, may be missing) and json (always there).  Reading: RFC 8259 in UTF-8, without NaN,
-# numbers beyond a double, lone surrogates or a byte order mark; integers beyond 64 bits become floats, as in orjson.
-# Writing: NaN and infinities are null, integers keep their digits, lone surrogates become U+FFFD.
+# One contract over orjson (fast, may be missing) and json.  Reading: RFC 8259 in UTF-8, without NaN, numbers beyond a
+# double, lone surrogates or a byte order mark; integers beyond 64 bits become floats, as in orjson.  Writing: NaN and
+# infinities are null, integers keep their digits, lone surrogates become U+FFFD.
 
 JSONValue = Any  # str | int | float | bool | None | list | dict, nested
 
@@ -288,7 +288,6 @@ _PLAIN = frozenset((int, float, bool, type(None)))  # types of values that no se
 _RANDOM = re.compile(r"(?=[^0-9]*[0-9])(?=[^a-zA-Z]*[a-zA-Z])(?!\w*://)\S{16,}")
 # Not of words and versions, either, as time_to_first_token_p99 and meta-llama/Llama-3.1-8B are
 _KEYLIKE = re.compile(r"(?=\S*?(?<![a-zA-Z0-9])(?=[a-zA-Z]*[0-9])(?=[0-9]*[a-zA-Z])[a-zA-Z0-9]{8})" + _RANDOM.pattern)
-_SECRET_HINT = re.compile("key|token|pass|secret|credential|auth|cookie|bearer|basic|jwt|header|-h |://")
 _WORD = re.compile("(?i:(?:basic|bearer|digest|token) )?[A-Z]{1,15}")  # a placeholder: TOKEN, Bearer TOKEN
 _PROSE = re.compile("[A-Z]{1,15}|[A-Za-z][a-z]{1,14}")  # "Basic authentication", "the bearer of bad news"
 _PLACEHOLDER = r"""(?:(?:none|null|true|false)\.?|\*\*\*|(?:[Bb]earer[ ])?(?:\$\{?(?-i:[A-Z_]+)\}?|<[\w -]{1,64}>))
@@ -425,10 +424,8 @@ class Secrets:
             name, content = "", text
         elif role != "headers" or not colon or " " in name:
             if text not in self._texts:
-                shown = self._without_known(text)
-                if _SECRET_HINT.search(shown.lower()):
-                    shown = _SECRET_FLAG.sub(self._hide_flag, _SECRET_IN_TEXT.sub(_hide, shown))
-                self._texts[text] = shown
+                shown = _SECRET_IN_TEXT.sub(_hide, self._without_known(text))
+                self._texts[text] = _SECRET_FLAG.sub(self._hide_flag, shown)
             return text if self._texts[text] == text else self._texts[text]
         if content.strip() in ("", REDACTED):
             return text
@@ -459,7 +456,7 @@ def printable(text: str | bytes, limit: int = LOG_QUOTE_CHARS_MAX) -> str:
 # == 4 == WebSocket frames =============================================================================================
 #
 # RFC 6455 as a server needs it, without a socket: bytes in, events out, and frames as bytes.  No extensions: reserved
-# bits are refused, permessage-deflate never runs.  Our own frames are neither masked (5.1) nor fragmented.
+# bits are refused.  Our own frames are neither masked (5.1) nor fragmented.
 #
 # A fault is found at the byte that commits it: what a peer declares is checked before a byte of it is kept, and text is
 # decoded while it arrives.  After a fault or a Close nothing more is read (7.1.7).
@@ -528,11 +525,7 @@ def _control_event(opcode: int, payload: bytes) -> Event:
 
 
 class FrameParser:
-    """Read the frames of one client; hold at most one message, one control payload and one incomplete head.
-
-    Args:
-        max_message: bytes of a message over all its fragments; past it, the failure is 1009.
-    """
+    """Read the frames of one client; hold at most one message, one control payload and one incomplete head."""
 
     __slots__ = ("_buffer", "_events")
 
@@ -599,10 +592,10 @@ def _read_events(buffer: bytearray, max_message: int) -> Generator[Event | None,
 def _read_head(
     read: Callable[[int], Generator[None, None, bytes]], kind: int, fragments: int, size: int, max_message: int
 ) -> Generator[None, None, tuple[bool, int, int, bytes]]:
-    """Return fin, opcode, length and mask of the next frame, which follows `size` bytes of a message (RFC 6455 5.2)."""
+    """Return fin, opcode, length and mask of the frame behind `size` bytes of a message (RFC 6455 5.2)."""
     [first] = yield from read(1)
     fin, opcode = first >= 0x80, first & 0x0F
-    _require(not first & 0x70, "reserved bits are set")  # no extension is ever negotiated
+    _require(not first & 0x70, "reserved bits are set")
     _require(opcode <= OP_BINARY or OP_CLOSE <= opcode <= OP_PONG, "reserved opcode")
     _require(fin or opcode < 8, "fragmented control frame")  # 5.5
     _require(not kind or opcode not in (OP_TEXT, OP_BINARY), "new message inside a fragmented one")  # 5.4
@@ -633,7 +626,7 @@ def _read_head(
 #   CONNECT             400 (authority-form); absolute-form is understood
 #   Range, TRACE        ignored; 405
 #
-# Every fault of a head ends the connection: what follows cannot be told from a body, and guessing is request smuggling.
+# Every fault of a head ends the connection: what follows may be a body, and guessing is request smuggling.
 
 HeaderList = Sequence[tuple[str, str]]
 
@@ -666,7 +659,7 @@ _GZIP_BYTES_MIN = 1024  # a smaller body fits in a packet as it is
 
 
 class Request(NamedTuple):
-    """One request.  Immutable and free of connection state, so that equal heads may share one."""
+    """One request, free of connection state: equal heads share one."""
 
     method: str  # as sent: methods are case-sensitive
     target: str  # as sent, still percent-encoded; for logs, through printable()
@@ -680,7 +673,7 @@ class Request(NamedTuple):
 
     def arg(self, name: str, default: str | None = None) -> str | None:
         """Return the first value of a query argument; `?pretty` has the value ""."""
-        return next((value for key, value in self.query if key == name), default)
+        return next(iter(self.args(name)), default)
 
     def args(self, name: str) -> list[str]:
         """Return all values of a query argument, in order."""
@@ -748,13 +741,12 @@ def _parse_request_line(line: bytes) -> Request:
 
 
 def _body_refusal(headers: Mapping[str, str], version: tuple[int, int]) -> HTTPError | None:
-    """Decide where the body ends (RFC 9112 6.3), here alone: there is none, it is refused, or it cannot be told."""
+    """Decide on the body (RFC 9112 6.3), here alone: there is none, it is refused, or its end cannot be told."""
     lengths = {part.strip(" \t") for part in headers.get("content-length", "0").split(",")}
-    # 6.3: a list is valid "if all the values in the field value list are valid and identical".
     if len(lengths) > 1 or not all(map(_CONTENT_LENGTH.fullmatch, lengths)):
         raise _bad("malformed Content-Length")
     if "transfer-encoding" in headers:
-        # 6.1: with a Content-Length, or from HTTP/1.0, it "ought to be handled as an error": both are smuggling.
+        # 6.1: both "ought to be handled as an error": they are smuggling.
         if "content-length" in headers or version == (1, 0):
             raise _bad("Transfer-Encoding beside Content-Length or in HTTP/1.0")
         return _bad("request bodies are not read here", 501)
@@ -774,9 +766,6 @@ def _build_request(line: Request, fields: Iterable[tuple[str, str]]) -> Request:
         raise _bad("no Host header")
     host_name(headers.get("host", ""))
     refusal = _body_refusal(headers, line.version)
-    # RFC 9110 10.1.1.  `100-continue` needs no 100 here: no body is waited for.
-    if is_1_1 and headers.get("expect", "100-continue").lower() != "100-continue":
-        raise _bad("unknown expectation", 417)
     connection = _members(headers.get("connection", "").lower())
     upgrade = _members(headers.get("upgrade", "").lower())
     # RFC 9110 7.8: ignored in HTTP/1.0; 7.6.1: and without "upgrade" in Connection.  Behind a body there are no frames.
@@ -790,10 +779,8 @@ def _build_request(line: Request, fields: Iterable[tuple[str, str]]) -> Request:
 
 
 class RequestParser:
-    """Read the requests of one connection: they depend on the bytes alone, not on how these were cut.
-
-    `memo` holds heads already parsed, of all connections: a keep-alive client repeats its head byte for byte.
-    """
+    """Read the requests of one connection: they depend on the bytes alone, not on how these were cut.  `memo` holds
+    heads already parsed, of all connections: a keep-alive client repeats its head byte for byte."""
 
     __slots__ = ("_at", "_buffer", "_fields", "_line", "_memo", "_mode", "is_head")
 
@@ -827,8 +814,8 @@ class RequestParser:
         return None if self._buffer or self._mode != "requests" else self._memo.get(data)
 
     def next_request(self) -> Request | None:
-        """Return the next request, or None until there are more bytes; raise HTTPError (with close=True) for a fault.
-        After that, and after a request that is not keep_alive, return None for ever (RFC 9112 9.6)."""
+        """Return the next request, or None until there are more bytes; raise HTTPError for a fault.  Behind that, and
+        behind a request that is not keep_alive, return None for ever (RFC 9112 9.6)."""
         if self._mode != "requests":
             return None
         self._mode = "end"  # for ever, if it raises
@@ -854,7 +841,7 @@ class RequestParser:
                 continue
             if len(self._fields) >= HTTP_FIELDS_MAX:
                 raise _bad(f"over {HTTP_FIELDS_MAX} headers", 431)
-            # It refuses control characters, a space before the colon (5.1) and obs-fold (5.2), each a way to smuggle.
+            # No control characters, no space before the colon (5.1), no obs-fold (5.2): each is a way to smuggle.
             match = _FIELD_LINE.fullmatch(line)
             if match is None:
                 raise _bad("malformed header line")
@@ -892,11 +879,9 @@ class RequestParser:
 
 
 def check_host(host: str | None, *, allowed: frozenset[str], bound_to_loopback: bool) -> None:
-    """Refuse a foreign Host with 421: a page that rebinds its DNS name to us still sends its own name.
-
-    `allowed` holds names in lower case, with or without a port.  Bound to loopback, IP addresses and "localhost" pass,
-    too; bound wider without a list, every name does.  Only HTTP/1.0 may come without a Host.
-    """
+    """Refuse a foreign Host with 421: a page that rebinds its DNS name to us still sends its own name.  `allowed` holds
+    names in lower case, with or without a port.  Bound to loopback, IP addresses and "localhost" pass, too; bound wider
+    without a list, every name does.  Only HTTP/1.0 may come without a Host."""
     if host is None or (not bound_to_loopback and not allowed):
         return
     name = host_name(host)
@@ -910,10 +895,8 @@ def check_host(host: str | None, *, allowed: frozenset[str], bound_to_loopback: 
 
 def check_origin(request: Request, allowed: frozenset[str]) -> None:
     """Refuse with 403 what a foreign page asks for: CORS covers neither WebSockets (RFC 6455 10.2) nor `<img>`.
-
-    `allowed` holds origins in lower case as browsers send them, or "*".  Our own passes, which has the host and port of
-    the Host header and any scheme (a proxy may end TLS); "null" (a file, a sandboxed frame) is foreign.
-    """
+    `allowed` holds origins in lower case, or "*".  Our own passes, which has the host and port of the Host header and
+    any scheme (a proxy may end TLS); "null" (a file, a sandboxed frame) is foreign."""
     headers = request.headers
     origin, host = headers.get("origin", "").lower(), headers.get("host", "").lower()
     if "origin" in headers:
@@ -948,11 +931,9 @@ def subprotocols(request: Request) -> list[str]:
 
 
 def choose_subprotocol(request: Request) -> str | None:
-    """Return the offered subprotocol to speak, never one that carries the token; pages offer `aiperf` as well, because
-    a browser that offered some and gets none fails the connection (RFC 6455 4.1)."""
-    offered = subprotocols(request)
-    ours = (name for name in offered if name.startswith("aiperf.") and not name.lower().startswith(_TOKEN_PROTOCOL))
-    return "aiperf" if "aiperf" in offered else next(ours, None)
+    """Return the subprotocol to speak.  Pages offer `aiperf` beside the one with the token, because a browser that
+    offered some and gets none fails the connection (RFC 6455 4.1)."""
+    return "aiperf" if "aiperf" in subprotocols(request) else None
 
 
 def page_cookie(token: bytes) -> str:
@@ -961,14 +942,14 @@ def page_cookie(token: bytes) -> str:
 
 
 def has_page_token(request: Request, token: bytes) -> bool:
-    """Return whether the request presents the token as `?token=`, as a person does who opens a page."""
+    """Return whether the request presents the token as `?token=`, as a person who opens a page does."""
     return any(hmac.compare_digest(value.encode("utf-8"), token) for value in request.args("token"))
 
 
 def check_token(request: Request, token: bytes, cookie_name: str) -> None:
-    """Refuse with 401 a request without the token.  Tools send `Authorization: Bearer`; browsers, which can set headers
-    neither on a WebSocket nor on what a page loads, `?token=`, the subprotocol `aiperf.token.TOKEN`, or the cookie that
-    a page opened with it sets."""
+    """Refuse with 401 a request without the token.  Tools send `Authorization: Bearer`; browsers, which cannot set
+    headers everywhere, `?token=`, the subprotocol `aiperf.token.TOKEN`, or the cookie that a page opened with it sets.
+    """
     scheme, _, credentials = request.headers.get("authorization", "").partition(" ")
     given = [credentials.strip(" ").encode("latin-1")] if scheme.lower() == "bearer" else []
     given += [value.encode("utf-8") for value in request.args("token")]
@@ -976,7 +957,7 @@ def check_token(request: Request, token: bytes, cookie_name: str) -> None:
     given += [value.encode("latin-1") for before, prefix, value in offered if prefix and not before]
     cookies = [pair.strip(" ").partition("=") for pair in request.headers.get("cookie", "").split(";")]
     shown = [value.encode("latin-1") for name, _, value in cookies if name == cookie_name]
-    # Constant time, on bytes (str with non-ASCII raises), and never stopping at the first that fits.
+    # In constant time, and on bytes: it raises for a str that is not ASCII.
     fits = [hmac.compare_digest(candidate, token) for candidate in given]
     fits += [hmac.compare_digest(candidate, page_cookie(token).encode()) for candidate in shown]
     if not any(fits):
@@ -1000,11 +981,11 @@ def _weighted(header: str) -> list[tuple[str, dict[str, str], float]]:
     return members
 
 
-def accepts(header: str | None, offered: Sequence[str]) -> str | None:
-    """Return the offered media type that an Accept header likes best, the earlier of equals; None if it likes none."""
+def accepts(header: str | None, offered: Sequence[str]) -> str:
+    """Return the offered media type that an Accept header likes best, the earlier of equals (RFC 9110 12.5.1)."""
     ranges = _weighted(header or "*/*")
 
-    def weight(offer: str) -> float:  # the q of the most specific range that covers it (RFC 9110 12.5.1)
+    def weight(offer: str) -> float:  # the q of the most specific range that covers it
         [(kind, params, _)] = _weighted(offer)
         ranks = {"*/*": 0, kind.partition("/")[0] + "/*": 1, kind: 2}
         # A parameter that the offer does not have does not exclude it: Prometheus adds `escaping=...` to each range.
@@ -1015,8 +996,7 @@ def accepts(header: str | None, offered: Sequence[str]) -> str | None:
         ]
         return max(fits)[2] if fits else 0.0
 
-    best = max(offered, key=weight)  # the first of equals
-    return best if weight(best) else None
+    return max(offered, key=weight)
 
 
 def accepts_gzip(header: str | None) -> bool:
@@ -1040,7 +1020,7 @@ def _header_bytes(headers: HeaderList) -> bytes:
 
 @functools.lru_cache(maxsize=64)  # nearly every answer has the same; to make it anew took longer than the answer
 def _head_bytes(status: int, content_type: str, is_compressible: bool, own: HeaderList) -> bytes:
-    """Return the head of an answer but for what differs between requests; its own headers go before our defaults."""
+    """Return the head of an answer without what differs between requests; its own headers replace our defaults."""
     defaults = [] if status in (204, 304) else [("Content-Type", content_type)]
     defaults += [("X-Content-Type-Options", "nosniff"), ("Cache-Control", "no-store")]
     if is_compressible:
@@ -1053,10 +1033,8 @@ def _head_bytes(status: int, content_type: str, is_compressible: bool, own: Head
 
 
 class Response:
-    """One answer, made once and sent to any number of requests.
-
-    A `body` of None is a stream that ends with the connection: encode() gives its head.  `headers` stand beside ours or
-    in their place (ValueError for CR, LF or NUL); an ETag must be weak: it also stands for the compressed form.
+    """One answer, made once and sent to any number of requests.  A `body` of None is a stream that ends with the
+    connection: encode() gives its head.  `headers` stand beside ours or in their place (ValueError for CR, LF or NUL).
     """
 
     __slots__ = ("_gzip_body", "_head", "_sent", "body", "headers", "is_compressible", "status")
@@ -1068,9 +1046,7 @@ class Response:
         content_type: str = "application/json",
         headers: HeaderList = (),
     ) -> None:
-        self.status = status
-        self.body = body
-        self.headers = tuple(headers)
+        self.status, self.body, self.headers = status, body, tuple(headers)
         self.is_compressible = body is not None and status == 200 and len(body) >= _GZIP_BYTES_MIN
         self._head = _head_bytes(status, content_type, self.is_compressible, self.headers)
         self._gzip_body = b""  # made when the first client wants it
@@ -1087,8 +1063,8 @@ class Response:
     def encode(
         self, *, date: bytes, head_only: bool = False, close: bool = False, gzip: bool = False, extra: HeaderList = ()
     ) -> bytes:
-        """Return the bytes of the answer; the head alone for a HEAD, or because payload() is written behind it.  `date`
-        is an IMF-fixdate (RFC 9110 5.6.7); `extra` holds headers of this one answer, such as CORS."""
+        """Return the bytes of the answer, or its head alone: for a HEAD, or because payload() is written behind it.
+        `date` is an IMF-fixdate (RFC 9110 5.6.7); `extra` holds headers of this one answer, such as CORS."""
         is_usual = not (head_only or close or extra)
         if is_usual and self._sent[:2] == (date, gzip):
             return self._sent[2]
@@ -1105,7 +1081,7 @@ class Response:
 
 
 def json_response(value: JSONValue, status: int = 200, pretty: bool = False, headers: HeaderList = ()) -> Response:
-    """Return a JSON answer that ends in a newline; one that is worth it can be asked for again by its ETag."""
+    """Return a JSON answer that ends in a newline; a long one can be asked for again by its ETag."""
     body = json_bytes(value, pretty=pretty) + b"\n"
     if status == 200 and len(body) >= _GZIP_BYTES_MIN:
         headers = (etag(body), ("Cache-Control", "no-cache"), *headers)
@@ -1140,9 +1116,9 @@ def with_preconditions(request: Request, response: Response) -> Response:
 def upgrade_response(key: str, subprotocol: str | None = None) -> bytes:
     """Return the 101 that opens a WebSocket (RFC 6455 4.2.2).  No Sec-WebSocket-Extensions: every offer is declined."""
     accept = base64.b64encode(hashlib.sha1(f"{key}258EAFA5-E914-47DA-95CA-C5AB0DC85B11".encode()).digest()).decode()
-    headers = [("Upgrade", "websocket"), ("Connection", "Upgrade"), ("Sec-WebSocket-Accept", accept)]
-    headers += [("Sec-WebSocket-Protocol", subprotocol)] if subprotocol is not None else []
-    return b"HTTP/1.1 101 Switching Protocols\r\n" + _header_bytes(headers) + b"\r\n"
+    chosen = f"Sec-WebSocket-Protocol: {subprotocol}\r\n" if subprotocol is not None else ""
+    head = "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade"
+    return f"{head}\r\nSec-WebSocket-Accept: {accept}\r\n{chosen}\r\n".encode()
 
 
 # == 6 == Router and static files ======================================================================================
@@ -1246,9 +1222,9 @@ def static_table(files: Mapping[str, bytes]) -> dict[str, Response]:
 
 # == 7 == Metrics ======================================================================================================
 #
-# AIPerf up to 0.6 publishes every metric in the unit it is measured in; later versions publish the visible ones in the
-# unit that people read.  Both come out as the latter.  The lists are what AIPerf 0.13's registry of 139 metrics says of
-# those that differ; a tag that is not in them passes unchanged.
+# AIPerf up to 0.6 publishes metrics in the unit they are measured in; later versions publish the visible ones in the
+# unit that people read.  Both come out as the latter.  The lists are what AIPerf 0.13's registry says of those that
+# differ; a tag that is not in them passes unchanged.
 
 _HIDDEN_TAGS = frozenset(
     """credit_drop_latency max_response_timestamp min_request_timestamp overall_thinking_efficiency requested_osl
@@ -1291,7 +1267,7 @@ def is_name(text: str) -> bool:
     return len(text) <= NAME_BYTES_MAX // 4 or len(text.encode("utf-8", "replace")) <= NAME_BYTES_MAX
 
 
-@functools.lru_cache(maxsize=1024)  # a run has some hundred shapes, and a burst 100,000 rows a second
+@functools.lru_cache(maxsize=ROWS_MAX)  # a run has some hundred shapes, and a burst 100,000 rows a second
 def _row_plan(names: tuple[str, ...], *types: type) -> tuple[list[str], list[str], list[str], float, str] | None:
     """Return what makes rows with this tag, unit and fields fit for people: fields to remove, fields that hold text,
     statistics to multiply, by what, and their unit then ("" where there are none); None where nobody is to see them."""
@@ -1399,7 +1375,7 @@ _GAUGES: Mapping[str, str] = MappingProxyType({
     "count": "observation count", "sum": "observation sum",
 })  # fmt: skip
 _NOT_IN_A_NAME = re.compile("[^a-zA-Z0-9_]")
-# Control characters (a line feed aside, which is escaped) would let a name on the bus drive the terminal behind curl.
+# All but the line feed, which is escaped: they would let a name on the bus drive the terminal behind curl.
 _CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029]")
 
 
@@ -5003,7 +4979,7 @@ class APIService:
     def exposition(self, request: Request) -> Response:
         """Return /metrics; never 406: a scraper that names neither format gets the plain one (Prometheus sends */*)."""
         formats = {CONTENT_TYPE_TEXT_0_0_4: render_text, CONTENT_TYPE_OPENMETRICS_1_0_0: render_openmetrics}
-        content_type = accepts(request.headers.get("accept"), tuple(formats)) or CONTENT_TYPE_TEXT_0_0_4
+        content_type = accepts(request.headers.get("accept"), tuple(formats))
 
         def make() -> Response:
             families = unique_families([*state_families(self.benchmark, self.now_ns()), *self._health_families()])
@@ -5162,7 +5138,7 @@ def _get_websocket(service: APIService, connection: Connection, request: Request
 
 def _get_stream(service: APIService, connection: Connection, request: Request, _: str) -> Response | None:
     _only_arguments(request, "types format snapshot")
-    accepted = accepts(request.headers.get("accept"), (SSE, NDJSON)) or SSE
+    accepted = accepts(request.headers.get("accept"), (SSE, NDJSON))
     media = {None: accepted, "sse": SSE, "ndjson": NDJSON}.get(request.arg("format"))
     if media is None:
         raise HTTPError(400, "format must be sse or ndjson")
