@@ -154,11 +154,7 @@ LOG_QUOTE_CHARS_MAX = 200  # of a quoted string in a line of the log; cut with "
 # == 2 == Errors =======================================================================================================
 
 
-class AIPerfAPIError(Exception):
-    """The base of every error that this module raises on purpose."""
-
-
-class ExitError(AIPerfAPIError):
+class ExitError(Exception):
     """The program ends with one line for the user and this exit code."""
 
     def __init__(self, message: str, exit_code: int = 1) -> None:
@@ -174,11 +170,11 @@ class StartError(ExitError):
     """The machine refuses: a port in use, an address that cannot be bound."""
 
 
-class JSONError(AIPerfAPIError):
+class JSONError(Exception):
     """Bytes that are not one JSON document in UTF-8, or nested too deep."""
 
 
-class BusError(AIPerfAPIError):
+class BusError(Exception):
     """A bus message or bus peer that cannot be used: counted by `kind` (a fixed word), logged once a kind."""
 
     def __init__(self, kind: str, message: str) -> None:
@@ -186,11 +182,11 @@ class BusError(AIPerfAPIError):
         self.kind = kind
 
 
-class ClientMessageError(AIPerfAPIError):
+class ClientMessageError(Exception):
     """A WebSocket message that is not understood: an error reply, and the connection stays."""
 
 
-class HTTPError(AIPerfAPIError):
+class HTTPError(Exception):
     """A request that gets `{"error": message}` with this status; `close` ends the connection behind the answer."""
 
     def __init__(self, status: int, message: str, headers: Sequence[tuple[str, str]] = (), close: bool = False) -> None:
@@ -198,7 +194,7 @@ class HTTPError(AIPerfAPIError):
         self.status, self.message, self.headers, self.close = status, message, headers, close
 
 
-class WebSocketError(AIPerfAPIError):
+class WebSocketError(Exception):
     """A violation of RFC 6455: a Close frame with this code (section 7.4.1) and reason."""
 
     def __init__(self, close_code: int, reason: str) -> None:
@@ -759,8 +755,7 @@ def _build_request(line: Request, fields: Iterable[tuple[str, str]]) -> Request:
     for name, value in fields:  # RFC 9110 5.3
         if name in headers and name in _SINGLE_HEADERS:
             raise _bad(f"two {name} headers")
-        separator = "; " if name == "cookie" else ", "
-        headers[name] = f"{headers[name]}{separator}{value}" if name in headers else value
+        headers[name] = f"{headers[name]}, {value}" if name in headers else value
     is_1_1 = line.version == (1, 1)
     if "host" not in headers and is_1_1:  # RFC 9112 3.2
         raise _bad("no Host header")
@@ -908,9 +903,7 @@ def check_origin(request: Request, allowed: frozenset[str]) -> None:
 
 
 def check_upgrade(request: Request) -> str:
-    """Return the Sec-WebSocket-Key of a right opening handshake (RFC 6455 4.2.1); raise HTTPError 400, 405 or 426."""
-    if request.method != "GET":
-        raise HTTPError(405, "a WebSocket is opened by GET", (("Allow", "GET"),))
+    """Return the Sec-WebSocket-Key of a right opening handshake by GET (RFC 6455 4.2.1); raise HTTPError 400 or 426."""
     if not request.wants_upgrade:
         hint = "a WebSocket is spoken here: websocat ws://HOST:PORT/ws; for curl there is curl -N .../api/stream"
         raise HTTPError(426, hint, (("Upgrade", "websocket"), ("Connection", "Upgrade")))
@@ -948,8 +941,7 @@ def has_page_token(request: Request, token: bytes) -> bool:
 
 def check_token(request: Request, token: bytes, cookie_name: str) -> None:
     """Refuse with 401 a request without the token.  Tools send `Authorization: Bearer`; browsers, which cannot set
-    headers everywhere, `?token=`, the subprotocol `aiperf.token.TOKEN`, or the cookie that a page opened with it sets.
-    """
+    every header, `?token=`, the subprotocol `aiperf.token.TOKEN`, or the cookie that a page opened with it sets."""
     scheme, _, credentials = request.headers.get("authorization", "").partition(" ")
     given = [credentials.strip(" ").encode("latin-1")] if scheme.lower() == "bearer" else []
     given += [value.encode("utf-8") for value in request.args("token")]
@@ -1034,8 +1026,7 @@ def _head_bytes(status: int, content_type: str, is_compressible: bool, own: Head
 
 class Response:
     """One answer, made once and sent to any number of requests.  A `body` of None is a stream that ends with the
-    connection: encode() gives its head.  `headers` stand beside ours or in their place (ValueError for CR, LF or NUL).
-    """
+    connection: encode() gives its head.  `headers` stand beside ours or replace them (ValueError for CR, LF or NUL)."""
 
     __slots__ = ("_gzip_body", "_head", "_sent", "body", "headers", "is_compressible", "status")
 
