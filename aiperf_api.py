@@ -777,11 +777,11 @@ class RequestParser:
     """Read the requests of one connection: they depend on the bytes alone, not on how these were cut.  `memo` holds
     heads already parsed, of all connections: a keep-alive client repeats its head byte for byte."""
 
-    __slots__ = ("_at", "_buffer", "_fields", "_line", "_memo", "_mode", "is_head")
+    __slots__ = ("_at", "_buffer", "_ended", "_fields", "_line", "_memo", "is_head")
 
     def __init__(self, memo: dict[bytes, Request] | None = None) -> None:
         self._memo = {} if memo is None else memo
-        self._mode = "requests"  # or "rest", behind an upgrade: bytes are kept; or "end": they are discarded
+        self._ended = False  # there are no more requests
         self.is_head = False  # the request line at hand says HEAD: not even a fault gets a body
         self._buffer = bytearray()  # unread; the head at hand stands at its front
         self._line: Request | None = None  # its first line
@@ -791,12 +791,11 @@ class RequestParser:
     @property
     def started(self) -> bool:
         """Whether bytes of a next request are there."""
-        return self._mode == "requests" and bool(self._buffer)
+        return not self._ended and bool(self._buffer)
 
     def feed(self, data: bytes) -> None:
         """Append bytes from the wire."""
-        if self._mode != "end":
-            self._buffer += data
+        self._buffer += data
 
     def take_rest(self) -> bytes:
         """Return and forget the unread bytes, such as frames that came right behind an upgrade."""
@@ -806,19 +805,16 @@ class RequestParser:
 
     def recall(self, data: bytes) -> Request | None:
         """Return the request if these bytes, which are then not to be fed, are just a head seen before."""
-        return None if self._buffer or self._mode != "requests" else self._memo.get(data)
+        return None if self._buffer or self._ended else self._memo.get(data)
 
     def next_request(self) -> Request | None:
         """Return the next request, or None until there are more bytes; raise HTTPError for a fault.  Behind that, and
         behind a request that is not keep_alive, return None for ever (RFC 9112 9.6)."""
-        if self._mode != "requests":
+        if self._ended:
             return None
-        self._mode = "end"  # for ever, if it raises
+        self._ended = True  # also if it raises
         request = self._read_request()
-        if request is None or request.keep_alive:
-            self._mode = "requests"
-        elif request.wants_upgrade:
-            self._mode = "rest"
+        self._ended = request is not None and not request.keep_alive
         return request
 
     def _read_request(self) -> Request | None:

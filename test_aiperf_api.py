@@ -285,7 +285,7 @@ ROOMS = (
     ("Errors", 51, 0, ""),
     ("JSON and secrets", 247, 0, ""),
     ("WebSocket frames", 165, 0, ""),
-    ("HTTP", 500, 0, ""),
+    ("HTTP", 496, 0, ""),
     ("Router and static files", 100, 0, ""),
     ("Metrics", 125, 0, ""),
     ("Prometheus text", 255, 0, ""),
