@@ -61,7 +61,7 @@ from http import HTTPStatus
 from itertools import islice
 from stat import S_ISSOCK
 from types import MappingProxyType
-from typing import IO, Any, NamedTuple, NoReturn, Optional, Protocol, cast
+from typing import IO, Any, NamedTuple, NoReturn, Protocol, cast
 from urllib.parse import unquote_to_bytes, urlsplit
 
 try:
@@ -154,11 +154,7 @@ LOG_QUOTE_CHARS_MAX = 200  # of a quoted string in a line of the log; cut with "
 # == 2 == Errors =======================================================================================================
 
 
-class AIPerfAPIError(Exception):
-    """The base of every error that this module raises on purpose."""
-
-
-class ExitError(AIPerfAPIError):
+class ExitError(Exception):
     """The program ends with one line for the user and this exit code."""
 
     def __init__(self, message: str, exit_code: int = 1) -> None:
@@ -174,11 +170,11 @@ class StartError(ExitError):
     """The machine refuses: a port in use, an address that cannot be bound."""
 
 
-class JSONError(AIPerfAPIError):
+class JSONError(Exception):
     """Bytes that are not one JSON document in UTF-8, or nested too deep."""
 
 
-class BusError(AIPerfAPIError):
+class BusError(Exception):
     """A bus message or bus peer that cannot be used: counted by `kind` (a fixed word), logged once a kind."""
 
     def __init__(self, kind: str, message: str) -> None:
@@ -186,11 +182,11 @@ class BusError(AIPerfAPIError):
         self.kind = kind
 
 
-class ClientMessageError(AIPerfAPIError):
+class ClientMessageError(Exception):
     """A WebSocket message that is not understood: an error reply, and the connection stays."""
 
 
-class HTTPError(AIPerfAPIError):
+class HTTPError(Exception):
     """A request that gets `{"error": message}` with this status; `close` ends the connection behind the answer."""
 
     def __init__(self, status: int, message: str, headers: Sequence[tuple[str, str]] = (), close: bool = False) -> None:
@@ -198,7 +194,7 @@ class HTTPError(AIPerfAPIError):
         self.status, self.message, self.headers, self.close = status, message, headers, close
 
 
-class WebSocketError(AIPerfAPIError):
+class WebSocketError(Exception):
     """A violation of RFC 6455: a Close frame with this code (section 7.4.1) and reason."""
 
     def __init__(self, close_code: int, reason: str) -> None:
@@ -208,14 +204,11 @@ class WebSocketError(AIPerfAPIError):
 
 # == 3 == JSON and secrets =============================================================================================
 #
-# One contract over orjson (fast, may be missing) and json (always there).  Reading: RFC 8259 in UTF-8, without NaN,
-# numbers beyond a double, lone surrogates or a byte order mark; integers beyond 64 bits become floats, as in orjson.
-# Writing: NaN and infinities are null, integers keep their digits, lone surrogates become U+FFFD.
+# One contract over orjson (fast, may be missing) and json.  Reading: RFC 8259 in UTF-8, without NaN, numbers beyond a
+# double, lone surrogates or a byte order mark; integers beyond 64 bits become floats, as in orjson.  Writing: NaN and
+# infinities are null, integers keep their digits, lone surrogates become U+FFFD.
 
 JSONValue = Any  # str | int | float | bool | None | list | dict, nested
-
-_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
-_NOT_FINITE = re.compile(b"(NaN|Infinity|-Infinity)")  # so, it is found by its first letters
 
 
 def _read_number(digits: str) -> int | float:
@@ -226,9 +219,9 @@ def _read_number(digits: str) -> int | float:
     return number
 
 
-def _load_with_json(data: bytes) -> JSONValue:
+def _load_with_json(data: bytes, constant: Callable[[str], Any] = _read_number) -> JSONValue:
     text = data.decode("utf-8")
-    value = json.loads(text, parse_int=_read_number, parse_float=_read_number, parse_constant=_read_number)
+    value = json.loads(text, parse_int=_read_number, parse_float=_read_number, parse_constant=constant)
     if "\\u" in text:  # only an escape can smuggle in a lone surrogate: UTF-8 itself has none
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     return value
@@ -243,10 +236,11 @@ def _is_deep(value: JSONValue) -> bool:
     return bool(level)
 
 
-def json_load(data: bytes) -> JSONValue:
+def json_load(data: bytes, load: Callable[[bytes], JSONValue] | None = None) -> JSONValue:
     """Return the value of one JSON text; a JSONError if it is none, not in UTF-8, or nested too deep."""
+    load = load or (_load_with_json if orjson is None else orjson.loads)
     try:
-        value = _load_with_json(data) if orjson is None else orjson.loads(data)
+        value = load(data)
     except (ValueError, RecursionError) as error:  # both decoders' errors are ValueErrors, UnicodeDecodeError too
         raise JSONError(str(error) or type(error).__name__) from None
     if data.count(b"[") + data.count(b"{") > JSON_DEPTH_MAX and _is_deep(value):
@@ -261,13 +255,7 @@ def json_load_lenient(data: bytes) -> tuple[JSONValue, bool]:
     except JSONError:
         if b"NaN" not in data and b"Infinity" not in data:
             raise
-    pieces, is_string = _NOT_FINITE.split(data, JSON_ITEMS_MAX), False
-    for index, piece in enumerate(pieces):
-        if index % 2 == 0:  # between two such words; a string has begun or ended with each quote that is not escaped
-            is_string ^= piece.replace(b"\\\\", b"").replace(b'\\"', b"").count(b'"') % 2 == 1
-        elif not is_string:
-            pieces[index] = b"null"
-    return json_load(b"".join(pieces)), True
+    return json_load(data, lambda text: _load_with_json(text, lambda _: None)), True
 
 
 def json_bytes(value: JSONValue, *, pretty: bool = False) -> bytes:
@@ -281,78 +269,67 @@ def json_bytes(value: JSONValue, *, pretty: bool = False) -> bytes:
         return write(value).encode("utf-8")
     except ValueError:  # a NaN, an infinity, or (UnicodeEncodeError) a lone surrogate: rare, so cleaned only then
         clean = json.loads(json.dumps(value), parse_constant=lambda _: None)
-        return _LONE_SURROGATE.sub("\ufffd", write(clean)).encode("utf-8")
+        return re.sub("[\ud800-\udfff]", "\ufffd", write(clean)).encode("utf-8")
 
 
 # -- Secrets: whatever may hold one passes here at the door; no pattern is worse than linear on any text ---------------
 
 REDACTED = "***"
-_NO_KEY_LETTERS = bytes(set(range(256)) - set(b"abcdefghijklmnopqrstuvwxyz0123456789"))
-_STRONG_KEY = re.compile(
-    b"apikey|accesskey|secret|password|passwd|passphrase|credential|privatekey|authorization|cookie|bearer|accesstoken"
-    b"|authtoken|refreshtoken|apitoken|^(?:jwt|auth)$"
+_STRONG = (  # a dot: what may stand between two words
+    "api.key|access.key|private.key|access.token|auth.token|refresh.token|api.token|secret|password|passwd|passphrase"
+    "|credential|authorization|cookie|bearer"
 )
+_STRONG_KEY = re.compile(_STRONG.replace(".", "") + "|^(?:jwt|auth)$")
 _PLAIN = frozenset((int, float, bool, type(None)))  # types of values that no secret is
 _RANDOM = re.compile(r"(?=[^0-9]*[0-9])(?=[^a-zA-Z]*[a-zA-Z])(?!\w*://)\S{16,}")
-_MIXED = re.compile("(?<![a-zA-Z0-9])(?=[a-zA-Z]*[0-9])(?=[0-9]*[a-zA-Z])[a-zA-Z0-9]{8}")  # no word, no version
-_SECRET_HINT = re.compile("key|token|pass|secret|credential|auth|cookie|bearer|basic|jwt|header|-h |://")
-_WORD = re.compile("(?i:(?:basic|bearer|digest|token) )?[A-Z]{1,15}")
+# Not of words and versions, either, as time_to_first_token_p99 and meta-llama/Llama-3.1-8B are
+_KEYLIKE = re.compile(r"(?=\S*?(?<![a-zA-Z0-9])(?=[a-zA-Z]*[0-9])(?=[0-9]*[a-zA-Z])[a-zA-Z0-9]{8})" + _RANDOM.pattern)
+_WORD = re.compile("(?i:(?:basic|bearer|digest|token) )?[A-Z]{1,15}")  # a placeholder: TOKEN, Bearer TOKEN
+_PROSE = re.compile("[A-Z]{1,15}|[A-Za-z][a-z]{1,14}")  # "Basic authentication", "the bearer of bad news"
 _PLACEHOLDER = r"""(?:(?:none|null|true|false)\.?|\*\*\*|(?:[Bb]earer[ ])?(?:\$\{?(?-i:[A-Z_]+)\}?|<[\w -]{1,64}>))
     (?:[\s"',;&)\]}\\]|$)"""
-_SECRET_IN_TEXT = re.compile(  # all but `likely` is hidden, and that if it looks random
-    r"""(?=[:abcjkprst])(?: ://(?![\w.-]+:\d+,)(?P<user>[^/\s"']+)@
+_BEGIN = rf"""\s{{0,32}}\\?(?:["']|(?=[^\s"'\\]))(?!{_PLACEHOLDER})"""  # of what stands behind a name and its sign
+_SECRET_IN_TEXT = re.compile(  # all but `likely` is hidden, and that if it looks random; each ends the match
+    r"""(?xi)(?=[:abcjkprst])(?: ://(?![\w.-]+:\d+,)(?P<user>[^/\s"']+)(?=@)
       | (?<!\w)(?:bearer|basic)(?:[ \t:]+|%20)(?P<scheme>[\w.~+/=-]+)
       | (?:authorization|cookie)\\?["']?\s{0,32}:BEGIN
         (?P<line>[^"'\r\n]+(?:(?:(?<==)|(?<==\\))"[^"\r\n]*"?[^"'\r\n]*)*)
-      | (?:(?:(?:api|access|private)(?:[_. -]|%5f|%2d)?key|(?:access|auth|refresh|api)(?:[_. -]|%5f|%2d)?token|secret
-      |password|passwd|passphrase|credential|authorization|cookie|bearer)
-        (?=(?P<rest>[\w.-]{0,24}))(?P=rest)|(?<![\w.])(?<!\w-)(?:jwt|auth))  # (?=(x))\1 is x, and gives nothing back
-        \\?["']?\s{0,32}(?P<sign>[=:])BEGIN
+      | (?:(?:STRONG)(?=(?P<rest>[\w.-]{0,24}))(?P=rest)  # (?=(x))\1 is x, and gives nothing back
+        |(?<![\w.])(?<!\w-)(?:jwt|auth))\\?["']?\s{0,32}(?P<sign>[=:])BEGIN
         (?P<sure>(?:(?:bearer|basic|token|digest)[ \t]+)?(?:(?<=["'])[^"']+|[^\s"'&,;]+))
       | (?:key|token|pass|secret|password)(?:[ ]provided)?
         \\?["']?(?:\s{0,32}[=:]|(?<=["']),)?\s{0,32}\\?["']?(?P<likely>(?<![a-z0-9])[^\s"'&,;=:]{16,}))
-    """.replace("BEGIN", rf"""\s{{0,32}}\\?(?:["']|(?=[^\s"'\\]))(?!{_PLACEHOLDER})"""),
-    re.VERBOSE | re.IGNORECASE,
+    """.replace("BEGIN", _BEGIN).replace("STRONG", _STRONG.replace(".", "(?:[_. -]|%5f|%2d)?"))
 )
 _SECRET_FLAG = re.compile(  # of a command line; a header is shown by its name
-    r"""(?<![\w-])(?P<flag>--[\w-]{1,64}|-H)["']?(?:,?\s{1,32}|=)(?:(?P<escaped>\\["'])|(?P<double>")|(?P<single>')|(?=[^\\]))
+    r"""(?x)(?<![\w-])(?P<flag>--[\w-]{1,64}|-H)["']?(?:,?\s{1,32}|=)
+        (?:(?P<escaped>\\["'])|(?P<double>")|(?P<single>')|(?=[^\\]))
         (?!-|PLACEHOLDER)(?P<name>[\w-]{1,64}:\s{0,32}(?=\S)(?!PLACEHOLDER))?
         (?P<value>(?(escaped)[^"'\\\r\n]+|(?(double)[^"\\\r\n]*(?:\\.[^"\\\r\n]*)*|(?(single)[^'\r\n]+|[^\s"']+))))
-    """.replace("PLACEHOLDER", _PLACEHOLDER),
-    re.VERBOSE,
+    """.replace("PLACEHOLDER", _PLACEHOLDER)
 )
 # What must not be logged: the token in a query (its name may be percent-encoded), in a header, in a subprotocol
 _OUR_TOKEN = re.compile(r"(?i)([?&](?:t|%74)(?:o|%6f)(?:k|%6b)(?:e|%65)(?:n|%6e)=|aiperf\.token\.|bearer +)[^\s&]+")
 
 
-def _key_letters(key: str) -> bytes:
-    return key.lower().encode("ascii", "ignore").translate(None, _NO_KEY_LETTERS)
-
-
-def is_strong_key(key: str) -> bool:
-    """Tell whether every string under this key is a secret, whatever the spelling: api_key, apiKey, X-API-Key."""
-    return _STRONG_KEY.search(_key_letters(key)) is not None
-
-
-def is_weak_key(key: str) -> bool:
-    """Tell whether a value under this key is a secret if it looks random; `time_to_first_token` is such a key."""
-    return _key_letters(key).endswith((b"key", b"token", b"pass"))
+def key_role(key: str) -> str:
+    """Return what stands under a key, whatever its spelling (api_key, apiKey, X-API-Key): "strong", every string is a
+    secret; "weak", one that looks random is (`time_to_first_token` is such a key); "headers"; or ""."""
+    letters = re.sub("[^a-z0-9]+", "", key.lower())
+    if _STRONG_KEY.search(letters):
+        return "strong"
+    if letters.endswith(("key", "token", "pass")):
+        return "weak"
+    return "headers" if key == "-H" or letters.endswith(("header", "headers")) else ""
 
 
 def _hide(match: re.Match[str]) -> str:
-    """Return a match with `***` for its secret; prose ("Basic authentication") and placeholders (TOKEN) are none."""
-    form, found = match.lastgroup or "", match[match.lastgroup or 0]
-    is_word = _WORD.fullmatch(found) or (
-        form == "scheme" and found[1:].islower() and found.isalpha() and len(found) < 16
-    )
-    if not _is_random(found) if form == "likely" else is_word and match["sign"] != "=":
+    """Return a match with `***` for its secret; prose and placeholders are none."""
+    form, found = match.lastgroup, match[match.lastgroup or 0]
+    is_word = (_PROSE if form == "scheme" else _WORD).fullmatch(found)
+    if not _KEYLIKE.fullmatch(found) if form == "likely" else is_word and match["sign"] != "=":
         return match[0]
-    return match[0][: match.start(form) - match.start()] + REDACTED + match[0][match.end(form) - match.start() :]
-
-
-def _is_random(text: str) -> bool:
-    """Tell whether a text looks like a key: `time_to_first_token_p99` and `meta-llama/Llama-3.1-8B` do not."""
-    return _RANDOM.fullmatch(text) is not None and _MIXED.search(text) is not None
+    return match[0].removesuffix(found) + REDACTED
 
 
 class Secrets:
@@ -360,36 +337,36 @@ class Secrets:
     16 or more characters, letters and digits, no blank.  With any word, `{"auth": "metrics"}` would blind us."""
 
     def __init__(self, known: Iterable[str] = ()) -> None:
-        self._for_ever: dict[str, None] = {}  # an ordered set
-        self._of_run: dict[str, None] = {}
-        self._met: dict[str, None] = {}  # while a value is looked through
+        self._for_ever = frozenset(filter(_RANDOM.fullmatch, (one.rpartition(" ")[2] for one in known)))
+        self._met: dict[str, None] = {}  # while a value is looked through; an ordered set
         self._texts: dict[str, str] = {}  # looked through in it, and what is shown
-        self._roles: dict[str, str] = {}  # of keys, the same ones again and again
-        self.add(known, for_ever=True)
-
-    def add(self, literals: Iterable[str], for_ever: bool) -> None:
-        """Remember those literals that look random (of `Bearer x`, the `x`); of those of a run, the newest."""
-        forms = (literal.rpartition(" ")[2] for literal in literals)
-        (self._for_ever if for_ever else self._of_run).update({form: None for form in forms if _RANDOM.fullmatch(form)})
-        self._of_run = dict.fromkeys([*self._of_run][-SECRETS_MAX:])
-        self.known = tuple(sorted({*self._for_ever, *self._of_run}, key=len, reverse=True))  # cut below, if long
-        escaped = [re.escape(form[:64]) + (r"[\w.~+/=-]*" if len(form) > 64 else "") for form in self.known]
-        self._patterns = [re.compile(form) for form in escaped]  # apart, each is linear; joined, they were not
+        self._role_of = functools.lru_cache(maxsize=None)(key_role)  # of its keys, the same ones again and again
+        self.forget_run()
 
     def forget_run(self) -> None:
         """Forget what was met in a run."""
-        self._of_run.clear()
-        self.add((), for_ever=False)
+        self._of_run: list[str] = []
+        self._remember(())
+
+    def _remember(self, words: Iterable[str]) -> None:
+        """Redact these wherever they stand, until the run is forgotten or there are SECRETS_MAX newer ones."""
+        self._of_run = [*dict.fromkeys((*self._of_run, *words))][-SECRETS_MAX:]
+        self.known = tuple(sorted({*self._for_ever, *self._of_run}, key=len, reverse=True))  # cut below, if long
+        words = (re.escape(word[:64]) + (r"[\w.~+/=-]*" if len(word) > 64 else "") for word in self.known)
+        self._patterns = [*map(re.compile, words)]  # apart, each is linear; joined, they were not
 
     def redact(self, value: JSONValue) -> JSONValue:
         """Return a copy with `***` for every secret, or the very same object if there is none; keys never change."""
-        self._texts, self._room, self._values = {}, 4 * BUS_TEXT_BYTES_MAX, 4 * JSON_ITEMS_MAX
+        self._left = 4 * BUS_TEXT_BYTES_MAX  # values and characters; only huge results have more, and it takes long
         redacted = self._redact(value, "")
-        if not self._met.keys() <= self._for_ever.keys() | self._of_run.keys():
-            self.add(self._met, for_ever=False)
-            redacted = self._without_known(redacted)  # what was met on the way stands before its key, too
+        if self._met.keys() - self.known:  # it may also stand before its key: once more
+            self._remember(self._met)
+            self._texts = {text: self._without_known(shown) for text, shown in self._texts.items()}
+            self._left = 4 * BUS_TEXT_BYTES_MAX
+            redacted = self._redact(value, "")
         self._met.clear()
-        self._texts = {}
+        self._texts.clear()
+        self._role_of.cache_clear()
         return redacted
 
     def redact_payload(self, payload: bytes, value: JSONValue) -> tuple[bytes, JSONValue]:
@@ -400,39 +377,23 @@ class Secrets:
         is_same = redacted is value and payload.count(b":") == written.count(b":") and b"\\u003" not in payload
         return payload if is_same else written, redacted
 
-    def _redact_text(self, text: str) -> str:
-        """Return a text without known secrets, credentials in URLs, `Bearer …`, `Basic …` and `password: …`."""
-        shown = self._texts.get(text)
-        if shown is None:
-            self._room -= len(text)
-            if self._room < 0:  # only huge results have so many, and looking through them takes long
-                return REDACTED
-            shown = self._without_known(text)
-            if _SECRET_HINT.search(shown.lower()):
-                shown = _SECRET_FLAG.sub(self._hide_flag, _SECRET_IN_TEXT.sub(_hide, shown))
-            self._texts[text] = shown
-        return text if shown == text else shown
+    def _without_known(self, text: str) -> str:
+        for pattern in self._patterns if len(text) >= 16 else ():
+            text = pattern.sub(REDACTED, text)
+        return text
 
     def _hide_flag(self, match: re.Match[str]) -> str:
-        role, name = self._role_of(match["flag"]), match["name"] or ""
-        if role != "strong" and not (role == "headers" and name):
+        role, hidden = self._role_of(match["flag"]), match["value"]
+        if role == "strong":
+            hidden = (match["name"] or "") + hidden
+        elif role != "headers" or not match["name"]:
             return match[0]
-        kept = match.start("value") - (0 if role == "headers" else len(name))
-        return match[0][: kept - match.start()] + REDACTED
-
-    def _without_known(self, value: JSONValue) -> JSONValue:
-        if isinstance(value, dict):
-            return {key: self._without_known(item) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [self._without_known(item) for item in value]
-        for pattern in self._patterns if isinstance(value, str) and len(value) >= 16 else ():
-            value = pattern.sub(REDACTED, value)
-        return value
+        return match[0].removesuffix(hidden) + REDACTED
 
     def _redact(self, value: JSONValue, role: str) -> JSONValue:
         """Redact what stands under a key of this role; what is not changed is the same object."""
-        self._values -= 1
-        if self._values < 0:  # only huge results have so many: the rest is not shown
+        self._left -= len(value) if isinstance(value, str) and value not in self._texts else 1
+        if self._left < 0:
             return REDACTED
         if isinstance(value, str):
             return self._redact_string(value, role)
@@ -453,17 +414,21 @@ class Secrets:
         return value
 
     def _redact_string(self, text: str, role: str) -> str:
+        """Hide all of a secret, what a header says, or what any text gives away, as in `Bearer …` and `password: …`."""
         name, colon, content = text.partition(":") if role else ("", "", "")
-        if role == "strong" or (role == "weak" and _is_random(text)):
+        if role == "strong" or (role == "weak" and _KEYLIKE.fullmatch(text)):
             name, content = "", text
         elif role != "headers" or not colon or " " in name:
-            return self._redact_text(text)
+            if text not in self._texts:
+                shown = _SECRET_IN_TEXT.sub(_hide, self._without_known(text))
+                self._texts[text] = _SECRET_FLAG.sub(self._hide_flag, shown)
+            return text if self._texts[text] == text else self._texts[text]
         if content.strip() in ("", REDACTED):
             return text
         form = content.rpartition(" ")[2]
         if _RANDOM.fullmatch(form) and len(self._met) < SECRETS_MAX:
             self._met[form] = None
-        return f"{name}: {REDACTED}" if name else REDACTED
+        return f"{self._without_known(name)}: {REDACTED}" if name else REDACTED
 
     def _roles_in(self, values: Sequence[JSONValue], role: str) -> Iterator[str]:
         """Yield the roles of a list's items: `["api_key", "…"]` counts as a member, and so does `--api-key …`."""
@@ -476,15 +441,6 @@ class Secrets:
                 is_key = isinstance(before, str) and (len(values) == 2 or before[:1] == "-")
                 yield self._role_of(before) if is_key else ""
 
-    def _role_of(self, key: str) -> str:
-        role = self._roles.get(key)
-        if role is None:
-            is_headers = key == "-H" or _key_letters(key).endswith((b"header", b"headers"))
-            role = "strong" if is_strong_key(key) else "weak" if is_weak_key(key) else "headers" if is_headers else ""
-            if len(key) <= 64 and len(self._roles) < 4096:
-                self._roles[key] = role
-        return role
-
 
 def printable(text: str | bytes, limit: int = LOG_QUOTE_CHARS_MAX) -> str:
     """Return a peer's string for a log line: one line of ASCII, at most `limit` characters and "...", no tokens."""
@@ -493,27 +449,19 @@ def printable(text: str | bytes, limit: int = LOG_QUOTE_CHARS_MAX) -> str:
     return shown if len(shown) <= limit and len(raw) <= 4 * limit else shown[:limit] + "..."
 
 
-def terminal_text(value: Any, limit: int = 80) -> str:
-    """Return a value for a terminal: one line, nothing that moves the cursor, colours or turns the text."""
-    return "".join(c if c.isprintable() else "\ufffd" for c in str(value)[:limit])
-
-
 # == 4 == WebSocket frames =============================================================================================
 #
 # RFC 6455 as a server needs it, without a socket: bytes in, events out, and frames as bytes.  No extensions: reserved
-# bits are refused, permessage-deflate never runs.  Our own frames are neither masked (5.1) nor fragmented.
+# bits are refused.  Our own frames are neither masked (5.1) nor fragmented.
 #
 # A fault is found at the byte that commits it: what a peer declares is checked before a byte of it is kept, and text is
 # decoded while it arrives.  After a fault or a Close nothing more is read (7.1.7).
 
-OP_CONT, OP_TEXT, OP_BINARY = 0x0, 0x1, 0x2
-OP_CLOSE, OP_PING, OP_PONG = 0x8, 0x9, 0xA
-
+OP_CONT, OP_TEXT, OP_BINARY, OP_CLOSE, OP_PING, OP_PONG = 0x0, 0x1, 0x2, 0x8, 0x9, 0xA
 # RFC 6455 7.4.1 and the IANA registry.  1004, 1005, 1006 and 1015 are never on the wire.
 CLOSE_GOING_AWAY, CLOSE_PROTOCOL_ERROR, CLOSE_INVALID_DATA = 1001, 1002, 1007
 CLOSE_POLICY_VIOLATION, CLOSE_MESSAGE_TOO_BIG, CLOSE_INTERNAL_ERROR = 1008, 1009, 1011
 _CLOSE_CODES = frozenset((*range(1000, 1004), *range(1007, 1015), *range(3000, 5000)))  # 7.4.1, 7.4.2
-_ACCEPT_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # 1.3
 
 
 class Event(NamedTuple):
@@ -525,14 +473,9 @@ class Event(NamedTuple):
     reason: str = ""
 
 
-def websocket_accept(key: str) -> str:
-    """Return the `Sec-WebSocket-Accept` for a `Sec-WebSocket-Key` (RFC 6455 4.2.2, step 5.4)."""
-    return base64.b64encode(hashlib.sha1(key.encode("ascii") + _ACCEPT_GUID).digest()).decode("ascii")
-
-
-def encode_frame(opcode: int, payload: bytes, fin: bool = True) -> bytes:
+def encode_frame(opcode: int, payload: bytes) -> bytes:
     """Return one unmasked frame, as a server sends it; the same bytes serve every client (RFC 6455 5.2)."""
-    first, size = (0x80 | opcode) if fin else opcode, len(payload)
+    first, size = 0x80 | opcode, len(payload)
     if size <= 125:
         return bytes((first, size)) + payload
     if size <= 0xFFFF:
@@ -578,11 +521,7 @@ def _control_event(opcode: int, payload: bytes) -> Event:
 
 
 class FrameParser:
-    """Read the frames of one client; hold at most one message, one control payload and one incomplete head.
-
-    Args:
-        max_message: bytes of a message over all its fragments; past it, the failure is 1009.
-    """
+    """Read the frames of one client; hold at most one message, one control payload and one incomplete head."""
 
     __slots__ = ("_buffer", "_events")
 
@@ -649,13 +588,13 @@ def _read_events(buffer: bytearray, max_message: int) -> Generator[Event | None,
 def _read_head(
     read: Callable[[int], Generator[None, None, bytes]], kind: int, fragments: int, size: int, max_message: int
 ) -> Generator[None, None, tuple[bool, int, int, bytes]]:
-    """Return fin, opcode, length and mask of the next frame, which follows `size` bytes of a message (RFC 6455 5.2)."""
+    """Return fin, opcode, length and mask of the frame behind `size` bytes of a message (RFC 6455 5.2)."""
     [first] = yield from read(1)
     fin, opcode = first >= 0x80, first & 0x0F
-    _require(not first & 0x70, "reserved bits are set")  # no extension is ever negotiated
-    _require(opcode in (0, 1, 2, 8, 9, 10), "reserved opcode")
+    _require(not first & 0x70, "reserved bits are set")
+    _require(opcode <= OP_BINARY or OP_CLOSE <= opcode <= OP_PONG, "reserved opcode")
     _require(fin or opcode < 8, "fragmented control frame")  # 5.5
-    _require(not kind or opcode in (0, 8, 9, 10), "new message inside a fragmented one")  # 5.4
+    _require(not kind or opcode not in (OP_TEXT, OP_BINARY), "new message inside a fragmented one")  # 5.4
     _require(kind > 0 or opcode > 0, "continuation without a message")
     _require(opcode > 0 or fragments < max_message // WS_FRAGMENT_BYTES_MEAN, "too fragmented", CLOSE_POLICY_VIOLATION)
     [second] = yield from read(1)
@@ -683,17 +622,17 @@ def _read_head(
 #   CONNECT             400 (authority-form); absolute-form is understood
 #   Range, TRACE        ignored; 405
 #
-# Every fault of a head ends the connection: what follows cannot be told from a body, and guessing is request smuggling.
+# Every fault of a head ends the connection: what follows may be a body, and guessing is request smuggling.
 
 HeaderList = Sequence[tuple[str, str]]
 
 _TOKEN = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")  # RFC 9110 5.6.2
-_REQUEST_LINE = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")  # RFC 9112 3
-_FIELD_LINE = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):([\t\x20-\x7e\x80-\xff]*)")  # RFC 9112 5, RFC 9110 5.5
+_REQUEST_LINE = re.compile(rb"(%b) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])" % _TOKEN.pattern)  # RFC 9112 3
+_FIELD_LINE = re.compile(rb"(%b):([\t\x20-\x7e\x80-\xff]*)" % _TOKEN.pattern)  # RFC 9112 5, RFC 9110 5.5
 # RFC 9112 3.2.1 and 3.2.2: origin-form, and absolute-form without userinfo; a fragment is never sent (RFC 9110 7.1)
 _TARGET = re.compile(rb"(?:(?i:https?)://([^/?#]+))?(/[^?#]*)?(?:\?([^#]*))?")
 # RFC 9110 7.2: uri-host [ ":" port ]; names as DNS and containers have them, addresses as IP-literal (RFC 3986 3.2.2)
-_HOST = re.compile(r"(?:([A-Za-z0-9._~-]*)|\[([0-9A-Fa-f:.]+)\])(?::([0-9]{0,5}))?")
+_HOST = re.compile(r"(?:([A-Za-z0-9._~-]*)|\[([0-9A-Fa-f:.]+)\])(?::[0-9]{0,5})?")
 _CONTENT_LENGTH = re.compile(r"[0-9]{1,15}")  # RFC 9110 8.6; int() would also read "+5", "1_0" and Arabic digits
 _BAD_PERCENT = re.compile(rb"%(?![0-9A-Fa-f]{2})")  # RFC 3986 2.1
 _QVALUE = re.compile(r"0(?:\.[0-9]{0,3})?|1(?:\.0{0,3})?")  # RFC 9110 12.4.2
@@ -716,7 +655,7 @@ _GZIP_BYTES_MIN = 1024  # a smaller body fits in a packet as it is
 
 
 class Request(NamedTuple):
-    """One request.  Immutable and free of connection state, so that equal heads may share one."""
+    """One request, free of connection state: equal heads share one."""
 
     method: str  # as sent: methods are case-sensitive
     target: str  # as sent, still percent-encoded; for logs, through printable()
@@ -730,7 +669,7 @@ class Request(NamedTuple):
 
     def arg(self, name: str, default: str | None = None) -> str | None:
         """Return the first value of a query argument; `?pretty` has the value ""."""
-        return next((value for key, value in self.query if key == name), default)
+        return next(iter(self.args(name)), default)
 
     def args(self, name: str) -> list[str]:
         """Return all values of a query argument, in order."""
@@ -757,12 +696,12 @@ def _percent_decode(raw: bytes) -> str:
     raise _bad("the target is not percent-encoded UTF-8")
 
 
-def split_host(host: str) -> tuple[str, str]:
-    """Return name or address in lower case and port, "" if none: `[::1]:8080` is ("::1", "8080")."""
+def host_name(host: str) -> str:
+    """Return name or address of a Host header, in lower case and without the port: of `[::1]:8080`, `::1`."""
     match = _HOST.fullmatch(host)
     if match is None:
         raise _bad("malformed Host")
-    return (match[1] or match[2] or "").lower(), match[3] or ""
+    return (match[1] or match[2] or "").lower()
 
 
 def _members(header: str) -> list[str]:
@@ -784,7 +723,7 @@ def _parse_request_line(line: bytes) -> Request:
     if match is None or not (match[1] or match[2]):  # 3.2.3: authority-form is for proxies
         raise _bad("the target must be a path or an http(s) URL")
     headers = {"host": match[1].decode("ascii")} if match[1] else {}
-    split_host(headers.get("host", ""))
+    host_name(headers.get("host", ""))
     # ".." and "//" stay: a path is only ever looked up.  So does an encoded slash: it separates nothing (RFC 3986 2.2).
     path = _percent_decode((match[2] or b"/").replace(b"%2F", b"%252F").replace(b"%2f", b"%252f"))
     # Only "&" separates, never ";": proxies that cache know only "&" (CVE-2020-28473).
@@ -798,13 +737,12 @@ def _parse_request_line(line: bytes) -> Request:
 
 
 def _body_refusal(headers: Mapping[str, str], version: tuple[int, int]) -> HTTPError | None:
-    """Decide where the body ends (RFC 9112 6.3), here alone: there is none, it is refused, or it cannot be told."""
+    """Decide on the body (RFC 9112 6.3), here alone: there is none, it is refused, or its end cannot be told."""
     lengths = {part.strip(" \t") for part in headers.get("content-length", "0").split(",")}
-    # 6.3: a list is valid "if all the values in the field value list are valid and identical".
     if len(lengths) > 1 or not all(map(_CONTENT_LENGTH.fullmatch, lengths)):
         raise _bad("malformed Content-Length")
     if "transfer-encoding" in headers:
-        # 6.1: with a Content-Length, or from HTTP/1.0, it "ought to be handled as an error": both are smuggling.
+        # 6.1: both "ought to be handled as an error": they are smuggling.
         if "content-length" in headers or version == (1, 0):
             raise _bad("Transfer-Encoding beside Content-Length or in HTTP/1.0")
         return _bad("request bodies are not read here", 501)
@@ -817,16 +755,12 @@ def _build_request(line: Request, fields: Iterable[tuple[str, str]]) -> Request:
     for name, value in fields:  # RFC 9110 5.3
         if name in headers and name in _SINGLE_HEADERS:
             raise _bad(f"two {name} headers")
-        separator = "; " if name == "cookie" else ", "
-        headers[name] = f"{headers[name]}{separator}{value}" if name in headers else value
+        headers[name] = f"{headers[name]}, {value}" if name in headers else value
     is_1_1 = line.version == (1, 1)
     if "host" not in headers and is_1_1:  # RFC 9112 3.2
         raise _bad("no Host header")
-    split_host(headers.get("host", ""))
+    host_name(headers.get("host", ""))
     refusal = _body_refusal(headers, line.version)
-    # RFC 9110 10.1.1.  `100-continue` needs no 100 here: no body is waited for.
-    if is_1_1 and headers.get("expect", "100-continue").lower() != "100-continue":
-        raise _bad("unknown expectation", 417)
     connection = _members(headers.get("connection", "").lower())
     upgrade = _members(headers.get("upgrade", "").lower())
     # RFC 9110 7.8: ignored in HTTP/1.0; 7.6.1: and without "upgrade" in Connection.  Behind a body there are no frames.
@@ -840,16 +774,14 @@ def _build_request(line: Request, fields: Iterable[tuple[str, str]]) -> Request:
 
 
 class RequestParser:
-    """Read the requests of one connection: they depend on the bytes alone, not on how these were cut.
+    """Read the requests of one connection: they depend on the bytes alone, not on how these were cut.  `memo` holds
+    heads already parsed, of all connections: a keep-alive client repeats its head byte for byte."""
 
-    `memo` holds heads already parsed, of all connections: a keep-alive client repeats its head byte for byte.
-    """
-
-    __slots__ = ("_at", "_buffer", "_fields", "_line", "_memo", "_mode", "is_head")
+    __slots__ = ("_at", "_buffer", "_ended", "_fields", "_line", "_memo", "is_head")
 
     def __init__(self, memo: dict[bytes, Request] | None = None) -> None:
         self._memo = {} if memo is None else memo
-        self._mode = "requests"  # or "rest", behind an upgrade: bytes are kept; or "end": they are discarded
+        self._ended = False  # there are no more requests
         self.is_head = False  # the request line at hand says HEAD: not even a fault gets a body
         self._buffer = bytearray()  # unread; the head at hand stands at its front
         self._line: Request | None = None  # its first line
@@ -859,12 +791,11 @@ class RequestParser:
     @property
     def started(self) -> bool:
         """Whether bytes of a next request are there."""
-        return self._mode == "requests" and bool(self._buffer)
+        return not self._ended and bool(self._buffer)
 
     def feed(self, data: bytes) -> None:
         """Append bytes from the wire."""
-        if self._mode != "end":
-            self._buffer += data
+        self._buffer += data
 
     def take_rest(self) -> bytes:
         """Return and forget the unread bytes, such as frames that came right behind an upgrade."""
@@ -874,19 +805,16 @@ class RequestParser:
 
     def recall(self, data: bytes) -> Request | None:
         """Return the request if these bytes, which are then not to be fed, are just a head seen before."""
-        return None if self._buffer or self._mode != "requests" else self._memo.get(data)
+        return None if self._buffer or self._ended else self._memo.get(data)
 
     def next_request(self) -> Request | None:
-        """Return the next request, or None until there are more bytes; raise HTTPError (with close=True) for a fault.
-        After that, and after a request that is not keep_alive, return None for ever (RFC 9112 9.6)."""
-        if self._mode != "requests":
+        """Return the next request, or None until there are more bytes; raise HTTPError for a fault.  Behind that, and
+        behind a request that is not keep_alive, return None for ever (RFC 9112 9.6)."""
+        if self._ended:
             return None
-        self._mode = "end"  # for ever, if it raises
+        self._ended = True  # also if it raises
         request = self._read_request()
-        if request is None or request.keep_alive:
-            self._mode = "requests"
-        elif request.wants_upgrade:
-            self._mode = "rest"
+        self._ended = request is not None and not request.keep_alive
         return request
 
     def _read_request(self) -> Request | None:
@@ -894,10 +822,6 @@ class RequestParser:
         if self._line is None:
             while buffer.startswith(b"\r\n"):  # RFC 9112 2.2: a server "SHOULD ignore" them before a request line
                 del buffer[:2]
-            end = buffer.find(b"\r\n\r\n", 0, _MEMO_HEAD_BYTES_MAX) + 4
-            if end > 3 and (known := self._memo.get(bytes(buffer[:end]))):
-                del buffer[:end]
-                return known
             self.is_head = buffer.startswith(b"HEAD ")
             if buffer and buffer[0] != 0x0D and not 0x21 <= buffer[0] <= 0x7E:
                 # 0x16 is a TLS handshake (RFC 8446 5.1).  Neither can become a request line: say so at once.
@@ -908,7 +832,7 @@ class RequestParser:
                 continue
             if len(self._fields) >= HTTP_FIELDS_MAX:
                 raise _bad(f"over {HTTP_FIELDS_MAX} headers", 431)
-            # It refuses control characters, a space before the colon (5.1) and obs-fold (5.2), each a way to smuggle.
+            # No control characters, no space before the colon (5.1), no obs-fold (5.2): each is a way to smuggle.
             match = _FIELD_LINE.fullmatch(line)
             if match is None:
                 raise _bad("malformed header line")
@@ -946,14 +870,12 @@ class RequestParser:
 
 
 def check_host(host: str | None, *, allowed: frozenset[str], bound_to_loopback: bool) -> None:
-    """Refuse a foreign Host with 421: a page that rebinds its DNS name to us still sends its own name.
-
-    `allowed` holds names in lower case, with or without a port.  Bound to loopback, IP addresses and "localhost" pass,
-    too; bound wider without a list, every name does.  Only HTTP/1.0 may come without a Host.
-    """
+    """Refuse a foreign Host with 421: a page that rebinds its DNS name to us still sends its own name.  `allowed` holds
+    names in lower case, with or without a port.  Bound to loopback, IP addresses and "localhost" pass, too; bound wider
+    without a list, every name does.  Only HTTP/1.0 may come without a Host."""
     if host is None or (not bound_to_loopback and not allowed):
         return
-    name = split_host(host)[0]
+    name = host_name(host)
     # Exact names and strict addresses: "localhost.evil", "localhost6" and "127.1" are names like any other.
     with contextlib.suppress(ValueError):
         if bound_to_loopback and (name == "localhost" or ipaddress.ip_address(name)):
@@ -964,10 +886,8 @@ def check_host(host: str | None, *, allowed: frozenset[str], bound_to_loopback: 
 
 def check_origin(request: Request, allowed: frozenset[str]) -> None:
     """Refuse with 403 what a foreign page asks for: CORS covers neither WebSockets (RFC 6455 10.2) nor `<img>`.
-
-    `allowed` holds origins in lower case as browsers send them, or "*".  Our own passes, which has the host and port of
-    the Host header and any scheme (a proxy may end TLS); "null" (a file, a sandboxed frame) is foreign.
-    """
+    `allowed` holds origins in lower case, or "*".  Our own passes, which has the host and port of the Host header and
+    any scheme (a proxy may end TLS); "null" (a file, a sandboxed frame) is foreign."""
     headers = request.headers
     origin, host = headers.get("origin", "").lower(), headers.get("host", "").lower()
     if "origin" in headers:
@@ -979,9 +899,7 @@ def check_origin(request: Request, allowed: frozenset[str]) -> None:
 
 
 def check_upgrade(request: Request) -> str:
-    """Return the Sec-WebSocket-Key of a right opening handshake (RFC 6455 4.2.1); raise HTTPError 400, 405 or 426."""
-    if request.method != "GET":
-        raise HTTPError(405, "a WebSocket is opened by GET", (("Allow", "GET"),))
+    """Return the Sec-WebSocket-Key of a right opening handshake by GET (RFC 6455 4.2.1); raise HTTPError 400 or 426."""
     if not request.wants_upgrade:
         hint = "a WebSocket is spoken here: websocat ws://HOST:PORT/ws; for curl there is curl -N .../api/stream"
         raise HTTPError(426, hint, (("Upgrade", "websocket"), ("Connection", "Upgrade")))
@@ -1002,16 +920,9 @@ def subprotocols(request: Request) -> list[str]:
 
 
 def choose_subprotocol(request: Request) -> str | None:
-    """Return the offered subprotocol to speak, never one that carries the token; pages offer `aiperf` as well, because
-    a browser that offered some and gets none fails the connection (RFC 6455 4.1)."""
-    offered = subprotocols(request)
-    ours = (name for name in offered if name.startswith("aiperf.") and not name.lower().startswith(_TOKEN_PROTOCOL))
-    return "aiperf" if "aiperf" in offered else next(ours, None)
-
-
-def token_cookie_name(port: int) -> str:
-    """Return the name of the cookie of pages; browsers do not keep cookies apart by port (RFC 6265 8.5)."""
-    return f"aiperf_api_{port}"
+    """Return the subprotocol to speak.  Pages offer `aiperf` beside the one with the token, because a browser that
+    offered some and gets none fails the connection (RFC 6455 4.1)."""
+    return "aiperf" if "aiperf" in subprotocols(request) else None
 
 
 def page_cookie(token: bytes) -> str:
@@ -1020,14 +931,13 @@ def page_cookie(token: bytes) -> str:
 
 
 def has_page_token(request: Request, token: bytes) -> bool:
-    """Return whether the request presents the token as `?token=`, as a person does who opens a page."""
+    """Return whether the request presents the token as `?token=`, as a person who opens a page does."""
     return any(hmac.compare_digest(value.encode("utf-8"), token) for value in request.args("token"))
 
 
 def check_token(request: Request, token: bytes, cookie_name: str) -> None:
-    """Refuse with 401 a request without the token.  Tools send `Authorization: Bearer`; browsers, which can set headers
-    neither on a WebSocket nor on what a page loads, `?token=`, the subprotocol `aiperf.token.TOKEN`, or the cookie that
-    a page opened with it sets."""
+    """Refuse with 401 a request without the token.  Tools send `Authorization: Bearer`; browsers, which cannot set
+    every header, `?token=`, the subprotocol `aiperf.token.TOKEN`, or the cookie that a page opened with it sets."""
     scheme, _, credentials = request.headers.get("authorization", "").partition(" ")
     given = [credentials.strip(" ").encode("latin-1")] if scheme.lower() == "bearer" else []
     given += [value.encode("utf-8") for value in request.args("token")]
@@ -1035,7 +945,7 @@ def check_token(request: Request, token: bytes, cookie_name: str) -> None:
     given += [value.encode("latin-1") for before, prefix, value in offered if prefix and not before]
     cookies = [pair.strip(" ").partition("=") for pair in request.headers.get("cookie", "").split(";")]
     shown = [value.encode("latin-1") for name, _, value in cookies if name == cookie_name]
-    # Constant time, on bytes (str with non-ASCII raises), and never stopping at the first that fits.
+    # In constant time, and on bytes: it raises for a str that is not ASCII.
     fits = [hmac.compare_digest(candidate, token) for candidate in given]
     fits += [hmac.compare_digest(candidate, page_cookie(token).encode()) for candidate in shown]
     if not any(fits):
@@ -1059,11 +969,11 @@ def _weighted(header: str) -> list[tuple[str, dict[str, str], float]]:
     return members
 
 
-def accepts(header: str | None, offered: Sequence[str]) -> str | None:
-    """Return the offered media type that an Accept header likes best, the earlier of equals; None if it likes none."""
+def accepts(header: str | None, offered: Sequence[str]) -> str:
+    """Return the offered media type that an Accept header likes best, the earlier of equals (RFC 9110 12.5.1)."""
     ranges = _weighted(header or "*/*")
 
-    def weight(offer: str) -> float:  # the q of the most specific range that covers it (RFC 9110 12.5.1)
+    def weight(offer: str) -> float:  # the q of the most specific range that covers it
         [(kind, params, _)] = _weighted(offer)
         ranks = {"*/*": 0, kind.partition("/")[0] + "/*": 1, kind: 2}
         # A parameter that the offer does not have does not exclude it: Prometheus adds `escaping=...` to each range.
@@ -1074,8 +984,7 @@ def accepts(header: str | None, offered: Sequence[str]) -> str | None:
         ]
         return max(fits)[2] if fits else 0.0
 
-    best = max(offered, key=weight)  # the first of equals
-    return best if weight(best) else None
+    return max(offered, key=weight)
 
 
 def accepts_gzip(header: str | None) -> bool:
@@ -1099,7 +1008,7 @@ def _header_bytes(headers: HeaderList) -> bytes:
 
 @functools.lru_cache(maxsize=64)  # nearly every answer has the same; to make it anew took longer than the answer
 def _head_bytes(status: int, content_type: str, is_compressible: bool, own: HeaderList) -> bytes:
-    """Return the head of an answer but for what differs between requests; its own headers go before our defaults."""
+    """Return the head of an answer without what differs between requests; its own headers replace our defaults."""
     defaults = [] if status in (204, 304) else [("Content-Type", content_type)]
     defaults += [("X-Content-Type-Options", "nosniff"), ("Cache-Control", "no-store")]
     if is_compressible:
@@ -1112,11 +1021,8 @@ def _head_bytes(status: int, content_type: str, is_compressible: bool, own: Head
 
 
 class Response:
-    """One answer, made once and sent to any number of requests.
-
-    A `body` of None is a stream that ends with the connection: encode() gives its head.  `headers` stand beside ours or
-    in their place (ValueError for CR, LF or NUL); an ETag must be weak: it also stands for the compressed form.
-    """
+    """One answer, made once and sent to any number of requests.  A `body` of None is a stream that ends with the
+    connection: encode() gives its head.  `headers` stand beside ours or replace them (ValueError for CR, LF or NUL)."""
 
     __slots__ = ("_gzip_body", "_head", "_sent", "body", "headers", "is_compressible", "status")
 
@@ -1127,9 +1033,7 @@ class Response:
         content_type: str = "application/json",
         headers: HeaderList = (),
     ) -> None:
-        self.status = status
-        self.body = body
-        self.headers = tuple(headers)
+        self.status, self.body, self.headers = status, body, tuple(headers)
         self.is_compressible = body is not None and status == 200 and len(body) >= _GZIP_BYTES_MIN
         self._head = _head_bytes(status, content_type, self.is_compressible, self.headers)
         self._gzip_body = b""  # made when the first client wants it
@@ -1146,8 +1050,8 @@ class Response:
     def encode(
         self, *, date: bytes, head_only: bool = False, close: bool = False, gzip: bool = False, extra: HeaderList = ()
     ) -> bytes:
-        """Return the bytes of the answer; the head alone for a HEAD, or because payload() is written behind it.  `date`
-        is an IMF-fixdate (RFC 9110 5.6.7); `extra` holds headers of this one answer, such as CORS."""
+        """Return the bytes of the answer, or its head alone: for a HEAD, or because payload() is written behind it.
+        `date` is an IMF-fixdate (RFC 9110 5.6.7); `extra` holds headers of this one answer, such as CORS."""
         is_usual = not (head_only or close or extra)
         if is_usual and self._sent[:2] == (date, gzip):
             return self._sent[2]
@@ -1164,7 +1068,7 @@ class Response:
 
 
 def json_response(value: JSONValue, status: int = 200, pretty: bool = False, headers: HeaderList = ()) -> Response:
-    """Return a JSON answer that ends in a newline; one that is worth it can be asked for again by its ETag."""
+    """Return a JSON answer that ends in a newline; a long one can be asked for again by its ETag."""
     body = json_bytes(value, pretty=pretty) + b"\n"
     if status == 200 and len(body) >= _GZIP_BYTES_MIN:
         headers = (etag(body), ("Cache-Control", "no-cache"), *headers)
@@ -1198,9 +1102,10 @@ def with_preconditions(request: Request, response: Response) -> Response:
 
 def upgrade_response(key: str, subprotocol: str | None = None) -> bytes:
     """Return the 101 that opens a WebSocket (RFC 6455 4.2.2).  No Sec-WebSocket-Extensions: every offer is declined."""
-    headers = [("Upgrade", "websocket"), ("Connection", "Upgrade"), ("Sec-WebSocket-Accept", websocket_accept(key))]
-    headers += [("Sec-WebSocket-Protocol", subprotocol)] if subprotocol is not None else []
-    return b"HTTP/1.1 101 Switching Protocols\r\n" + _header_bytes(headers) + b"\r\n"
+    accept = base64.b64encode(hashlib.sha1(f"{key}258EAFA5-E914-47DA-95CA-C5AB0DC85B11".encode()).digest()).decode()
+    chosen = f"Sec-WebSocket-Protocol: {subprotocol}\r\n" if subprotocol is not None else ""
+    head = "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade"
+    return f"{head}\r\nSec-WebSocket-Accept: {accept}\r\n{chosen}\r\n".encode()
 
 
 # == 6 == Router and static files ======================================================================================
@@ -1224,15 +1129,13 @@ class Route(NamedTuple):
 
 
 class Router:
-    """The table of routes; ValueError if two share a path or a name."""
+    """The table of routes."""
 
     def __init__(self, routes: Sequence[Route]) -> None:
         self.routes = tuple(routes)
         self._by_path = {route.path: route for route in self.routes if not route.path.endswith("}")}
         folders = {route.path[: route.path.rindex("/") + 1]: route for route in self.routes if route.path.endswith("}")}
         self._by_folder = dict(sorted(folders.items(), reverse=True))  # the longest first
-        if not len(self.routes) == len({route.name for route in routes}) == len(self._by_path) + len(folders):
-            raise ValueError("two routes share a path or a name")
 
     def match(self, method: str, path: str) -> tuple[Route, str]:
         """Return the route of a request and the rest of its path; raise HTTPError 404, 405 with Allow, or 501."""
@@ -1261,22 +1164,13 @@ class Router:
 
 # -- Static files ------------------------------------------------------------------------------------------------------
 
-STATIC_FOLDERS = ("static", "aiperf_api_static")  # beside a copied module; beside an installed one
 DEMO_RECORDING = "demo.jsonl.gz"
-_CONTENT_TYPES: Mapping[str, str] = MappingProxyType(
-    {
-        ".css": "text/css; charset=utf-8",
-        ".html": "text/html; charset=utf-8",
-        ".ico": "image/x-icon",
-        ".js": "text/javascript; charset=utf-8",
-        ".json": "application/json",
-        ".md": "text/plain; charset=utf-8",
-        ".mjs": "text/javascript; charset=utf-8",
-        ".png": "image/png",
-        ".svg": "image/svg+xml",
-        ".txt": "text/plain; charset=utf-8",
-    }
-)
+_CONTENT_TYPES: Mapping[str, str] = MappingProxyType({
+    ".css": "text/css; charset=utf-8", ".html": "text/html; charset=utf-8", ".ico": "image/x-icon",
+    ".js": "text/javascript; charset=utf-8", ".json": "application/json", ".md": "text/plain; charset=utf-8",
+    ".mjs": "text/javascript; charset=utf-8", ".png": "image/png", ".svg": "image/svg+xml",
+    ".txt": "text/plain; charset=utf-8",
+})  # fmt: skip
 
 
 def read_static_files() -> dict[str, bytes]:
@@ -1288,9 +1182,9 @@ def read_static_files() -> dict[str, bytes]:
         with zipfile.ZipFile(here) as archive:
             names = [name for name in archive.namelist() if name.startswith("static/") and not name.endswith("/")]
             return {name[len("static/") :]: archive.read(name) for name in names}
-    for folder in (os.path.join(here, name) for name in STATIC_FOLDERS):
-        # Not any folder of that name: there may be one in site-packages.
-        if any(os.path.isfile(os.path.join(folder, name)) for name in ("dashboard.html", DEMO_RECORDING)):
+    for name in ("static", "aiperf_api_static"):  # beside a copied module; beside an installed one
+        folder = os.path.join(here, name)  # not any folder of that name: there may be one in site-packages
+        if any(os.path.isfile(os.path.join(folder, file)) for file in ("dashboard.html", DEMO_RECORDING)):
             return _read_folder(folder)
     return {}
 
@@ -1315,9 +1209,9 @@ def static_table(files: Mapping[str, bytes]) -> dict[str, Response]:
 
 # == 7 == Metrics ======================================================================================================
 #
-# AIPerf up to 0.6 publishes every metric in the unit it is measured in; later versions publish the visible ones in the
-# unit that people read.  Both come out as the latter.  The lists are what AIPerf 0.13's registry of 139 metrics says of
-# those that differ; a tag that is not in them passes unchanged.
+# AIPerf up to 0.6 publishes metrics in the unit they are measured in; later versions publish the visible ones in the
+# unit that people read.  Both come out as the latter.  The lists are what AIPerf 0.13's registry says of those that
+# differ; a tag that is not in them passes unchanged.
 
 _HIDDEN_TAGS = frozenset(
     """credit_drop_latency max_response_timestamp min_request_timestamp overall_thinking_efficiency requested_osl
@@ -1360,106 +1254,79 @@ def is_name(text: str) -> bool:
     return len(text) <= NAME_BYTES_MAX // 4 or len(text.encode("utf-8", "replace")) <= NAME_BYTES_MAX
 
 
-class RowPlan(NamedTuple):
-    """What is done to a row before people see it."""
-
-    removed: tuple[str, ...]  # fields that are not shown
-    texts: tuple[str, ...]  # fields whose length is looked at
-    scaled: tuple[str, ...]  # statistics that are multiplied by `factor`, and are in `unit` then
-    factor: float
-    unit: str  # "" where nothing is scaled
-
-
-PlanOf = Callable[[MetricRow], Optional[RowPlan]]  # None: the row is not for people, or is none
-
-
-def make_row_plan(row: MetricRow) -> RowPlan | None:
-    """Return what is done to a row; None when it is not for people."""
-    tag = row.get("tag")
-    if not isinstance(tag, str) or not tag or tag in _HIDDEN_TAGS or len(row) > EXTRAS_MAX:
+@functools.lru_cache(maxsize=ROWS_MAX)  # a run has some hundred shapes, and a burst 100,000 rows a second
+def _row_plan(names: tuple[str, ...], *types: type) -> tuple[list[str], list[str], list[str], float, str] | None:
+    """Return what makes rows with this tag, unit and fields fit for people: fields to remove, fields that hold text,
+    statistics to multiply, by what, and their unit then ("" where there are none); None where nobody is to see them."""
+    tag, unit, *fields = names
+    if not tag or tag in _HIDDEN_TAGS:
         return None
-    removed = []
-    for field, value in row.items():  # no null, nothing nested, and a finite number where one belongs
-        fits = is_number(value) if field in STATISTICS or field == "count" else isinstance(value, (str, int, float))
-        if not fits or field == "console_group" or not is_name(field):
-            removed.append(field)
-    texts = tuple(field for field, value in row.items() if isinstance(value, str) and field not in removed)
-    factor, shown = _CONVERSIONS.get((tag, text_or(row.get("unit"), "")), (1.0, ""))
-    scaled = tuple(field for field in row if shown and field in STATISTICS and field not in removed)
-    return RowPlan(tuple(removed), texts, scaled, factor, shown)
+    kept = {}  # no null, nothing nested, and a number where one belongs
+    for field, kind in zip(fields, types):
+        fits = kind in (int, float) or (kind in (str, bool) and field not in STATISTICS and field != "count")
+        if fits and field != "console_group" and is_name(field):
+            kept[field] = kind
+    factor, shown = _CONVERSIONS.get((tag, unit), (1.0, ""))
+    scaled = [field for field in kept if shown and field in STATISTICS]
+    texts = [field for field, kind in kept.items() if kind is str]
+    return [field for field in fields if field not in kept], texts, scaled, factor, shown
 
 
-class RowPlans:
-    """Plans by a row's shape, which tells all: a run has some hundred shapes, and a burst 100,000 rows a second."""
-
-    def __init__(self) -> None:
-        self._plans: dict[tuple[Any, ...], RowPlan] = {}
-
-    def of(self, row: MetricRow) -> RowPlan | None:
-        """Return `make_row_plan(row)`."""
-        shape = row.get("tag"), row.get("unit"), tuple(row), tuple(map(type, row.values()))
-        try:
-            plan = self._plans.get(shape)
-        except TypeError:  # a list for a tag or a unit
-            return make_row_plan(row)
-        if plan is None:
-            plan = make_row_plan(row)
-            if plan is not None and len(repr(shape)) <= 4 * NAME_BYTES_MAX:
-                if len(self._plans) >= ROWS_MAX:
-                    self._plans.clear()
-                self._plans[shape] = plan
-        return plan
-
-
-def display_row(row: Any, plan_of: PlanOf = make_row_plan) -> MetricRow | None:
+def display_row(row: Any) -> MetricRow | None:
     """Return one row of metrics as people read it, without nulls and what is internal; None when it is not for them."""
-    plan = plan_of(row) if isinstance(row, dict) else None
-    if plan is None or not all(is_name(row[field]) for field in plan.texts):
+    if not isinstance(row, dict) or not isinstance(row.get("tag"), str) or len(row) > EXTRAS_MAX:
+        return None
+    names = (row["tag"], text_or(row.get("unit"), ""), *row)
+    plan = _row_plan(names, *map(type, row.values())) if len("".join(names)) <= 4 * NAME_BYTES_MAX else None
+    if plan is None:
+        return None
+    removed, texts, scaled, factor, display_unit = plan
+    if not all(map(is_name, map(row.__getitem__, texts))):
         return None
     shown: MetricRow = row.copy()
-    for field in plan.removed:
+    for field in removed:
         del shown[field]
-    if plan.unit:
-        shown["unit"] = plan.unit
-        for field in plan.scaled:
-            shown[field] *= plan.factor
+    if display_unit:
+        shown["unit"] = display_unit
+        for field in scaled:
+            shown[field] *= factor
     return shown
 
 
-def display_list(rows: Any, plan_of: PlanOf = make_row_plan) -> list[MetricRow]:
+def display_list(rows: Any) -> list[MetricRow]:
     """Return those of a list's first ROWS_MAX rows that people see, in the order they came."""
-    shown = (display_row(row, plan_of) for row in (rows[:ROWS_MAX] if isinstance(rows, list) else ()))
+    shown = map(display_row, rows[:ROWS_MAX] if isinstance(rows, list) else ())
     return [row for row in shown if row is not None]
 
 
-def display_rows(rows: Any, plan_of: PlanOf = make_row_plan) -> MetricRows:
+def display_rows(rows: Any) -> MetricRows:
     """Return the same by tag, the last of two with one tag."""
-    return {row.pop("tag"): row for row in display_list(rows, plan_of)}
+    return {row.pop("tag"): row for row in display_list(rows)}
 
 
-def _shown(value: Any, plan_of: PlanOf) -> Any:
+def _shown(value: Any) -> Any:
     """Return a part of final results with its rows (objects with a tag, at any depth) as people read them."""
     if isinstance(value, list):
-        return [shown for shown in (_shown(item, plan_of) for item in value) if shown is not None]
+        return [shown for shown in map(_shown, value) if shown is not None]
     if not isinstance(value, dict):
         return value
     if isinstance(value.get("tag"), str):
-        return display_row(value, plan_of)
-    shown = {key: _shown(item, plan_of) for key, item in value.items()}
+        return display_row(value)
+    shown = {key: _shown(item) for key, item in value.items()}
     return {key: item for key, item in shown.items() if item is not None or value[key] is None}
 
 
-def shown_message(message: dict[str, Any], plan_of: PlanOf = make_row_plan) -> dict[str, Any]:
+def shown_message(message: dict[str, Any]) -> dict[str, Any]:
     """Return a message of metrics or final results as clients get it, the same object where nothing needs a change."""
     if isinstance(message.get("metrics"), list):
-        changed: dict[str, Any] = {"metrics": display_list(message["metrics"], plan_of)}
+        changed: dict[str, Any] = {"metrics": display_list(message["metrics"])}
     else:
         outer: Any = message.get("results")
         inner = outer.get("results") if isinstance(outer, dict) else None
         if not isinstance(inner, dict):
             return message
         parts = ("records", "warmup_records", "timeslices", "timeslice_metric_results")
-        shown = {part: _shown(inner[part], plan_of) for part in parts if inner.get(part) is not None}
+        shown = {part: _shown(inner[part]) for part in parts if inner.get(part) is not None}
         changed = {"results": {**outer, "results": {**inner, **shown}}}
     return message if changed.items() <= message.items() else {**message, **changed}
 
@@ -1471,7 +1338,6 @@ def shown_message(message: dict[str, Any], plan_of: PlanOf = make_row_plan) -> d
 
 CONTENT_TYPE_TEXT_0_0_4 = "text/plain; version=0.0.4; charset=utf-8"
 CONTENT_TYPE_OPENMETRICS_1_0_0 = "application/openmetrics-text; version=1.0.0; charset=utf-8"
-
 Labels = tuple[tuple[str, str], ...]  # (name, value) pairs in the order they are written
 
 
@@ -1495,9 +1361,8 @@ _GAUGES: Mapping[str, str] = MappingProxyType({
     "avg": "average", "min": "minimum", "max": "maximum", "std": "standard deviation", "current": "current value",
     "count": "observation count", "sum": "observation sum",
 })  # fmt: skip
-_QUANTILE_LABELS = tuple((stat, f'quantile="{quantile}"}}') for stat, quantile in QUANTILES.items())
 _NOT_IN_A_NAME = re.compile("[^a-zA-Z0-9_]")
-# Control characters (a line feed aside, which is escaped) would let a name on the bus drive the terminal behind curl.
+# All but the line feed, which is escaped: they would let a name on the bus drive the terminal behind curl.
 _CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029]")
 
 
@@ -1561,34 +1426,34 @@ def unique_families(families: Iterable[Family]) -> list[Family]:
 
 
 class FamilySet:
-    """Families under construction, each series in them once: of two with the same name and labels, the first stays.
-
-    `room` is shared with the set `before`: samples and bytes that may still be added, and samples that did not fit.
-    """
+    """Families under construction, of two alike series the first; `room`: samples and bytes left, samples left out."""
 
     def __init__(self, before: FamilySet | None = None) -> None:
         self.families: dict[str, Family] = {}
         self.room: list[int] = before.room if before else [SAMPLES_MAX, SAMPLES_BYTES_MAX, 0]
-        self._rows: set[tuple[str, str, str]] = set()  # (base, unit, labels) of the rows that are in
+        self._rows: set[tuple[str, str]] = set()  # names and labels that are in
 
     def add(self, head: tuple[str, str, str, str], labels: Labels, value: Any, suffix: str = "") -> None:
         """Add a sample to the family (name, kind, help, unit); not what is no number, and no negative count."""
         key = f"{suffix}{{{_labels_text(labels)}}}" if labels else suffix
-        if is_number(value) and self._fits(1, head[0] + key):
+        if is_number(value) and self._admits(1, head[0], key):
             self._put(*head, key, value)
 
-    def _fits(self, samples: int, text: str) -> bool:
-        """Tell whether there is room for samples with this name and labels, and book it."""
-        size = samples * (len(text.encode("utf-8", "replace")) + 40)  # a quantile, and the digits of a number
-        fits = samples <= self.room[0] and size <= self.room[1]
-        self.room[:2] = (self.room[0] - samples, self.room[1] - size) if fits else self.room[:2]
-        self.room[2] += 0 if fits else samples
-        return fits
+    def _admits(self, samples: int, name: str, labels: str) -> bool:
+        """Tell whether such a row is new, as the figures of two would be mixed, and has room, which is booked."""
+        if (name, labels) in self._rows:
+            return False
+        self._rows.add((name, labels))
+        size = samples * (40 + len((name + labels).encode("utf-8", "replace")))  # 40: a quantile, and the number
+        if samples > self.room[0] or size > self.room[1]:
+            self.room[2] += samples
+            return False
+        self.room[:2] = self.room[0] - samples, self.room[1] - size
+        return True
 
     def _put(self, name: str, kind: str, text: str, unit: str, key: str, value: Any) -> None:
-        samples = self._samples(name, kind, text, unit)
         if kind != "counter" or value >= 0:
-            samples.setdefault(key, value)
+            self._samples(name, kind, text, unit).setdefault(key, value)
 
     def _samples(self, name: str, kind: str, text: str, unit: str) -> dict[str, Any]:
         """Return the samples of a family, a new one if need be; those of another kind go nowhere."""
@@ -1599,26 +1464,18 @@ class FamilySet:
         return family.samples if family.kind == kind else {}
 
     def add_row(self, base: str, row: Mapping[str, Any], labels: str, title: str) -> None:
-        """Add a row of statistics under names that begin with `base`: percentiles as a summary with sum and count,
-        everything else as gauges; `labels` as they stand between the braces, `title` as the help begins."""
+        """Add a row of statistics under names that begin with `base`: percentiles with sum and count, gauges."""
         unit = text_or(row.get("unit"), "").replace("°C", "celsius")
         ending = unit_name(unit)
-        if (base, ending, labels) in self._rows:  # the figures of two would be mixed
-            return
-        self._rows.add((base, ending, labels))
         suffix, words = (f"_{ending}" if unit else ""), f" (in {unit})"
         key, opened = (f"{{{labels}}}", f"{{{labels},") if labels else ("", "{")
         figures = {stat: value for stat, value in row.items() if type(value) in (int, float) and abs(value) < math.inf}
-        if not self._fits(len(figures), base + suffix + labels):
+        if not self._admits(len(figures), base + suffix, labels):
             return
         if not figures.keys().isdisjoint(QUANTILES):
             samples = self._samples(base + suffix, "summary", title + words, ending)
-            for stat, label in _QUANTILE_LABELS:
-                if stat in figures:
-                    samples.setdefault(opened + label, figures[stat])
-            for stat in ("count", "sum"):
-                if stat in figures:
-                    samples.setdefault(f"_{stat}{key}", figures.pop(stat))
+            samples.update({f'{opened}quantile="{QUANTILES[p]}"}}': figures[p] for p in QUANTILES if p in figures})
+            samples.update({f"_{stat}{key}": figures.pop(stat) for stat in ("count", "sum") if stat in figures})
         for stat, phrase in _GAUGES.items():
             if stat in figures:
                 name = f"{base}_{stat}{suffix}"
@@ -1626,36 +1483,33 @@ class FamilySet:
 
     def add_series(self, series: ServerSeries, labels: Labels) -> None:
         """Add a series of an inference server, in its own words."""
-        base, unit = f"aiperf_server_{metric_name(series.name)}", _SERVER_UNIT.search(series.name)
+        endpoint, own_name, series_kind, title, own_labels, own_stats = series
+        base, unit = f"aiperf_server_{metric_name(own_name)}", _SERVER_UNIT.search(own_name)
         stem, suffix, ending = (base[: -len(unit[0])], unit[0], unit[1]) if unit else (base, "", "")
-        joined = dict((*labels, ("endpoint", series.endpoint)))
+        joined = dict((*labels, ("endpoint", endpoint)))
         reserved = {*joined, "quantile", "le"}
-        for original, value in series.labels:  # renamed where they clash with ours, as Prometheus does when it scrapes
+        for original, value in own_labels:  # renamed where they clash with ours, as Prometheus does when it scrapes
             name = _NOT_IN_A_NAME.sub("_", original)
             clash = name in reserved or name.startswith("__") or not name or name[0].isdigit()
             joined.setdefault(f"exported_{name}" if clash else name, value)
         text = _labels_text(tuple(joined.items()))
-        key, title = f"{{{text}}}", series.title
-        if (base, "", text) in self._rows:
+        figures = ((stat.replace("_estimate", ""), value) for stat, value in own_stats.items() if is_number(value))
+        stats = dict(islice(figures, 16))  # as AIPerf has them
+        if not self._admits(len(stats), base, text):
             return
-        self._rows.add((base, "", text))
-        figures = ((name.replace("_estimate", ""), value) for name, value in series.stats.items() if is_number(value))
-        stats = dict(itertools.islice(figures, 16))  # as AIPerf has them
-        if not self._fits(len(stats), base + text):
-            return
-        summarised = series.kind == "histogram" or not QUANTILES.keys().isdisjoint(stats)
+        key, summarised = f"{{{text}}}", series_kind == "histogram" or not QUANTILES.keys().isdisjoint(stats)
         for stat, value in stats.items():
             if stat in QUANTILES:
                 self._put(base, "summary", title, ending, f'{{{text},quantile="{QUANTILES[stat]}"}}', value)
             elif stat in ("sum", "count") and summarised:
                 self._put(base, "summary", title, ending, f"_{stat}{key}", value)
-            elif stat == "total" and series.kind == "counter":
+            elif stat == "total" and series_kind == "counter":
                 self._put(base, "counter", title, ending, f"_total{key}", value)
             elif stat in _GAUGES and stat != "count":  # these have the metric's own unit
                 self._put(f"{stem}_{stat}{suffix}", "gauge", f"{title} ({_GAUGES[stat]})", ending, key, value)
             else:
-                name = f"{base}_{metric_name(stat)}"
-                self._put(name, "gauge", f"{title} ({stat.replace('_', ' ')})", "", key, value)
+                words = f"{title} ({stat.replace('_', ' ')})"
+                self._put(f"{base}_{metric_name(stat)}", "gauge", words, "", key, value)
 
 
 def metric_families(metrics: MetricRows, labels: Labels = (), before: FamilySet | None = None) -> list[Family]:
@@ -1682,10 +1536,8 @@ def gpu_series(tag: str, header: str) -> tuple[str, str, Labels]:
         source, gpu = source or place, index
     else:
         metric, uuid, gpu = tag, "", gpu.replace("GPU ", "")
-    metric = _GPU_VENDOR.sub("", metric, 1)
-    metric = metric[4:] if metric.startswith("gpu_") else metric
     labels = (("source", source), ("gpu", gpu), ("gpu_name", gpu_name), ("uuid", uuid))
-    return metric, _GPU_VENDOR.sub("", title, 1), labels
+    return _GPU_VENDOR.sub("", metric, 1).removeprefix("gpu_"), _GPU_VENDOR.sub("", title, 1), labels
 
 
 def telemetry_families(telemetry: MetricRows, labels: Labels = (), before: FamilySet | None = None) -> list[Family]:
@@ -1700,17 +1552,8 @@ def telemetry_families(telemetry: MetricRows, labels: Labels = (), before: Famil
 # -- Inference-server metrics: the server's own names and labels, prefixed ---------------------------------------------
 
 _SERVER_UNIT = re.compile(r"_(seconds|milliseconds|bytes|ratio|percent|tokens|celsius|watts|joules)\Z")
-
-
-class ServerSeries(NamedTuple):
-    """One series of an inference server's metrics, as realtime_server_metrics has it."""
-
-    endpoint: str  # host:port
-    name: str  # the server's own, such as "vllm:num_requests_running"
-    kind: str  # "gauge", "counter", "histogram", ...
-    title: str
-    labels: Labels  # the server's own, by name
-    stats: Mapping[str, Any]
+# Endpoint (host:port), name, type, description, labels and statistics of one series, in the server's own words
+ServerSeries = tuple[str, str, str, str, Labels, Mapping[str, Any]]
 
 
 def server_series(summaries: Any) -> Iterator[ServerSeries]:
@@ -1726,7 +1569,7 @@ def server_series(summaries: Any) -> Iterator[ServerSeries]:
                 if isinstance(stats, dict) and isinstance(labels, (dict, type(None))):
                     own = sorted((key, str(text)) for key, text in (labels or {}).items())
                     if all(map(is_name, (endpoint, name, *itertools.chain(*own)))):
-                        yield ServerSeries(endpoint, name, kind, title, tuple(own), stats)
+                        yield endpoint, name, kind, title, tuple(own), stats
 
 
 def _objects(value: Any, limit: int | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -2236,7 +2079,6 @@ class Run:
     """What is known of one benchmark run, and how messages change it: `_on_…` follows what is there and usable."""
 
     def __init__(self, on_late_error: OnLateError = lambda error: None) -> None:
-        self.row_plans = RowPlans()  # for all who show rows of metrics
         self._on_late_error = on_late_error  # told of a bad message that had been accepted unread
         self.version = 0  # grows whenever an answer may have changed
         self._configs: dict[str, dict[str, Any]] = {}  # given from outside, by origin
@@ -2532,8 +2374,8 @@ class Run:
     def _keep_results(self, outer: dict[str, Any], inner: dict[str, Any]) -> None:
         """Keep results as clients see them, without what is too large."""
         kept = {**inner, **{part: _list(inner.get(part)) for part in ("records", "error_summary")}}
-        kept = shown_message({"results": {"results": kept}}, self.row_plans.of)["results"]["results"]
-        self._final_rows = display_rows(kept["records"], self.row_plans.of) or self._final_rows
+        kept = shown_message({"results": {"results": kept}})["results"]["results"]
+        self._final_rows = display_rows(kept["records"]) or self._final_rows
         for part in (kept, {**_scalars(kept), "records": kept["records"]}):
             self._results = json_bytes({**outer, "results": part})
             if len(self._results) <= RESULTS_KEPT_BYTES_MAX:
@@ -2564,7 +2406,7 @@ class Run:
     def _on_telemetry_results(self, message: BusMessage, now_ns: int) -> None:
         results = _object(message.value["telemetry_result"].get("results"))
         rows = list(islice(_final_telemetry(results, self._read("telemetry")), ROWS_MAX))
-        self._final_telemetry = display_rows(rows, self.row_plans.of) or self._final_telemetry
+        self._final_telemetry = display_rows(rows) or self._final_telemetry
 
     def _on_metrics(self, message: BusMessage, now_ns: int) -> None:
         """Keep a message of metrics; they come often, so most are read only when somebody asks."""
@@ -2604,7 +2446,7 @@ class Run:
         tags = (row.get("tag") for row in rows[:ROWS_MAX] if isinstance(row, dict))
         if len(rows) > ROWS_MAX or not all(is_name(tag) for tag in tags if isinstance(tag, str)):
             self._on_late_error(BusError("bad_shape", "rows of metrics with tags that are too long, or too many"))
-        return display_rows(rows, self.row_plans.of)
+        return display_rows(rows)
 
     def metric_rows(self) -> MetricRows:
         return self._final_rows or self._read("metrics")
@@ -2616,10 +2458,10 @@ class Run:
 def _server_rows(server_metrics: Mapping[str, Any]) -> MetricRows:
     """Return server metrics as rows by tag: `server:ENDPOINT:METRIC{label="value"}`."""
     rows = {}
-    for series in server_series(server_metrics.get("endpoint_summaries")):
-        labels = ",".join(f'{name}="{value}"' for name, value in series.labels)
-        tag = f"server:{series.endpoint}:{series.name}" + (f"{{{labels}}}" if labels else "")
-        rows[tag] = {"unit": "", **series.stats, "header": series.title}
+    for endpoint, name, _, title, labels, stats in server_series(server_metrics.get("endpoint_summaries")):
+        text = ",".join(f'{label}="{value}"' for label, value in labels)
+        tag = f"server:{endpoint}:{name}" + (f"{{{text}}}" if text else "")
+        rows[tag] = {"unit": "", **stats, "header": title}
     return rows
 
 
@@ -4802,7 +4644,7 @@ class APIService:
 
     def _shown(self, message: BusMessage) -> bytes:
         """Return a payload as clients get it: one JSON object on one line, rows in display units."""
-        shown = shown_message(message.value, self.benchmark.row_plans.of)
+        shown = shown_message(message.value)
         payload = message.payload
         is_as_it_came = shown is message.value and not message.not_finite and not (b"\n" in payload or b"\r" in payload)
         return payload if is_as_it_came else json_bytes(shown)
@@ -4970,8 +4812,8 @@ class APIService:
                 check_token(request, self.settings.token.encode(), self._cookie_name())
         return route, rest
 
-    def _cookie_name(self) -> str:
-        return token_cookie_name(int(self.url.rpartition(":")[2]) if self.settings.port is not None else 0)
+    def _cookie_name(self) -> str:  # browsers do not keep cookies apart by port (RFC 6265 8.5)
+        return f"aiperf_api_{self.url.rpartition(':')[2] if self.settings.port is not None else 0}"
 
     def _answer(self, route: Route, rest: str, connection: Connection, request: Request) -> Any:
         value = route.answer(self, connection, request, rest)
@@ -5124,7 +4966,7 @@ class APIService:
     def exposition(self, request: Request) -> Response:
         """Return /metrics; never 406: a scraper that names neither format gets the plain one (Prometheus sends */*)."""
         formats = {CONTENT_TYPE_TEXT_0_0_4: render_text, CONTENT_TYPE_OPENMETRICS_1_0_0: render_openmetrics}
-        content_type = accepts(request.headers.get("accept"), tuple(formats)) or CONTENT_TYPE_TEXT_0_0_4
+        content_type = accepts(request.headers.get("accept"), tuple(formats))
 
         def make() -> Response:
             families = unique_families([*state_families(self.benchmark, self.now_ns()), *self._health_families()])
@@ -5283,7 +5125,7 @@ def _get_websocket(service: APIService, connection: Connection, request: Request
 
 def _get_stream(service: APIService, connection: Connection, request: Request, _: str) -> Response | None:
     _only_arguments(request, "types format snapshot")
-    accepted = accepts(request.headers.get("accept"), (SSE, NDJSON)) or SSE
+    accepted = accepts(request.headers.get("accept"), (SSE, NDJSON))
     media = {None: accepted, "sse": SSE, "ndjson": NDJSON}.get(request.arg("format"))
     if media is None:
         raise HTTPError(400, "format must be sse or ndjson")
@@ -5376,7 +5218,8 @@ def top_text(service: APIService) -> str:
     shown = ("utilization", "power_usage", "memory_used", "temperature")
     lines += ["", _top_row("GPUs", ("util %", "power W", "memory GB", "temp C"))] if gpus else []
     lines += [_top_row(f"  {gpu}", map(figures.get, shown)) for gpu, figures in list(gpus.items())[:16]]
-    return "".join(f"{terminal_text(line, 80)}\n" for line in lines)
+    # On a terminal nothing of it may move the cursor, colour or turn the text.
+    return "".join(["".join(c if c.isprintable() else "\ufffd" for c in line[:80]) + "\n" for line in lines])
 
 
 ROUTES: tuple[Route, ...] = (
