@@ -4498,12 +4498,13 @@ def _tls_context(settings: Settings, admit: Callable[[int], bool]) -> ssl.SSLCon
     certificate, key = settings.tls_cert or "", settings.tls_key
     try:
         context.load_cert_chain(certificate, key)
-    except (OSError, ssl.SSLError) as error:
-        flag, path = "--tls-cert", certificate
-        with contextlib.suppress(OSError, ssl.SSLError):  # a certificate that is good by itself: then it is the key
+    except OSError as error:  # SSLError is one
+        flag, path, reason = "--tls-cert", certificate, error.strerror or str(error)
+        with contextlib.suppress(OSError):  # a certificate that is good by itself: then it is the key
             ssl.create_default_context(cafile=certificate)
             flag, path = ("--tls-key", key) if key else (flag, path)
-        reason = "no private key fits the certificate" if flag == "--tls-key" else error.strerror or str(error)
+        if flag == "--tls-key" and isinstance(error, ssl.SSLError):
+            reason = "no private key fits the certificate"
         raise UsageError(f"{flag} {printable(path)}: {reason}") from None
     return context
 
@@ -5464,10 +5465,6 @@ OPTIONS: tuple[Option, ...] = tuple(
 _SOURCES = ("--zmq-host", "--zmq-ipc-path", "--zmq-address", "--zmq-bind", "--replay", "--demo")
 _DESCRIPTION = "Watch an AIPerf benchmark over its ZMQ event bus and serve its metrics over HTTP and WebSocket."
 _EPILOG = "Everything after -- is run as the benchmark: aiperf-api --api-port 9090 -- aiperf profile --model ..."
-_HINTS = """\
---port: it is --api-port
-help: it is --help
-aiperf: the benchmark stands behind --: ... -- aiperf profile"""
 
 
 class Arguments(NamedTuple):
@@ -5500,9 +5497,7 @@ _PATTERNS = MappingProxyType({  # what a value must look like
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        stray = re.search("unrecognized arguments: ([^ =]+)", message)
-        hint = stray and re.search(f"(?m)^{re.escape(stray[1])}: (.*)$", _HINTS)
-        raise UsageError(printable(message) + (f"; {hint[1]}" if hint else ""))
+        raise UsageError(f"{printable(message)}; --help lists all options, a benchmark stands behind --")
 
 
 def _read_options(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[set[str], dict[str, Any]]:
@@ -5527,13 +5522,13 @@ def _read_options(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[set[
             if is_list and value:  # names with commas between, or a JSON list (AIPerf's way)
                 with contextlib.suppress(JSONError):
                     value = json_load(value.encode()) if value.lstrip().startswith("[") else value.split(",")
-        values = value if isinstance(value, list) else [] if value is None else [value]
+        values: Sequence[Any] = value if isinstance(value, list) else [] if value is None else [value]
         for one in values:
             if not re.fullmatch(_PATTERNS.get(flag, "(?s:.+)"), str(one).strip(), re.IGNORECASE):
                 what = "usable" if flag == "--api-token" else printable(repr(one))  # it may be seen by others
                 raise UsageError(f"{flag}: not {what}; {text}")
-        value = value.strip() if value and flag == "--api-token" else value  # no header could carry it
-        given[flag] = [str(one).strip() for one in values] if is_list else value
+        values = tuple(str(one).strip() for one in values)
+        given[flag] = values if is_list else values[0] if values else None
     return flags, given
 
 
@@ -5560,10 +5555,8 @@ def parse_arguments(argv: Sequence[str], environ: Mapping[str, str]) -> Argument
         raise UsageError("--api-host needs --api-port")
     if given["--api-port"] is None and given["--api-unix"] is None:
         raise UsageError("nothing to serve on: give --api-port PORT (or --api-unix PATH); --help lists everything")
-    for flag in ("--tls-cert", "--tls-key"):
-        if given[flag] and not (given["--tls-cert"] and os.path.isfile(given[flag])):
-            reason = "no such file" if given["--tls-cert"] else "needs --tls-cert"
-            raise UsageError(f"{flag} {printable(given[flag])}: {reason}")
+    if given["--tls-key"] and not given["--tls-cert"]:
+        raise UsageError("--tls-key needs --tls-cert")
     for written in ("--record", "--report"):
         path = check_output(given[written], written) if given[written] else ""  # now, not when the run is over
         for read in ("--config", "--replay", "--tls-cert", "--tls-key"):
@@ -5571,14 +5564,13 @@ def parse_arguments(argv: Sequence[str], environ: Mapping[str, str]) -> Argument
                 raise UsageError(f"{written} {printable(path)}: that is the file that {read} reads")
     learnt = Secrets()
     learnt.redact([dict(environ), read_flags(command)])  # of more than it remembers, the last count
-    most = int(given["--ws-max-connections"] or WS_CONNECTIONS_MAX)
-    port, linger = (None if given[flag] is None else float(given[flag]) for flag in ("--api-port", "--linger"))
+    port, linger_sec = given["--api-port"], given["--linger"]
     settings = Settings(
-        host=(given["--api-host"] or "127.0.0.1").strip("[]"), port=None if port is None else int(port),
-        unix_path=given["--api-unix"], token=given["--api-token"], allow_hosts=tuple(given["--allow-host"]),
-        cors_origins=tuple(given["--cors-origin"]), tls_cert=given["--tls-cert"], tls_key=given["--tls-key"],
-        ws_max_connections=most, linger_sec=linger, record=given["--record"], report=given["--report"],
-        secrets=learnt.known,
+        host=(given["--api-host"] or "127.0.0.1").strip("[]"), port=port and int(port), unix_path=given["--api-unix"],
+        token=given["--api-token"], allow_hosts=given["--allow-host"], cors_origins=given["--cors-origin"],
+        tls_cert=given["--tls-cert"], tls_key=given["--tls-key"], linger_sec=linger_sec and float(linger_sec),
+        ws_max_connections=int(given["--ws-max-connections"] or WS_CONNECTIONS_MAX),
+        record=given["--record"], report=given["--report"], secrets=learnt.known,
     )  # fmt: skip
     backend, level = (given["--zmq-backend"] or "auto").lower(), (given["--log-level"] or "info").upper()
     source, told = _choose_source(flags, given, backend, bool(command))
@@ -5628,9 +5620,6 @@ def _choose_source(
 # -- The benchmark behind `--` -----------------------------------------------------------------------------------------
 
 _SHORT_FLAGS = MappingProxyType({"-m": "model", "-u": "url", "-f": "config", "-H": "header"})
-# Without them a run without dashboard publishes no live metrics (AIPerf 0.5 and later).
-_LIVE_METRICS = (("AIPERF_UI_REALTIME_METRICS_ENABLED", "true"), ("AIPERF_UI_REALTIME_METRICS_INTERVAL", "1"))
-CHILD_ADDRESS_VARIABLE = "AIPERF_API_ZMQ_ADDRESS"  # where a home-made benchmark publishes to
 
 
 class ChildPlan(NamedTuple):
@@ -5674,7 +5663,7 @@ def child_plan(arguments: Arguments, environ: Mapping[str, str], ipc_dir: str) -
     if not any(pair in (("aiperf", "profile"), ("aiperf.exe", "profile")) for pair in zip(words, words[1:])):
         if source is None:
             source = bus_source("ipc://" + os.path.join(ipc_dir, "bus.ipc"), "child", bind=True, backend=backend)
-            inherited[CHILD_ADDRESS_VARIABLE] = source.address
+            inherited["AIPERF_API_ZMQ_ADDRESS"] = source.address
         return ChildPlan(command, inherited, source, {})
     flags = read_flags(command)
     address, added = ipc_address(ipc_dir), ["--zmq-ipc-path", ipc_dir]
@@ -5687,9 +5676,11 @@ def child_plan(arguments: Arguments, environ: Mapping[str, str], ipc_dir: str) -
             f"{printable(str(flags['config']))} chooses the event bus itself (communication): say where it is, as in"
             " aiperf-api ... --zmq-host 127.0.0.1 -- aiperf profile ..."
         )
-    source = source or bus_source(address, "child", backend=backend)
+    # Else a run without dashboard publishes no live metrics (AIPerf 0.5 and later).
+    live = {"AIPERF_UI_REALTIME_METRICS_ENABLED": "true", "AIPERF_UI_REALTIME_METRICS_INTERVAL": "1"}
     defaults = {} if "config" in flags else {"endpoint_type": "chat", "streaming": False}  # AIPerf's
-    return ChildPlan((*command, *added), {**dict(_LIVE_METRICS), **inherited}, source, {**defaults, **flags})
+    source = source or bus_source(address, "child", backend=backend)
+    return ChildPlan((*command, *added), {**live, **inherited}, source, {**defaults, **flags})
 
 
 def _names_a_bus(path: str) -> bool:
@@ -5707,47 +5698,59 @@ class Child:
 
     So Ctrl-C reaches it alone and once.  A signal to us is passed on, but not the second of two within a second: AIPerf
     answers its first SIGINT by finishing, its second by quitting, and `timeout` sends one to us and one to our group.
+    Without a command it keeps to the signals.
     """
 
     def __init__(self, plan: ChildPlan) -> None:
         self.plan = plan
-        self.ended, self.hurried = asyncio.Event(), asyncio.Event()  # the process is gone; nobody wants to linger
-        self.signals: list[tuple[int, float]] = []  # (number, monotonic seconds) of those that were passed on
+        self.has_ended = not plan.argv  # the process is gone, or there is none
+        self.hurried = asyncio.Event()  # nobody wants us to go on serving
         self.exit_text = ""  # how it ended: `exit status 3`, `killed by SIGKILL`
+        self._signals: list[tuple[int, float]] = []  # (number, monotonic seconds) of those that were passed on
         self._process: asyncio.subprocess.Process | None = None
         self._has_terminal = False  # it is ours to hand over
         with contextlib.suppress(OSError, AttributeError):
             self._has_terminal = os.tcgetpgrp(0) == os.getpgrp()
 
-    def _give_terminal(self, group: int) -> None:
-        """Make a process group the one that the terminal signals; SIGTTOU would stop us for asking."""
+    def watch_signals(self) -> None:
+        """Handle in the loop the signals that end us (SIGHUP unless it is ignored, as under nohup), and SIGCHLD."""
+        loop = asyncio.get_running_loop()
+        for name in ("SIGINT", "SIGTERM", "SIGQUIT", "SIGHUP"):
+            number = getattr(signal, name, None)
+            if number is not None and (name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN):
+                try:
+                    loop.add_signal_handler(number, self.on_signal, number)
+                except NotImplementedError:  # Windows
+                    signal.signal(number, lambda n, _: loop.call_soon_threadsafe(self.on_signal, n))
+        if hasattr(signal, "SIGCHLD"):
+            loop.add_signal_handler(signal.SIGCHLD, self.on_child_signal)
+
+    def _give_terminal(self, group: int = 0) -> None:
+        """Make a process group (0: our own) the one that the terminal signals; SIGTTOU would stop us for asking."""
         if self._has_terminal:
             before = signal.signal(signal.SIGTTOU, signal.SIG_IGN)
             with contextlib.suppress(OSError):
-                os.tcsetpgrp(0, group)
+                os.tcsetpgrp(0, group or os.getpgrp())
             signal.signal(signal.SIGTTOU, before)
 
     def _enter_group(self) -> None:  # in the child, between fork and exec
         os.setpgid(0, 0)
-        self._give_terminal(os.getpgrp())
+        self._give_terminal()
 
     async def run(self) -> int:
         """Run it to its end; return the exit code as a shell has it. ExitError 126 or 127 when it cannot be started."""
-        if self.signals:  # already: then it need not begin
-            self.ended.set()
-            return 128 + self.signals[0][0]
         argv, enter = self.plan.argv, self._enter_group if hasattr(os, "setpgid") else None
         try:
             self._process = await asyncio.create_subprocess_exec(*argv, env=self.plan.environ, preexec_fn=enter)
-            for number, _ in self.signals:  # that came while it was being started
+            for number, _ in self._signals:  # that came before
                 self._process.send_signal(number)
             self.on_child_signal()  # a Ctrl-Z, too
         except (OSError, ValueError, subprocess.SubprocessError) as error:
             code = 127 if isinstance(error, FileNotFoundError) else 126
             raise ExitError(f"{printable(argv[0])}: {getattr(error, 'strerror', None) or error}", code) from None
         code = await self._process.wait()
-        self.ended.set()
-        self._give_terminal(os.getpgrp() if enter else 0)
+        self.has_ended = True
+        self._give_terminal()
         self.exit_text = f"exit status {code}"
         if code < 0:
             self._kill(signal.SIGKILL)  # what it had started goes, too
@@ -5762,43 +5765,35 @@ class Child:
                 os.killpg(self._process.pid, number)
 
     def on_signal(self, number: int) -> None:
-        """Pass a signal on; the third ends the child at once, and one after its end ends the lingering."""
+        """Pass a signal on; the third kills the benchmark.  Behind its end the first asks for ours, a second forces it."""
         now_sec = time.monotonic()
-        if any(known == number and now_sec - at < 1.0 for known, at in self.signals):
+        if any(known == number and now_sec - at < 1.0 for known, at in self._signals):
             return
-        self.signals.append((number, now_sec))
-        if self.ended.is_set() and self.hurried.is_set():
+        self._signals.append((number, now_sec))
+        if self.has_ended and self.hurried.is_set():
             os._exit(128 + number)
-        if self.ended.is_set() or len(self.signals) > 1 or number != signal.SIGINT:
+        if self.has_ended or len(self._signals) > 1 or number != signal.SIGINT:
             self.hurried.set()
-        if self._process is not None and not self.ended.is_set():
-            if number in (signal.SIGINT, signal.SIGTERM) and len(self.signals) <= 2:
-                with contextlib.suppress(ProcessLookupError):
-                    self._process.send_signal(number)
-            else:
-                self._kill(signal.SIGKILL if len(self.signals) > 2 else number)
+        if self._process is not None and not self.has_ended:
+            with contextlib.suppress(ProcessLookupError):
+                self._kill(signal.SIGKILL) if len(self._signals) > 2 else self._process.send_signal(number)
 
     def on_child_signal(self) -> None:
-        """Follow a child that Ctrl-Z has stopped: stop, too, so that the shell has the terminal; go on when we do."""
-        own = self._process.pid if self._process is not None and not self.ended.is_set() else 0
+        """Reap, as the first process of a container, whom nobody else can: our own child is asyncio's.  Follow a child
+        that Ctrl-Z has stopped: stop, too, so that the shell has the terminal, and let it go on when we do."""
+        own = self._process.pid if self._process is not None and not self.has_ended else 0
         with contextlib.suppress(ChildProcessError, AttributeError):  # macOS has waitid() from Python 3.13 on
+            while os.getpid() == 1 and (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)):
+                if ended.si_pid == own:
+                    break
+                os.waitpid(ended.si_pid, 0)
             if own and os.waitid(os.P_PID, own, os.WSTOPPED | os.WNOHANG):
-                self._give_terminal(os.getpgrp())
+                self._give_terminal()
                 os.kill(os.getpid(), signal.SIGSTOP)
                 with contextlib.suppress(OSError):
                     if self._has_terminal and os.tcgetpgrp(0) == os.getpgrp():  # fg, not bg
                         self._give_terminal(own)
                 self._kill(signal.SIGCONT)
-        reap_orphans(own)
-
-
-def reap_orphans(own: int) -> None:
-    """Reap, as the first process of a container, whom nobody else can; our own child is asyncio's."""
-    with contextlib.suppress(ChildProcessError):
-        while os.getpid() == 1 and (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)):
-            if ended.si_pid == own:
-                return
-            os.waitpid(ended.si_pid, 0)
 
 
 @contextlib.contextmanager
@@ -5844,85 +5839,54 @@ def log_held() -> Iterator[None]:
 def start_lines(service: APIService) -> list[str]:
     """Return what somebody who starts the server wants to know first."""
     source, settings = service.source, service.settings
-    what = {
-        "demo": "demo: a replay of a recorded run ({}), in a loop",
-        "replay": "replay of {}",
-        "bind": "publishers connect to {}",
-        "child": "the benchmark, {}",
-    }.get(source.kind, "the AIPerf event bus at {}")
     lines = [f"aiperf-api {__version__} serves {printable(service.url)}"]
     if settings.port is not None:
         lines.append(f"  dashboard  {service.url}/dashboard")
         lines += [f"  and        unix:{printable(settings.unix_path)}"] if settings.unix_path is not None else []
-    lines.append(f"  source     {printable(what.format(source.address), _LINE_CHARS_MAX)}")
+    lines.append(f"  source     {source.kind}: {printable(source.address, _LINE_CHARS_MAX)}")
     if settings.port is not None and not is_loopback(settings.host) and not settings.token:
         lines.append("  warning    open to the network without a token; see --api-token")
     return lines
 
 
-def _watch_signals(ask: Callable[[int], None], on_child: Callable[[], None]) -> None:
-    """Handle in the loop the signals that end us (SIGHUP unless it is ignored, as under nohup), and SIGCHLD."""
-    loop = asyncio.get_running_loop()
-    for name in ("SIGINT", "SIGTERM", "SIGQUIT", "SIGHUP"):
-        number = getattr(signal, name, None)
-        if number is not None and (name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN):
-            try:
-                loop.add_signal_handler(number, ask, number)
-            except NotImplementedError:  # Windows
-                signal.signal(number, lambda n, _: loop.call_soon_threadsafe(ask, n))
-    if hasattr(signal, "SIGCHLD"):
-        loop.add_signal_handler(signal.SIGCHLD, on_child)
+async def _run_benchmark(service: APIService, child: Child) -> int:
+    """Run the benchmark, note how it ended, serve its last state for a while; return its exit code."""
+    with log_held():
+        code = await child.run()
+    await service.settle()
+    if not service.bus_total:
+        log.warning("the benchmark was not heard; in a script it needs --zmq-host: see the troubleshooting guide")
+    if code or service.bus_total:  # a command that ended well and never reported has not failed
+        hint = "" if service.bus_total else "; see its output above"
+        service.end_child(child.exit_text + hint if code else "")
+    linger_sec = 5 if service.settings.linger_sec is None else service.settings.linger_sec
+    if linger_sec and not child.hurried.is_set():
+        log.info("the benchmark ended (%s); serving its last state for %g s", child.exit_text, linger_sec)
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(child.hurried.wait(), linger_sec)
+    return code
 
 
-async def _serve_command(arguments: Arguments, environ: Mapping[str, str]) -> int:
-    """Serve, run the benchmark behind `--`, go on serving for a while; return the benchmark's exit code."""
-    linger_sec = 5 if arguments.settings.linger_sec is None else arguments.settings.linger_sec
-    with ipc_directory() as directory:
+async def _serve(arguments: Arguments, environ: Mapping[str, str]) -> int:
+    """Serve until a signal or the end of the run and of the lingering; return the exit code."""
+    code = 0
+    with ipc_directory() if arguments.command else contextlib.nullcontext("") as directory:
         plan = child_plan(arguments, environ, directory)
         child = Child(plan)
         service = APIService(source=plan.source, config=arguments.config, settings=arguments.settings)
         service.configure(plan.config, "command")
-        _watch_signals(child.on_signal, child.on_child_signal)
+        child.watch_signals()
         await service.start()
         try:
             say(*start_lines(service))
-            with log_held():
-                code = await child.run()
-            await service.settle()
-            if not service.bus_total:
-                log.warning(
-                    "the benchmark was not heard; in a script it needs --zmq-host: see the troubleshooting guide"
-                )
-            if code or service.bus_total:  # a command that ended well and never reported has not failed
-                hint = "" if service.bus_total else "; see its output above"
-                service.end_child(child.exit_text + hint if code else "")
-            if linger_sec and not child.hurried.is_set():
-                log.info("the benchmark ended (%s); serving its last state for %g s", child.exit_text, linger_sec)
-                with contextlib.suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(child.hurried.wait(), linger_sec)
+            if plan.argv:
+                code = await _run_benchmark(service, child)
+            else:
+                ends = [asyncio.ensure_future(end) for end in (child.hurried.wait(), service.wait_lingered())]
+                await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         finally:
             await service.stop()
     return code
-
-
-async def _serve(arguments: Arguments) -> int:
-    service = APIService(source=arguments.source, config=arguments.config, settings=arguments.settings)
-    stop = asyncio.Event()
-
-    def ask(number: int) -> None:  # the first signal asks for the end, a second one forces it
-        if stop.is_set():
-            os._exit(128 + number)
-        stop.set()
-
-    _watch_signals(ask, lambda: reap_orphans(0))
-    await service.start()
-    say(*start_lines(service))
-    ends = [asyncio.ensure_future(stop.wait()), asyncio.ensure_future(service.wait_lingered())]
-    await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-    for end in ends:
-        end.cancel()
-    await service.stop()
-    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -5935,7 +5899,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         log.handlers[:] = [handler]
         log.propagate = False
         log.setLevel(arguments.log_level)
-        return asyncio.run(_serve_command(arguments, os.environ) if arguments.command else _serve(arguments))
+        return asyncio.run(_serve(arguments, os.environ))
     except ExitError as error:
         say(f"aiperf-api: {error}")
         return error.exit_code

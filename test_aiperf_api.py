@@ -5600,7 +5600,7 @@ class TestCommandLine(unittest.TestCase):
                 ((*port, "--api-token", "t\udcff"), "--api-token: not usable"),
                 ((*port, "--report", "/nonexistent/report.html"), "no such folder"),
                 (("--nonsense",), "--nonsense"),
-                (("--port", "9090"), "--api-port"),
+                (("--port", "9090"), "--help"),
                 (("help",), "--help"),
                 ((*port, "aiperf", "profile"), "behind --"),
                 ((*port, "--"), "behind --"),
