@@ -4753,7 +4753,7 @@ class TestServiceAnswers(ServiceTestCase):
             await client.get("/api/runs?whatever=1")
             self.assertEqual(service._answers, kept)
             clock.monotonic = lambda: 1001.0  # nothing has come, but time has gone by
-            later = service.now_ns() + 11_000_000_000
+            later = service.source.now_ns() + 11_000_000_000
             with mock.patch.object(service.source, "now_ns", lambda: later):
                 again = [await client.get(path) for path in ("/api/runs", "/metrics")]
                 self.assertTrue((await client.get("/api/status")).json["stale"])
@@ -4849,9 +4849,9 @@ class TestServiceAnswers(ServiceTestCase):
             service = await self.serve(source=SpySource(), record=f"{folder}/run.jsonl")
             source = cast(SpySource, service.source)
             listener = await self.listen(service, "*")
-            for topic in (b"status." + b"x" * 1000 + b"$", b"status.\xff$"):  # each would be kept
+            for topic in (b"status." + b"x" * 1000 + b"$", b"status.\xff$"):
                 service._deliver([[topic, b"{}"]])
-            self.assertEqual((service.bus_errors, service._types), ({"topic": 2}, {}))
+            self.assertEqual(service.bus_errors, {"topic": 2})
             full = mock.patch.object(aiperf_api.Recorder, "flush", side_effect=OSError(28, "No space left"))
             with full, self.assertLogs("aiperf_api", "ERROR"):
                 service._sweep()
@@ -5039,7 +5039,7 @@ class TestUnixSocket(ServiceTestCase):
         return answer
 
     async def test_it_answers_whatever_the_host_and_only_to_its_owner(self) -> None:
-        service = await self.serve(settings=aiperf_api.Settings(port=None, unix_path=self.path))
+        service = await self.serve(port=None, unix_path=self.path)
         self.assertEqual((service.url, os.stat(self.path).st_mode & 0o777), (f"unix:{self.path}", 0o600))
         self.assertEqual((await self.ask(host="any.name")).status, 200)
         await service.stop()
