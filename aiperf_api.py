@@ -4391,8 +4391,6 @@ STOP_TIMEOUT_SEC = 2  # in all, from the signal to the exit
 _LINE_CHARS_MAX = 1000  # of a line about the bus, in the log and at the start
 _ACCEPT_MAX = 32  # connections accepted in one turn of the loop, before others have theirs; asyncio 100
 _FILES_SPARE = 32  # file descriptors for everything but connections: the bus, files, a child
-_BACKLOG = 1024  # connections waiting to be accepted; nginx 511; the peer's SYN is retried, a second later
-_RUNS_GAP_SEC = 60  # without a bus before a sweep counts as over; AIPerf has 6 to 43 s between two runs
 # Endpoints whose answers are costly, and may be a second old: all who read one share its bytes.
 _SHARED = frozenset("metrics workers config server_metrics results history runs run report".split())
 _SHARED_MAX, _SHARED_BYTES_MAX = 16, 8 * 1024 * 1024  # such answers kept
@@ -4431,7 +4429,7 @@ def _listen_tcp(host: str, port: int) -> socket.socket:
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         both = family == socket.AF_INET6 and host == "::" and socket.has_dualstack_ipv6()
-        return socket.create_server(address[:2], family=family, backlog=_BACKLOG, dualstack_ipv6=both)
+        return socket.create_server(address[:2], family=family, dualstack_ipv6=both)
     except (OSError, UnicodeError) as error:
         reason = str(error.strerror).partition(" (while ")[0] if isinstance(error, OSError) else "not a host name"
         raise StartError(f"cannot listen on {printable(host)} port {port}: {reason}") from None
@@ -4514,11 +4512,10 @@ def message_type_of(topic: bytes) -> str:
 
 
 class APIService:
-    """The server: owns benchmark, source, hub and connections.
+    """The server: an async context manager, or to be started and stopped.
 
-    Use it as an async context manager, or call start() and stop().  A `source` is a ZMQ subscriber endpoint
-    (`tcp://127.0.0.1:5664`), a Source, or None for publish() alone; `config` is the benchmark's configuration, as far
-    as the bus does not tell it; `settings` are the fields of Settings.
+    A `source` is a ZMQ subscriber endpoint (`tcp://127.0.0.1:5664`), a Source, or None for publish() alone; `config` is
+    the benchmark's configuration, as far as the bus does not tell it; `settings` are the fields of Settings.
     UsageError says that an argument is wrong, StartError (from start()) that the machine refuses.
     """
 
@@ -4616,7 +4613,7 @@ class APIService:
     async def _accept(self, listener: socket.socket, timing: dict[str, Any]) -> None:
         accept: Any = connection_factory(self)
         self._servers.append(await asyncio.start_server(accept, sock=listener, backlog=_ACCEPT_MAX, **timing))
-        listener.listen(_BACKLOG)  # asyncio has one number for what waits and for what a turn accepts
+        listener.listen(1024)  # that wait (nginx 511); asyncio has one number for these and for what a turn accepts
 
     def _limit_connections(self) -> None:
         """Have descriptors for all connections, or refuse the last ones ourselves: asyncio would log and wait.  The
@@ -4681,11 +4678,11 @@ class APIService:
             is_over = self._complete.is_set()  # else a new run has begun meanwhile
 
     def _judge_complete(self, passed_sec: float) -> None:
-        """Set `_complete` at the end of the last run; each run of a sweep has a new bus at the same address."""
+        """Set `_complete` at the end of the last run; each run of a sweep has a new bus, 6 to 43 s after the last."""
         source, benchmark = self.source, self.benchmark
         self._gone_sec = 0.0 if source.connected else self._gone_sec + passed_sec
         is_only = "run_config.json" in self._artifacts and benchmark.run_number >= (benchmark.runs_expected or 1)
-        is_last = is_only or source.kind not in ("tcp", "ipc", "zmq") or self._gone_sec >= _RUNS_GAP_SEC
+        is_last = is_only or source.kind not in ("tcp", "ipc", "zmq") or self._gone_sec >= 60
         if source.ended or (benchmark.end is not None and is_last):
             self._complete.set()
 
@@ -4845,13 +4842,6 @@ class APIService:
         self._on_change()
         self._broadcast()
 
-    async def settle(self) -> None:
-        """Wait until the bus of a process that is gone has been silent for 0.2 s, at most 3 s."""
-        deadline, seen = time.monotonic() + 3.0, -1
-        while self.bus_total != seen and time.monotonic() < deadline:
-            seen = self.bus_total
-            await asyncio.sleep(0.2)
-
     def _on_wanted(self, message_type: str, wanted: bool) -> None:
         """Keep the upstream subscriptions: what clients want, besides what the state always needs."""
         change = self.source.subscribe if wanted else self.source.unsubscribe
@@ -5006,17 +4996,15 @@ class APIService:
             command = json_load(data.encode() if isinstance(data, str) else data)
         except JSONError as error:
             raise ClientMessageError(f"not JSON: {error}") from None
-        if not isinstance(command, dict):
-            raise ClientMessageError("send a JSON object")
-        kind, types, snapshot = command.get("type"), command.get("message_types"), command.get("snapshot", True)
+        kind = command.get("type") if isinstance(command, dict) else None
         if kind == "ping":
             return {"type": "pong"}, []
         if kind not in ("subscribe", "unsubscribe"):
-            raise ClientMessageError("type must be subscribe, unsubscribe or ping")
-        if not isinstance(types, list) or not types:
+            raise ClientMessageError("send a JSON object whose type is subscribe, unsubscribe or ping")
+        types, snapshot = command.get("message_types"), command.get("snapshot", True)
+        names = types if isinstance(types, list) else []
+        if not names or not all(isinstance(name, str) and _CLIENT_MESSAGE_TYPE.fullmatch(name) for name in names):
             raise ClientMessageError('message_types must be a list of names, such as ["realtime_metrics"] or ["*"]')
-        if not all(isinstance(name, str) and _CLIENT_MESSAGE_TYPE.fullmatch(name) for name in types):
-            raise ClientMessageError("message_types holds something that is not the name of a message type")
         if not isinstance(snapshot, bool):
             raise ClientMessageError("snapshot must be true or false")
         if kind == "unsubscribe" and "*" in client.asked and "*" not in types:
@@ -5079,10 +5067,8 @@ class APIService:
         content_type = accepts(request.headers.get("accept"), tuple(formats)) or CONTENT_TYPE_TEXT_0_0_4
 
         def make() -> Response:
-            families = unique_families(
-                [*state_families(self.benchmark, self.source.now_ns()), *self._health_families()]
-            )
-            return Response(200, formats[content_type](families), content_type)
+            families = [*state_families(self.benchmark, self.source.now_ns()), *self._health_families()]
+            return Response(200, formats[content_type](unique_families(families)), content_type)
 
         return self._share((content_type, False), make)
 
@@ -5128,8 +5114,6 @@ class APIService:
 _REPORT_TAGS = frozenset("""request_latency time_to_first_token inter_token_latency output_token_throughput
     request_throughput output_sequence_length goodput""".split())  # fmt: skip
 _REPORT_STATS = tuple("count sum avg std p50 p90 p99 sent completed errors cancelled in_flight".split())
-_REPORT_MARKER = re.compile(rb"<!-- (?:inline: ([\w./ -]+)|run) -->")
-_MODULE_SEAM = re.compile(rb"(?m)^import [^\n]*\n|^export ")
 
 
 def _report_histories(benchmark: Benchmark) -> Iterator[JSONValue]:
@@ -5151,9 +5135,7 @@ def _report_histories(benchmark: Benchmark) -> Iterator[JSONValue]:
 
 def report_html(service: APIService) -> bytes:
     """Return static/report.html with the files that it names and the run as JSON put in: it needs no network."""
-    template, benchmark, now_ns = service.static.get("report.html"), service.benchmark, service.source.now_ns()
-    if template is None:
-        raise HTTPError(404, PAGES_MISSING)
+    benchmark, now_ns = service.benchmark, service.source.now_ns()
     run = {
         "kind": "aiperf-report", "format": 1, "server_version": __version__, "generated_ns": now_ns,
         **{name: getattr(benchmark, name)() for name in ("metrics", "workers", "server_metrics", "config")},
@@ -5165,14 +5147,12 @@ def report_html(service: APIService) -> bytes:
         if marker[1] is None:
             return b'<script type="application/json" id="run">%b</script>' % json_bytes(run).replace(b"<", rb"\u003c")
         names = marker[1].decode().split()
-        if not service.static.keys() >= set(names):
-            raise HTTPError(404, PAGES_MISSING)
-        text = b"\n".join(service.static[name].payload(False) for name in names)
+        text = b"\n".join(service.file(name).payload(False) for name in names)
         if names[0].endswith(".css"):
             return b"<style>\n%b\n</style>" % text
-        return b'<script type="module">\n%b\n</script>' % _MODULE_SEAM.sub(b"", text)
+        return b'<script type="module">\n%b\n</script>' % re.sub(rb"(?m)^import [^\n]*\n|^export ", b"", text)
 
-    return _REPORT_MARKER.sub(part, template.payload(False))
+    return re.sub(rb"<!-- (?:inline: ([\w./ -]+)|run) -->", part, service.file("report.html").payload(False))
 
 
 def _get_report(service: APIService, *_: Any) -> Response:
@@ -5197,10 +5177,9 @@ def _get_documentation(service: APIService, *_: Any) -> Response:
 def _get_history(service: APIService, _: Connection, request: Request, __: str) -> JSONValue:
     _only_arguments(request, "tag stat since points pretty")
     since, points = request.arg("since", "0") or "", request.arg("points", str(HISTORY_POINTS_DEFAULT)) or ""
-    if not re.fullmatch("[0-9]{1,19}", since):
-        raise HTTPError(400, "since must be a time in ns since the epoch")
-    if not re.fullmatch("[0-9]{1,5}", points) or not 1 <= int(points) <= HISTORY_POINTS_MAX:
-        raise HTTPError(400, f"points must be a number from 1 to {HISTORY_POINTS_MAX}")
+    is_points = re.fullmatch("[0-9]{1,5}", points) and 1 <= int(points) <= HISTORY_POINTS_MAX
+    if not is_points or not re.fullmatch("[0-9]{1,19}", since):
+        raise HTTPError(400, f"since must be in ns since the epoch, points a number from 1 to {HISTORY_POINTS_MAX}")
     tags = re.findall(r"(?:[^,{]|\{[^}]*\}?)+", ",".join(request.args("tag")))  # a server's tag has commas in braces
     stats = [stat for stat in ",".join(request.args("stat")).split(",") if stat]
     try:
@@ -5236,11 +5215,9 @@ def _get_stream(service: APIService, connection: Connection, request: Request, _
     _only_arguments(request, "types format snapshot")
     accepted = accepts(request.headers.get("accept"), (SSE, NDJSON)) or SSE
     media = {None: accepted, "sse": SSE, "ndjson": NDJSON}.get(request.arg("format"))
-    if media is None:
-        raise HTTPError(400, "format must be sse or ndjson")
     snapshot = request.arg("snapshot", "1")
-    if snapshot not in ("0", "1"):
-        raise HTTPError(400, "snapshot must be 0 or 1")
+    if media is None or snapshot not in ("0", "1"):
+        raise HTTPError(400, "format must be sse or ndjson, snapshot 0 or 1")
     types = list(dict.fromkeys(name for name in ",".join(request.args("types")).split(",") if name)) or ["*"]
     if len(types) > CLIENT_TYPES_MAX or not all(map(_CLIENT_MESSAGE_TYPE.fullmatch, types)):
         raise HTTPError(400, "types must be names of message types, separated by commas")
@@ -5276,10 +5253,6 @@ def _get_ready(service: APIService, *_: Any) -> Response:
     return text_response("ok\n") if service.source.connected else text_response(text, 503, (("Retry-After", "2"),))
 
 
-_TOP_TAGS = """output_token_throughput output_token_throughput_per_user request_throughput
-    time_to_first_token inter_token_latency request_latency"""
-
-
 def _top_row(name: str, cells: Iterable[Any]) -> str:
     texts = (f"{cell:,.2f}" if isinstance(cell, float) else "-" if cell is None else str(cell)[:10] for cell in cells)
     return f"{name[:35]:36}" + "".join(f"{text:>11}" for text in texts)
@@ -5306,7 +5279,9 @@ def top_text(service: APIService) -> str:
         "",
         _top_row("", ("avg", "p50", "p99")),
     ]
-    for tag in _TOP_TAGS.split():
+    tags = """output_token_throughput output_token_throughput_per_user request_throughput
+        time_to_first_token inter_token_latency request_latency"""
+    for tag in tags.split():
         row = metrics["metrics"].get(tag, {})
         lines.append(_top_row(tag.replace("_", " "), map(row.get, ("avg", "p50", "p99"))))
     active = f"workers: {workers['active_workers']} of {workers['total_workers']} active"
@@ -5406,7 +5381,7 @@ OPTIONS: tuple[Option, ...] = tuple(
     for head, *cells in (line.split("|") for line in _OPTIONS.strip().splitlines())
 )
 _SOURCES = ("--zmq-host", "--zmq-ipc-path", "--zmq-address", "--zmq-bind", "--replay", "--demo")
-_ABOUT = "Watch an AIPerf benchmark over its ZMQ event bus and serve its metrics over HTTP and WebSocket."
+_DESCRIPTION = "Watch an AIPerf benchmark over its ZMQ event bus and serve its metrics over HTTP and WebSocket."
 _EPILOG = "Everything after -- is run as the benchmark: aiperf-api --api-port 9090 -- aiperf profile --model ..."
 
 
@@ -5446,17 +5421,16 @@ class _Parser(argparse.ArgumentParser):
 def _read_options(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[set[str], dict[str, Any]]:
     """Return the flags that are given, and each option's text (a tuple if repeatable): its own, else its variable's.
     An empty variable is none, but an empty value is a mistake: `--api-token "$UNSET"` would leave the server open."""
-    parser = _Parser(prog="aiperf-api", description=_ABOUT, epilog=_EPILOG, allow_abbrev=False, add_help=False)
+    parser = _Parser(prog="aiperf-api", description=_DESCRIPTION, epilog=_EPILOG, allow_abbrev=False)
     for flag, metavar, default, variables, text in OPTIONS:
         about = text + (f" (default: {default})" if default else "") + f" [{variables.replace(' ', ' or ')}]"
         action = "append" if "repeatable" in text else "store" if metavar else "store_const"
         more: dict[str, Any] = {"metavar": metavar} if metavar else {"const": "true"}
         parser.add_argument(flag, action=action, help=about, dest=flag, **more)
     parser.add_argument("--version", action="version", version=f"aiperf-api {__version__}")
-    parser.add_argument("--help", "-h", action="help", help="show this and exit")
     given = vars(parser.parse_args(argv))
     flags = {flag for flag, value in given.items() if value is not None}
-    for flag, _, _, variables, text in OPTIONS:
+    for flag, metavar, _, variables, text in OPTIONS:
         is_list, value = "repeatable" in text, given[flag]
         if flag not in flags:
             value = next((environ[name] for name in variables.split() if environ.get(name)), None)
@@ -5468,7 +5442,7 @@ def _read_options(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[set[
             if not re.fullmatch(_PATTERNS.get(flag, "(?s:.+)"), str(one).strip(), re.IGNORECASE):
                 what = "usable" if flag == "--api-token" else printable(repr(one))  # it may be seen by others
                 raise UsageError(f"{flag}: not {what}; {text}")
-        values = tuple(str(one).strip() for one in values)
+        values = tuple(str(one).strip() for one in values if metavar or one.lower() not in _OFF)
         given[flag] = values if is_list else values[0] if values else None
     return flags, given
 
@@ -5477,12 +5451,12 @@ def _read_config(path: str) -> Mapping[str, Any]:
     try:
         with open(path, "rb") as file:
             value = json_load(file.read())
+        if isinstance(value, dict):
+            return value
+        reason = "not a JSON object"
     except (OSError, JSONError) as error:
-        reason = error.strerror if isinstance(error, OSError) else f"not JSON: {error}"
-        raise UsageError(f"--config {printable(path)}: {reason}") from None
-    if not isinstance(value, dict):
-        raise UsageError(f"--config {printable(path)}: not a JSON object")
-    return value
+        reason = str(error.strerror) if isinstance(error, OSError) else f"not JSON: {error}"
+    raise UsageError(f"--config {printable(path)}: {reason}")
 
 
 def parse_arguments(argv: Sequence[str], environ: Mapping[str, str]) -> Arguments:
@@ -5526,8 +5500,7 @@ def _choose_source(
     are a mistake.  A command brings its own bus (None), unless a flag says where that is; variables do not count."""
     chosen = [flag for flag in _SOURCES if flag in flags]
     if not chosen and not has_command:
-        named = [flag for flag in _SOURCES if given[flag] and given[flag].lower() not in _OFF]
-        chosen = named or ["--zmq-host"]
+        chosen = [flag for flag in _SOURCES if given[flag]] or ["--zmq-host"]
     if len(chosen) > 1 or (has_command and chosen and chosen[0] in ("--replay", "--demo")):
         raise UsageError(f"{' and '.join(chosen)}{' and a command' if has_command else ''}: only one source at a time")
     for option in ("--replay-speed", "--replay-loop"):
@@ -5537,7 +5510,7 @@ def _choose_source(
         return None, None
     flag, value = chosen[0], given[chosen[0]] or "127.0.0.1"
     if flag in ("--replay", "--demo"):
-        speed, loop = float(given["--replay-speed"] or 1.0), (given["--replay-loop"] or "no").lower() not in _OFF
+        speed, loop = float(given["--replay-speed"] or 1.0), bool(given["--replay-loop"])
         if flag == "--replay":
             check_recording(value)
             return ReplaySource(value, speed=speed, loop=loop), None
@@ -5635,11 +5608,10 @@ class Child:
 
     def __init__(self, plan: ChildPlan) -> None:
         self.plan = plan
-        self.has_ended = not plan.argv  # the process is gone, or there is none
         self.hurried = asyncio.Event()  # nobody wants us to go on serving
         self.exit_text = ""  # how it ended: `exit status 3`, `killed by SIGKILL`
         self._signals: list[tuple[int, float]] = []  # (number, monotonic seconds) of those that were passed on
-        self._process: asyncio.subprocess.Process | None = None
+        self._process: asyncio.subprocess.Process | None = None  # while it runs
         self._has_terminal = False  # it is ours to hand over
         with contextlib.suppress(OSError, AttributeError):
             self._has_terminal = os.tcgetpgrp(0) == os.getpgrp()
@@ -5681,13 +5653,13 @@ class Child:
             code = 127 if isinstance(error, FileNotFoundError) else 126
             raise ExitError(f"{printable(argv[0])}: {getattr(error, 'strerror', None) or error}", code) from None
         code = await self._process.wait()
-        self.has_ended = True
         self._give_terminal()
         self.exit_text = f"exit status {code}"
         if code < 0:
             self._kill(signal.SIGKILL)  # what it had started goes, too
             names = {number.value: number.name for number in signal.Signals}
             self.exit_text = f"killed by {names.get(-code, -code)}"
+        self._process = None
         return code if code >= 0 else 128 - code
 
     def _kill(self, number: int) -> None:
@@ -5702,18 +5674,18 @@ class Child:
         if any(known == number and now_sec - at < 1.0 for known, at in self._signals):
             return
         self._signals.append((number, now_sec))
-        if self.has_ended and self.hurried.is_set():
+        if self._process is None and self.hurried.is_set():
             os._exit(128 + number)
-        if self.has_ended or len(self._signals) > 1 or number != signal.SIGINT:
+        if self._process is None or len(self._signals) > 1 or number != signal.SIGINT:
             self.hurried.set()
-        if self._process is not None and not self.has_ended:
+        if self._process is not None:
             with contextlib.suppress(ProcessLookupError):
                 self._kill(signal.SIGKILL) if len(self._signals) > 2 else self._process.send_signal(number)
 
     def on_child_signal(self) -> None:
         """Reap, as the first process of a container, whom nobody else can: our own child is asyncio's.  Follow a child
         that Ctrl-Z has stopped: stop, too, so that the shell has the terminal, and let it go on when we do."""
-        own = self._process.pid if self._process is not None and not self.has_ended else 0
+        own = self._process.pid if self._process is not None else 0
         with contextlib.suppress(ChildProcessError, AttributeError):  # macOS has waitid() from Python 3.13 on
             while os.getpid() == 1 and (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)):
                 if ended.si_pid == own:
@@ -5773,7 +5745,7 @@ def start_lines(service: APIService) -> list[str]:
     lines = [f"aiperf-api {__version__} serves {printable(service.url)}"]
     if settings.port is not None:
         lines.append(f"  dashboard  {service.url}/dashboard")
-        lines += [f"  and        unix:{printable(settings.unix_path)}"] if settings.unix_path is not None else []
+        lines += [f"  and        unix:{printable(settings.unix_path)}"] if settings.unix_path else []
     lines.append(f"  source     {source.kind}: {printable(source.address, _LINE_CHARS_MAX)}")
     if settings.port is not None and not is_loopback(settings.host) and not settings.token:
         lines.append("  warning    open to the network without a token; see --api-token")
@@ -5784,7 +5756,10 @@ async def _run_benchmark(service: APIService, child: Child) -> int:
     """Run the benchmark, note how it ended, serve its last state for a while; return its exit code."""
     with log_held():
         code = await child.run()
-    await service.settle()
+    deadline, seen = time.monotonic() + 3.0, -1
+    while service.bus_total != seen and time.monotonic() < deadline:  # what it said last is still under way
+        seen = service.bus_total
+        await asyncio.sleep(0.2)
     if not service.bus_total:
         log.warning("the benchmark was not heard; in a script it needs --zmq-host: see the troubleshooting guide")
     if code or service.bus_total:  # a command that ended well and never reported has not failed
@@ -5825,7 +5800,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = parse_arguments(sys.argv[1:] if argv is None else argv, os.environ)
         logging.raiseExceptions = False  # a standard error that is closed, full or broken costs the line only
-        handler = logging.StreamHandler() if sys.stderr is not None else logging.NullHandler()
+        handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
         log.handlers[:] = [handler]
         log.propagate = False
