@@ -4469,18 +4469,17 @@ def _tls_context(settings: Settings, admit: Callable[[int], bool]) -> ssl.SSLCon
         def do_handshake(self) -> None:
             if self not in handshakes and not admit(len(handshakes)):
                 raise ssl.SSLError("too many connections")
-            handshakes.add(self)
+            handshakes.discard(self)
             try:
                 super().do_handshake()
             except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+                handshakes.add(self)  # it goes on
                 raise
             except ssl.SSLError as error:
-                handshakes.discard(self)
                 if error.reason == "HTTP_REQUEST":  # which asyncio keeps to itself
                     text = "a client speaks plain HTTP to this port, which speaks TLS: use https:// and wss://"
                     asyncio.get_running_loop().call_exception_handler({"message": text, "exception": error})
                 raise
-            handshakes.discard(self)
 
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -4519,9 +4518,7 @@ class APIService:
     UsageError says that an argument is wrong, StartError (from start()) that the machine refuses.
     """
 
-    def __init__(
-        self, *, source: str | Source | None = None, config: Mapping[str, Any] | None = None, **settings: Any
-    ) -> None:
+    def __init__(self, *, source: str | Source | None = None, config: JSONValue = None, **settings: Any) -> None:
         self.settings = Settings(**settings)
         if self.settings.token == "":  # an unset variable of a shell script: nobody would notice that it guards nothing
             raise UsageError("--api-token: an empty token")
@@ -4558,7 +4555,7 @@ class APIService:
         # The benchmark
         self.benchmark = Benchmark(self._count_bad)
         self._run_told: tuple[Any, ...] = ()  # (number, label, of) as clients were last told
-        self._artifacts: set[str] = set()  # files beside this run that have been read
+        self._artifacts: set[tuple[str, str]] = set()  # (folder, file) beside this run that have been read
         self._report_due_sec: float | None = None  # monotonic; None: this run has not ended; 0: it is written
         self._gone_sec = 0.0  # for how long the bus has been gone
         self._answers: dict[tuple[str, bool], Response] = {}  # (what was asked for, prettily) -> answer of this version
@@ -4681,7 +4678,8 @@ class APIService:
         """Set `_complete` at the end of the last run; each run of a sweep has a new bus, 6 to 43 s after the last."""
         source, benchmark = self.source, self.benchmark
         self._gone_sec = 0.0 if source.connected else self._gone_sec + passed_sec
-        is_only = "run_config.json" in self._artifacts and benchmark.run_number >= (benchmark.runs_expected or 1)
+        is_told = (benchmark.artifact_dir(), "run_config.json") in self._artifacts
+        is_only = is_told and benchmark.run_number >= (benchmark.runs_expected or 1)
         is_last = is_only or source.kind not in ("tcp", "ipc", "zmq") or self._gone_sec >= 60
         if source.ended or (benchmark.end is not None and is_last):
             self._complete.set()
@@ -4829,11 +4827,11 @@ class APIService:
         host = urlsplit(address).hostname if address.startswith("tcp://") else None  # a path may be no URL
         is_local, folder = self.source.kind in ("child", "ipc") or is_loopback(host or ""), benchmark.artifact_dir()
         for name in ("run_config.json", "profile_export_aiperf.json"):
-            if folder and is_local and name not in self._artifacts and (benchmark.end or name == "run_config.json"):
-                found = read_artifact(folder, name, (benchmark.started_ns or 0) // 10**9)
-                if found:
-                    self._artifacts.add(name)
-                    self.configure(found, "artifacts")
+            is_due = (folder, name) not in self._artifacts and (benchmark.end or name == "run_config.json")
+            found = folder and is_local and is_due and read_artifact(folder, name, (benchmark.started_ns or 0) // 10**9)
+            if found:
+                self._artifacts.add((folder, name))
+                self.configure(found, "artifacts")
 
     def end_child(self, exit_text: str) -> None:
         """Note that the benchmark's process is gone; `exit_text` says how, "" if it ended with 0."""
@@ -4947,8 +4945,7 @@ class APIService:
         """Return what an answer says beside its own headers: the cookie of a page opened with a token, CORS."""
         token, headers = self.settings.token, []
         if token is not None and request.path in PAGES and has_page_token(request, token.encode()):
-            # A page brings along scripts, reloads and a WebSocket; its cookie lets them in.  Without a Path it is for
-            # the folder of the page, also behind a proxy (RFC 6265 5.1.4).
+            # For what the page loads; without a Path it is for its folder, also behind a proxy (RFC 6265 5.1.4).
             cookie = f"{self._cookie_name}={page_cookie(token.encode())}; HttpOnly; SameSite=Strict"
             headers.append(("Set-Cookie", cookie + ("; Secure" if self.settings.tls_cert else "")))
         if self._allowed_origins:  # Fetch standard, 3.2; none unless asked for
@@ -5487,15 +5484,13 @@ def parse_arguments(argv: Sequence[str], environ: Mapping[str, str]) -> Argument
         ws_max_connections=int(given["--ws-max-connections"] or WS_CONNECTIONS_MAX),
         record=given["--record"], report=given["--report"], secrets=learnt.known,
     )  # fmt: skip
-    backend, level = (given["--zmq-backend"] or "auto").lower(), (given["--log-level"] or "info").upper()
-    source, told = _choose_source(flags, given, backend, bool(command))
+    backend = given["--zmq-backend"] = (given["--zmq-backend"] or "auto").lower()
+    source, told = _choose_source(flags, given, bool(command))
     config = _read_config(given["--config"]) if given["--config"] else told
-    return Arguments(settings, source, backend, command, config, level)
+    return Arguments(settings, source, backend, command, config, (given["--log-level"] or "info").upper())
 
 
-def _choose_source(
-    flags: set[str], given: Mapping[str, Any], backend: str, has_command: bool
-) -> tuple[Source | None, JSONValue]:
+def _choose_source(flags: set[str], given: Mapping[str, Any], has_command: bool) -> tuple[Source | None, JSONValue]:
     """Return the one source that is asked for, and the configuration that comes with it.  A flag beats variables, two
     are a mistake.  A command brings its own bus (None), unless a flag says where that is; variables do not count."""
     chosen = [flag for flag in _SOURCES if flag in flags]
@@ -5522,12 +5517,11 @@ def _choose_source(
         return ReplaySource(DEMO_RECORDING, "demo", speed=speed, loop=True, data=data, start_at=20.5), config
     kind = {"--zmq-host": "tcp", "--zmq-ipc-path": "ipc", "--zmq-bind": "bind"}.get(flag, "zmq")
     address = backend_address(value.strip("[]")) if kind == "tcp" else ipc_address(value) if kind == "ipc" else value
-    return bus_source(address, "child" if has_command else kind, bind=kind == "bind", backend=backend), None
+    named, backend = "child" if has_command else kind, given["--zmq-backend"]
+    return bus_source(address, named, bind=kind == "bind", backend=backend), None
 
 
 # -- The benchmark behind `--` -----------------------------------------------------------------------------------------
-
-_SHORT_FLAGS = MappingProxyType({"-m": "model", "-u": "url", "-f": "config", "-H": "header"})
 
 
 class ChildPlan(NamedTuple):
@@ -5542,10 +5536,11 @@ class ChildPlan(NamedTuple):
 def read_flags(argv: Sequence[str]) -> dict[str, Any]:
     """Return the flags: `--any-name VALUE` as any_name; without a value it is true, repeated it is a list."""
     flags: dict[str, Any] = {}
+    short = {"-m": "model", "-u": "url", "-f": "config", "-H": "header"}
     for word, after in zip(argv, (*argv[1:], "--")):
         is_long = word.startswith("--")
         name, equals, value = word.partition("=") if is_long else (word[:2], word[2:], word[2:].lstrip("="))
-        name = _SHORT_FLAGS.get(name, name[2:].replace("-", "_") if is_long else "")
+        name = short.get(name, name[2:].replace("-", "_") if is_long else "")
         if not name:
             continue
         if not equals:
@@ -5590,12 +5585,10 @@ def child_plan(arguments: Arguments, environ: Mapping[str, str], ipc_dir: str) -
 
 def _names_a_bus(path: str) -> bool:
     """Return whether a configuration file has a key `communication`: AIPerf 0.13 takes no flag beside it."""
-    try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            text = file.read(1 << 20)
-        return bool(re.search(r"(?m)^[ \t\"'{,-]*communication[\"']?[ \t]*:|[{,]\s*[\"']communication", text))
-    except OSError:  # the benchmark will say so itself
-        return False
+    key = r"(?m)^[ \t\"'{,-]*communication[\"']?[ \t]*:|[{,]\s*[\"']communication"
+    with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
+        return bool(re.search(key, file.read(1 << 20)))
+    return False  # it cannot be read: the benchmark will say so itself
 
 
 class Child:
@@ -5657,8 +5650,7 @@ class Child:
         self.exit_text = f"exit status {code}"
         if code < 0:
             self._kill(signal.SIGKILL)  # what it had started goes, too
-            names = {number.value: number.name for number in signal.Signals}
-            self.exit_text = f"killed by {names.get(-code, -code)}"
+            self.exit_text = f"killed by {signal.Signals(-code).name if -code in tuple(signal.Signals) else -code}"
         self._process = None
         return code if code >= 0 else 128 - code
 
@@ -5680,7 +5672,9 @@ class Child:
             self.hurried.set()
         if self._process is not None:
             with contextlib.suppress(ProcessLookupError):
-                self._kill(signal.SIGKILL) if len(self._signals) > 2 else self._process.send_signal(number)
+                self._process.send_signal(number)
+            if len(self._signals) > 2:
+                self._kill(signal.SIGKILL)
 
     def on_child_signal(self) -> None:
         """Reap, as the first process of a container, whom nobody else can: our own child is asyncio's.  Follow a child
@@ -5775,7 +5769,6 @@ async def _run_benchmark(service: APIService, child: Child) -> int:
 
 async def _serve(arguments: Arguments, environ: Mapping[str, str]) -> int:
     """Serve until a signal or the end of the run and of the lingering; return the exit code."""
-    code = 0
     with ipc_directory() if arguments.command else contextlib.nullcontext("") as directory:
         plan = child_plan(arguments, environ, directory)
         child = Child(plan)
@@ -5786,13 +5779,12 @@ async def _serve(arguments: Arguments, environ: Mapping[str, str]) -> int:
         try:
             say(*start_lines(service))
             if plan.argv:
-                code = await _run_benchmark(service, child)
-            else:
-                ends = [asyncio.ensure_future(end) for end in (child.hurried.wait(), service.wait_lingered())]
-                await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+                return await _run_benchmark(service, child)
+            ends = [asyncio.ensure_future(end) for end in (child.hurried.wait(), service.wait_lingered())]
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            return 0
         finally:
             await service.stop()
-    return code
 
 
 def main(argv: Sequence[str] | None = None) -> int:
