@@ -4222,7 +4222,6 @@ def connection_factory(app: Application) -> Callable[[asyncio.StreamReader, asyn
 SSE, NDJSON = "text/event-stream", "application/x-ndjson"
 PAGES = frozenset(("/", "/dashboard", "/report.html"))  # what a person opens: without a token they get the token form
 PAGES_MISSING = "the pages are not here: copy the folder static/ beside aiperf_api.py; the API works without"
-_TOPIC = re.compile(rb"([A-Za-z0-9_:-]{1,128})(?:\.[!-~]{0,256})?\$?")  # message type, target of a targeted message
 _CLIENT_MESSAGE_TYPE = re.compile(r"[A-Za-z0-9_:-]{1,128}|\*")  # what a client may ask for
 _KNOWN_TYPES = KNOWN_MESSAGE_TYPES | {"run", "*"}  # "run" is said by this server
 ENCODERS: Mapping[str, Encoder] = MappingProxyType({  # how each kind of client gets a message
@@ -4233,17 +4232,14 @@ ENCODERS: Mapping[str, Encoder] = MappingProxyType({  # how each kind of client 
 STOP_TIMEOUT_SEC = 2  # in all, from the signal to the exit
 _LINE_CHARS_MAX = 1000  # of a line about the bus, in the log and at the start
 _ACCEPT_MAX = 32  # connections accepted in one turn of the loop, before others have theirs; asyncio 100
-_DESCRIPTORS_SPARE = 32  # file descriptors for everything but connections: the bus, files, a child
-_BACKLOG = 1024  # connections waiting to be accepted; nginx 511; the peer's SYN is retried, a second later
-_RUNS_GAP_SEC = 60  # without a bus before a sweep counts as over; AIPerf has 6 to 43 s between two runs
-_SETTLE_QUIET_SEC, _SETTLE_TIMEOUT_SEC = 0.2, 3  # the bus of a child that has ended: silent so long, or at most
+_FILES_SPARE = 32  # file descriptors for everything but connections: the bus, files, a child
 # Endpoints whose answers are costly, and may be a second old: all who read one share its bytes.
 _SHARED = frozenset("metrics workers config server_metrics results history runs run report".split())
 _SHARED_MAX, _SHARED_BYTES_MAX = 16, 8 * 1024 * 1024  # such answers kept
 
 
 class Settings(NamedTuple):
-    """How a service runs; filled by the command line or by the arguments of APIService."""
+    """How a service runs."""
 
     host: str = "127.0.0.1"  # address to listen on
     port: int | None = 0  # None: no TCP
@@ -4260,7 +4256,7 @@ class Settings(NamedTuple):
     secrets: tuple[str, ...] = ()  # literals that must show nowhere
 
 
-# -- The machine: sockets, TLS, descriptors, dates ---------------------------------------------------------------------
+# -- The machine: sockets, TLS -----------------------------------------------------------------------------------------
 
 
 def is_loopback(host: str) -> bool:
@@ -4275,7 +4271,7 @@ def _listen_tcp(host: str, port: int) -> socket.socket:
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         both = family == socket.AF_INET6 and host == "::" and socket.has_dualstack_ipv6()
-        return socket.create_server(address[:2], family=family, backlog=_BACKLOG, dualstack_ipv6=both)
+        return socket.create_server(address[:2], family=family, dualstack_ipv6=both)
     except (OSError, UnicodeError) as error:
         reason = str(error.strerror).partition(" (while ")[0] if isinstance(error, OSError) else "not a host name"
         raise StartError(f"cannot listen on {printable(host)} port {port}: {reason}") from None
@@ -4285,54 +4281,47 @@ def _listen_unix(path: str) -> socket.socket:
     """Return a bound Unix socket of mode 0600; one that a live server listens on is left to it."""
     if not hasattr(socket, "AF_UNIX"):
         raise StartError("there are no Unix sockets on this system")
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener = socket.socket(socket.AF_UNIX)
     before = os.umask(0o177)  # bind() makes the file: no moment in which others could connect
     try:
         if os.path.lexists(path):
             if not S_ISSOCK(os.lstat(path).st_mode):
-                raise StartError(f"{printable(path)} is there and is not a socket")
-            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+                raise OSError("what is there is not a socket")
+            with socket.socket(socket.AF_UNIX) as probe:
                 probe.settimeout(1.0)
                 with contextlib.suppress(ConnectionRefusedError):  # left behind by a server that is gone
                     probe.connect(path)
-                    raise StartError(f"{printable(path)}: another server listens there")
+                    raise OSError("another server listens there")
             os.unlink(path)
         listener.bind(path)
-    except BaseException as error:
+    except OSError as error:
         listener.close()
-        if isinstance(error, OSError):
-            raise StartError(f"cannot listen on {printable(path)}: {error.strerror or error}") from None
-        raise
+        raise StartError(f"cannot listen on {printable(path)}: {error.strerror or error}") from None
     finally:
         os.umask(before)
     return listener
 
 
 def _tls_context(settings: Settings, admit: Callable[[int], bool]) -> ssl.SSLContext:
-    """Return the context for https and wss; UsageError names the file that does not fit.
-
-    Handshakes count as connections: `admit` hears how many are under way when another begins, and False ends it.
-    """
+    """Return the context for https and wss; UsageError names the file that does not fit.  Handshakes count as
+    connections: `admit` hears how many are under way when another begins, and False ends it."""
     handshakes: weakref.WeakSet[ssl.SSLObject] = weakref.WeakSet()  # a connection that is gone is not in it any more
-    has_told = False
 
     class Handshake(ssl.SSLObject):
         def do_handshake(self) -> None:
-            nonlocal has_told
             if self not in handshakes and not admit(len(handshakes)):
                 raise ssl.SSLError("too many connections")
-            handshakes.add(self)
+            handshakes.discard(self)
             try:
                 super().do_handshake()
             except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+                handshakes.add(self)  # it goes on
                 raise
             except ssl.SSLError as error:
-                handshakes.discard(self)
-                if error.reason == "HTTP_REQUEST" and not has_told:  # asyncio keeps it to itself
-                    has_told = True
-                    log.warning("a client speaks plain HTTP to this port, which speaks TLS: use https:// and wss://")
+                if error.reason == "HTTP_REQUEST":  # which asyncio keeps to itself
+                    text = "a client speaks plain HTTP to this port, which speaks TLS: use https:// and wss://"
+                    asyncio.get_running_loop().call_exception_handler({"message": text, "exception": error})
                 raise
-            handshakes.discard(self)
 
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -4340,56 +4329,39 @@ def _tls_context(settings: Settings, admit: Callable[[int], bool]) -> ssl.SSLCon
     certificate, key = settings.tls_cert or "", settings.tls_key
     try:
         context.load_cert_chain(certificate, key)
-    except (OSError, ssl.SSLError) as error:
-        flag, path = "--tls-cert", certificate
-        with contextlib.suppress(OSError, ssl.SSLError):  # a certificate that is good by itself: then it is the key
+    except OSError as error:  # SSLError is one
+        flag, path, reason = "--tls-cert", certificate, error.strerror or str(error)
+        with contextlib.suppress(OSError):  # a certificate that is good by itself: then it is the key
             ssl.create_default_context(cafile=certificate)
             flag, path = ("--tls-key", key) if key else (flag, path)
-        reason = "no private key fits the certificate" if flag == "--tls-key" else error.strerror or str(error)
+        if flag == "--tls-key" and isinstance(error, ssl.SSLError):
+            reason = "no private key fits the certificate"
         raise UsageError(f"{flag} {printable(path)}: {reason}") from None
     return context
-
-
-def _descriptors(wanted: int) -> int:
-    """Ask for so many file descriptors, and return how many there are: the usual soft limit of 1024 is for select()."""
-    try:
-        import resource
-    except ImportError:  # Windows has no such limit
-        return wanted
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY or soft >= wanted:
-        return wanted
-    soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-    with contextlib.suppress(OSError, ValueError):  # macOS has a lower limit of its own
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-
-
-def http_date(seconds: float) -> bytes:
-    """Return an IMF-fixdate (RFC 9110 section 5.6.7), whatever the locale."""
-    t = time.gmtime(seconds)
-    day = "Mon Tue Wed Thu Fri Sat Sun".split()[t.tm_wday]
-    month = "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split()[t.tm_mon - 1]
-    return f"{day}, {t.tm_mday:02} {month} {t.tm_year} {t.tm_hour:02}:{t.tm_min:02}:{t.tm_sec:02} GMT".encode()
 
 
 # -- The service -------------------------------------------------------------------------------------------------------
 
 
-class APIService:
-    """The server: owns benchmark, source, hub and connections.
+@functools.lru_cache(BUS_TYPES_MAX)
+def message_type_of(topic: bytes) -> str:
+    """Return the message type of a topic, without `$` and the target that some messages have."""
+    found = re.fullmatch(rb"([A-Za-z0-9_:-]{1,128})(?:\.[!-~]{0,256})?\$?", topic)
+    if found is None:
+        raise BusError("topic", f"not a topic: {printable(topic)}")
+    return found[1].decode()
 
-    Use it as an async context manager, or call start() and stop().  A `source` is a ZMQ subscriber endpoint
-    (`tcp://127.0.0.1:5664`), a Source, or None for publish() alone; `config` is the benchmark's configuration, as far
-    as the bus does not tell it; `options` are further fields of Settings, or `settings` stands for all of them.
+
+class APIService:
+    """The server: an async context manager, or to be started and stopped.
+
+    A `source` is a ZMQ subscriber endpoint (`tcp://127.0.0.1:5664`), a Source, or None for publish() alone; `config` is
+    the benchmark's configuration, as far as the bus does not tell it; `settings` are the fields of Settings.
     UsageError says that an argument is wrong, StartError (from start()) that the machine refuses.
     """
 
-    def __init__(
-        self, port: int = 0, *, host: str = "127.0.0.1", source: str | Source | None = None,
-        config: Mapping[str, Any] | None = None, settings: Settings | None = None, **options: Any,
-    ) -> None:  # fmt: skip
-        self.settings = settings if settings is not None else Settings(host=host, port=port, **options)
+    def __init__(self, *, source: str | Source | None = None, config: JSONValue = None, **settings: Any) -> None:
+        self.settings = Settings(**settings)
         if self.settings.token == "":  # an unset variable of a shell script: nobody would notice that it guards nothing
             raise UsageError("--api-token: an empty token")
         # The server, from start to stop
@@ -4399,6 +4371,7 @@ class APIService:
         self.router = Router(ROUTES)
         self.static = static_table(read_static_files())  # by path under static/
         self.url = ""  # of the bound socket, once started
+        self._cookie_name = "aiperf_api_0"  # with its port: browsers keep none apart by that (RFC 6265 8.5)
         self.started_ns = 0  # wall clock
         self.requests: dict[tuple[str, int], int] = {}  # (route, status) -> answers
         self._servers: list[asyncio.AbstractServer] = []
@@ -4421,16 +4394,12 @@ class APIService:
         self.bus_messages: dict[str, int] = {}  # message type -> good ones
         self.bus_errors: dict[str, int] = {}  # kind -> bad ones
         self.bus_total = 0  # good ones
-        self._last_bus_ns = 0  # bus clock at the latest
-        self._types: dict[bytes, str] = {}  # topic -> message type
         self._received: list[Message] = []  # of the batch at hand, for the hub
         # The benchmark
         self.benchmark = Benchmark(self._count_bad)
         self._run_told: tuple[Any, ...] = ()  # (number, label, of) as clients were last told
-        self._artifacts: set[tuple[int, str, str]] = set()  # (run, folder, file) that have been read
-        self._is_only_run = False  # no other run follows this one, as far as its artifacts tell
-        self._ended_run = 0  # number of the latest run that has ended
-        self._report_due_sec = 0.0  # monotonic; 0: none is due
+        self._artifacts: set[tuple[str, str]] = set()  # (folder, file) beside this run that have been read
+        self._report_due_sec: float | None = None  # monotonic; None: this run has not ended; 0: it is written
         self._gone_sec = 0.0  # for how long the bus has been gone
         self._answers: dict[tuple[str, bool], Response] = {}  # (what was asked for, prettily) -> answer of this version
         self._answers_version = (0, 0, 0)
@@ -4478,25 +4447,33 @@ class APIService:
             listener = _listen_tcp(settings.host, settings.port)
             await self._accept(listener, timing)
             host = f"[{settings.host}]" if ":" in settings.host else settings.host
-            self.url = f"{'https' if timing else 'http'}://{host}:{listener.getsockname()[1]}"
+            port = listener.getsockname()[1]
+            self.url, self._cookie_name = f"{'https' if timing else 'http'}://{host}:{port}", f"aiperf_api_{port}"
 
     async def _accept(self, listener: socket.socket, timing: dict[str, Any]) -> None:
         accept: Any = connection_factory(self)
         self._servers.append(await asyncio.start_server(accept, sock=listener, backlog=_ACCEPT_MAX, **timing))
-        listener.listen(_BACKLOG)  # asyncio has one number for what waits and for what a turn accepts
+        listener.listen(1024)  # that wait (nginx 511); asyncio has one number for these and for what a turn accepts
 
     def _limit_connections(self) -> None:
-        """Have descriptors for all connections, or refuse the last ones ourselves: asyncio would log and wait.
-
-        The reserve, of few descriptors at most half, is for what two turns accept or refuse, and everything else.
-        """
-        reserve = 4 * _ACCEPT_MAX + _DESCRIPTORS_SPARE
-        found = _descriptors(self.connections_max + reserve)
-        if found < self.connections_max + reserve:
-            self.connections_max = most = found - min(reserve, max(_DESCRIPTORS_SPARE, found // 2))
+        """Have descriptors for all connections, or refuse the last ones ourselves: asyncio would log and wait.  The
+        reserve, of few descriptors at most half, is for what two turns accept or refuse, and everything else."""
+        try:
+            import resource
+        except ImportError:  # Windows has no such limit
+            return
+        reserve = 4 * _ACCEPT_MAX + _FILES_SPARE
+        wanted = self.connections_max + reserve
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        found, hard = (wanted if limit == resource.RLIM_INFINITY else limit for limit in limits)
+        if found < wanted:  # the usual 1024 is for select()
+            with contextlib.suppress(OSError, ValueError):  # macOS has a lower limit of its own
+                resource.setrlimit(resource.RLIMIT_NOFILE, (min(wanted, hard), limits[1]))
+                found = min(wanted, hard)
+        if found < wanted:
+            self.connections_max = most = found - min(reserve, max(_FILES_SPARE, found // 2))
             if most < 2:
-                least = _DESCRIPTORS_SPARE + 2
-                raise StartError(f"{found} file descriptors are too few: {least} are needed (ulimit -n)")
+                raise StartError(f"{found} file descriptors are too few: {_FILES_SPARE + 2} are needed (ulimit -n)")
             log.warning("at most %d connections: the limit on open files (ulimit -n) is %d", most, found)
 
     async def stop(self) -> None:
@@ -4523,41 +4500,43 @@ class APIService:
         self._recorder = None
         self._write_report()
         with contextlib.suppress(OSError):
-            if self._unix_inode and os.lstat(self.settings.unix_path or "").st_ino == self._unix_inode:
-                os.unlink(self.settings.unix_path or "")  # not another server's, that listens there by now
-        self._servers.clear()
+            path = self.settings.unix_path or ""
+            if os.lstat(path).st_ino == self._unix_inode:  # not another server's, that listens there by now
+                os.unlink(path)
 
     async def wait_complete(self) -> str:
         """Wait until the run has ended and no further one is to be expected; return its state."""
         await self._complete.wait()
-        return str(self.benchmark.status(self.now_ns())["state"])
+        return str(self.status()["state"])
 
     async def wait_lingered(self) -> None:
         """Wait until that state has been served for `linger_sec`; for ever when that is None."""
         linger_sec, is_over = self.settings.linger_sec, False
         while not is_over:
             await self._complete.wait()
-            await (asyncio.Event().wait() if linger_sec is None else asyncio.sleep(linger_sec))
+            await asyncio.sleep(math.inf if linger_sec is None else linger_sec)
             is_over = self._complete.is_set()  # else a new run has begun meanwhile
 
     def _judge_complete(self, passed_sec: float) -> None:
-        """Set `_complete` at the end of the last run; each run of a sweep has a new bus at the same address."""
-        source = self.source
+        """Set `_complete` at the end of the last run; each run of a sweep has a new bus, 6 to 43 s after the last."""
+        source, benchmark = self.source, self.benchmark
         self._gone_sec = 0.0 if source.connected else self._gone_sec + passed_sec
-        is_last = self._is_only_run or source.kind in ("none", "bind", "child", "demo", "replay")
-        if source.ended or (self.benchmark.end is not None and (is_last or self._gone_sec >= _RUNS_GAP_SEC)):
+        is_told = (benchmark.artifact_dir(), "run_config.json") in self._artifacts
+        is_only = is_told and benchmark.run_number >= (benchmark.runs_expected or 1)
+        is_last = is_only or source.kind not in ("tcp", "ipc", "zmq") or self._gone_sec >= 60
+        if source.ended or (benchmark.end is not None and is_last):
             self._complete.set()
 
     def _sweep(self) -> None:
         """Once a second: the Date header, deadlines, stalled clients, artifacts, the report, the recording."""
-        # First of all: whatever fails below, it goes on
-        self._sweep_timer = asyncio.get_running_loop().call_later(1.0, self._sweep)
-        self.date = http_date(time.time())
+        self._sweep_timer = asyncio.get_running_loop().call_later(1.0, self._sweep)  # whatever fails below
+        day, month, date, clock, year = time.asctime(time.gmtime()).split()  # in English, whatever the locale
+        self.date = f"{day}, {date:0>2} {month} {year} {clock} GMT".encode()  # RFC 9110 5.6.7
         for connection in list(self.connections):
             connection.check()
         self._read_artifacts()
         self._judge_complete(1.0)
-        if time.monotonic() >= self._report_due_sec:
+        if time.monotonic() >= (self._report_due_sec or 0.0):
             self._write_report()
         self._record(Recorder.flush)
 
@@ -4601,7 +4580,7 @@ class APIService:
         if not 1 <= len(frames) <= 2:
             raise BusError("frames", f"{len(frames)} frames instead of topic and payload")
         topic = frames[0]
-        message_type = self._types.get(topic) or self._type_of(topic)
+        message_type = message_type_of(topic)
         is_result, is_figures = message_type in RESULT_MESSAGE_TYPES, message_type in FIGURES_MESSAGE_TYPES
         limit = BUS_RESULT_BYTES_MAX if is_result else BUS_MESSAGE_BYTES_MAX if is_figures else BUS_TEXT_BYTES_MAX
         is_wanted = self.hub.wants(message_type)
@@ -4627,20 +4606,10 @@ class APIService:
         self._on_change()
         self._record(lambda recorder: recorder.write(now_ns, topic.decode(), message.payload))
         self.bus_total += 1
-        self._last_bus_ns = now_ns
         kind = message_type if message_type in self.bus_messages or len(self.bus_messages) < BUS_TYPES_MAX else "other"
         self.bus_messages[kind] = self.bus_messages.get(kind, 0) + 1
         payload = self._shown(message) if is_wanted else message.payload
         return Message(message_type, payload, message_type in STATE_MESSAGE_TYPES, is_wanted)
-
-    def _type_of(self, topic: bytes) -> str:
-        """Return the message type of a topic, without `$` and target."""
-        found = _TOPIC.fullmatch(topic)
-        if found is None:
-            raise BusError("topic", f"not a topic: {printable(topic)}")
-        if len(self._types) < BUS_TYPES_MAX:
-            self._types[topic] = found[1].decode()
-        return found[1].decode()
 
     def _shown(self, message: BusMessage) -> bytes:
         """Return a payload as clients get it: one JSON object on one line, rows in display units."""
@@ -4656,22 +4625,19 @@ class APIService:
 
     def _on_change(self) -> None:
         """Act on what the benchmark has become: a new run, its end, its place in a sweep."""
-        benchmark = self.benchmark
-        if self._run_told[:1] != (benchmark.run_number,):
-            if self._run_told:
-                self._broadcast()  # what came before it in this batch is of the run that is forgotten
-                self.hub.forget_run()
-                self.secrets.forget_run()
-                self._complete.clear()
-            self._read_artifacts()
-        told = benchmark.run_number, benchmark.label, benchmark.runs_expected
-        if told != self._run_told:
-            self._run_told = told
-            if benchmark.run_number > 1 or benchmark.runs_expected:
-                value = {"message_type": "run", "run": told[0], "label": told[1], "of": told[2]}
-                self._received.append(Message("run", json_bytes(value), True))
-        if benchmark.end is not None and self._ended_run != benchmark.run_number:
-            self._ended_run = benchmark.run_number
+        benchmark, before = self.benchmark, self._run_told
+        number, label, of = self._run_told = benchmark.run_number, benchmark.label, benchmark.runs_expected
+        if before and before[0] != number:
+            self._broadcast()  # what came before it in this batch is of the run that is forgotten
+            self.hub.forget_run()
+            self.secrets.forget_run()
+            self._artifacts.clear()
+            self._complete.clear()
+            self._report_due_sec = None
+        if self._run_told != before and (number > 1 or of):
+            value = {"message_type": "run", "run": number, "label": label, "of": of}
+            self._received.append(Message("run", json_bytes(value), True))
+        if benchmark.end is not None and self._report_due_sec is None:
             self._report_due_sec = time.monotonic() + 1.0  # what is said after the end belongs into it
             self._judge_complete(0.0)
 
@@ -4700,20 +4666,15 @@ class APIService:
 
     def _read_artifacts(self) -> None:
         """Complete the configuration by what AIPerf writes beside, where this machine has it; each file once a run."""
-        benchmark = self.benchmark
-        folder, run = benchmark.artifact_dir(), benchmark.run_number
-        is_local, address = self.source.kind in ("child", "ipc"), self.source.address
+        benchmark, address = self.benchmark, self.source.address
         host = urlsplit(address).hostname if address.startswith("tcp://") else None  # a path may be no URL
-        if not folder or not (is_local or (host and is_loopback(host))):
-            return
-        for name in ("run_config.json", *(("profile_export_aiperf.json",) if benchmark.end else ())):
-            if (run, folder, name) not in self._artifacts:
-                found = read_artifact(folder, name, (benchmark.started_ns or 0) // 10**9)
-                if found:
-                    self._artifacts.add((run, folder, name))
-                    self.configure(found, "artifacts")
-        is_told = (run, folder, "run_config.json") in self._artifacts
-        self._is_only_run = is_told and run >= (benchmark.runs_expected or 1)
+        is_local, folder = self.source.kind in ("child", "ipc") or is_loopback(host or ""), benchmark.artifact_dir()
+        for name in ("run_config.json", "profile_export_aiperf.json"):
+            is_due = (folder, name) not in self._artifacts and (benchmark.end or name == "run_config.json")
+            found = folder and is_local and is_due and read_artifact(folder, name, (benchmark.started_ns or 0) // 10**9)
+            if found:
+                self._artifacts.add((folder, name))
+                self.configure(found, "artifacts")
 
     def end_child(self, exit_text: str) -> None:
         """Note that the benchmark's process is gone; `exit_text` says how, "" if it ended with 0."""
@@ -4721,13 +4682,6 @@ class APIService:
         self.benchmark.end_child(exit_text, self.source.now_ns())
         self._on_change()
         self._broadcast()
-
-    async def settle(self) -> None:
-        """Wait until the bus of a process that is gone has brought its last message."""
-        deadline, seen = time.monotonic() + _SETTLE_TIMEOUT_SEC, -1
-        while self.bus_total != seen and time.monotonic() < deadline:
-            seen = self.bus_total
-            await asyncio.sleep(_SETTLE_QUIET_SEC)
 
     def _on_wanted(self, message_type: str, wanted: bool) -> None:
         """Keep the upstream subscriptions: what clients want, besides what the state always needs."""
@@ -4789,16 +4743,16 @@ class APIService:
                 connection.checked = (request, *self._route(request))
             _, route, rest = connection.checked
             name = route.name
-            make: Callable[[], Any] = functools.partial(self._answer, route, rest, connection, request)
+            answer = functools.partial(self._answer, route, rest, connection, request)
             if name in _SHARED:  # arguments that it does not have make no other answer
                 key = (request.target if name == "history" else f"{name} {rest}", request.wants_pretty)
-                make = functools.partial(self._share, key, make)
-            response: Response | None = make()
+                response = self._share(key, answer)
+            else:
+                response = answer()
         except HTTPError as error:
-            form = self.static.get("token.html") if error.status == 401 and request.path in PAGES else None
             response = error_response(error, request.wants_pretty)
-            if form is not None:
-                response = Response(401, form.body, "text/html; charset=utf-8")
+            if error.status == 401 and request.path in PAGES and "token.html" in self.static:
+                response = Response(401, self.static["token.html"].body, "text/html; charset=utf-8")
         return name, response and with_preconditions(request, response)
 
     def _route(self, request: Request) -> tuple[Route, str]:
@@ -4809,11 +4763,8 @@ class APIService:
         if route.needs_token:
             check_origin(request, self._allowed_origins)
             if self.settings.token is not None:
-                check_token(request, self.settings.token.encode(), self._cookie_name())
+                check_token(request, self.settings.token.encode(), self._cookie_name)
         return route, rest
-
-    def _cookie_name(self) -> str:  # browsers do not keep cookies apart by port (RFC 6265 8.5)
-        return f"aiperf_api_{self.url.rpartition(':')[2] if self.settings.port is not None else 0}"
 
     def _answer(self, route: Route, rest: str, connection: Connection, request: Request) -> Any:
         value = route.answer(self, connection, request, rest)
@@ -4837,9 +4788,8 @@ class APIService:
         """Return what an answer says beside its own headers: the cookie of a page opened with a token, CORS."""
         token, headers = self.settings.token, []
         if token is not None and request.path in PAGES and has_page_token(request, token.encode()):
-            # A page brings along scripts, reloads and a WebSocket; its cookie lets them in.  Without a Path it is for
-            # the folder of the page, also behind a proxy (RFC 6265 5.1.4).
-            cookie = f"{self._cookie_name()}={page_cookie(token.encode())}; HttpOnly; SameSite=Strict"
+            # For what the page loads; without a Path it is for its folder, also behind a proxy (RFC 6265 5.1.4).
+            cookie = f"{self._cookie_name}={page_cookie(token.encode())}; HttpOnly; SameSite=Strict"
             headers.append(("Set-Cookie", cookie + ("; Secure" if self.settings.tls_cert else "")))
         if self._allowed_origins:  # Fetch standard, 3.2; none unless asked for
             origin, listed = request.headers.get("origin"), self._allowed_origins
@@ -4861,26 +4811,22 @@ class APIService:
     # -- Streaming clients
 
     def add_client(self, connection: Connection, kind: str) -> Subscriber:
-        """Put a connection into the hub; it must have switched to its mode already."""
+        """Put a connection into the hub, or refuse it while it speaks HTTP: who is let in and then dropped retries."""
+        if len(self.hub.subscribers) >= self.settings.ws_max_connections:
+            raise HTTPError(503, "all streaming connections are in use", (("Retry-After", "5"),))
         subscriber = Subscriber(connection.outlet, kind, connection.address, ENCODERS[kind], time.time_ns())
         connection.subscriber = subscriber
         self.hub.add(subscriber)
         return subscriber
 
-    def check_room(self) -> None:
-        """Refuse before the upgrade when all places are taken: who is let in and then dropped retries at once."""
-        if len(self.hub.subscribers) >= self.settings.ws_max_connections:
-            raise HTTPError(503, "all streaming connections are in use", (("Retry-After", "5"),))
-
     def received(self, connection: Connection, data: str | bytes) -> None:
         """Handle a message of a WebSocket client; text and binary are read alike."""
         client = connection.subscriber
         assert client is not None
-        snapshot: list[str] = []
         try:
             reply, snapshot = self._handle_command(client, data)
         except ClientMessageError as error:
-            reply = {"type": "error", "message": str(error)}
+            reply, snapshot = {"type": "error", "message": str(error)}, []
         connection.send_frame(encode_frame(OP_TEXT, json_bytes(reply)))
         self.send_snapshot(client, snapshot)
 
@@ -4890,17 +4836,15 @@ class APIService:
             command = json_load(data.encode() if isinstance(data, str) else data)
         except JSONError as error:
             raise ClientMessageError(f"not JSON: {error}") from None
-        if not isinstance(command, dict):
-            raise ClientMessageError("send a JSON object")
-        kind, types, snapshot = command.get("type"), command.get("message_types"), command.get("snapshot", True)
+        kind = command.get("type") if isinstance(command, dict) else None
         if kind == "ping":
             return {"type": "pong"}, []
         if kind not in ("subscribe", "unsubscribe"):
-            raise ClientMessageError("type must be subscribe, unsubscribe or ping")
-        if not isinstance(types, list) or not types:
+            raise ClientMessageError("send a JSON object whose type is subscribe, unsubscribe or ping")
+        types, snapshot = command.get("message_types"), command.get("snapshot", True)
+        names = types if isinstance(types, list) else []
+        if not names or not all(isinstance(name, str) and _CLIENT_MESSAGE_TYPE.fullmatch(name) for name in names):
             raise ClientMessageError('message_types must be a list of names, such as ["realtime_metrics"] or ["*"]')
-        if not all(isinstance(name, str) and _CLIENT_MESSAGE_TYPE.fullmatch(name) for name in types):
-            raise ClientMessageError("message_types holds something that is not the name of a message type")
         if not isinstance(snapshot, bool):
             raise ClientMessageError("snapshot must be true or false")
         if kind == "unsubscribe" and "*" in client.asked and "*" not in types:
@@ -4911,11 +4855,9 @@ class APIService:
         if not self.hub.has_room(asked - _KNOWN_TYPES):
             raise ClientMessageError("too many different message types are asked for by all clients")
         self.subscribe(client, asked)
-        if kind == "unsubscribe":
-            return {"type": "unsubscribed", "message_types": types}, []
-        unknown = [name for name in types if name not in _KNOWN_TYPES]
-        told = {"type": "subscribed", "message_types": types, **({"unknown": unknown} if unknown else {})}
-        return told, types if snapshot else []
+        unknown = [name for name in types if name not in _KNOWN_TYPES] if kind == "subscribe" else []
+        told = {"type": f"{kind}d", "message_types": types, **({"unknown": unknown} if unknown else {})}
+        return told, types if snapshot and kind == "subscribe" else []
 
     def subscribe(self, client: Subscriber, types: set[str]) -> None:
         """Have a client get these types, and no others."""
@@ -4949,14 +4891,10 @@ class APIService:
             raise HTTPError(404, "no such file" if self.static else PAGES_MISSING)
         return text_response("".join(f"{found}\n" for found in below))
 
-    def now_ns(self) -> int:
-        """Return the bus clock."""
-        return self.source.now_ns()
-
     def status(self) -> dict[str, Any]:
         """Return the state of the run, and of the source it is heard from."""
-        now_ns, source = self.now_ns(), self.source
-        age_sec = max(0.0, round((now_ns - self._last_bus_ns) / 1e9, 3)) if self.bus_total else None
+        now_ns, source, last_ns = self.source.now_ns(), self.source, self.benchmark.last_message_ns
+        age_sec = None if last_ns is None else max(0.0, round((now_ns - last_ns) / 1e9, 3))
         told = {
             "kind": source.kind, "address": source.address, "backend": source.backend, "connected": source.connected,
             "messages": self.bus_total, "last_message_age_sec": age_sec,
@@ -4969,8 +4907,8 @@ class APIService:
         content_type = accepts(request.headers.get("accept"), tuple(formats))
 
         def make() -> Response:
-            families = unique_families([*state_families(self.benchmark, self.now_ns()), *self._health_families()])
-            return Response(200, formats[content_type](families), content_type)
+            families = [*state_families(self.benchmark, self.source.now_ns()), *self._health_families()]
+            return Response(200, formats[content_type](unique_families(families)), content_type)
 
         return self._share((content_type, False), make)
 
@@ -5002,8 +4940,8 @@ class APIService:
         return list(found.families.values())
 
     def _write_report(self) -> None:
-        due, self._report_due_sec = self._report_due_sec, 0.0
-        if due and self.settings.report:
+        if self.settings.report and self._report_due_sec:
+            self._report_due_sec = 0.0
             try:
                 write_file(self.settings.report, report_html(self))
             except (OSError, HTTPError) as error:  # HTTPError: without static/
@@ -5012,57 +4950,49 @@ class APIService:
 
 # -- The endpoints -----------------------------------------------------------------------------------------------------
 
-# What the two histories of a report hold; the page builds differences of some statistics, six digits do for the others.
+# What the two histories of a report hold; the page builds differences of values, for which nine digits are enough.
 _REPORT_TAGS = frozenset("""request_latency time_to_first_token inter_token_latency output_token_throughput
     request_throughput output_sequence_length goodput""".split())  # fmt: skip
-_REPORT_EXACT = frozenset("count sum avg std sent completed errors cancelled in_flight".split())
-_REPORT_MARKER = re.compile(rb"<!-- (?:inline: ([\w./ -]+)|run) -->")
-_MODULE_SEAM = re.compile(rb"(?m)^import [^\n]*\n|^export ")
+_REPORT_STATS = tuple("count sum avg std p50 p90 p99 sent completed errors cancelled in_flight".split())
 
 
-def _report_history(benchmark: Benchmark, groups: Sequence[str], stats: Sequence[str], points: int) -> JSONValue:
-    tags = [
-        tag
-        for tag, about in benchmark.history()["tags"].items()
-        if about["group"] in groups and not set(stats).isdisjoint(about["stats"])
-        if about["group"] != "metrics" or tag in _REPORT_TAGS
-    ]
-    try:
-        found = benchmark.history(tags[:100], stats, None, points) if tags else {"times": [], "series": []}
-    except ValueError:  # very many phases
-        return None
-    for series in found["series"]:
-        if series["stat"] not in _REPORT_EXACT:
-            series["values"] = [None if value is None else float(f"{value:.6g}") for value in series["values"]]
-    return found
+def _report_histories(benchmark: Benchmark) -> Iterator[JSONValue]:
+    for groups, stats, points in (
+        (("phase", "metrics"), _REPORT_STATS, 720),
+        (("telemetry", "server"), ("current", "avg", "value"), 180),
+    ):
+        tags = [
+            tag for tag, about in benchmark.history()["tags"].items()
+            if about["group"] in groups and not set(stats).isdisjoint(about["stats"])
+            if about["group"] != "metrics" or tag in _REPORT_TAGS
+        ]  # fmt: skip
+        with contextlib.suppress(ValueError):  # very many phases
+            found = benchmark.history(tags[:100], stats, None, points) if tags else {"series": []}
+            for series in found["series"]:
+                series["values"] = [value and float(f"{value:.9g}") for value in series["values"]]
+            yield found
 
 
 def report_html(service: APIService) -> bytes:
     """Return static/report.html with the files that it names and the run as JSON put in: it needs no network."""
-    template, benchmark, now_ns = service.static.get("report.html"), service.benchmark, service.now_ns()
-    if template is None:
-        raise HTTPError(404, PAGES_MISSING)
-    phases = _report_history(benchmark, ("phase", "metrics"), (*_REPORT_EXACT, "p50", "p90", "p99"), 720)
-    servers = _report_history(benchmark, ("telemetry", "server"), ("current", "avg", "value"), 180)
+    benchmark, now_ns = service.benchmark, service.source.now_ns()
     run = {
         "kind": "aiperf-report", "format": 1, "server_version": __version__, "generated_ns": now_ns,
         **{name: getattr(benchmark, name)() for name in ("metrics", "workers", "server_metrics", "config")},
         "status": service.status(), "progress": benchmark.progress(now_ns), "runs": {"runs": benchmark.runs(now_ns)},
-        "results": benchmark.results(whole=False), "histories": [phases, servers],
+        "results": benchmark.results(whole=False), "histories": list(_report_histories(benchmark)),
     }  # fmt: skip
 
     def part(marker: re.Match[bytes]) -> bytes:
         if marker[1] is None:
             return b'<script type="application/json" id="run">%b</script>' % json_bytes(run).replace(b"<", rb"\u003c")
         names = marker[1].decode().split()
-        if not service.static.keys() >= set(names):
-            raise HTTPError(404, PAGES_MISSING)
-        text = b"\n".join(service.static[name].payload(False) for name in names)
+        text = b"\n".join(service.file(name).payload(False) for name in names)
         if names[0].endswith(".css"):
             return b"<style>\n%b\n</style>" % text
-        return b'<script type="module">\n%b\n</script>' % _MODULE_SEAM.sub(b"", text)
+        return b'<script type="module">\n%b\n</script>' % re.sub(rb"(?m)^import [^\n]*\n|^export ", b"", text)
 
-    return _REPORT_MARKER.sub(part, template.payload(False))
+    return re.sub(rb"<!-- (?:inline: ([\w./ -]+)|run) -->", part, service.file("report.html").payload(False))
 
 
 def _get_report(service: APIService, *_: Any) -> Response:
@@ -5087,10 +5017,9 @@ def _get_documentation(service: APIService, *_: Any) -> Response:
 def _get_history(service: APIService, _: Connection, request: Request, __: str) -> JSONValue:
     _only_arguments(request, "tag stat since points pretty")
     since, points = request.arg("since", "0") or "", request.arg("points", str(HISTORY_POINTS_DEFAULT)) or ""
-    if not re.fullmatch("[0-9]{1,19}", since):
-        raise HTTPError(400, "since must be a time in ns since the epoch")
-    if not re.fullmatch("[0-9]{1,5}", points) or not 1 <= int(points) <= HISTORY_POINTS_MAX:
-        raise HTTPError(400, f"points must be a number from 1 to {HISTORY_POINTS_MAX}")
+    is_points = re.fullmatch("[0-9]{1,5}", points) and 1 <= int(points) <= HISTORY_POINTS_MAX
+    if not is_points or not re.fullmatch("[0-9]{1,19}", since):
+        raise HTTPError(400, f"since must be in ns since the epoch, points a number from 1 to {HISTORY_POINTS_MAX}")
     tags = re.findall(r"(?:[^,{]|\{[^}]*\}?)+", ",".join(request.args("tag")))  # a server's tag has commas in braces
     stats = [stat for stat in ",".join(request.args("stat")).split(",") if stat]
     try:
@@ -5102,7 +5031,7 @@ def _get_history(service: APIService, _: Connection, request: Request, __: str) 
 
 
 def _get_run(service: APIService, _: Connection, __: Request, rest: str) -> JSONValue:
-    found = service.benchmark.run(int(rest), service.now_ns()) if re.fullmatch("[0-9]{1,9}", rest) else None
+    found = service.benchmark.run(int(rest), service.source.now_ns()) if re.fullmatch("[0-9]{1,9}", rest) else None
     if found is None:
         raise HTTPError(404, "no such run; /api/runs lists them")
     return found
@@ -5117,34 +5046,30 @@ def _get_clients(service: APIService, *_: Any) -> JSONValue:
 
 
 def _get_websocket(service: APIService, connection: Connection, request: Request, _: str) -> None:
-    key = check_upgrade(request)
-    service.check_room()
-    connection.open_websocket(key, choose_subprotocol(request))
+    key, subprotocol = check_upgrade(request), choose_subprotocol(request)
     service.add_client(connection, "websocket")
+    connection.open_websocket(key, subprotocol)
 
 
 def _get_stream(service: APIService, connection: Connection, request: Request, _: str) -> Response | None:
     _only_arguments(request, "types format snapshot")
     accepted = accepts(request.headers.get("accept"), (SSE, NDJSON))
     media = {None: accepted, "sse": SSE, "ndjson": NDJSON}.get(request.arg("format"))
-    if media is None:
-        raise HTTPError(400, "format must be sse or ndjson")
     snapshot = request.arg("snapshot", "1")
-    if snapshot not in ("0", "1"):
-        raise HTTPError(400, "snapshot must be 0 or 1")
+    if media is None or snapshot not in ("0", "1"):
+        raise HTTPError(400, "format must be sse or ndjson, snapshot 0 or 1")
     types = list(dict.fromkeys(name for name in ",".join(request.args("types")).split(",") if name)) or ["*"]
     if len(types) > CLIENT_TYPES_MAX or not all(map(_CLIENT_MESSAGE_TYPE.fullmatch, types)):
         raise HTTPError(400, "types must be names of message types, separated by commas")
     head = Response(200, None, media, (("X-Accel-Buffering", "no"),))
     if request.method == "HEAD":
         return head
-    service.check_room()
-    if not service.hub.has_room(set(types) - _KNOWN_TYPES):
-        raise HTTPError(503, "too many different message types are asked for by all clients", (("Retry-After", "5"),))
-    connection.open_stream(head.encode(date=service.date, extra=service.headers_for(request)))
-    client = service.add_client(connection, "sse" if media == SSE else "ndjson")
-    service.subscribe(client, set(types))
     unknown = [name for name in types if name not in _KNOWN_TYPES]
+    if not service.hub.has_room(set(unknown)):
+        raise HTTPError(503, "too many different message types are asked for by all clients", (("Retry-After", "5"),))
+    client = service.add_client(connection, "sse" if media == SSE else "ndjson")
+    connection.open_stream(head.encode(date=service.date, extra=service.headers_for(request)))
+    service.subscribe(client, set(types))
     for name, told in (("subscribed", types if media == SSE else []), ("unknown", unknown)):
         if told:  # events begin at once, also on a silent bus; lines are messages of the bus alone
             notice = json_bytes({"type": name, "message_types": told})
@@ -5168,15 +5093,6 @@ def _get_ready(service: APIService, *_: Any) -> Response:
     return text_response("ok\n") if service.source.connected else text_response(text, 503, (("Retry-After", "2"),))
 
 
-_TOP_FIGURES = """\
-output tokens/s|output_token_throughput
-output tokens/s/user|output_token_throughput_per_user
-requests/s|request_throughput
-time to first token|time_to_first_token
-inter token latency|inter_token_latency
-request latency|request_latency"""
-
-
 def _top_row(name: str, cells: Iterable[Any]) -> str:
     texts = (f"{cell:,.2f}" if isinstance(cell, float) else "-" if cell is None else str(cell)[:10] for cell in cells)
     return f"{name[:35]:36}" + "".join(f"{text:>11}" for text in texts)
@@ -5184,7 +5100,7 @@ def _top_row(name: str, cells: Iterable[Any]) -> str:
 
 def top_text(service: APIService) -> str:
     """Return the run on one screen of 80 columns: state, bar, figures, workers, GPUs, what went wrong."""
-    benchmark, status, now_ns = service.benchmark, service.status(), service.now_ns()
+    benchmark, status, now_ns = service.benchmark, service.status(), service.source.now_ns()
     metrics, progress, workers = benchmark.metrics(), benchmark.progress(now_ns), benchmark.workers()
     percent, total, left_sec = (progress[key] for key in ("percent_complete", "total", "eta_sec"))
     is_over = benchmark.end is not None
@@ -5203,8 +5119,11 @@ def top_text(service: APIService) -> str:
         "",
         _top_row("", ("avg", "p50", "p99")),
     ]
-    for name, _, tag in (line.partition("|") for line in _TOP_FIGURES.splitlines()):
-        lines.append(_top_row(name, map(metrics["metrics"].get(tag, {}).get, ("avg", "p50", "p99"))))
+    tags = """output_token_throughput output_token_throughput_per_user request_throughput
+        time_to_first_token inter_token_latency request_latency"""
+    for tag in tags.split():
+        row = metrics["metrics"].get(tag, {})
+        lines.append(_top_row(tag.replace("_", " "), map(row.get, ("avg", "p50", "p99"))))
     active = f"workers: {workers['active_workers']} of {workers['total_workers']} active"
     lines += ["", _top_row(active, ("status", "done", "failed", "cpu %"))]
     for name, worker in sorted(workers["workers"].items())[:16]:
@@ -5230,14 +5149,16 @@ ROUTES: tuple[Route, ...] = (
     Route("/metrics", "metrics_text", "Everything for Prometheus", lambda s, _, r, __: s.exposition(r)),
     Route("/api/metrics", "metrics", "The metrics: latest, then final", lambda s, *_: s.benchmark.metrics()),
     Route("/api/status", "status", "State and phase of the run, and its source", lambda s, *_: s.status()),
-    Route("/api/progress", "progress", "How far the run is, by phase", lambda s, *_: s.benchmark.progress(s.now_ns())),
+    Route("/api/progress", "progress", "How far the run is, by phase",
+          lambda s, *_: s.benchmark.progress(s.source.now_ns())),
     Route("/api/workers", "workers", "The workers: status, tasks, CPU and memory", lambda s, *_: s.benchmark.workers()),
     Route("/api/config", "config", "The configuration, secrets redacted", lambda s, *_: s.benchmark.config()),
     Route("/api/server-metrics", "server_metrics", "Metrics of the server under test",
           lambda s, *_: s.benchmark.server_metrics()),
     Route("/api/results", "results", "How the run ended, and its results", lambda s, *_: s.benchmark.results()),
     Route("/api/history", "history", "Time series since the run began; without a tag, what there is", _get_history),
-    Route("/api/runs", "runs", "The runs of this server's life", lambda s, *_: {"runs": s.benchmark.runs(s.now_ns())}),
+    Route("/api/runs", "runs", "The runs of this server's life",
+          lambda s, *_: {"runs": s.benchmark.runs(s.source.now_ns())}),
     Route("/api/runs/{n}", "run", "One run, whole", _get_run),
     Route("/api/stream", "stream", "Bus messages as Server-Sent Events or NDJSON, for curl -N", _get_stream),
     Route("/api/clients", "clients", "Who is connected, what they are sent, and what was dropped", _get_clients),
@@ -5270,8 +5191,7 @@ class Option(NamedTuple):
 
 # flag METAVAR | default | variables | help
 _OPTIONS = """
---api-port PORT | | AIPERF_API_SERVER_PORT | serve HTTP and WebSocket on this port; 0 is any free one, the URL is \
-printed
+--api-port PORT | | AIPERF_API_SERVER_PORT | serve HTTP and WebSocket on this port; 0 is any free one
 --api-host HOST | 127.0.0.1 | AIPERF_API_SERVER_HOST | address to listen on; needs --api-port; :: is IPv4 and IPv6
 --api-unix PATH | | AIPERF_API_UNIX | listen on a Unix socket, too or instead of a port (mode 0600)
 --zmq-host HOST | 127.0.0.1 | AIPERF_API_ZMQ_HOST | watch the bus at tcp://HOST:5664; this is the default source
@@ -5283,17 +5203,14 @@ printed
 --replay-speed X | 1 | AIPERF_API_REPLAY_SPEED | play X times as fast; 0 is at once
 --replay-loop | | AIPERF_API_REPLAY_LOOP | play it again and again
 --demo | | AIPERF_API_DEMO | replay the real run that ships with the module, in a loop
---record FILE | | AIPERF_API_RECORD | write every bus message to a recording; an older one is renamed to FILE.1, \
-.2, ...
---report FILE | | AIPERF_API_REPORT | write the report (one HTML file) at the end of a run; an older one is renamed \
-likewise
+--record FILE | | AIPERF_API_RECORD | record every bus message; an older recording is renamed to FILE.1, .2, ...
+--report FILE | | AIPERF_API_REPORT | write the report (HTML) at the end of a run; an older one is renamed likewise
 --config FILE | | AIPERF_API_CONFIG | benchmark configuration (JSON) for /api/config when the bus does not carry it
 --linger SEC | 5 with a child, else for ever | AIPERF_API_LINGER AIPERF_API_SERVER_POST_COMPLETE_GRACE \
  | serve on for this many seconds after the end
 --api-token TOKEN | | AIPERF_API_TOKEN | clients must present this token; better given in the environment
 --allow-host NAME | | AIPERF_API_ALLOW_HOST | accept this Host header; repeatable, in the environment with commas
---cors-origin ORIGIN | | AIPERF_API_SERVER_CORS_ORIGINS | let pages of this origin read the API; repeatable, or as \
-JSON list
+--cors-origin ORIGIN | | AIPERF_API_SERVER_CORS_ORIGINS | let its pages read the API; repeatable, or as JSON list
 --tls-cert FILE | | AIPERF_API_TLS_CERT | serve https and wss with this certificate chain (PEM)
 --tls-key FILE | | AIPERF_API_TLS_KEY | its private key (PEM), if it is not in the same file
 --ws-max-connections N | 1000 | AIPERF_API_WS_MAX_CONNECTIONS AIPERF_API_SERVER_WEBSOCKET_MAX_CONNECTIONS \
@@ -5307,10 +5224,6 @@ OPTIONS: tuple[Option, ...] = tuple(
 _SOURCES = ("--zmq-host", "--zmq-ipc-path", "--zmq-address", "--zmq-bind", "--replay", "--demo")
 _DESCRIPTION = "Watch an AIPerf benchmark over its ZMQ event bus and serve its metrics over HTTP and WebSocket."
 _EPILOG = "Everything after -- is run as the benchmark: aiperf-api --api-port 9090 -- aiperf profile --model ..."
-_HINTS = """\
---port: it is --api-port
-help: it is --help
-aiperf: the benchmark stands behind --: ... -- aiperf profile"""
 
 
 class Arguments(NamedTuple):
@@ -5343,40 +5256,35 @@ _PATTERNS = MappingProxyType({  # what a value must look like
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        stray = re.search("unrecognized arguments: ([^ =]+)", message)
-        hint = stray and re.search(f"(?m)^{re.escape(stray[1])}: (.*)$", _HINTS)
-        raise UsageError(printable(message) + (f"; {hint[1]}" if hint else ""))
+        raise UsageError(f"{printable(message)}; --help lists all options, a benchmark stands behind --")
 
 
 def _read_options(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[set[str], dict[str, Any]]:
-    """Return the flags that are given, and each option's text (a list if repeatable): the flag's, else its variable's.
-
-    An empty variable is none, but an empty value is a mistake: `--api-token "$UNSET"` would leave the server open.
-    """
-    parser = _Parser(prog="aiperf-api", description=_DESCRIPTION, epilog=_EPILOG, allow_abbrev=False, add_help=False)
+    """Return the flags that are given, and each option's text (a tuple if repeatable): its own, else its variable's.
+    An empty variable is none, but an empty value is a mistake: `--api-token "$UNSET"` would leave the server open."""
+    parser = _Parser(prog="aiperf-api", description=_DESCRIPTION, epilog=_EPILOG, allow_abbrev=False)
     for flag, metavar, default, variables, text in OPTIONS:
         about = text + (f" (default: {default})" if default else "") + f" [{variables.replace(' ', ' or ')}]"
         action = "append" if "repeatable" in text else "store" if metavar else "store_const"
         more: dict[str, Any] = {"metavar": metavar} if metavar else {"const": "true"}
         parser.add_argument(flag, action=action, help=about, dest=flag, **more)
     parser.add_argument("--version", action="version", version=f"aiperf-api {__version__}")
-    parser.add_argument("--help", "-h", action="help", help="show this and exit")
     given = vars(parser.parse_args(argv))
     flags = {flag for flag, value in given.items() if value is not None}
-    for flag, _, _, variables, text in OPTIONS:
+    for flag, metavar, _, variables, text in OPTIONS:
         is_list, value = "repeatable" in text, given[flag]
         if flag not in flags:
             value = next((environ[name] for name in variables.split() if environ.get(name)), None)
             if is_list and value:  # names with commas between, or a JSON list (AIPerf's way)
                 with contextlib.suppress(JSONError):
                     value = json_load(value.encode()) if value.lstrip().startswith("[") else value.split(",")
-        values = value if isinstance(value, list) else [] if value is None else [value]
+        values: Sequence[Any] = value if isinstance(value, list) else [] if value is None else [value]
         for one in values:
             if not re.fullmatch(_PATTERNS.get(flag, "(?s:.+)"), str(one).strip(), re.IGNORECASE):
                 what = "usable" if flag == "--api-token" else printable(repr(one))  # it may be seen by others
                 raise UsageError(f"{flag}: not {what}; {text}")
-        value = value.strip() if value and flag == "--api-token" else value  # no header could carry it
-        given[flag] = [str(one).strip() for one in values] if is_list else value
+        values = tuple(str(one).strip() for one in values if metavar or one.lower() not in _OFF)
+        given[flag] = values if is_list else values[0] if values else None
     return flags, given
 
 
@@ -5384,12 +5292,12 @@ def _read_config(path: str) -> Mapping[str, Any]:
     try:
         with open(path, "rb") as file:
             value = json_load(file.read())
+        if isinstance(value, dict):
+            return value
+        reason = "not a JSON object"
     except (OSError, JSONError) as error:
-        reason = error.strerror if isinstance(error, OSError) else f"not JSON: {error}"
-        raise UsageError(f"--config {printable(path)}: {reason}") from None
-    if not isinstance(value, dict):
-        raise UsageError(f"--config {printable(path)}: not a JSON object")
-    return value
+        reason = str(error.strerror) if isinstance(error, OSError) else f"not JSON: {error}"
+    raise UsageError(f"--config {printable(path)}: {reason}")
 
 
 def parse_arguments(argv: Sequence[str], environ: Mapping[str, str]) -> Arguments:
@@ -5403,10 +5311,8 @@ def parse_arguments(argv: Sequence[str], environ: Mapping[str, str]) -> Argument
         raise UsageError("--api-host needs --api-port")
     if given["--api-port"] is None and given["--api-unix"] is None:
         raise UsageError("nothing to serve on: give --api-port PORT (or --api-unix PATH); --help lists everything")
-    for flag in ("--tls-cert", "--tls-key"):
-        if given[flag] and not (given["--tls-cert"] and os.path.isfile(given[flag])):
-            reason = "no such file" if given["--tls-cert"] else "needs --tls-cert"
-            raise UsageError(f"{flag} {printable(given[flag])}: {reason}")
+    if given["--tls-key"] and not given["--tls-cert"]:
+        raise UsageError("--tls-key needs --tls-cert")
     for written in ("--record", "--report"):
         path = check_output(given[written], written) if given[written] else ""  # now, not when the run is over
         for read in ("--config", "--replay", "--tls-cert", "--tls-key"):
@@ -5414,33 +5320,26 @@ def parse_arguments(argv: Sequence[str], environ: Mapping[str, str]) -> Argument
                 raise UsageError(f"{written} {printable(path)}: that is the file that {read} reads")
     learnt = Secrets()
     learnt.redact([dict(environ), read_flags(command)])  # of more than it remembers, the last count
-    most = int(given["--ws-max-connections"] or WS_CONNECTIONS_MAX)
-    port, linger = (None if given[flag] is None else float(given[flag]) for flag in ("--api-port", "--linger"))
+    port, linger_sec = given["--api-port"], given["--linger"]
     settings = Settings(
-        host=(given["--api-host"] or "127.0.0.1").strip("[]"), port=None if port is None else int(port),
-        unix_path=given["--api-unix"], token=given["--api-token"], allow_hosts=tuple(given["--allow-host"]),
-        cors_origins=tuple(given["--cors-origin"]), tls_cert=given["--tls-cert"], tls_key=given["--tls-key"],
-        ws_max_connections=most, linger_sec=linger, record=given["--record"], report=given["--report"],
-        secrets=learnt.known,
+        host=(given["--api-host"] or "127.0.0.1").strip("[]"), port=port and int(port), unix_path=given["--api-unix"],
+        token=given["--api-token"], allow_hosts=given["--allow-host"], cors_origins=given["--cors-origin"],
+        tls_cert=given["--tls-cert"], tls_key=given["--tls-key"], linger_sec=linger_sec and float(linger_sec),
+        ws_max_connections=int(given["--ws-max-connections"] or WS_CONNECTIONS_MAX),
+        record=given["--record"], report=given["--report"], secrets=learnt.known,
     )  # fmt: skip
-    backend, level = (given["--zmq-backend"] or "auto").lower(), (given["--log-level"] or "info").upper()
-    source, told = _choose_source(flags, given, backend, bool(command))
+    backend = given["--zmq-backend"] = (given["--zmq-backend"] or "auto").lower()
+    source, told = _choose_source(flags, given, bool(command))
     config = _read_config(given["--config"]) if given["--config"] else told
-    return Arguments(settings, source, backend, command, config, level)
+    return Arguments(settings, source, backend, command, config, (given["--log-level"] or "info").upper())
 
 
-def _choose_source(
-    flags: set[str], given: Mapping[str, Any], backend: str, has_command: bool
-) -> tuple[Source | None, JSONValue]:
-    """Return the one source that is asked for, and the configuration that comes with it: a flag beats variables, and
-    two of the same standing are a mistake.
-
-    A command brings its own bus (None), unless a flag says where that is; variables are for runs without a command.
-    """
+def _choose_source(flags: set[str], given: Mapping[str, Any], has_command: bool) -> tuple[Source | None, JSONValue]:
+    """Return the one source that is asked for, and the configuration that comes with it.  A flag beats variables, two
+    are a mistake.  A command brings its own bus (None), unless a flag says where that is; variables do not count."""
     chosen = [flag for flag in _SOURCES if flag in flags]
     if not chosen and not has_command:
-        named = [flag for flag in _SOURCES if given[flag] and given[flag].lower() not in _OFF]
-        chosen = named or ["--zmq-host"]
+        chosen = [flag for flag in _SOURCES if given[flag]] or ["--zmq-host"]
     if len(chosen) > 1 or (has_command and chosen and chosen[0] in ("--replay", "--demo")):
         raise UsageError(f"{' and '.join(chosen)}{' and a command' if has_command else ''}: only one source at a time")
     for option in ("--replay-speed", "--replay-loop"):
@@ -5450,7 +5349,7 @@ def _choose_source(
         return None, None
     flag, value = chosen[0], given[chosen[0]] or "127.0.0.1"
     if flag in ("--replay", "--demo"):
-        speed, loop = float(given["--replay-speed"] or 1.0), (given["--replay-loop"] or "no").lower() not in _OFF
+        speed, loop = float(given["--replay-speed"] or 1.0), bool(given["--replay-loop"])
         if flag == "--replay":
             check_recording(value)
             return ReplaySource(value, speed=speed, loop=loop), None
@@ -5460,20 +5359,13 @@ def _choose_source(
             raise UsageError("--demo: the recording is not here; copy the folder static/ beside aiperf_api.py")
         # half way
         return ReplaySource(DEMO_RECORDING, "demo", speed=speed, loop=True, data=data, start_at=20.5), config
-    kind, address = {
-        "--zmq-host": ("tcp", backend_address(value.strip("[]"))),
-        "--zmq-ipc-path": ("ipc", ipc_address(value)),
-        "--zmq-bind": ("bind", value),
-    }.get(flag, ("zmq", value))
-    return bus_source(address, "child" if has_command else kind, bind=flag == "--zmq-bind", backend=backend), None
+    kind = {"--zmq-host": "tcp", "--zmq-ipc-path": "ipc", "--zmq-bind": "bind"}.get(flag, "zmq")
+    address = backend_address(value.strip("[]")) if kind == "tcp" else ipc_address(value) if kind == "ipc" else value
+    named, backend = "child" if has_command else kind, given["--zmq-backend"]
+    return bus_source(address, named, bind=kind == "bind", backend=backend), None
 
 
 # -- The benchmark behind `--` -----------------------------------------------------------------------------------------
-
-_SHORT_FLAGS = MappingProxyType({"-m": "model", "-u": "url", "-f": "config", "-H": "header"})
-# Without them a run without dashboard publishes no live metrics (AIPerf 0.5 and later).
-_LIVE_METRICS = (("AIPERF_UI_REALTIME_METRICS_ENABLED", "true"), ("AIPERF_UI_REALTIME_METRICS_INTERVAL", "1"))
-CHILD_ADDRESS_VARIABLE = "AIPERF_API_ZMQ_ADDRESS"  # where a home-made benchmark publishes to
 
 
 class ChildPlan(NamedTuple):
@@ -5488,10 +5380,11 @@ class ChildPlan(NamedTuple):
 def read_flags(argv: Sequence[str]) -> dict[str, Any]:
     """Return the flags: `--any-name VALUE` as any_name; without a value it is true, repeated it is a list."""
     flags: dict[str, Any] = {}
+    short = {"-m": "model", "-u": "url", "-f": "config", "-H": "header"}
     for word, after in zip(argv, (*argv[1:], "--")):
         is_long = word.startswith("--")
         name, equals, value = word.partition("=") if is_long else (word[:2], word[2:], word[2:].lstrip("="))
-        name = _SHORT_FLAGS.get(name, name[2:].replace("-", "_") if is_long else "")
+        name = short.get(name, name[2:].replace("-", "_") if is_long else "")
         if not name:
             continue
         if not equals:
@@ -5505,11 +5398,9 @@ def read_flags(argv: Sequence[str]) -> dict[str, Any]:
 
 
 def child_plan(arguments: Arguments, environ: Mapping[str, str], ipc_dir: str) -> ChildPlan:
-    """Decide how to run a command so that its event bus can be heard.
-
-    An `aiperf profile` is followed to the bus that our own flags, or else its own, name; without any it gets a private
-    IPC directory.  Any other command finds an address to publish to in AIPERF_API_ZMQ_ADDRESS.
-    """
+    """Decide how to run a command so that its bus can be heard.  An `aiperf profile` is followed to the bus that our
+    flags, or else its own, name; without any it gets a private IPC directory.  Any other command finds an address to
+    publish to in AIPERF_API_ZMQ_ADDRESS."""
     command, source, backend = arguments.command, arguments.source, arguments.backend
     ours = {name for option in OPTIONS for name in option.env.split() if "API_SERVER" in name or "TOKEN" in name}
     inherited = {name: value for name, value in environ.items() if name not in ours}  # AIPerf's own API reads them, too
@@ -5517,7 +5408,7 @@ def child_plan(arguments: Arguments, environ: Mapping[str, str], ipc_dir: str) -
     if not any(pair in (("aiperf", "profile"), ("aiperf.exe", "profile")) for pair in zip(words, words[1:])):
         if source is None:
             source = bus_source("ipc://" + os.path.join(ipc_dir, "bus.ipc"), "child", bind=True, backend=backend)
-            inherited[CHILD_ADDRESS_VARIABLE] = source.address
+            inherited["AIPERF_API_ZMQ_ADDRESS"] = source.address
         return ChildPlan(command, inherited, source, {})
     flags = read_flags(command)
     address, added = ipc_address(ipc_dir), ["--zmq-ipc-path", ipc_dir]
@@ -5526,23 +5417,22 @@ def child_plan(arguments: Arguments, environ: Mapping[str, str], ipc_dir: str) -
         address = backend_address("127.0.0.1" if host in ("0.0.0.0", "*") else host)
         address = address if host else ipc_address(str(flags.get("zmq_ipc_path", "/tmp/aiperf")))  # AIPerf's default
     elif _names_a_bus(str(flags.get("config", os.devnull))):
-        raise UsageError(
-            f"{printable(str(flags['config']))} chooses the event bus itself (communication): say where it is, as in"
-            " aiperf-api ... --zmq-host 127.0.0.1 -- aiperf profile ..."
-        )
-    source = source or bus_source(address, "child", backend=backend)
+        example = "aiperf-api ... --zmq-host 127.0.0.1 -- aiperf profile ..."
+        path = printable(str(flags["config"]))
+        raise UsageError(f"{path} chooses the event bus itself (communication): say where it is, as in {example}")
+    # Else a run without dashboard publishes no live metrics (AIPerf 0.5 and later).
+    live = {"AIPERF_UI_REALTIME_METRICS_ENABLED": "true", "AIPERF_UI_REALTIME_METRICS_INTERVAL": "1"}
     defaults = {} if "config" in flags else {"endpoint_type": "chat", "streaming": False}  # AIPerf's
-    return ChildPlan((*command, *added), {**dict(_LIVE_METRICS), **inherited}, source, {**defaults, **flags})
+    source = source or bus_source(address, "child", backend=backend)
+    return ChildPlan((*command, *added), {**live, **inherited}, source, {**defaults, **flags})
 
 
 def _names_a_bus(path: str) -> bool:
     """Return whether a configuration file has a key `communication`: AIPerf 0.13 takes no flag beside it."""
-    try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            text = file.read(1 << 20)
-        return bool(re.search(r"(?m)^[ \t\"'{,-]*communication[\"']?[ \t]*:|[{,]\s*[\"']communication", text))
-    except OSError:  # the benchmark will say so itself
-        return False
+    key = r"(?m)^[ \t\"'{,-]*communication[\"']?[ \t]*:|[{,]\s*[\"']communication"
+    with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
+        return bool(re.search(key, file.read(1 << 20)))
+    return False  # it cannot be read: the benchmark will say so itself
 
 
 class Child:
@@ -5550,52 +5440,62 @@ class Child:
 
     So Ctrl-C reaches it alone and once.  A signal to us is passed on, but not the second of two within a second: AIPerf
     answers its first SIGINT by finishing, its second by quitting, and `timeout` sends one to us and one to our group.
+    Without a command it keeps to the signals.
     """
 
     def __init__(self, plan: ChildPlan) -> None:
         self.plan = plan
-        self.ended, self.hurried = asyncio.Event(), asyncio.Event()  # the process is gone; nobody wants to linger
-        self.signals: list[tuple[int, float]] = []  # (number, monotonic seconds) of those that were passed on
+        self.hurried = asyncio.Event()  # nobody wants us to go on serving
         self.exit_text = ""  # how it ended: `exit status 3`, `killed by SIGKILL`
-        self._process: asyncio.subprocess.Process | None = None
+        self._signals: list[tuple[int, float]] = []  # (number, monotonic seconds) of those that were passed on
+        self._process: asyncio.subprocess.Process | None = None  # while it runs
         self._has_terminal = False  # it is ours to hand over
         with contextlib.suppress(OSError, AttributeError):
             self._has_terminal = os.tcgetpgrp(0) == os.getpgrp()
 
-    def _give_terminal(self, group: int) -> None:
-        """Make a process group the one that the terminal signals; SIGTTOU would stop us for asking."""
+    def watch_signals(self) -> None:
+        """Handle in the loop the signals that end us (SIGHUP unless it is ignored, as under nohup), and SIGCHLD."""
+        loop = asyncio.get_running_loop()
+        for name in ("SIGINT", "SIGTERM", "SIGQUIT", "SIGHUP"):
+            number = getattr(signal, name, None)
+            if number is not None and (name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN):
+                try:
+                    loop.add_signal_handler(number, self.on_signal, number)
+                except NotImplementedError:  # Windows
+                    signal.signal(number, lambda n, _: loop.call_soon_threadsafe(self.on_signal, n))
+        if hasattr(signal, "SIGCHLD"):
+            loop.add_signal_handler(signal.SIGCHLD, self.on_child_signal)
+
+    def _give_terminal(self, group: int = 0) -> None:
+        """Make a process group (0: our own) the one that the terminal signals; SIGTTOU would stop us for asking."""
         if self._has_terminal:
             before = signal.signal(signal.SIGTTOU, signal.SIG_IGN)
             with contextlib.suppress(OSError):
-                os.tcsetpgrp(0, group)
+                os.tcsetpgrp(0, group or os.getpgrp())
             signal.signal(signal.SIGTTOU, before)
 
     def _enter_group(self) -> None:  # in the child, between fork and exec
         os.setpgid(0, 0)
-        self._give_terminal(os.getpgrp())
+        self._give_terminal()
 
     async def run(self) -> int:
         """Run it to its end; return the exit code as a shell has it. ExitError 126 or 127 when it cannot be started."""
-        if self.signals:  # already: then it need not begin
-            self.ended.set()
-            return 128 + self.signals[0][0]
         argv, enter = self.plan.argv, self._enter_group if hasattr(os, "setpgid") else None
         try:
             self._process = await asyncio.create_subprocess_exec(*argv, env=self.plan.environ, preexec_fn=enter)
-            for number, _ in self.signals:  # that came while it was being started
+            for number, _ in self._signals:  # that came before
                 self._process.send_signal(number)
             self.on_child_signal()  # a Ctrl-Z, too
         except (OSError, ValueError, subprocess.SubprocessError) as error:
             code = 127 if isinstance(error, FileNotFoundError) else 126
             raise ExitError(f"{printable(argv[0])}: {getattr(error, 'strerror', None) or error}", code) from None
         code = await self._process.wait()
-        self.ended.set()
-        self._give_terminal(os.getpgrp() if enter else 0)
+        self._give_terminal()
         self.exit_text = f"exit status {code}"
         if code < 0:
             self._kill(signal.SIGKILL)  # what it had started goes, too
-            names = {number.value: number.name for number in signal.Signals}
-            self.exit_text = f"killed by {names.get(-code, -code)}"
+            self.exit_text = f"killed by {signal.Signals(-code).name if -code in tuple(signal.Signals) else -code}"
+        self._process = None
         return code if code >= 0 else 128 - code
 
     def _kill(self, number: int) -> None:
@@ -5605,43 +5505,37 @@ class Child:
                 os.killpg(self._process.pid, number)
 
     def on_signal(self, number: int) -> None:
-        """Pass a signal on; the third ends the child at once, and one after its end ends the lingering."""
+        """Pass a signal on; the third kills the benchmark.  After its end one asks for ours, another one forces it."""
         now_sec = time.monotonic()
-        if any(known == number and now_sec - at < 1.0 for known, at in self.signals):
+        if any(known == number and now_sec - at < 1.0 for known, at in self._signals):
             return
-        self.signals.append((number, now_sec))
-        if self.ended.is_set() and self.hurried.is_set():
+        self._signals.append((number, now_sec))
+        if self._process is None and self.hurried.is_set():
             os._exit(128 + number)
-        if self.ended.is_set() or len(self.signals) > 1 or number != signal.SIGINT:
+        if self._process is None or len(self._signals) > 1 or number != signal.SIGINT:
             self.hurried.set()
-        if self._process is not None and not self.ended.is_set():
-            if number in (signal.SIGINT, signal.SIGTERM) and len(self.signals) <= 2:
-                with contextlib.suppress(ProcessLookupError):
-                    self._process.send_signal(number)
-            else:
-                self._kill(signal.SIGKILL if len(self.signals) > 2 else number)
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.send_signal(number)
+            if len(self._signals) > 2:
+                self._kill(signal.SIGKILL)
 
     def on_child_signal(self) -> None:
-        """Follow a child that Ctrl-Z has stopped: stop, too, so that the shell has the terminal; go on when we do."""
-        own = self._process.pid if self._process is not None and not self.ended.is_set() else 0
+        """Reap, as the first process of a container, whom nobody else can: our own child is asyncio's.  Follow a child
+        that Ctrl-Z has stopped: stop, too, so that the shell has the terminal, and let it go on when we do."""
+        own = self._process.pid if self._process is not None else 0
         with contextlib.suppress(ChildProcessError, AttributeError):  # macOS has waitid() from Python 3.13 on
+            while os.getpid() == 1 and (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)):
+                if ended.si_pid == own:
+                    break
+                os.waitpid(ended.si_pid, 0)
             if own and os.waitid(os.P_PID, own, os.WSTOPPED | os.WNOHANG):
-                self._give_terminal(os.getpgrp())
+                self._give_terminal()
                 os.kill(os.getpid(), signal.SIGSTOP)
                 with contextlib.suppress(OSError):
                     if self._has_terminal and os.tcgetpgrp(0) == os.getpgrp():  # fg, not bg
                         self._give_terminal(own)
                 self._kill(signal.SIGCONT)
-        reap_orphans(own)
-
-
-def reap_orphans(own: int) -> None:
-    """Reap, as the first process of a container, whom nobody else can; our own child is asyncio's."""
-    with contextlib.suppress(ChildProcessError):
-        while os.getpid() == 1 and (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)):
-            if ended.si_pid == own:
-                return
-            os.waitpid(ended.si_pid, 0)
 
 
 @contextlib.contextmanager
@@ -5673,99 +5567,68 @@ def log_held() -> Iterator[None]:
     """Hold the log back while a benchmark draws on the same terminal."""
     import logging.handlers  # only here: it imports half of the standard library
 
-    before = log.handlers[:]
-    held = [logging.handlers.MemoryHandler(1000, logging.CRITICAL + 1, handler) for handler in before]
-    log.handlers[:] = held if sys.stderr is not None and sys.stderr.isatty() else before
+    handler = log.handlers[0]
+    held = logging.handlers.MemoryHandler(1000, logging.CRITICAL + 1, handler)
+    log.handlers[:] = [held if sys.stderr is not None and sys.stderr.isatty() else handler]
     try:
         yield
     finally:
-        log.handlers[:] = before
-        for handler in held:
-            handler.close()  # writes what it holds
+        log.handlers[:] = [handler]
+        held.close()  # writes what it holds
 
 
 def start_lines(service: APIService) -> list[str]:
     """Return what somebody who starts the server wants to know first."""
     source, settings = service.source, service.settings
-    what = {
-        "demo": "demo: a replay of a recorded run ({}), in a loop",
-        "replay": "replay of {}",
-        "bind": "publishers connect to {}",
-        "child": "the benchmark, {}",
-    }.get(source.kind, "the AIPerf event bus at {}")
     lines = [f"aiperf-api {__version__} serves {printable(service.url)}"]
     if settings.port is not None:
         lines.append(f"  dashboard  {service.url}/dashboard")
-        lines += [f"  and        unix:{printable(settings.unix_path)}"] if settings.unix_path is not None else []
-    lines.append(f"  source     {printable(what.format(source.address), _LINE_CHARS_MAX)}")
+        lines += [f"  and        unix:{printable(settings.unix_path)}"] if settings.unix_path else []
+    lines.append(f"  source     {source.kind}: {printable(source.address, _LINE_CHARS_MAX)}")
     if settings.port is not None and not is_loopback(settings.host) and not settings.token:
         lines.append("  warning    open to the network without a token; see --api-token")
     return lines
 
 
-def _watch_signals(ask: Callable[[int], None], on_child: Callable[[], None]) -> None:
-    """Handle in the loop the signals that end us (SIGHUP unless it is ignored, as under nohup), and SIGCHLD."""
-    loop = asyncio.get_running_loop()
-    for name in ("SIGINT", "SIGTERM", "SIGQUIT", "SIGHUP"):
-        number = getattr(signal, name, None)
-        if number is not None and (name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN):
-            try:
-                loop.add_signal_handler(number, ask, number)
-            except NotImplementedError:  # Windows
-                signal.signal(number, lambda n, _: loop.call_soon_threadsafe(ask, n))
-    if hasattr(signal, "SIGCHLD"):
-        loop.add_signal_handler(signal.SIGCHLD, on_child)
-
-
-async def _serve_command(arguments: Arguments, environ: Mapping[str, str]) -> int:
-    """Serve, run the benchmark behind `--`, go on serving for a while; return the benchmark's exit code."""
-    linger_sec = 5 if arguments.settings.linger_sec is None else arguments.settings.linger_sec
-    with ipc_directory() as directory:
-        plan = child_plan(arguments, environ, directory)
-        child = Child(plan)
-        service = APIService(source=plan.source, config=arguments.config, settings=arguments.settings)
-        service.configure(plan.config, "command")
-        _watch_signals(child.on_signal, child.on_child_signal)
-        await service.start()
-        try:
-            say(*start_lines(service))
-            with log_held():
-                code = await child.run()
-            await service.settle()
-            if not service.bus_total:
-                log.warning(
-                    "the benchmark was not heard; in a script it needs --zmq-host: see the troubleshooting guide"
-                )
-            if code or service.bus_total:  # a command that ended well and never reported has not failed
-                hint = "" if service.bus_total else "; see its output above"
-                service.end_child(child.exit_text + hint if code else "")
-            if linger_sec and not child.hurried.is_set():
-                log.info("the benchmark ended (%s); serving its last state for %g s", child.exit_text, linger_sec)
-                with contextlib.suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(child.hurried.wait(), linger_sec)
-        finally:
-            await service.stop()
+async def _run_benchmark(service: APIService, child: Child) -> int:
+    """Run the benchmark, note how it ended, serve its last state for a while; return its exit code."""
+    with log_held():
+        code = await child.run()
+    deadline, seen = time.monotonic() + 3.0, -1
+    while service.bus_total != seen and time.monotonic() < deadline:  # what it said last is still under way
+        seen = service.bus_total
+        await asyncio.sleep(0.2)
+    if not service.bus_total:
+        log.warning("the benchmark was not heard; in a script it needs --zmq-host: see the troubleshooting guide")
+    if code or service.bus_total:  # a command that ended well and never reported has not failed
+        hint = "" if service.bus_total else "; see its output above"
+        service.end_child(child.exit_text + hint if code else "")
+    linger_sec = 5 if service.settings.linger_sec is None else service.settings.linger_sec
+    if linger_sec and not child.hurried.is_set():
+        log.info("the benchmark ended (%s); serving its last state for %g s", child.exit_text, linger_sec)
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(child.hurried.wait(), linger_sec)
     return code
 
 
-async def _serve(arguments: Arguments) -> int:
-    service = APIService(source=arguments.source, config=arguments.config, settings=arguments.settings)
-    stop = asyncio.Event()
-
-    def ask(number: int) -> None:  # the first signal asks for the end, a second one forces it
-        if stop.is_set():
-            os._exit(128 + number)
-        stop.set()
-
-    _watch_signals(ask, lambda: reap_orphans(0))
-    await service.start()
-    say(*start_lines(service))
-    ends = [asyncio.ensure_future(stop.wait()), asyncio.ensure_future(service.wait_lingered())]
-    await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-    for end in ends:
-        end.cancel()
-    await service.stop()
-    return 0
+async def _serve(arguments: Arguments, environ: Mapping[str, str]) -> int:
+    """Serve until a signal or the end of the run and of the lingering; return the exit code."""
+    with ipc_directory() if arguments.command else contextlib.nullcontext("") as directory:
+        plan = child_plan(arguments, environ, directory)
+        child = Child(plan)
+        service = APIService(source=plan.source, config=arguments.config, **arguments.settings._asdict())
+        service.configure(plan.config, "command")
+        child.watch_signals()
+        await service.start()
+        try:
+            say(*start_lines(service))
+            if plan.argv:
+                return await _run_benchmark(service, child)
+            ends = [asyncio.ensure_future(end) for end in (child.hurried.wait(), service.wait_lingered())]
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            return 0
+        finally:
+            await service.stop()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -5773,12 +5636,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = parse_arguments(sys.argv[1:] if argv is None else argv, os.environ)
         logging.raiseExceptions = False  # a standard error that is closed, full or broken costs the line only
-        handler = logging.StreamHandler() if sys.stderr is not None else logging.NullHandler()
+        handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
         log.handlers[:] = [handler]
         log.propagate = False
         log.setLevel(arguments.log_level)
-        return asyncio.run(_serve_command(arguments, os.environ) if arguments.command else _serve(arguments))
+        return asyncio.run(_serve(arguments, os.environ))
     except ExitError as error:
         say(f"aiperf-api: {error}")
         return error.exit_code

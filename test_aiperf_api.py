@@ -293,13 +293,8 @@ ROOMS = (
     ("Bus", 650, 40, "libzmq that gave up is connected anew; output goes to regular files only"),
     ("Hub", 310, 10, "names are bounded over all clients"),
     ("Connection", 350, 5, "the messages of one client have a turn, too"),
-    ("Service", 830, 210, "sweeps and their end, the report, the text screen, answers that are shared"),
-    (
-        "Command line",
-        330,
-        225,
-        "a benchmark behind --: signals, its output, its last words; hints for mistyped options",
-    ),
+    ("Service", 830, 130, "sweeps and their end, the report, the text screen, answers that are shared"),
+    ("Command line", 330, 165, "a benchmark behind --: signals, its output, its last words"),
 )
 MODULE_LINES, MODULE_BYTES = 5970, 334_000  # 5,300 and 240,000 in the design; with what came after
 TEST_LINES, README_LINES, FUNCTION_LINES, LIMITS = 6550, 260, 60, 60
@@ -4741,7 +4736,7 @@ class TestServiceAnswers(ServiceTestCase):
             await client.get("/api/runs?whatever=1")
             self.assertEqual(service._answers, kept)
             clock.monotonic = lambda: 1001.0  # nothing has come, but time has gone by
-            later = service.now_ns() + 11_000_000_000
+            later = service.source.now_ns() + 11_000_000_000
             with mock.patch.object(service.source, "now_ns", lambda: later):
                 again = [await client.get(path) for path in ("/api/runs", "/metrics")]
                 self.assertTrue((await client.get("/api/status")).json["stale"])
@@ -4837,9 +4832,9 @@ class TestServiceAnswers(ServiceTestCase):
             service = await self.serve(source=SpySource(), record=f"{folder}/run.jsonl")
             source = cast(SpySource, service.source)
             listener = await self.listen(service, "*")
-            for topic in (b"status." + b"x" * 1000 + b"$", b"status.\xff$"):  # each would be kept
+            for topic in (b"status." + b"x" * 1000 + b"$", b"status.\xff$"):
                 service._deliver([[topic, b"{}"]])
-            self.assertEqual((service.bus_errors, service._types), ({"topic": 2}, {}))
+            self.assertEqual(service.bus_errors, {"topic": 2})
             full = mock.patch.object(aiperf_api.Recorder, "flush", side_effect=OSError(28, "No space left"))
             with full, self.assertLogs("aiperf_api", "ERROR"):
                 service._sweep()
@@ -5027,7 +5022,7 @@ class TestUnixSocket(ServiceTestCase):
         return answer
 
     async def test_it_answers_whatever_the_host_and_only_to_its_owner(self) -> None:
-        service = await self.serve(settings=aiperf_api.Settings(port=None, unix_path=self.path))
+        service = await self.serve(port=None, unix_path=self.path)
         self.assertEqual((service.url, os.stat(self.path).st_mode & 0o777), (f"unix:{self.path}", 0o600))
         self.assertEqual((await self.ask(host="any.name")).status, 200)
         await service.stop()
@@ -5588,7 +5583,7 @@ class TestCommandLine(unittest.TestCase):
                 ((*port, "--api-token", "t\udcff"), "--api-token: not usable"),
                 ((*port, "--report", "/nonexistent/report.html"), "no such folder"),
                 (("--nonsense",), "--nonsense"),
-                (("--port", "9090"), "--api-port"),
+                (("--port", "9090"), "--help"),
                 (("help",), "--help"),
                 ((*port, "aiperf", "profile"), "behind --"),
                 ((*port, "--"), "behind --"),
