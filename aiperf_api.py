@@ -5256,7 +5256,7 @@ _PATTERNS = MappingProxyType({  # what a value must look like
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{printable(message)}; --help lists all options, a benchmark stands behind --")
+        raise UsageError(f"{printable(message)}; the port is --api-port, a benchmark stands behind --, and there is --help")
 
 
 def _read_options(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[set[str], dict[str, Any]]:
