@@ -521,7 +521,7 @@ class TestCharts(PagesTestCase):
             ".map(({plot}) => plot.scales.x.max - plot.scales.x.min)"
         )
         self.assertEqual(len({round(span, 3) for span in spans}), 1)
-        self.assertIn("range=", page.evaluate("location.search"))
+        page.wait("location.search.includes('range=')")
         page.call("click", selector="#ranges [data-range=all]")
         page.wait("aiperf.timeline.zoom === null")
         self.check_keyboard(page)

@@ -9,9 +9,15 @@ import { readAddress, writeAddress } from "../static/address.js";
 import { baselineOf, readReport, snapshotOf, tradeoff } from "../static/compare.js";
 import { better, verdict } from "../static/direction.js";
 import { eventOf } from "../static/events.js";
+import { quantity } from "../static/format.js";
 import { History, fitted, join, rates, shareOfTime, windows } from "../static/series.js";
 import { goodputLevels, parseLevel } from "../static/slo.js";
 import { view } from "../static/view.js";
+
+// Of these two only what needs no document is tested: the axis of time, and what is asked for.
+Object.assign(globalThis, { addEventListener: () => {}, location: { href: "http://127.0.0.1/dashboard" } });
+const { timeline } = await import("../static/charts.js");
+const { Live } = await import("../static/live.js");
 
 const STATIC = new URL("../static/", import.meta.url);
 const START = 1_800_000_000; // of the warm-up, in seconds; the profiling begins 10 s later
@@ -254,7 +260,7 @@ test("events carry the bus's time, for who opens late as well", () => {
   const run = made({ state: "complete", errors: (second) => (second > 10 && second <= 20 ? 2 : 0) });
   run.runs = { runs: [{ n: 1, state: "complete", ended_ns: ns(START + 41) }] };
   run.now += 3_600_000;
-  const said = view(run).events.map(({ at, text }) => [at / 1000 - START, text]);
+  const said = view(run).tables.events.rows.map(({ at, text }) => [at / 1000 - START, text]);
   assert.deepEqual(said.find(([, text]) => text === "complete"), [41, "complete"]);
   assert.ok(said.some(([at, text]) => at === 10 && text.startsWith("Profiling started")));
   assert.ok(said.some(([at, text]) => at > 19 && at < 22 && /^20 requests failed within 10 s/.test(text)));
@@ -327,6 +333,49 @@ test("a report read back draws the same figures, and is a baseline for the next 
   assert.equal(ghost.series.t.length, 60);
   assert.throws(() => readReport("<html></html>"), /not a report/);
   assert.equal(tradeoff(view(next).tables.runs.rows).length, 0);
+});
+
+test("a deviation stands in the unit of the mean before it", () => {
+  for (const [factor, unit, mean, spread] of [
+    [1, "ms", "270", "± 10"], [1e-4, "µs", "27", "± 1"], [1e3, "s", "270", "± 10"],
+  ]) {
+    const run = made({ state: "complete" });
+    const row = run.metrics.metrics.request_latency;
+    Object.assign(row, { avg: 270 * factor, std: 10 * factor });
+    const { figure, spread: shown } = card(run, "latency");
+    assert.deepEqual([figure, shown], [{ text: mean, unit }, spread]);
+  }
+  assert.deepEqual(quantity(0.043, "ms"), { text: "43", unit: "µs" });
+  assert.deepEqual(quantity(undefined, "ms"), { text: "—", unit: "ms" });
+});
+
+test("fingers that move little by little zoom, also from a whole run that was configured before", () => {
+  Object.assign(timeline, { end: 100, strip: 0.02, zoom: null, follow: null });
+  assert.deepEqual(timeline.range(), [-2, 100]);
+  for (let move = 0; move < 40; move++) timeline.scaleZoom(50, 0.99);
+  const [from, to] = timeline.zoom;
+  assert.ok(Math.abs(to - from - 100 * 0.99 ** 40) < 1e-6 && from > 0 && to < 100);
+  for (let move = 0; move < 50; move++) timeline.scaleZoom(50, 1 / 0.99);
+  assert.equal(timeline.zoom, null);
+});
+
+test("a state that is another, without a message that told of it, makes all answers old", async () => {
+  const live = new Live({ onView: () => {}, choice: {}, levels: [] });
+  const states = ["profiling", "profiling", "complete", "complete"];
+  live.answer = (what) => Promise.resolve(what === "status" ? { state: states.shift(), run: 1 } : {});
+  live.follow = () => Promise.resolve();
+  const gather = async () => {
+    const due = live.due;
+    live.due = new Set();
+    await live.ask(due);
+    return [...live.due];
+  };
+  await gather();
+  live.due = new Set(["status", "progress", "metrics", "history"]);
+  assert.deepEqual(await gather(), []);
+  live.due = new Set(["status", "progress", "metrics", "history"]);
+  assert.deepEqual(await gather(), ["index", "server", "config", "runs", "results"]);
+  assert.deepEqual(await gather(), []);
 });
 
 test("the address keeps what a link shall show", () => {

@@ -71,7 +71,7 @@ export const timeline = {
 
   /** Wider (factor above 1) or narrower around `at`. */
   scaleZoom(at, factor) {
-    const [from, to] = this.range();
+    const [from, to] = this.range().map((edge) => Math.max(0, edge)); // the strip before zero is not of the run
     this.setZoom([at - (at - from) * factor, at + (to - at) * factor]);
   },
 
@@ -502,6 +502,7 @@ function touchZoom(panel) {
   const value = (x) => panel.plot.posToVal(x, "x");
   canvas.addEventListener("pointerdown", (event) => {
     if (event.pointerType !== "touch" || !panel.plot) return;
+    canvas.setPointerCapture(event.pointerId); // a plot that is drawn anew under the fingers does not lose them
     fingers.set(event.pointerId, place(event));
     const [a, b] = fingers.values();
     before = b === undefined ? null : { width: Math.abs(a - b) };

@@ -14,6 +14,7 @@ import { Tabs } from "./tabs.js";
 
 const BASELINES_MAX = 20;
 const TABLE_EVERY_MS = 2000;
+const ADDRESS_AFTER_MS = 300;
 
 const address = readAddress(location.search);
 document.body.toggleAttribute("data-kiosk", address.kiosk);
@@ -67,9 +68,7 @@ function show(view, snapshot, why) {
   if (why === "tick") return;
   cards.show(view);
   levels.show(view);
-  for (const name of ["metrics", "gpus", "server", "workers", "errors"]) tabs.count(name, view.tables[name].count);
-  tabs.count("runs", view.tables.runs.count > 1 ? view.tables.runs.count : 0);
-  tabs.count("events", view.events.length);
+  for (const [name, { count }] of Object.entries(view.tables)) tabs.count(name, count);
   fill();
   const moment = [
     snapshot.history.last, snapshot.loaded, view.state.name, view.final, page.baselines.length, page.levels.length,
@@ -102,7 +101,7 @@ let fillTimer = 0;
 function fill(now = false) {
   const { name } = tabs;
   if (!seen || name === "stream") return;
-  const part = name === "events" ? seen.events : seen.tables[name];
+  const part = seen.tables[name];
   const what = [name, seen.state.name, seen.final, part.count, part.empty, part.base?.name].join();
   const wait = filledAt + TABLE_EVERY_MS - performance.now();
   if (!now && what === filledWhat && !inSight.has(`pane-${name}`)) return;
@@ -131,10 +130,16 @@ function opened(name) {
 
 // The address
 
+let addressTimer = 0;
+
+/** Soon: fingers that zoom change it with every move, and browsers allow only so many changes. */
 function keepAddress() {
-  const { zoom, follow } = timeline;
-  const query = writeAddress({ ...page, zoom, follow, tab: tabs.name, kiosk: address.kiosk });
-  if (query !== location.search) history.replaceState(null, "", `${location.pathname}${query}`);
+  clearTimeout(addressTimer);
+  addressTimer = setTimeout(() => {
+    const { zoom, follow } = timeline;
+    const query = writeAddress({ ...page, zoom, follow, tab: tabs.name, kiosk: address.kiosk });
+    if (query !== location.search) history.replaceState(null, "", `${location.pathname}${query}`);
+  }, ADDRESS_AFTER_MS);
 }
 
 // Service levels

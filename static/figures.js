@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The figures: what the cards say and what the charts draw. Pure. "Now" is the last ten seconds, "so far" cumulative.
 
-import { NONE, clock, count, known, number, phrase, quantity, share, spoken } from "./format.js";
+import { NONE, clock, count, known, number, phrase, quantity, scaleOf, share, spoken } from "./format.js";
 import { verdict } from "./direction.js";
 import { RATE_LEAST_SEC, latest, rates, shareOfTime, windows } from "./series.js";
 import { absentWords, emptyWords } from "./situation.js";
@@ -173,12 +173,8 @@ function latencyCard(s, tag, title) {
   });
 }
 
-function spreadOf(mean, std, unit) {
-  if (!known(std)) return "";
-  // In the unit of the mean that stands before it.
-  const factor = unit === "ms" && Math.abs(mean) >= 10_000 ? 1000 : 1;
-  return `± ${number(std / factor, 2)}`;
-}
+/** In the unit of the mean that stands before it. */
+const spreadOf = (mean, std, unit) => (known(std) ? `± ${number(std * scaleOf(mean, unit)[0], 2)}` : "");
 
 function tokensCard(s) {
   const tag = "output_token_throughput";

@@ -157,7 +157,7 @@ export class Live {
     }
     if (this.watchWorkers && now - (this.workersAt ?? -Infinity) > POLL_EVERY_MS) this.due.add("workers");
     const polling = !this.page.line.open && now - (this.gatheredAt ?? -Infinity) > POLL_EVERY_MS;
-    if (polling) for (const what of ["status", "progress", "metrics", "history"]) this.due.add(what);
+    if (polling) for (const what of ["status", "progress", "metrics", "server", "history"]) this.due.add(what);
     if (this.due.size && !this.timer) this.soon(0);
     this.show("tick");
   }
@@ -214,7 +214,9 @@ export class Live {
       return;
     }
     if (began !== this.history) return;
+    const turned = found.status && found.status.state !== this.answers.status?.state;
     this.settle(found);
+    if (turned) for (const what of ALL) if (!due.has(what)) this.due.add(what); // also where no message told of it
     if (due.has("history")) await this.follow();
     this.loaded = true;
     this.stamp();

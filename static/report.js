@@ -55,9 +55,9 @@ function showReport() {
   parts.charts.show(seen.charts, seen.axis);
   parts.ranges();
   for (const [name, table] of Object.entries(parts.tables)) {
-    const part = name === "events" ? seen.events : seen.tables[name];
+    const part = seen.tables[name];
     table.show(part);
-    byId(`section-${name}`).hidden = { runs: seen.tables.runs.count < 2 }[name] ?? part.count === 0;
+    byId(`section-${name}`).hidden = part.count === 0;
   }
   const lines = flatten(blob.config ?? {});
   byId("section-config").hidden = !lines.length;

@@ -510,8 +510,8 @@ export class EventLog {
     );
   }
 
-  show(events) {
-    this.events = events.slice(0, EVENTS_SHOWN);
+  show({ rows }) {
+    this.events = rows.slice(0, EVENTS_SHOWN);
     this.draw();
   }
 

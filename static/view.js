@@ -39,7 +39,7 @@ export function view(run) {
   return said;
 }
 
-const PARTS = { cards, charts, levels, tables, wanted, events: eventsOf, verdict: verdictOf };
+const PARTS = { cards, charts, levels, tables, wanted, verdict: verdictOf };
 
 function titleOf(s, name) {
   const share = s.run.progress?.percent_complete;
@@ -63,6 +63,7 @@ function tables(s) {
     for (const one of Object.values(metrics)) series += one.series?.length ?? 0;
   }
   const compared = comparedRuns(s);
+  const events = eventsOf(s);
   return {
     metrics: { count: s.rows.size, rows: s.rows, empty: emptyWords(s), base: run.baselines?.[0] ?? null },
     gpus: {
@@ -86,10 +87,11 @@ function tables(s) {
       more: run.results?.error_summary?.more ?? 0, empty: errorsEmpty(s),
     },
     runs: {
-      count: compared.length, rows: compared,
+      count: compared.length > 1 ? compared.length : 0, rows: compared,
       columns: COMPARED.filter(([tag, stat]) => compared.some(({ rows }) => known(rows.get(tag)?.[stat]))),
       points: tradeoff(compared), empty: absentWords(s, "No run yet."),
     },
+    events: { count: events.length, rows: events },
   };
 }
 
