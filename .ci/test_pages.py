@@ -620,6 +620,7 @@ class TestSafety(PagesTestCase):
         evil = "<img src=x onerror='window.injected=1'><script>window.injected=1</script><b class=injected>x</b>"
         server, bus = self.serve_bus()
         page = self.open(server.url + "dashboard")
+        page.wait("aiperf.live.page.line.open")  # an error is told once, to who listens
         self.begin(bus)
         self.profile(bus)
         metrics = json.loads(json.dumps(self.metrics(3)))

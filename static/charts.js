@@ -37,7 +37,6 @@ export const timeline = {
   zero: 0, // its zero in seconds since the epoch of the bus
   end: 10,
   strip: 0, // the share of the axis that stands for what came before
-  beforeText: "",
   zoom: null, // [from, to], or null
   follow: null, // the last so many seconds, or null for the whole run
   phases: [], // [{name, start, end}]

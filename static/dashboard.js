@@ -7,8 +7,8 @@ import { timeline } from "./charts.js";
 import { baselineOf, readReport, runLabel } from "./compare.js";
 import { byId, download, setAttribute, setText } from "./dom.js";
 import { Live } from "./live.js";
-import { Cards, Levels, Overlay, RunHead, chartsOf, rangeButtons, tablesOf } from "./page.js";
-import { goodputLevels, parseLevel } from "./slo.js";
+import { Cards, Levels, Overlay, RunHead, chartsOf, levelForm, rangeButtons, tablesOf } from "./page.js";
+import { goodputLevels } from "./slo.js";
 import { StreamPanel } from "./stream.js";
 import { Tabs } from "./tabs.js";
 
@@ -31,7 +31,7 @@ const cards = new Cards(byId("cards"));
 const overlay = new Overlay(byId("overlay"));
 const charts = chartsOf({
   onPick: (id, value) => {
-    page.choice = { ...page.choice, [{ gpus: "gpu" }[id] ?? id]: value };
+    page.choice = { ...page.choice, [id]: value };
     live.due.add("history");
     live.soon(0);
     keepAddress();
@@ -163,16 +163,7 @@ function ownLevels({ config }) {
   }
 }
 
-byId("level-form").addEventListener("submit", (event) => {
-  event.preventDefault();
-  const input = byId("level-input");
-  const level = parseLevel(input.value);
-  setText(byId("level-problem"), level.problem ?? "");
-  setAttribute(input, "aria-invalid", level.problem ? "true" : null);
-  if (level.problem) return;
-  input.value = "";
-  setLevels([...page.levels, level]);
-});
+levelForm((level) => setLevels([...page.levels, level]));
 
 // Reports: to keep, and to compare with
 

@@ -78,15 +78,8 @@ function slowSpells(s) {
   return out;
 }
 
-const NOT_LOGGED = new Set([
-  "realtime_metrics", "realtime_telemetry_metrics", "realtime_server_metrics", "credit_phase_progress",
-  "processing_stats", "worker_status_summary", "credit_phase_start", "credit_phase_complete",
-  "credit_phase_sending_complete",
-]);
-
 /** What to write of a bus message that the page heard, or null: {kind, what, text, key}. */
 export function eventOf(type, message) {
-  if (NOT_LOGGED.has(type)) return null;
   const said = (kind, what, text, key = `${type} ${text}`) => ({ kind, what, text, key });
   switch (type) {
     case "system_state_changed":

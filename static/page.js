@@ -4,6 +4,7 @@
 import { Charts, sparkline, timeline } from "./charts.js";
 import { byId, h, setAttribute, setChildren, setText, snippet } from "./dom.js";
 import { NONE } from "./format.js";
+import { parseLevel } from "./slo.js";
 import { CompareTable, ErrorTable, EventLog, GPUTable, MetricsTable, ServerTable, WorkersTable } from "./tables.js";
 
 /** State, facts and bars. */
@@ -229,6 +230,20 @@ export class Levels {
       }),
     );
   }
+}
+
+/** The form that adds a service level. */
+export function levelForm(onLevel) {
+  const input = byId("level-input");
+  byId("level-form").addEventListener("submit", (event) => {
+    event.preventDefault();
+    const level = parseLevel(input.value);
+    setText(byId("level-problem"), level.problem ?? "");
+    setAttribute(input, "aria-invalid", level.problem ? "true" : null);
+    if (level.problem) return;
+    input.value = "";
+    onLevel(level);
+  });
 }
 
 /** The buttons that choose a range of time; a range that is longer than the run is not offered. */

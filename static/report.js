@@ -3,10 +3,10 @@
 
 import { timeline } from "./charts.js";
 import { readReport, snapshotOf } from "./compare.js";
-import { byId, download, h, setAttribute, setText } from "./dom.js";
+import { byId, download, h, setText } from "./dom.js";
 import { csvLine } from "./format.js";
-import { Cards, Levels, RunHead, chartsOf, rangeButtons, tablesOf } from "./page.js";
-import { goodputLevels, parseLevel } from "./slo.js";
+import { Cards, Levels, RunHead, chartsOf, levelForm, rangeButtons, tablesOf } from "./page.js";
+import { goodputLevels } from "./slo.js";
 import { view } from "./view.js";
 
 const blob = readReport(byId("run").textContent);
@@ -24,7 +24,7 @@ const parts = {
   charts: chartsOf({
     eager: true,
     onPick: (id, value) => {
-      run.choice = { ...run.choice, [{ gpus: "gpu" }[id] ?? id]: value };
+      run.choice = { ...run.choice, [id]: value };
       showReport();
     },
   }),
@@ -77,14 +77,8 @@ function flatten(value, path = "") {
   return [[path, String(value)]];
 }
 
-byId("level-form").addEventListener("submit", (event) => {
-  event.preventDefault();
-  const level = parseLevel(byId("level-input").value);
-  setText(byId("level-problem"), level.problem ?? "");
-  setAttribute(byId("level-input"), "aria-invalid", level.problem ? "true" : null);
-  if (level.problem) return;
+levelForm((level) => {
   run.levels = [...run.levels, level];
-  byId("level-input").value = "";
   showReport();
 });
 

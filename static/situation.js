@@ -12,6 +12,8 @@ const STATES = {
 export const ENDS = new Set(["complete", "cancelled", "failed"]);
 const METRICS_LATE_SEC = 10; // live metrics that have not come by then may never do
 const SWITCH_ON = "AIPERF_UI_REALTIME_METRICS_ENABLED=true";
+const WITHOUT_METRICS =
+  `no live metrics yet. AIPerf sends them when asked to: ${SWITCH_ON} (0.5 and later), or its dashboard UI.`;
 
 /** One phase of /api/progress in names of our own. */
 function phaseOf(name, phase, history) {
@@ -34,7 +36,6 @@ function phaseOf(name, phase, history) {
     warmup: String(phase.phase_kind ?? phase.phase ?? name).startsWith("warm"),
     start: startNs === null ? null : startNs / 1e9, end: endNs === null ? null : endNs / 1e9,
     errors: Math.max(phase.errors ?? phase.request_errors ?? 0, seen("errors")),
-    cancelled: phase.cancelled ?? phase.requests_cancelled ?? 0,
     percent: Math.max(0, Math.min(100, Math.max(phase.percent_complete ?? 0, share))),
     ended: endNs !== null || phase.complete === true,
   };
@@ -56,13 +57,17 @@ export function situation(run) {
   const current = phases.at(-1) ?? null;
   const counted = phases.filter(({ warmup }) => !warmup);
   return {
-    run, status, state, phases, ended, going, rows, history, busNow, current, counted, loaded: run.loaded === true,
-    report: run.report === true, lost: Boolean(line) && !line.open && !line.polling && line.lostAt > 0,
+    run, status, state, phases, ended, going, rows, history, busNow, current, counted,
+    shown: counted.length ? counted : phases, loaded: run.loaded === true, report: run.report === true,
+    lost: Boolean(line) && !line.open && !line.polling && line.lostAt > 0,
     replay: kind === "replay" || kind === "demo", stale: going && status.stale === true,
     final: metrics?.final === true, warming: Boolean(current?.warmup) && !ended, zero: zeroOf(phases, history),
     end: ended ? endOf(phases, history) : null,
   };
 }
+
+/** What phases counted, together. */
+export const sumOf = (phases, field) => phases.reduce((all, phase) => all + (phase[field] ?? 0), 0);
 
 /** Where the axis of time begins: with the first phase. */
 function zeroOf(phases, history) {
@@ -101,10 +106,11 @@ function detail(s) {
   if (s.state === "failed" && !s.phases.length) return `${before}not one request was sent`;
   if (!s.loaded) return `${before}loading`;
   if (!s.phases.length) return `${before}no requests yet`;
-  const shown = s.counted.length ? s.counted : s.phases;
-  const sum = (field) => shown.reduce((all, phase) => all + (phase[field] ?? 0), 0);
-  const total = shown.every((phase) => phase.total) ? Math.max(sum("total"), s.run.progress?.total ?? 0) : null;
-  const completed = Math.max(sum("completed"), s.counted.length ? (s.run.progress?.completed ?? 0) : 0);
+  const { shown } = s;
+  const total = shown.every((phase) => phase.total)
+    ? Math.max(sumOf(shown, "total"), s.run.progress?.total ?? 0)
+    : null;
+  const completed = Math.max(sumOf(shown, "completed"), s.counted.length ? (s.run.progress?.completed ?? 0) : 0);
   return before + (total ? `${count(completed)} of ${count(total)} requests` : `${count(completed)} requests`);
 }
 
@@ -177,7 +183,7 @@ export function noticeWords(s, overlay) {
   if (s.going && status.source && !status.source.connected && !s.replay) {
     return ["warn", `Not connected to ${status.source.address}; trying again.`];
   }
-  if (noLiveMetrics(s)) return ["", `Progress only: ${withoutMetrics(s)}`];
+  if (noLiveMetrics(s)) return ["", `Progress only: ${WITHOUT_METRICS}`];
   return ["", ""];
 }
 
@@ -188,9 +194,6 @@ function noLiveMetrics(s) {
     s.loaded && s.going && began && !s.rows.size && began.completed > 0 && (began.elapsed ?? 0) > METRICS_LATE_SEC
   );
 }
-
-const withoutMetrics = () =>
-  `no live metrics yet. AIPerf sends them when asked to: ${SWITCH_ON} (0.5 and later), or its dashboard UI.`;
 
 /** Why there is no figure of requests: the one place that says it. */
 export function emptyWords(s, tag) {
