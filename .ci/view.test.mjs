@@ -198,6 +198,34 @@ test("loading is not absence, and waiting is not green", () => {
   assert.equal(waiting.notice.text, "");
 });
 
+test("what has been told of is loading, and what may still come is not absent", () => {
+  const header = "NVIDIA GPU Power Usage | h:9400 | GPU 0 | H200";
+  const telemetry = { gpu0_power: { header, unit: "W", current: 1 } };
+  const told = made({ seconds: 60 });
+  Object.assign(told, { history: new History(), metrics: { ...told.metrics, telemetry } });
+  const words = Object.fromEntries(view(told).charts.map(({ id, empty: said }) => [id, said]));
+  assert.equal(words.gpu, "Loading…");
+  assert.equal(words.flight, "The first points are on their way.");
+  assert.equal(words.server, "No inference-server metrics (AIPerf: --server-metrics).");
+  const { figure, kind } = card(told, "latency");
+  assert.deepEqual([figure.text, kind], ["270", "mean, so far"]);
+  assert.equal(chart(made({ seconds: 3 }), "gpu").empty, "No GPU telemetry yet.");
+  assert.match(chart(made({ seconds: 3, state: "complete" }), "gpu").empty, /--gpu-telemetry/);
+});
+
+test("the index is asked for again soon after a message tells of something new, then seldom", () => {
+  const live = new Live({ onView: () => {}, choice: {}, levels: [] });
+  const due = (ago) => {
+    Object.assign(live, { due: new Set(), indexAt: performance.now() - ago });
+    live.settleMessages();
+    return live.due.has("index");
+  };
+  live.answers.metrics = { metrics: { new_metric: {} } };
+  assert.deepEqual([due(500), due(1500)], [false, true]);
+  live.unknownAt -= 6000; // the server does not keep it
+  assert.deepEqual([due(1500), due(6000)], [false, true]);
+});
+
 test("a warm-up is no lack of metrics; a profiling without them is, after a while", () => {
   const warm = made();
   delete warm.progress.phases.profiling;

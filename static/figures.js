@@ -156,19 +156,20 @@ function latencyCard(s, tag, title) {
     .map((stat) => ({ label: stat, text: phrase(row[stat], unit, 3), tone: levelTone(s, tag, [stat], row[stat]) }));
   const spark = [{ ...meanNow(s, tag), colour: "--d1", fill: true }];
   const rest = { beside, spark, change: changeOf(tag, row, s.run.baselines?.[0]) };
-  if (s.ended || s.report) {
+  const last = windowsOf(s, tag).at(-1);
+  if (s.ended || s.report || !last) {
+    // Without a last window it has only just begun: no point has come yet.
     return card(s, id, title, tag, {
       figure: quantity(row?.avg, unit, 3), spread: spreadOf(row?.avg, row?.std, unit),
       kind: `mean, ${s.ended ? "whole run" : "so far"}`, ...rest, tone: levelTone(s, tag, MEANS, row?.avg),
     });
   }
-  const last = windowsOf(s, tag).at(-1);
-  if (last && last.n === 0) {
+  if (last.n === 0) {
     return card(s, id, title, tag, { figure: NO_FIGURE, ...rest, note: `none finished in the ${word(last.sec)}` });
   }
   return card(s, id, title, tag, {
-    figure: quantity(last?.mean, unit, 3), spread: spreadOf(last?.mean, last?.std, unit),
-    kind: last ? `mean, ${word(last.sec)}` : "", ...rest, tone: levelTone(s, tag, MEANS, last?.mean),
+    figure: quantity(last.mean, unit, 3), spread: spreadOf(last.mean, last.std, unit),
+    kind: `mean, ${word(last.sec)}`, ...rest, tone: levelTone(s, tag, MEANS, last.mean),
   });
 }
 
@@ -491,9 +492,14 @@ function gpuChart(s) {
     : null;
   return chart(s, "gpu", measure ? `GPU: ${measure}` : "GPU", lines, {
     picker, wide: lines.length > 8,
-    absent: absentWords(s, chosen.length ? "Loading…" : "No GPU telemetry (AIPerf: --gpu-telemetry)."),
+    absent: isThere(s.run.metrics?.telemetry, chosen)
+      ? "Loading…"
+      : absentWords(s, "No GPU telemetry", " (AIPerf: --gpu-telemetry)."),
   });
 }
+
+/** Whether the newest message or the index has any, though their points may not have come yet. */
+const isThere = (told, indexed) => indexed.length > 0 || Object.keys(told ?? {}).length > 0;
 
 /** A node by what tells it from the others: host, port, or both. */
 function nodeName(source, all) {
@@ -558,7 +564,10 @@ function serverChart(s) {
     : [];
   const picker = chosen ? { label: "Inference-server series", value: chosen.value, options } : null;
   return chart(s, "server", chosen ? `Server: ${chosen.name}` : "Inference server", lines, {
-    picker, absent: absentWords(s, chosen ? "Loading…" : "No inference-server metrics (AIPerf: --server-metrics)."),
+    picker,
+    absent: isThere(s.run.server?.endpoint_summaries, options)
+      ? "Loading…"
+      : absentWords(s, "No inference-server metrics", " (AIPerf: --server-metrics)."),
   });
 }
 

@@ -269,8 +269,11 @@ export class Live {
     const { metrics, telemetry } = this.answers.metrics ?? {};
     const phases = Object.keys(this.answers.progress?.phases ?? {}).map((name) => `phase:${name}`);
     const tags = [...phases, ...Object.keys(metrics ?? {}), ...Object.keys(telemetry ?? {})];
-    const unknown = tags.some((tag) => !Object.hasOwn(this.history.index, tag));
-    if (unknown && performance.now() - this.indexAt > STATUS_EVERY_MS) this.due.add("index");
+    const unknown = tags.filter((tag) => !Object.hasOwn(this.history.index, tag)).join();
+    const now = performance.now();
+    if (unknown !== this.unknown) Object.assign(this, { unknown, unknownAt: now });
+    const pause = now - this.unknownAt < STATUS_EVERY_MS ? GATHER_EVERY_MS : STATUS_EVERY_MS;
+    if (unknown && now - this.indexAt > pause) this.due.add("index");
   }
 
   /** What is new of every series that is drawn: one request, and one more for what is drawn for the first time. */

@@ -195,11 +195,11 @@ function noLiveMetrics(s) {
   );
 }
 
-/** Why there is no figure of requests: the one place that says it. */
+/** Why there is no figure of requests, or none of a metric: the one place that says it. */
 export function emptyWords(s, tag) {
   if (!s.loaded) return s.lost ? "No answer from the server." : "Loading…";
   if (s.state === "waiting") return "Nothing heard yet.";
-  if (s.rows.has(tag) && !s.ended) return "The first points are on their way.";
+  if (!s.ended && (tag ? s.rows.has(tag) : s.phases.length)) return "The first points are on their way.";
   if (s.rows.size && s.ended && s.counted.every(({ completed, errors }) => errors >= completed)) {
     return "No request succeeded.";
   }
@@ -210,11 +210,12 @@ export function emptyWords(s, tag) {
   return noLiveMetrics(s) ? `No live metrics.\nStart AIPerf with ${SWITCH_ON}.` : "Waiting for the first metrics.";
 }
 
-/** Why a panel or table of something that need not be there is empty. */
-export function absentWords(s, what) {
+/** Why a panel or table of something that need not be there is empty; early in a run it may still come. */
+export function absentWords(s, what, how) {
   if (!s.loaded) return "Loading…";
   if (s.state === "waiting") return "Nothing heard yet.";
-  return what;
+  const early = s.going && !s.stale && !(s.counted.at(-1)?.elapsed > METRICS_LATE_SEC);
+  return `${what}${early ? " yet." : how}`;
 }
 
 /** What stands in place of figures and charts while there are none, or null. */

@@ -67,19 +67,20 @@ function tables(s) {
     metrics: { count: s.rows.size, rows: s.rows, empty: emptyWords(s), base: run.baselines?.[0] ?? null },
     gpus: {
       count: gpus.size, rows: new Map(Object.entries(run.metrics?.telemetry ?? {})),
-      empty: absentWords(s, "No GPU telemetry on the bus. AIPerf collects it from a DCGM exporter: --gpu-telemetry."),
+      empty: absentWords(
+        s, "No GPU telemetry on the bus", ". AIPerf collects it from a DCGM exporter: --gpu-telemetry.",
+      ),
     },
     server: {
       count: series, rows: run.server,
       empty: absentWords(
-        s,
-        "No inference-server metrics on the bus. AIPerf reads them from the server's Prometheus " +
-          "endpoint; see its --server-metrics.",
+        s, "No inference-server metrics on the bus",
+        ". AIPerf reads them from the server's Prometheus endpoint; see its --server-metrics.",
       ),
     },
     workers: {
       count: Object.keys(run.workers?.worker_statuses ?? {}).length, rows: run.workers,
-      empty: absentWords(s, "No worker has reported yet."),
+      empty: absentWords(s, "No worker has reported", " yet."),
     },
     errors: {
       count: run.results?.error_summary?.errors?.length ?? 0, rows: run.results?.error_summary?.errors ?? [],
@@ -88,7 +89,7 @@ function tables(s) {
     runs: {
       count: compared.length > 1 ? compared.length : 0, rows: compared,
       columns: COMPARED.filter(([tag, stat]) => compared.some(({ rows }) => known(rows.get(tag)?.[stat]))),
-      points: tradeoff(compared), empty: absentWords(s, "No run yet."),
+      points: tradeoff(compared), empty: absentWords(s, "No run", " yet."),
     },
     events: { count: events.length, rows: events },
   };
