@@ -438,6 +438,7 @@ class TestStates(PagesTestCase):
         page.wait_text("#connection", "Silent")
         page.wait("document.body.hasAttribute('data-dim')")
         page.shot("stale")
+        self.assertEqual(page.call("axe"), [], "what is pale can still be read")
         self.begin(bus)
         page.wait_text("#state-name", "Warming up")
         page.wait_text("#notice", "A new run has begun")
