@@ -184,6 +184,19 @@ test("warm-up and profiling are two lines, on an axis that begins with the first
   assert.deepEqual([zero, strip, phases.map(({ start }) => start)], [START, 0.02, [0, 10]]);
 });
 
+test("the rate of a warm-up is not that of the profiling that has just begun", () => {
+  const run = made({ seconds: 1, history: new History(), metrics: { metrics: {} } });
+  const told = (phase) =>
+    run.history.add({
+      times: [2, 4, 6].map((at) => ns(START + at)),
+      series: ["sent", "completed"].map((stat) => ({ tag: `phase:${phase}`, stat, values: [10, 30, 50] })),
+    });
+  told("warmup");
+  assert.deepEqual(["rps", "errors"].map((id) => card(run, id).kind), ["so far", "so far"]);
+  told("profiling");
+  assert.match(card(run, "rps").kind, /^last/);
+});
+
 test("loading is not absence, and waiting is not green", () => {
   const loading = view(empty({ loaded: false }));
   assert.ok(loading.charts.every(({ empty: words }) => words === "Loading…"));

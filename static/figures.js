@@ -212,9 +212,9 @@ function rateCard(s, id, title, tag, row, now, sec, unit, total) {
       tone: levelTone(s, tag, MEANS, row?.avg),
     });
   }
-  const value = latest(now);
+  const value = hasBegun(s) ? latest(now) : null;
   const beside = total.text === NONE ? [] : [total];
-  if (!now.v.some((one) => one > 0) && row?.avg > 0) {
+  if (!(hasBegun(s) && now.v.some((one) => one > 0)) && row?.avg > 0) {
     // It has only just begun: no point has a request yet.
     return card(s, id, title, tag, { figure: quantity(row.avg, unit, 3), kind: "so far", spark, change });
   }
@@ -254,7 +254,7 @@ function errorsCard(s) {
 /** Errors and completions of the last ten seconds, in the present phase. */
 function errorsNow(s) {
   const name = s.history.phases().at(-1)?.name;
-  if (!name) return null;
+  if (!name || !hasBegun(s)) return null;
   const begin = s.phases.find((phase) => phase.name === name)?.start ?? 0;
   const completed = rates(ofPhase(s, name, "completed"), begin).at(-1);
   const errors = rates(ofPhase(s, name, "errors"), begin).at(-1);
@@ -262,6 +262,9 @@ function errorsNow(s) {
     ? { completed: completed.n, errors: errors.n, sec: completed.sec }
     : null;
 }
+
+/** Whether the present phase has points: those of the phase before are no "now". */
+const hasBegun = ({ current, history }) => !current || history.phases().some(({ name }) => name === current.name);
 
 /** The change of a mean against a baseline's, or null: {change, text, verdict, name}. */
 export function changeOf(tag, row, base) {
