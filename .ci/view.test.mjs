@@ -237,6 +237,8 @@ test("the index is asked for again soon after a message tells of something new, 
   assert.deepEqual([due(500), due(1500)], [false, true]);
   live.unknownAt -= 6000; // the server does not keep it
   assert.deepEqual([due(1500), due(6000)], [false, true]);
+  live.answers = { server: { endpoint_summaries: { "h:8000": {} } } };
+  assert.equal(due(1500), true);
 });
 
 test("a warm-up is no lack of metrics; a profiling without them is, after a while", () => {

@@ -268,7 +268,10 @@ export class Live {
     this.pending.clear();
     const { metrics, telemetry } = this.answers.metrics ?? {};
     const phases = Object.keys(this.answers.progress?.phases ?? {}).map((name) => `phase:${name}`);
-    const tags = [...phases, ...Object.keys(metrics ?? {}), ...Object.keys(telemetry ?? {})];
+    const served = Object.keys(this.answers.server?.endpoint_summaries ?? {}).length > 0;
+    const listed = Object.keys(this.history.index).some((tag) => tag.startsWith("server:"));
+    const server = served && !listed ? ["server:"] : []; // what they are called there is the server's affair
+    const tags = [...phases, ...Object.keys(metrics ?? {}), ...Object.keys(telemetry ?? {}), ...server];
     const unknown = tags.filter((tag) => !Object.hasOwn(this.history.index, tag)).join();
     const now = performance.now();
     if (unknown !== this.unknown) Object.assign(this, { unknown, unknownAt: now });
