@@ -224,6 +224,8 @@ test("what has been told of is loading, and what may still come is not absent", 
   assert.deepEqual([figure.text, kind], ["270", "mean, so far"]);
   assert.equal(chart(made({ seconds: 3 }), "gpu").empty, "No GPU telemetry yet.");
   assert.match(chart(made({ seconds: 3, state: "complete" }), "gpu").empty, /--gpu-telemetry/);
+  told.status.state = "complete"; // metrics came with the results alone
+  assert.match(chart(told, "latency3").empty, /^No figures over time/);
 });
 
 test("the index is asked for again soon after a message tells of something new, then seldom", () => {
@@ -266,6 +268,11 @@ test("lost and stale are dimmed, say since when, and promise no end", () => {
     assert.ok(seen.cards.every(({ dim }) => dim));
   }
   assert.match(view(stale).notice.text, /^Nothing heard for 12 s/);
+  for (const age of [12, 3600]) {
+    stale.status.source.last_message_age_sec = age; // the elapsed time stands still after ten seconds of silence
+    assert.equal(view(stale).facts[0][1], "0:19"); // of an axis that begins with the first sample
+    assert.equal(view(stale).tables.events.rows.find(({ what }) => what === "silence").at / 1000 - START, 30);
+  }
 });
 
 test("a recording that has ended is not a bus that is lost", () => {
@@ -276,7 +283,7 @@ test("a recording that has ended is not a bus that is lost", () => {
   assert.match(view(over).notice.text, /^Final results/);
   assert.equal(view(over).origin, "Replay: run.jsonl.gz");
   const cut = made();
-  cut.status = { ...cut.status, source, stale: true };
+  cut.status = { ...cut.status, source }; // silent for less than what makes a bus stale
   assert.equal(view(cut).state.name, "Recording ended");
   const again = made({ newRoundAt: 0 });
   Object.assign(again, {

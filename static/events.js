@@ -42,12 +42,7 @@ function dated(s) {
     const why = status.error ? `: ${errorText(status.error)}` : "";
     say(`end ${s.state}`, end, s.state === "failed" ? "error" : "state", "state", s.state + why);
   }
-  if (s.stale && known(status.source?.last_message_age_sec) && s.busNow) {
-    say(
-      "stale", s.busNow - status.source.last_message_age_sec, "error", "silence",
-      "the last message before the silence",
-    );
-  }
+  if (s.stale) say("stale", s.heardAt, "error", "silence", "the last message before the silence");
   for (const spell of slowSpells(s)) out.push(spell);
   return out;
 }

@@ -10,6 +10,7 @@ const STATES = {
   cancelled: ["Cancelled", "warn"], failed: ["Failed", "bad"],
 };
 export const ENDS = new Set(["complete", "cancelled", "failed"]);
+const SILENT_SEC = 10; // after which the server calls a run stale, and counts its time no further
 const METRICS_LATE_SEC = 10; // live metrics that have not come by then may never do
 const SWITCH_ON = "AIPERF_UI_REALTIME_METRICS_ENABLED=true";
 const WITHOUT_METRICS =
@@ -45,7 +46,7 @@ function phaseOf(name, phase, history) {
 export function situation(run) {
   const { status, progress, metrics, history, line } = run;
   const state = status?.state ?? "";
-  const kind = status?.source?.kind ?? "";
+  const replay = ["replay", "demo"].includes(status?.source?.kind);
   const phases = Object.entries(progress?.phases ?? {})
     .map(([name, phase]) => phaseOf(name, phase, history))
     .sort((a, b) => (a.start ?? 0) - (b.start ?? 0));
@@ -53,14 +54,15 @@ export function situation(run) {
   const going = Boolean(status) && !ended && state !== "waiting";
   const told = known(status?.started_ns) && known(status?.elapsed_sec);
   const busNow = told ? status.started_ns / 1e9 + status.elapsed_sec : history.last / 1e9 || null;
+  const silent = Math.min(status?.source?.last_message_age_sec ?? 0, SILENT_SEC);
   const rows = new Map(Object.entries(metrics?.metrics ?? {}));
   const current = phases.at(-1) ?? null;
   const counted = phases.filter(({ warmup }) => !warmup);
   return {
     run, status, state, phases, ended, going, rows, history, busNow, current, counted,
-    shown: counted.length ? counted : phases, loaded: run.loaded === true, report: run.report === true,
-    lost: Boolean(line) && !line.open && !line.polling && line.lostAt > 0,
-    replay: kind === "replay" || kind === "demo", stale: going && status.stale === true,
+    heardAt: busNow && busNow - silent, shown: counted.length ? counted : phases, loaded: run.loaded === true,
+    report: run.report === true, lost: Boolean(line) && !line.open && !line.polling && line.lostAt > 0,
+    replay, stale: going && (status.stale === true || (replay && status.source.connected === false)),
     final: metrics?.final === true, warming: Boolean(current?.warmup) && !ended, zero: zeroOf(phases, history),
     end: ended ? endOf(phases, history) : null,
   };
@@ -203,6 +205,7 @@ export function emptyWords(s, tag) {
   if (s.rows.size && s.ended && s.counted.every(({ completed, errors }) => errors >= completed)) {
     return "No request succeeded.";
   }
+  if (s.rows.has(tag)) return "No figures over time, only those of the whole run.";
   if (s.rows.size) return "Not reported for this run.";
   if (s.ended) return s.phases.length ? "No metrics were published." : "No request was sent.";
   if (!s.phases.length) return "Waiting for the first requests.";
@@ -301,6 +304,7 @@ function elapsedOf(s, now) {
   if (!s.phases.length) return null;
   if (s.ended && s.end !== null) return s.end - s.zero;
   if (s.busNow === null) return null;
+  if (s.stale) return Math.max(0, s.heardAt - s.zero);
   return Math.max(0, s.busNow + sinceAsked(s, now) - s.zero, s.history.last / 1e9 - s.zero);
 }
 
