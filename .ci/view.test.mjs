@@ -292,6 +292,12 @@ test("a recording that has ended is not a bus that is lost", () => {
   assert.match(view(again).notice.text, /begun again/);
 });
 
+test("between two answers the time of a recording goes on with its points", () => {
+  const run = made();
+  Object.assign(run.status, { source: { kind: "demo", connected: true }, elapsed_sec: 36 });
+  assert.deepEqual(view(run).facts.slice(0, 2), [["Elapsed", "0:29"], ["Remaining", "0:26"]]);
+});
+
 test("cancelled is amber, a failure is told once", () => {
   const cancelled = view(made({ state: "cancelled" }));
   assert.deepEqual(

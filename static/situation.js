@@ -293,10 +293,10 @@ export function loadText({ concurrency, request_rate: rate }, phase) {
   return parts.join(", ");
 }
 
-/** Seconds since the status was asked, for clocks that go on between two answers while a live run goes on. */
+/** Seconds of the run since the status was asked: by the clock of this page, or by the points of a recording. */
 function sinceAsked(s, now) {
   const ticking = s.going && !s.stale && !s.lost && !s.replay && !s.report && known(s.run.statusAt);
-  return ticking ? (now - s.run.statusAt) / 1000 : 0;
+  return ticking ? (now - s.run.statusAt) / 1000 : Math.max(0, s.history.last / 1e9 - s.busNow);
 }
 
 /** Seconds since the first phase began. */
