@@ -324,6 +324,18 @@ test("events carry the bus's time, for who opens late as well", () => {
   assert.equal(eventOf("system_state_changed", { state: "ready" }).text, "ready");
 });
 
+test("a spell of errors is told by itself, not with the few that fail all the time", () => {
+  const spells = (run) => view(run).tables.events.rows.filter(({ what }) => what === "errors").map(({ text }) => text);
+  const spike = (second) => (second > 1800 && second <= 1860 ? 6 : Number(second % 20 === 10));
+  for (const every of [1, 5]) {
+    const run = made({ seconds: 3600, errors: spike, every });
+    assert.deepEqual(spells(run), ["360 requests failed within 1 min 0 s"]);
+  }
+  for (const often of [1, 3]) {
+    assert.deepEqual(spells(made({ seconds: 600, errors: (second) => Number(second % often === 0) })), []);
+  }
+});
+
 test("several runs are named", () => {
   const run = made({ state: "complete" });
   run.status.run = 2;
