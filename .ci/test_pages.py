@@ -893,6 +893,19 @@ class TestComfort(PagesTestCase):
             with urllib.request.urlopen(server.url + "report.html", timeout=10) as answer:
                 self.assertLess(len(answer.read()), REPORT_BYTES_MAX)
 
+    def test_paper_is_white_and_has_every_chart(self) -> None:
+        server = self.serve("--replay", str(DEMO), "--replay-speed", "0", "--linger", "300")
+        page = self.open(server.url + "dashboard", theme="dark", height=500)
+        page.wait_text("#state-name", "Complete")
+        page.wait("document.querySelectorAll('.panel:not([hidden]) h3').length === 8")
+        drawn = "[document.documentElement.dataset.theme, document.querySelectorAll('.panel canvas').length]"
+        page.wait(f"{drawn}[1] > 0")
+        self.assertLess(page.evaluate(drawn)[1], 8, "those out of sight wait")
+        page.evaluate("dispatchEvent(new Event('beforeprint'))")
+        self.assertEqual(page.evaluate(drawn), ["light", 8])
+        page.evaluate("dispatchEvent(new Event('afterprint'))")
+        self.assertEqual(page.evaluate(drawn), ["dark", 8])
+
     def test_a_hidden_tab_asks_for_nothing(self) -> None:
         server = self.serve("--demo")
         page = self.open(server.url + "dashboard")

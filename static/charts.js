@@ -478,7 +478,7 @@ class Panel {
     this.plot?.setCursor({ left: -10, top: -10 });
   }
 
-  /** For printing every chart is drawn, in sight or not, as wide as the paper lets it be. */
+  /** For printing. */
   forPaper() {
     if (this.chart) this.draw();
     this.resize();

@@ -7,7 +7,7 @@ import { timeline } from "./charts.js";
 import { baselineOf, readReport, runLabel } from "./compare.js";
 import { byId, download, setAttribute, setText } from "./dom.js";
 import { Live } from "./live.js";
-import { Cards, Levels, Overlay, RunHead, chartsOf, levelForm, rangeButtons, tablesOf } from "./page.js";
+import { Cards, Levels, Overlay, RunHead, chartsOf, forPaper, levelForm, rangeButtons, tablesOf } from "./page.js";
 import { goodputLevels } from "./slo.js";
 import { StreamPanel } from "./stream.js";
 import { Tabs } from "./tabs.js";
@@ -42,6 +42,7 @@ const levels = new Levels(byId("levels"), {
 });
 const showRanges = rangeButtons(byId("ranges"), () => keepAddress());
 const tables = tablesOf((name) => byId(`pane-${name}`));
+forPaper(cards);
 const stream = new StreamPanel(byId("pane-stream"));
 const tabs = new Tabs(byId("tabs"), opened);
 

@@ -127,7 +127,7 @@ function soFar(s, tag, stat) {
 export function cards(s) {
   return [
     tokensCard(s), requestsCard(s), ...LATENCIES.map(([tag, title]) => latencyCard(s, tag, title)), errorsCard(s),
-  ].map((card) => ({ ...card, dim: s.lost || s.stale }));
+  ];
 }
 
 /** "last 10 s"; metrics that come more seldom cover more. */

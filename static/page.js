@@ -90,7 +90,6 @@ export class Cards {
     if (!parts) this.known.set(card.id, (parts = this.build(card)));
     const { element, kind, value, unit, spread, beside, canvas } = parts;
     setAttribute(element, "data-tone", card.tone || null);
-    setAttribute(element, "data-dim", card.dim ? "" : null);
     setText(kind, card.kind);
     setText(value, card.figure.text);
     setAttribute(value, "data-none", card.figure.text === NONE ? "" : null);
@@ -230,6 +229,21 @@ export class Levels {
       }),
     );
   }
+}
+
+/** Paper is white: every chart is drawn for it, in sight or not, and again for the screen afterwards. */
+export function forPaper(cards) {
+  const { dataset } = document.documentElement;
+  let screen = dataset.theme;
+  const toPaper = (paper) => {
+    if (paper) screen = dataset.theme;
+    dataset.theme = paper ? "light" : screen;
+    dispatchEvent(new Event("themechange"));
+    for (const panel of timeline.panels) panel.forPaper();
+    cards.draw();
+  };
+  addEventListener("beforeprint", () => toPaper(true));
+  addEventListener("afterprint", () => toPaper(false));
 }
 
 /** The form that adds a service level. */

@@ -1,11 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // The report: one run in one file, drawn by the same parts as the dashboard. Nothing here asks a network for anything.
 
-import { timeline } from "./charts.js";
 import { readReport, snapshotOf } from "./compare.js";
 import { byId, download, h, setText } from "./dom.js";
 import { csvLine } from "./format.js";
-import { Cards, Levels, RunHead, chartsOf, levelForm, rangeButtons, tablesOf } from "./page.js";
+import { Cards, Levels, RunHead, chartsOf, forPaper, levelForm, rangeButtons, tablesOf } from "./page.js";
 import { goodputLevels } from "./slo.js";
 import { view } from "./view.js";
 
@@ -101,17 +100,6 @@ byId("download-series").addEventListener("click", () => {
   download(`${fileStem}-over-time.csv`, "text/csv", text);
 });
 byId("print").addEventListener("click", () => print());
-
-// Paper is white and narrower: the charts are drawn for it, and again for the screen afterwards.
-addEventListener("beforeprint", () => toPaper(true));
-addEventListener("afterprint", () => toPaper(false));
-let screenTheme = "";
-function toPaper(paper) {
-  if (paper) screenTheme = document.documentElement.dataset.theme;
-  document.documentElement.dataset.theme = paper ? "light" : screenTheme;
-  dispatchEvent(new Event("themechange"));
-  for (const panel of timeline.panels) panel.forPaper();
-  parts.cards.draw();
-}
+forPaper(parts.cards);
 
 showReport();
