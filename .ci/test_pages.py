@@ -897,9 +897,8 @@ class TestComfort(PagesTestCase):
         server = self.serve("--replay", str(DEMO), "--replay-speed", "0", "--linger", "300")
         page = self.open(server.url + "dashboard", theme="dark", height=500)
         page.wait_text("#state-name", "Complete")
-        page.wait("document.querySelectorAll('.panel:not([hidden]) h3').length === 8")
+        page.wait("[...aiperf.timeline.panels].filter(({ chart }) => chart?.lines.length).length === 8")
         drawn = "[document.documentElement.dataset.theme, document.querySelectorAll('.panel canvas').length]"
-        page.wait(f"{drawn}[1] > 0")
         self.assertLess(page.evaluate(drawn)[1], 8, "those out of sight wait")
         page.evaluate("dispatchEvent(new Event('beforeprint'))")
         self.assertEqual(page.evaluate(drawn), ["light", 8])
