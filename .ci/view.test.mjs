@@ -9,9 +9,15 @@ import { readAddress, writeAddress } from "../static/address.js";
 import { baselineOf, readReport, snapshotOf, tradeoff } from "../static/compare.js";
 import { better, verdict } from "../static/direction.js";
 import { eventOf } from "../static/events.js";
+import { quantity } from "../static/format.js";
 import { History, fitted, join, rates, shareOfTime, windows } from "../static/series.js";
 import { goodputLevels, parseLevel } from "../static/slo.js";
 import { view } from "../static/view.js";
+
+// Of these two only what needs no document is tested: the axis of time, and what is asked for.
+Object.assign(globalThis, { addEventListener: () => {}, location: { href: "http://127.0.0.1/dashboard" } });
+const { timeline } = await import("../static/charts.js");
+const { Live } = await import("../static/live.js");
 
 const STATIC = new URL("../static/", import.meta.url);
 const START = 1_800_000_000; // of the warm-up, in seconds; the profiling begins 10 s later
@@ -178,6 +184,19 @@ test("warm-up and profiling are two lines, on an axis that begins with the first
   assert.deepEqual([zero, strip, phases.map(({ start }) => start)], [START, 0.02, [0, 10]]);
 });
 
+test("the rate of a warm-up is not that of the profiling that has just begun", () => {
+  const run = made({ seconds: 1, history: new History(), metrics: { metrics: {} } });
+  const told = (phase) =>
+    run.history.add({
+      times: [2, 4, 6].map((at) => ns(START + at)),
+      series: ["sent", "completed"].map((stat) => ({ tag: `phase:${phase}`, stat, values: [10, 30, 50] })),
+    });
+  told("warmup");
+  assert.deepEqual(["rps", "errors"].map((id) => card(run, id).kind), ["so far", "so far"]);
+  told("profiling");
+  assert.match(card(run, "rps").kind, /^last/);
+});
+
 test("loading is not absence, and waiting is not green", () => {
   const loading = view(empty({ loaded: false }));
   assert.ok(loading.charts.every(({ empty: words }) => words === "Loading…"));
@@ -190,6 +209,38 @@ test("loading is not absence, and waiting is not green", () => {
   assert.deepEqual(waiting.connection, { tone: "wait", text: "Waiting for the bus" });
   assert.equal(waiting.overlay.kind, "waiting");
   assert.equal(waiting.notice.text, "");
+});
+
+test("what has been told of is loading, and what may still come is not absent", () => {
+  const header = "NVIDIA GPU Power Usage | h:9400 | GPU 0 | H200";
+  const telemetry = { gpu0_power: { header, unit: "W", current: 1 } };
+  const told = made({ seconds: 60 });
+  Object.assign(told, { history: new History(), metrics: { ...told.metrics, telemetry } });
+  const words = Object.fromEntries(view(told).charts.map(({ id, empty: said }) => [id, said]));
+  assert.equal(words.gpu, "Loading…");
+  assert.equal(words.flight, "The first points are on their way.");
+  assert.equal(words.server, "No inference-server metrics (AIPerf: --server-metrics).");
+  const { figure, kind } = card(told, "latency");
+  assert.deepEqual([figure.text, kind], ["270", "mean, so far"]);
+  assert.equal(chart(made({ seconds: 3 }), "gpu").empty, "No GPU telemetry yet.");
+  assert.match(chart(made({ seconds: 3, state: "complete" }), "gpu").empty, /--gpu-telemetry/);
+  told.status.state = "complete"; // metrics came with the results alone
+  assert.match(chart(told, "latency3").empty, /^No figures over time/);
+});
+
+test("the index is asked for again soon after a message tells of something new, then seldom", () => {
+  const live = new Live({ onView: () => {}, choice: {}, levels: [] });
+  const due = (ago) => {
+    Object.assign(live, { due: new Set(), indexAt: performance.now() - ago });
+    live.settleMessages();
+    return live.due.has("index");
+  };
+  live.answers.metrics = { metrics: { new_metric: {} } };
+  assert.deepEqual([due(500), due(1500)], [false, true]);
+  live.unknownAt -= 6000; // the server does not keep it
+  assert.deepEqual([due(1500), due(6000)], [false, true]);
+  live.answers = { server: { endpoint_summaries: { "h:8000": {} } } };
+  assert.equal(due(1500), true);
 });
 
 test("a warm-up is no lack of metrics; a profiling without them is, after a while", () => {
@@ -214,9 +265,13 @@ test("lost and stale are dimmed, say since when, and promise no end", () => {
     const seen = view(run);
     assert.deepEqual([seen.state.name, seen.state.tone, seen.dim], [name, tone, true]);
     assert.ok(seen.facts.every(([label, text]) => label !== "Remaining" || text === "—"));
-    assert.ok(seen.cards.every(({ dim }) => dim));
   }
   assert.match(view(stale).notice.text, /^Nothing heard for 12 s/);
+  for (const age of [12, 3600]) {
+    stale.status.source.last_message_age_sec = age; // the elapsed time stands still after ten seconds of silence
+    assert.equal(view(stale).facts[0][1], "0:19"); // of an axis that begins with the first sample
+    assert.equal(view(stale).tables.events.rows.find(({ what }) => what === "silence").at / 1000 - START, 30);
+  }
 });
 
 test("a recording that has ended is not a bus that is lost", () => {
@@ -227,13 +282,19 @@ test("a recording that has ended is not a bus that is lost", () => {
   assert.match(view(over).notice.text, /^Final results/);
   assert.equal(view(over).origin, "Replay: run.jsonl.gz");
   const cut = made();
-  cut.status = { ...cut.status, source, stale: true };
+  cut.status = { ...cut.status, source }; // silent for less than what makes a bus stale
   assert.equal(view(cut).state.name, "Recording ended");
   const again = made({ newRoundAt: 0 });
   Object.assign(again, {
     newRoundAt: again.now - 1000, status: { ...again.status, source: { ...source, connected: true } },
   });
   assert.match(view(again).notice.text, /begun again/);
+});
+
+test("between two answers the time of a recording goes on with its points", () => {
+  const run = made();
+  Object.assign(run.status, { source: { kind: "demo", connected: true }, elapsed_sec: 36 });
+  assert.deepEqual(view(run).facts.slice(0, 2), [["Elapsed", "0:29"], ["Remaining", "0:26"]]);
 });
 
 test("cancelled is amber, a failure is told once", () => {
@@ -254,12 +315,24 @@ test("events carry the bus's time, for who opens late as well", () => {
   const run = made({ state: "complete", errors: (second) => (second > 10 && second <= 20 ? 2 : 0) });
   run.runs = { runs: [{ n: 1, state: "complete", ended_ns: ns(START + 41) }] };
   run.now += 3_600_000;
-  const said = view(run).events.map(({ at, text }) => [at / 1000 - START, text]);
+  const said = view(run).tables.events.rows.map(({ at, text }) => [at / 1000 - START, text]);
   assert.deepEqual(said.find(([, text]) => text === "complete"), [41, "complete"]);
   assert.ok(said.some(([at, text]) => at === 10 && text.startsWith("Profiling started")));
   assert.ok(said.some(([at, text]) => at > 19 && at < 22 && /^20 requests failed within 10 s/.test(text)));
   assert.equal(eventOf("realtime_metrics", {}), null);
   assert.equal(eventOf("system_state_changed", { state: "ready" }).text, "ready");
+});
+
+test("a spell of errors is told by itself, not with the few that fail all the time", () => {
+  const spells = (run) => view(run).tables.events.rows.filter(({ what }) => what === "errors").map(({ text }) => text);
+  const spike = (second) => (second > 1800 && second <= 1860 ? 6 : Number(second % 20 === 10));
+  for (const every of [1, 5]) {
+    const run = made({ seconds: 3600, errors: spike, every });
+    assert.deepEqual(spells(run), ["360 requests failed within 1 min 0 s"]);
+  }
+  for (const often of [1, 3]) {
+    assert.deepEqual(spells(made({ seconds: 600, errors: (second) => Number(second % often === 0) })), []);
+  }
 });
 
 test("several runs are named", () => {
@@ -322,11 +395,56 @@ test("a report read back draws the same figures, and is a baseline for the next 
   assert.equal(seen.cards.find(({ id }) => id === "latency").figure.text, "270");
   assert.match(seen.verdict[0].text, /^The run is complete: 2,400 requests in 1 min 0 s/);
   const next = made({ latency: () => 297, baselines: [baselineOf(read, "before")] });
-  assert.deepEqual(card(next, "latency").change, { text: "+10 %", verdict: "worse", name: "before" });
+  const { change, ...said } = card(next, "latency").change;
+  assert.deepEqual(said, { text: "+10 %", verdict: "worse", name: "before" });
+  assert.ok(Math.abs(change - 0.1) < 1e-9);
   const ghost = chart(next, "latency3").lines.find(({ label }) => label === "before");
   assert.equal(ghost.series.t.length, 60);
   assert.throws(() => readReport("<html></html>"), /not a report/);
   assert.equal(tradeoff(view(next).tables.runs.rows).length, 0);
+});
+
+test("a deviation stands in the unit of the mean before it", () => {
+  for (const [factor, unit, mean, spread] of [
+    [1, "ms", "270", "± 10"], [1e-4, "µs", "27", "± 1"], [1e3, "s", "270", "± 10"],
+  ]) {
+    const run = made({ state: "complete" });
+    const row = run.metrics.metrics.request_latency;
+    Object.assign(row, { avg: 270 * factor, std: 10 * factor });
+    const { figure, spread: shown } = card(run, "latency");
+    assert.deepEqual([figure, shown], [{ text: mean, unit }, spread]);
+  }
+  assert.deepEqual(quantity(0.043, "ms"), { text: "43", unit: "µs" });
+  assert.deepEqual(quantity(undefined, "ms"), { text: "—", unit: "ms" });
+});
+
+test("fingers that move little by little zoom, also from a whole run that was configured before", () => {
+  Object.assign(timeline, { end: 100, strip: 0.02, zoom: null, follow: null });
+  assert.deepEqual(timeline.range(), [-2, 100]);
+  for (let move = 0; move < 40; move++) timeline.scaleZoom(50, 0.99);
+  const [from, to] = timeline.zoom;
+  assert.ok(Math.abs(to - from - 100 * 0.99 ** 40) < 1e-6 && from > 0 && to < 100);
+  for (let move = 0; move < 50; move++) timeline.scaleZoom(50, 1 / 0.99);
+  assert.equal(timeline.zoom, null);
+});
+
+test("a state that is another, without a message that told of it, makes all answers old", async () => {
+  const live = new Live({ onView: () => {}, choice: {}, levels: [] });
+  const states = ["profiling", "profiling", "complete", "complete"];
+  live.answer = (what) => Promise.resolve(what === "status" ? { state: states.shift(), run: 1 } : {});
+  live.follow = () => Promise.resolve();
+  const gather = async () => {
+    const due = live.due;
+    live.due = new Set();
+    await live.ask(due);
+    return [...live.due];
+  };
+  await gather();
+  live.due = new Set(["status", "progress", "metrics", "history"]);
+  assert.deepEqual(await gather(), []);
+  live.due = new Set(["status", "progress", "metrics", "history"]);
+  assert.deepEqual(await gather(), ["index", "server", "config", "runs", "results"]);
+  assert.deepEqual(await gather(), []);
 });
 
 test("the address keeps what a link shall show", () => {

@@ -69,6 +69,15 @@ export async function getJSON(path) {
   }
 }
 
+/** A message's JSON, or undefined if it is none. */
+export function parsed(text) {
+  try {
+    return JSON.parse(text);
+  } catch {
+    return undefined;
+  }
+}
+
 /** The address of the WebSocket. */
 export function socketURL() {
   const url = new URL("ws", root);
@@ -142,12 +151,7 @@ export class Feed {
       this.onMessage(leading[1], text);
       return;
     }
-    let message;
-    try {
-      message = JSON.parse(text);
-    } catch {
-      return;
-    }
+    const message = parsed(text);
     if (message && typeof message.message_type === "string") this.onMessage(message.message_type, text);
     else if (message && message.type === "subscribed") {
       this.failures = 0;

@@ -37,7 +37,6 @@ export const timeline = {
   zero: 0, // its zero in seconds since the epoch of the bus
   end: 10,
   strip: 0, // the share of the axis that stands for what came before
-  beforeText: "",
   zoom: null, // [from, to], or null
   follow: null, // the last so many seconds, or null for the whole run
   phases: [], // [{name, start, end}]
@@ -71,7 +70,7 @@ export const timeline = {
 
   /** Wider (factor above 1) or narrower around `at`. */
   scaleZoom(at, factor) {
-    const [from, to] = this.range();
+    const [from, to] = this.range().map((edge) => Math.max(0, edge)); // the strip before zero is not of the run
     this.setZoom([at - (at - from) * factor, at + (to - at) * factor]);
   },
 
@@ -479,7 +478,7 @@ class Panel {
     this.plot?.setCursor({ left: -10, top: -10 });
   }
 
-  /** For printing every chart is drawn, in sight or not, as wide as the paper lets it be. */
+  /** For printing. */
   forPaper() {
     if (this.chart) this.draw();
     this.resize();
@@ -502,6 +501,7 @@ function touchZoom(panel) {
   const value = (x) => panel.plot.posToVal(x, "x");
   canvas.addEventListener("pointerdown", (event) => {
     if (event.pointerType !== "touch" || !panel.plot) return;
+    canvas.setPointerCapture(event.pointerId); // a plot that is drawn anew under the fingers does not lose them
     fingers.set(event.pointerId, place(event));
     const [a, b] = fingers.values();
     before = b === undefined ? null : { width: Math.abs(a - b) };

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Reports of other runs beside this one. Pure: a report's text in, figures and series out.
 
-import { entryOf, loadText } from "./situation.js";
-import { History, RATE_LEAST_SEC, rates, windows } from "./series.js";
+import { meanNow, tokensNow } from "./figures.js";
 import { known } from "./format.js";
+import { History } from "./series.js";
+import { entryOf, loadText, situation } from "./situation.js";
 
 const BLOB = /<script type="application\/json" id="run">([\s\S]*?)<\/script>/;
 
@@ -42,27 +43,10 @@ export function runLabel(blob, fallback) {
   return label || load || blob.status?.benchmark_id || fallback;
 }
 
-/** A report as a baseline: its figures, and its curves on a clock that begins with its first phase. */
+/** A report as a baseline: its figures, and its curves with the time at which its first phase began. */
 export function baselineOf(blob, name) {
-  const snapshot = snapshotOf(blob);
-  const { history } = snapshot;
-  const phases = Object.values(blob.progress?.phases ?? {})
-    .filter(({ start_ns: start }) => start)
-    .sort((a, b) => a.start_ns - b.start_ns);
-  const zero = phases.length ? phases[0].start_ns / 1e9 : (history.phases()[0]?.start ?? history.origin ?? 0);
-  const counted = phases.find((phase) => !String(phase.phase_kind ?? phase.phase ?? "").startsWith("warm"));
-  const begin = counted ? counted.start_ns / 1e9 : zero;
-  const windowsOf = (tag) => history.once(`now ${tag}`, () => windows(history.moments(tag), begin));
-  const series = (tag, of) => ({ t: windowsOf(tag).map(({ t }) => t), v: windowsOf(tag).map(of) });
-  return {
-    name, zero, history, blob, rows: new Map(Object.entries(blob.metrics?.metrics ?? {})),
-    meanNow: (tag) => series(tag, ({ mean }) => mean),
-    tokensNow: () => series("output_sequence_length", ({ sum, sec }) => (sec > RATE_LEAST_SEC ? sum / sec : null)),
-    requestsNow: () => {
-      const all = rates(history.get("request_latency", "count"), begin);
-      return { t: all.map(({ t }) => t), v: all.map(({ value }) => value) };
-    },
-  };
+  const s = situation(snapshotOf(blob));
+  return { name, blob, zero: s.zero, rows: s.rows, meanNow: (tag) => meanNow(s, tag), tokensNow: () => tokensNow(s) };
 }
 
 /** The columns of a comparison: [tag, statistic, heading]. */
@@ -82,7 +66,7 @@ export function comparedRuns(s) {
     const { progress, status: theirs, metrics } = base.blob;
     out.push({
       key: `file ${base.name}`, name: base.name, state: theirs?.state ?? "", load: loadText(metrics ?? {}, null),
-      requests: progress?.completed, errors: progress?.errors, rows: base.rows, file: true,
+      requests: progress?.completed, errors: progress?.errors, rows: base.rows,
     });
   }
   for (const one of runs?.runs ?? []) {
@@ -102,13 +86,13 @@ export function comparedRuns(s) {
   return out;
 }
 
-/** Throughput against latency: the points of a plot, by throughput. */
-export function tradeoff(compared, stat = "p99") {
+/** Throughput against p99 latency: the points of a plot, by throughput. */
+export function tradeoff(compared) {
   return compared
     .map((one) => ({
       name: one.name, mine: one.mine === true,
       x: one.rows.get("output_token_throughput")?.avg ?? one.rows.get("request_throughput")?.avg,
-      y: one.rows.get("request_latency")?.[stat],
+      y: one.rows.get("request_latency")?.p99,
     }))
     .filter(({ x, y }) => known(x) && known(y))
     .sort((a, b) => a.x - b.x);

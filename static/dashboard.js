@@ -7,13 +7,14 @@ import { timeline } from "./charts.js";
 import { baselineOf, readReport, runLabel } from "./compare.js";
 import { byId, download, setAttribute, setText } from "./dom.js";
 import { Live } from "./live.js";
-import { Cards, Levels, Overlay, RunHead, chartsOf, rangeButtons, tablesOf } from "./page.js";
-import { goodputLevels, parseLevel } from "./slo.js";
+import { Cards, Levels, Overlay, RunHead, chartsOf, forPaper, levelForm, rangeButtons, tablesOf } from "./page.js";
+import { goodputLevels } from "./slo.js";
 import { StreamPanel } from "./stream.js";
 import { Tabs } from "./tabs.js";
 
 const BASELINES_MAX = 20;
 const TABLE_EVERY_MS = 2000;
+const ADDRESS_AFTER_MS = 300;
 
 const address = readAddress(location.search);
 document.body.toggleAttribute("data-kiosk", address.kiosk);
@@ -30,7 +31,7 @@ const cards = new Cards(byId("cards"));
 const overlay = new Overlay(byId("overlay"));
 const charts = chartsOf({
   onPick: (id, value) => {
-    page.choice = { ...page.choice, [{ gpus: "gpu" }[id] ?? id]: value };
+    page.choice = { ...page.choice, [id]: value };
     live.due.add("history");
     live.soon(0);
     keepAddress();
@@ -41,6 +42,7 @@ const levels = new Levels(byId("levels"), {
 });
 const showRanges = rangeButtons(byId("ranges"), () => keepAddress());
 const tables = tablesOf((name) => byId(`pane-${name}`));
+forPaper(cards);
 const stream = new StreamPanel(byId("pane-stream"));
 const tabs = new Tabs(byId("tabs"), opened);
 
@@ -67,9 +69,7 @@ function show(view, snapshot, why) {
   if (why === "tick") return;
   cards.show(view);
   levels.show(view);
-  for (const name of ["metrics", "gpus", "server", "workers", "errors"]) tabs.count(name, view.tables[name].count);
-  tabs.count("runs", view.tables.runs.count > 1 ? view.tables.runs.count : 0);
-  tabs.count("events", view.events.length);
+  for (const [name, { count }] of Object.entries(view.tables)) tabs.count(name, count);
   fill();
   const moment = [
     snapshot.history.last, snapshot.loaded, view.state.name, view.final, page.baselines.length, page.levels.length,
@@ -102,7 +102,7 @@ let fillTimer = 0;
 function fill(now = false) {
   const { name } = tabs;
   if (!seen || name === "stream") return;
-  const part = name === "events" ? seen.events : seen.tables[name];
+  const part = seen.tables[name];
   const what = [name, seen.state.name, seen.final, part.count, part.empty, part.base?.name].join();
   const wait = filledAt + TABLE_EVERY_MS - performance.now();
   if (!now && what === filledWhat && !inSight.has(`pane-${name}`)) return;
@@ -131,10 +131,16 @@ function opened(name) {
 
 // The address
 
+let addressTimer = 0;
+
+/** Soon: fingers that zoom change it with every move, and browsers allow only so many changes. */
 function keepAddress() {
-  const { zoom, follow } = timeline;
-  const query = writeAddress({ ...page, zoom, follow, tab: tabs.name, kiosk: address.kiosk });
-  if (query !== location.search) history.replaceState(null, "", `${location.pathname}${query}`);
+  clearTimeout(addressTimer);
+  addressTimer = setTimeout(() => {
+    const { zoom, follow } = timeline;
+    const query = writeAddress({ ...page, zoom, follow, tab: tabs.name, kiosk: address.kiosk });
+    if (query !== location.search) history.replaceState(null, "", `${location.pathname}${query}`);
+  }, ADDRESS_AFTER_MS);
 }
 
 // Service levels
@@ -158,16 +164,7 @@ function ownLevels({ config }) {
   }
 }
 
-byId("level-form").addEventListener("submit", (event) => {
-  event.preventDefault();
-  const input = byId("level-input");
-  const level = parseLevel(input.value);
-  setText(byId("level-problem"), level.problem ?? "");
-  setAttribute(input, "aria-invalid", level.problem ? "true" : null);
-  if (level.problem) return;
-  input.value = "";
-  setLevels([...page.levels, level]);
-});
+levelForm((level) => setLevels([...page.levels, level]));
 
 // Reports: to keep, and to compare with
 

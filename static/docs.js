@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // The documentation page, made from openapi.json and asyncapi.json.
 
-import { AnswerError, Feed, getJSON, hasToken, request, root, socketURL } from "./api.js";
+import { AnswerError, Feed, getJSON, request, root } from "./api.js";
 import { byId, copyButton, h, setText, snippet } from "./dom.js";
 import { bytes, clock, count, percent } from "./format.js";
-import { quoted } from "./stream.js";
+import { AUTH, quoted, websocatLine } from "./stream.js";
 
 const SHOWN_CHARACTERS = 20_000;
 const STREAM_LINES = 200;
@@ -12,8 +12,6 @@ const REFRESH_MS = 2_000;
 const FIRST_TYPES = ["realtime_metrics", "credit_phase_progress"]; // of the WebSocket's try-out
 const TITLES = { everyday: "Every day", streams: "Streams", more: "The rest" };
 
-const AUTH = hasToken() ? ' -H "Authorization: Bearer $AIPERF_API_TOKEN"' : "";
-const WS_AUTH = hasToken() ? ' -H="Authorization: Bearer $AIPERF_API_TOKEN"' : "";
 const anchor = (path) => `endpoint-${path.toLowerCase().replace(/[^a-z0-9]+/g, "-").replace(/^-|-$/g, "") || "start"}`;
 
 // One endpoint: a line, and below it, once it is opened, its parameters, the line for a shell, and an answer.
@@ -162,10 +160,6 @@ class Endpoint {
 // Sections
 
 const section = (id, title, ...children) => h("section", { "aria-labelledby": id }, h("h2", { id }, title), ...children);
-
-function websocatLine(types, more = {}) {
-  return `echo ${quoted(JSON.stringify({ type: "subscribe", message_types: types, ...more }))} | websocat -n${WS_AUTH} ${quoted(socketURL().href)}`;
-}
 
 function endpointSections({ paths, tags, components }) {
   const named = (parameter) => (parameter.$ref ? components.parameters[parameter.$ref.split("/").pop()] : parameter);

@@ -4,6 +4,9 @@
 import { count, known, spoken } from "./format.js";
 import { entryOf, errorText, phaseTitle } from "./situation.js";
 
+const SPELL_GAP_SEC = 30;
+const SPELL_LEAST = 5;
+
 /** All events, newest first: [{key, at, kind, what, text}], `at` in ms of the bus. */
 export function eventsOf(s) {
   const all = [...dated(s), ...(s.run.heard ?? [])];
@@ -42,51 +45,37 @@ function dated(s) {
     const why = status.error ? `: ${errorText(status.error)}` : "";
     say(`end ${s.state}`, end, s.state === "failed" ? "error" : "state", "state", s.state + why);
   }
-  if (s.stale && known(status.source?.last_message_age_sec) && s.busNow) {
-    say(
-      "stale", s.busNow - status.source.last_message_age_sec, "error", "silence",
-      "the last message before the silence",
-    );
-  }
-  for (const spell of slowSpells(s)) out.push(spell);
+  if (s.stale) say("stale", s.heardAt, "error", "silence", "the last message before the silence");
+  for (const spell of errorSpells(s)) out.push(spell);
   return out;
 }
 
-/** Spells of errors in the history: what went wrong when, for who looks later. */
-function slowSpells(s) {
+/** Spells in which more than twice as many failed as usual in the phase: what went wrong when, for who looks later. */
+function errorSpells(s) {
   const out = [];
   for (const { name } of s.phases) {
     const { t, v } = s.history.get(`phase:${name}`, "errors");
-    let from = null;
+    const done = s.history.get(`phase:${name}`, "completed").v;
+    const share = Math.min(0.5, (2 * v.at(-1)) / done.at(-1));
+    let [from, last, sum, most] = [0, 0, 0, 0]; // failures above that share, summed from where there were none
     for (let i = 1; i < t.length; i++) {
-      const failing = v[i] > v[i - 1];
-      if (failing && from === null) from = i - 1;
-      const over =
-        from !== null && !failing && (t[i] - t[i - 1] > 30 || !v.slice(i, i + 5).some((value) => value > v[i - 1]));
-      if (from === null || !(over || i === t.length - 1)) continue;
-      const last = failing ? i : i - 1;
-      const n = v[last] - v[from];
-      if (n >= 5) {
+      sum += v[i] - v[i - 1] - share * (done[i] - done[i - 1]);
+      if (sum > most) [most, last] = [sum, i];
+      if (sum > 0 && t[i] - t[last] < SPELL_GAP_SEC && i < t.length - 1) continue;
+      if (most >= SPELL_LEAST) {
         out.push({
           key: `errors ${name} ${t[from]}`, at: t[from + 1] * 1000, kind: "error", what: "errors",
-          text: `${count(n)} requests failed within ${spoken(Math.max(1, t[last] - t[from]))}`,
+          text: `${count(v[last] - v[from])} requests failed within ${spoken(Math.max(1, t[last] - t[from]))}`,
         });
       }
-      from = null;
+      [from, last, sum, most] = [i, i, 0, 0];
     }
   }
   return out;
 }
 
-const NOT_LOGGED = new Set([
-  "realtime_metrics", "realtime_telemetry_metrics", "realtime_server_metrics", "credit_phase_progress",
-  "processing_stats", "worker_status_summary", "credit_phase_start", "credit_phase_complete",
-  "credit_phase_sending_complete",
-]);
-
 /** What to write of a bus message that the page heard, or null: {kind, what, text, key}. */
 export function eventOf(type, message) {
-  if (NOT_LOGGED.has(type)) return null;
   const said = (kind, what, text, key = `${type} ${text}`) => ({ kind, what, text, key });
   switch (type) {
     case "system_state_changed":

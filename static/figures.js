@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // The figures: what the cards say and what the charts draw. Pure. "Now" is the last ten seconds, "so far" cumulative.
 
-import { NONE, clock, count, known, number, phrase, quantity, share, spoken } from "./format.js";
+import { NONE, count, known, natural, number, phrase, quantity, scaleOf, share, spoken } from "./format.js";
 import { verdict } from "./direction.js";
 import { RATE_LEAST_SEC, latest, rates, shareOfTime, windows } from "./series.js";
-import { absentWords, emptyWords } from "./situation.js";
+import { absentWords, emptyWords, sumOf } from "./situation.js";
 import { judged, keeps, levelWords } from "./slo.js";
 
 const LATENCIES = [
@@ -15,8 +15,7 @@ const BASE_TAGS = [
   ...LATENCIES.map(([tag]) => tag), "output_token_throughput", "request_throughput", "output_sequence_length",
 ];
 const BASE_STATS = [
-  "count", "sum", "avg", "std", "p50", "p99", "current", "value", "sent", "completed", "errors", "cancelled",
-  "in_flight",
+  "count", "sum", "avg", "std", "p50", "p99", "current", "value", "sent", "completed", "errors", "in_flight",
 ];
 const PALETTE = ["--d1", "--d4", "--d5", "--d3", "--d2", "--d6", "--d7", "--d8"];
 
@@ -42,7 +41,7 @@ function seriesUntilEnd(s, { t, v }) {
 const windowsOf = (s, tag) => once(s, `now ${tag}`, () => windows(untilEnd(s, s.history.moments(tag)), counting(s)));
 
 /** Mean of what was measured in the last ten seconds before each point. */
-function meanNow(s, tag) {
+export function meanNow(s, tag) {
   return once(s, `mean ${tag}`, () => {
     const all = windowsOf(s, tag);
     return { t: all.map(({ t }) => t), v: all.map(({ mean }) => mean) };
@@ -50,7 +49,7 @@ function meanNow(s, tag) {
 }
 
 /** Tokens of the requests that finished, per second. */
-function tokensNow(s) {
+export function tokensNow(s) {
   return once(s, "tokens", () => {
     const all = windowsOf(s, "output_sequence_length");
     return { t: all.map(({ t }) => t), v: all.map(({ sum, sec }) => (sec > RATE_LEAST_SEC ? sum / sec : null)) };
@@ -94,7 +93,7 @@ function errorsSoFar(s) {
   return ofPhases(s, "errors so far", (run, name) => {
     const { t, v } = ofPhase(run, name, "errors");
     const at = run.counted.findIndex((phase) => phase.name === name);
-    const before = run.counted.slice(0, Math.max(0, at)).reduce((sum, { errors }) => sum + errors, 0);
+    const before = sumOf(run.counted.slice(0, Math.max(0, at)), "errors");
     return { t, v: v.map((value) => value + before) };
   });
 }
@@ -128,7 +127,7 @@ function soFar(s, tag, stat) {
 export function cards(s) {
   return [
     tokensCard(s), requestsCard(s), ...LATENCIES.map(([tag, title]) => latencyCard(s, tag, title)), errorsCard(s),
-  ].map((card) => ({ ...card, dim: s.lost || s.stale }));
+  ];
 }
 
 /** "last 10 s"; metrics that come more seldom cover more. */
@@ -140,7 +139,7 @@ function card(
 ) {
   const empty = figure.text === NONE;
   return {
-    id, title, tag, figure, spread: empty ? "" : spread, kind: empty ? "" : kind, beside, tone, spark, change,
+    id, title, figure, spread: empty ? "" : spread, kind: empty ? "" : kind, beside, tone, spark, change,
     note: note || (empty ? cardEmpty(s, tag) : ""),
   };
 }
@@ -156,29 +155,26 @@ function latencyCard(s, tag, title) {
     .filter((stat) => known(row?.[stat]))
     .map((stat) => ({ label: stat, text: phrase(row[stat], unit, 3), tone: levelTone(s, tag, [stat], row[stat]) }));
   const spark = [{ ...meanNow(s, tag), colour: "--d1", fill: true }];
-  const rest = { beside, spark, change: against(s, tag, "avg", row) };
-  if (s.ended || s.report) {
+  const rest = { beside, spark, change: changeOf(tag, row, s.run.baselines?.[0]) };
+  const last = windowsOf(s, tag).at(-1);
+  if (s.ended || s.report || !last) {
+    // Without a last window it has only just begun: no point has come yet.
     return card(s, id, title, tag, {
       figure: quantity(row?.avg, unit, 3), spread: spreadOf(row?.avg, row?.std, unit),
       kind: `mean, ${s.ended ? "whole run" : "so far"}`, ...rest, tone: levelTone(s, tag, MEANS, row?.avg),
     });
   }
-  const last = windowsOf(s, tag).at(-1);
-  if (last && last.n === 0) {
+  if (last.n === 0) {
     return card(s, id, title, tag, { figure: NO_FIGURE, ...rest, note: `none finished in the ${word(last.sec)}` });
   }
   return card(s, id, title, tag, {
-    figure: quantity(last?.mean, unit, 3), spread: spreadOf(last?.mean, last?.std, unit),
-    kind: last ? `mean, ${word(last.sec)}` : "", ...rest, tone: levelTone(s, tag, MEANS, last?.mean),
+    figure: quantity(last.mean, unit, 3), spread: spreadOf(last.mean, last.std, unit),
+    kind: `mean, ${word(last.sec)}`, ...rest, tone: levelTone(s, tag, MEANS, last.mean),
   });
 }
 
-function spreadOf(mean, std, unit) {
-  if (!known(std)) return "";
-  // In the unit of the mean that stands before it.
-  const factor = unit === "ms" && Math.abs(mean) >= 10_000 ? 1000 : 1;
-  return `± ${number(std / factor, 2)}`;
-}
+/** In the unit of the mean that stands before it. */
+const spreadOf = (mean, std, unit) => (known(std) ? `± ${number(std * scaleOf(mean, unit)[0], 2)}` : "");
 
 function tokensCard(s) {
   const tag = "output_token_throughput";
@@ -209,16 +205,16 @@ function rateSoFar(s, { name, start, completed, errors, elapsed }) {
 
 function rateCard(s, id, title, tag, row, now, sec, unit, total) {
   const spark = [{ ...now, colour: id === "tps" ? "--d1" : "--d4", fill: true }];
-  const change = against(s, tag, "avg", row);
+  const change = changeOf(tag, row, s.run.baselines?.[0]);
   if (s.ended || s.report) {
     return card(s, id, title, tag, {
       figure: quantity(row?.avg, unit), kind: s.ended ? "whole run" : "so far", spark, change,
       tone: levelTone(s, tag, MEANS, row?.avg),
     });
   }
-  const value = latest(now);
+  const value = hasBegun(s) ? latest(now) : null;
   const beside = total.text === NONE ? [] : [total];
-  if (!now.v.some((one) => one > 0) && row?.avg > 0) {
+  if (!(hasBegun(s) && now.v.some((one) => one > 0)) && row?.avg > 0) {
     // It has only just begun: no point has a request yet.
     return card(s, id, title, tag, { figure: quantity(row.avg, unit, 3), kind: "so far", spark, change });
   }
@@ -229,9 +225,8 @@ function rateCard(s, id, title, tag, row, now, sec, unit, total) {
 }
 
 function errorsCard(s) {
-  const shown = s.counted.length ? s.counted : s.phases;
-  const sum = (field) => shown.reduce((all, phase) => all + (phase[field] ?? 0), 0);
-  const [completed, errors] = [sum("completed"), sum("errors")];
+  const { shown } = s;
+  const [completed, errors] = [sumOf(shown, "completed"), sumOf(shown, "errors")];
   const spark = [{ ...errorsPerSecond(s), colour: "--d3", fill: true }];
   const rest = { spark, tone: errors > 0 ? "bad" : "" };
   if (!shown.length) return card(s, "errors", "Errors", "request_error_rate", { figure: NO_FIGURE, ...rest });
@@ -259,7 +254,7 @@ function errorsCard(s) {
 /** Errors and completions of the last ten seconds, in the present phase. */
 function errorsNow(s) {
   const name = s.history.phases().at(-1)?.name;
-  if (!name) return null;
+  if (!name || !hasBegun(s)) return null;
   const begin = s.phases.find((phase) => phase.name === name)?.start ?? 0;
   const completed = rates(ofPhase(s, name, "completed"), begin).at(-1);
   const errors = rates(ofPhase(s, name, "errors"), begin).at(-1);
@@ -268,18 +263,19 @@ function errorsNow(s) {
     : null;
 }
 
-/** The change against the first baseline, or undefined: {text, verdict}. */
-function against(s, tag, stat, row) {
-  const [base] = s.run.baselines ?? [];
-  const [mine, theirs] = [row?.[stat], base?.rows.get(tag)?.[stat]];
-  if (!known(mine) || !known(theirs) || theirs === 0) return undefined;
+/** Whether the present phase has points: those of the phase before are no "now". */
+const hasBegun = ({ current, history }) => !current || history.phases().some(({ name }) => name === current.name);
+
+/** The change of a mean against a baseline's, or null: {change, text, verdict, name}. */
+export function changeOf(tag, row, base) {
+  const [mine, theirs] = [row?.avg, base?.rows.get(tag)?.avg];
+  if (!known(mine) || !known(theirs) || theirs === 0) return null;
   const change = mine / theirs - 1;
-  return {
-    text: changeText(change), verdict: verdict(tag, row.unit ?? base.rows.get(tag).unit, change), name: base.name,
-  };
+  const unit = row.unit ?? base.rows.get(tag).unit;
+  return { change, text: changeText(change), verdict: verdict(tag, unit, change), name: base.name };
 }
 
-export function changeText(change) {
+function changeText(change) {
   const value = 100 * change;
   const digits = Math.abs(value) < 10 ? 1 : 0;
   return `${value > 0 ? "+" : value < 0 ? "−" : "±"}${Math.abs(value).toFixed(digits)} %`;
@@ -302,7 +298,7 @@ export function levels(s) {
     const bad = shareOfTime(series, (value) => !keeps(level, value));
     const value = s.rows.get(level.tag)?.[level.stat === "each" ? "avg" : level.stat];
     const good = s.rows.get("good_request_fraction")?.avg;
-    return { level, text: level.text, own: level.own, value, share: bad, ...judged(level, value, bad, good) };
+    return { level, text: level.text, own: level.own, ...judged(level, value, bad, good) };
   });
 }
 
@@ -316,7 +312,7 @@ function levelSeries(s, { tag, stat }) {
 
 // Charts
 
-/** What each chart draws: [{id, title, picker, lines, levels, empty}]. A chart with `absent` is not drawn at all. */
+/** What each chart draws: [{id, title, picker, lines, limits, empty}]. A chart with `absent` is not drawn at all. */
 export function charts(s) {
   const { choice } = s.run;
   return [
@@ -331,16 +327,17 @@ function chart(s, id, title, lines, { tag, picker = null, limits = [], absent = 
   const empty = drawn.length ? "" : (absent ?? emptyWords(s, tag));
   return {
     id, title, picker, lines: drawn, limits: drawn.length ? limits : [], empty, wide,
-    absent: absent !== null && !drawn.length, drawn: drawn.length > 0,
+    absent: absent !== null && !drawn.length,
   };
 }
 
 const NOW_TEXT = "10 s";
+const lineIn = (unit) => (label, colour, series, more) => ({ label, unit, scale: unit, colour, series, ...more });
 
 function latencyChart(s, id, tag) {
   const { unit = "ms", header } = s.history.index[tag] ?? {};
   const title = LATENCIES.find(([name]) => name === tag)?.[1] ?? header ?? tag;
-  const line = (label, colour, series, more) => ({ label, unit, scale: unit, colour, series, ...more });
+  const line = lineIn(unit);
   const lines = [
     line("p99 so far", "--d3", soFar(s, tag, "p99"), {
       width: 1, dash: [6, 3], title: "99th percentile since profiling began",
@@ -351,13 +348,8 @@ function latencyChart(s, id, tag) {
     line("mean now", "--d1", meanNow(s, tag), {
       width: 2, band: true, title: `Mean of the requests that finished in the last ${NOW_TEXT}`,
     }),
-    ...ghosts(s, (base) => base.meanNow(tag)).map((ghost) =>
-      line(ghost.name, "--axis", ghost.series, { width: 1.2, dash: [1, 3], title: `The same of ${ghost.name}` }),
-    ),
+    ...ghosts(s, line, (base) => base.meanNow(tag)),
   ];
-  const limits = (s.run.levels ?? [])
-    .filter((level) => level.tag === tag)
-    .map((level) => ({ value: level.limit, label: levelWords(level), scale: unit }));
   const options = Object.entries(s.history.index)
     .filter(([name, { group, stats = [] }]) => group === "metrics" && stats.includes("p50") && name !== tag)
     .map(([value, one]) => ({ value, text: one.header ?? value }));
@@ -366,38 +358,34 @@ function latencyChart(s, id, tag) {
   );
   const all = [{ value: tag, text: title }, ...options, ...known].sort((a, b) => a.text.localeCompare(b.text));
   return chart(s, id, title, lines, {
-    tag, picker: { label: `Metric of chart ${id.slice(-1)}`, options: all, value: tag }, limits,
+    tag, picker: { label: `Metric of chart ${id.slice(-1)}`, options: all, value: tag },
+    limits: limitsOf(s, tag, unit),
   });
 }
 
-/** A baseline's series, moved so that both first phases begin together. */
-function ghosts(s, of) {
-  return (s.run.baselines ?? [])
-    .slice(0, 3)
-    .map((base) => {
-      const { t, v } = of(base);
-      const by = s.zero - base.zero;
-      return { name: base.name, series: { t: t.map((at) => at + by), v } };
-    })
-    .filter(({ series }) => series.t.length);
+/** The lines of the baselines, moved so that all first phases begin together. */
+function ghosts(s, line, of) {
+  return (s.run.baselines ?? []).slice(0, 3).map((base) => {
+    const { t, v } = of(base);
+    const by = s.zero - base.zero;
+    const look = { width: 1.2, dash: [1, 3], title: `The same of ${base.name}` };
+    return line(base.name, "--axis", { t: t.map((at) => at + by), v }, look);
+  });
 }
 
 function tokensChart(s) {
-  const unit = "tokens/sec";
+  const [tag, unit] = ["output_token_throughput", "tokens/sec"];
+  const line = lineIn(unit);
   const lines = [
-    {
-      label: "so far", unit, scale: unit, colour: "--d4", width: 1, dash: [2, 2],
-      series: soFar(s, "output_token_throughput", "avg"), title: "Output tokens per second since profiling began",
-    },
-    {
-      label: "now", unit, scale: unit, colour: "--d1", width: 2, band: true, series: tokensNow(s),
+    line("so far", "--d4", soFar(s, tag, "avg"), {
+      width: 1, dash: [2, 2], title: "Output tokens per second since profiling began",
+    }),
+    line("now", "--d1", tokensNow(s), {
+      width: 2, band: true,
       title: `Output tokens of the requests that finished in the last ${NOW_TEXT}, per second`,
-    },
-    ...ghosts(s, (base) => base.tokensNow()).map((ghost) => ({
-      label: ghost.name, unit, scale: unit, colour: "--axis", width: 1.2, dash: [1, 3], series: ghost.series,
-    })),
+    }),
+    ...ghosts(s, line, (base) => base.tokensNow()),
   ];
-  const tag = "output_token_throughput";
   return chart(s, "tokens", "Output tokens/s", lines, { tag, limits: limitsOf(s, tag, unit) });
 }
 
@@ -407,12 +395,12 @@ const limitsOf = (s, tag, scale) =>
     .map((level) => ({ value: level.limit, label: levelWords(level), scale }));
 
 function requestsChart(s) {
-  const unit = "requests/sec";
-  const line = (label, colour, series, more) => ({ label, unit, scale: unit, colour, series, ...more });
+  const [tag, unit] = ["request_throughput", "requests/sec"];
+  const line = lineIn(unit);
   return chart(
     s, "requests", "Requests/s",
     [
-      line("so far", "--d4", soFar(s, "request_throughput", "avg"), {
+      line("so far", "--d4", soFar(s, tag, "avg"), {
         width: 1, dash: [2, 2], title: "Successful requests per second since profiling began",
       }),
       line("now", "--d1", requestsNow(s), {
@@ -422,7 +410,7 @@ function requestsChart(s) {
         width: 1.5, dash: [6, 3], title: `Requests that failed in the last ${NOW_TEXT}, per second`,
       }),
     ],
-    { limits: limitsOf(s, "request_throughput", unit) },
+    { tag, limits: limitsOf(s, tag, unit) },
   );
 }
 
@@ -456,7 +444,6 @@ function inFlight(s) {
 /** The measures people look for first, in that order. */
 const MEASURES = ["Power Usage", "Utilization", "Memory Used", "Temperature", "SM Utilization", "Memory Utilization"];
 export const measureRank = (name) => (MEASURES.includes(name) ? MEASURES.indexOf(name) : MEASURES.length);
-const collator = new Intl.Collator("en", { numeric: true, sensitivity: "base" });
 
 /** "NVIDIA GPU Power Usage | 127.0.0.1:19400 | GPU 0 | NVIDIA H200" in parts. */
 export function gpuParts(header, tag) {
@@ -474,7 +461,7 @@ function gpuSeries(s) {
 
 const measuresOf = (all) =>
   [...new Set(all.map(({ measure }) => measure))].sort(
-    (a, b) => measureRank(a) - measureRank(b) || collator.compare(a, b),
+    (a, b) => measureRank(a) - measureRank(b) || natural.compare(a, b),
   );
 
 function chosenGPUs(s) {
@@ -483,7 +470,7 @@ function chosenGPUs(s) {
   const measure = measures.includes(s.run.choice.gpu) ? s.run.choice.gpu : measures[0];
   const chosen = all
     .filter((one) => one.measure === measure)
-    .sort((a, b) => collator.compare(a.source, b.source) || collator.compare(a.gpu, b.gpu));
+    .sort((a, b) => natural.compare(a.source, b.source) || natural.compare(a.gpu, b.gpu));
   return { measures, measure, chosen };
 }
 
@@ -506,11 +493,16 @@ function gpuChart(s) {
   const picker = measures.length
     ? { label: "GPU measure", value: measure, options: measures.map((value) => ({ value, text: value })) }
     : null;
-  return chart(s, "gpus", measure ? `GPU: ${measure}` : "GPU", lines, {
+  return chart(s, "gpu", measure ? `GPU: ${measure}` : "GPU", lines, {
     picker, wide: lines.length > 8,
-    absent: absentWords(s, chosen.length ? "Loading…" : "No GPU telemetry (AIPerf: --gpu-telemetry)."),
+    absent: isThere(s.run.metrics?.telemetry, chosen)
+      ? "Loading…"
+      : absentWords(s, "No GPU telemetry", " (AIPerf: --gpu-telemetry)."),
   });
 }
+
+/** Whether the newest message or the index has any, though their points may not have come yet. */
+const isThere = (told, indexed) => indexed.length > 0 || Object.keys(told ?? {}).length > 0;
 
 /** A node by what tells it from the others: host, port, or both. */
 function nodeName(source, all) {
@@ -549,7 +541,7 @@ function serverOptions(s) {
       });
     }
   }
-  return out.sort((a, b) => a.rank - b.rank || collator.compare(a.text, b.text));
+  return out.sort((a, b) => a.rank - b.rank || natural.compare(a.text, b.text));
 }
 
 /** `server:HOST:PORT:vllm:name{engine="0"}` without the endpoint, which is named only when there are several. */
@@ -575,7 +567,10 @@ function serverChart(s) {
     : [];
   const picker = chosen ? { label: "Inference-server series", value: chosen.value, options } : null;
   return chart(s, "server", chosen ? `Server: ${chosen.name}` : "Inference server", lines, {
-    picker, absent: absentWords(s, chosen ? "Loading…" : "No inference-server metrics (AIPerf: --server-metrics)."),
+    picker,
+    absent: isThere(s.run.server?.endpoint_summaries, options)
+      ? "Loading…"
+      : absentWords(s, "No inference-server metrics", " (AIPerf: --server-metrics)."),
   });
 }
 
@@ -611,8 +606,5 @@ export function axis(s) {
     });
   const before = s.history.origin === null ? 0 : Math.max(0, s.zero - s.history.origin);
   // What came before is a thin strip, however long it took.
-  return {
-    zero: s.zero, end, phases, before, strip: before > 1 && phases.length ? 0.02 : 0,
-    beforeText: before > 1 ? `configuring, ${clock(before)}` : "",
-  };
+  return { zero: s.zero, end, phases, strip: before > 1 && phases.length ? 0.02 : 0 };
 }

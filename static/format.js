@@ -19,6 +19,9 @@ const BIDI = /[\u0590-\u08ff\u202a-\u202e\u2066-\u2069\ufb1d-\ufdff\ufe70-\ufeff
 /** Text of others within a sentence of ours: what is written from right to left turns nothing but itself around. */
 export const isolated = (text) => (BIDI.test(text) ? `\u2068${text}\u2069` : text);
 
+/** Orders names as people do: GPU 2 before GPU 10. */
+export const natural = new Intl.Collator("en", { numeric: true, sensitivity: "base" });
+
 /** True for a number that can be shown. */
 export const known = (value) => typeof value === "number" && Number.isFinite(value);
 
@@ -62,15 +65,19 @@ const UNITS = {
 /** A unit as it stands beside a figure. */
 export const unitLabel = (unit) => (unit === undefined || unit === null ? "" : (UNITS[unit] ?? String(unit)));
 
-/** A value and its unit in a readable size: 12,345 ms becomes 12.35 s, 0.4 ms becomes 400 µs. */
+/** [factor, unit] by which a value of this size reads well: for 12,345 ms [0.001, "s"]. */
+export function scaleOf(value, unit) {
+  const size = known(value) ? Math.abs(value) : 0;
+  if (unit === "ms" && size >= 10_000) return [0.001, "s"];
+  if (unit === "ms" && size > 0 && size < 0.1) return [1000, "µs"];
+  if (unit === "MB" && size >= 10_000) return [0.001, "GB"];
+  return [1, unitLabel(unit)];
+}
+
+/** A value and its unit in a readable size: 12,345 ms becomes 12.35 s, 0.04 ms becomes 40 µs. */
 export function quantity(value, unit, significant = 4) {
-  if (known(value)) {
-    if (unit === "ms" && Math.abs(value) >= 10_000) return { text: number(value / 1000, significant), unit: "s" };
-    if (unit === "ms" && value !== 0 && Math.abs(value) < 0.1)
-      return { text: number(value * 1000, significant), unit: "µs" };
-    if (unit === "MB" && Math.abs(value) >= 10_000) return { text: number(value / 1000, significant), unit: "GB" };
-  }
-  return { text: number(value, significant), unit: unitLabel(unit) };
+  const [factor, label] = scaleOf(value, unit);
+  return { text: number(factor === 1 ? value : value * factor, significant), unit: label };
 }
 
 /** A quantity in one string. */
@@ -123,3 +130,6 @@ export function csvLine(cells) {
       .join(",") + "\r\n"
   );
 }
+
+/** A file of CSV, from its rows. */
+export const csvText = (rows) => rows.map(csvLine).join("");

@@ -4,7 +4,7 @@
 // The WebSocket says when something is new and carries metrics; what is asked for then is asked together, and the
 // snapshot is handed on when all of it is there, so that a figure, a legend and a curve of one moment agree.
 
-import { AnswerError, Feed, getJSON } from "./api.js";
+import { AnswerError, Feed, getJSON, parsed } from "./api.js";
 import { eventOf } from "./events.js";
 import { known } from "./format.js";
 import { History } from "./series.js";
@@ -27,6 +27,11 @@ const STREAM_TYPES = [
   "dataset_configuration_failed", "command", "command_response", "credits_complete",
 ];
 
+const PATHS = {
+  status: "api/status", progress: "api/progress", metrics: "api/metrics", index: "api/history",
+  workers: "api/workers", server: "api/server-metrics", config: "api/config", runs: "api/runs",
+  results: "api/results",
+};
 const CONFIGURATION = ["config", "runs", "results"];
 const ALL = ["status", "progress", "metrics", "index", "history", "server", ...CONFIGURATION];
 /** Which answers a message makes old; any other makes all of them old, at once. */
@@ -96,12 +101,8 @@ export class Live {
       this.soon(Math.max(SOON_MS, (this.gatheredAt ?? 0) + GATHER_EVERY_MS - performance.now()));
       return;
     }
-    let message;
-    try {
-      message = JSON.parse(text);
-    } catch {
-      return;
-    }
+    const message = parsed(text);
+    if (message === undefined) return;
     const event = eventOf(type, message);
     if (event) this.unstamped.push(event);
     this.soon(SOON_MS, true);
@@ -157,7 +158,7 @@ export class Live {
     }
     if (this.watchWorkers && now - (this.workersAt ?? -Infinity) > POLL_EVERY_MS) this.due.add("workers");
     const polling = !this.page.line.open && now - (this.gatheredAt ?? -Infinity) > POLL_EVERY_MS;
-    if (polling) for (const what of ["status", "progress", "metrics", "history"]) this.due.add(what);
+    if (polling) for (const what of ["status", "progress", "metrics", "server", "history"]) this.due.add(what);
     if (this.due.size && !this.timer) this.soon(0);
     this.show("tick");
   }
@@ -206,7 +207,7 @@ export class Live {
   async ask(due) {
     const began = this.history;
     if (due.has("index")) due.add("history");
-    const wanted = [...due].filter((what) => this.path(what));
+    const wanted = [...due].filter((what) => PATHS[what]);
     const answers = await Promise.all(wanted.map((what) => this.answer(what)));
     const found = Object.fromEntries(wanted.map((what, at) => [what, answers[at]]));
     if ((found.status && this.isNewRun(found.status)) || (found.progress && this.hasMoved(found.progress))) {
@@ -214,25 +215,18 @@ export class Live {
       return;
     }
     if (began !== this.history) return;
+    const turned = found.status && found.status.state !== this.answers.status?.state;
     this.settle(found);
+    if (turned) for (const what of ALL) if (!due.has(what)) this.due.add(what); // also where no message told of it
     if (due.has("history")) await this.follow();
     this.loaded = true;
     this.stamp();
   }
 
-  path(what) {
-    const paths = {
-      status: "api/status", progress: "api/progress", metrics: "api/metrics", index: "api/history",
-      workers: "api/workers", server: "api/server-metrics", config: "api/config", runs: "api/runs",
-      results: "api/results",
-    };
-    return paths[what];
-  }
-
   /** An answer; one of those that need not be there is null when it is not. */
   async answer(what) {
     try {
-      return await getJSON(this.path(what));
+      return await getJSON(PATHS[what]);
     } catch (error) {
       if (error instanceof AnswerError && error.status === 404 && CONFIGURATION.includes(what)) return null;
       throw error;
@@ -262,12 +256,8 @@ export class Live {
   settleMessages() {
     const before = this.answers.metrics ?? {};
     for (const [type, text] of this.pending) {
-      let message;
-      try {
-        message = JSON.parse(text);
-      } catch {
-        continue;
-      }
+      const message = parsed(text);
+      if (message === undefined) continue;
       if (type === "realtime_server_metrics") this.answers.server = message;
       else if (type === "realtime_telemetry_metrics" && !before.final) {
         this.answers.metrics = { ...this.answers.metrics, telemetry: byTag(message.metrics) };
@@ -278,9 +268,15 @@ export class Live {
     this.pending.clear();
     const { metrics, telemetry } = this.answers.metrics ?? {};
     const phases = Object.keys(this.answers.progress?.phases ?? {}).map((name) => `phase:${name}`);
-    const tags = [...phases, ...Object.keys(metrics ?? {}), ...Object.keys(telemetry ?? {})];
-    const unknown = tags.some((tag) => !Object.hasOwn(this.history.index, tag));
-    if (unknown && performance.now() - this.indexAt > STATUS_EVERY_MS) this.due.add("index");
+    const served = Object.keys(this.answers.server?.endpoint_summaries ?? {}).length > 0;
+    const listed = Object.keys(this.history.index).some((tag) => tag.startsWith("server:"));
+    const server = served && !listed ? ["server:"] : []; // what they are called there is the server's affair
+    const tags = [...phases, ...Object.keys(metrics ?? {}), ...Object.keys(telemetry ?? {}), ...server];
+    const unknown = tags.filter((tag) => !Object.hasOwn(this.history.index, tag)).join();
+    const now = performance.now();
+    if (unknown !== this.unknown) Object.assign(this, { unknown, unknownAt: now });
+    const pause = now - this.unknownAt < STATUS_EVERY_MS ? GATHER_EVERY_MS : STATUS_EVERY_MS;
+    if (unknown && now - this.indexAt > pause) this.due.add("index");
   }
 
   /** What is new of every series that is drawn: one request, and one more for what is drawn for the first time. */

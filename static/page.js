@@ -4,6 +4,7 @@
 import { Charts, sparkline, timeline } from "./charts.js";
 import { byId, h, setAttribute, setChildren, setText, snippet } from "./dom.js";
 import { NONE } from "./format.js";
+import { parseLevel } from "./slo.js";
 import { CompareTable, ErrorTable, EventLog, GPUTable, MetricsTable, ServerTable, WorkersTable } from "./tables.js";
 
 /** State, facts and bars. */
@@ -89,7 +90,6 @@ export class Cards {
     if (!parts) this.known.set(card.id, (parts = this.build(card)));
     const { element, kind, value, unit, spread, beside, canvas } = parts;
     setAttribute(element, "data-tone", card.tone || null);
-    setAttribute(element, "data-dim", card.dim ? "" : null);
     setText(kind, card.kind);
     setText(value, card.figure.text);
     setAttribute(value, "data-none", card.figure.text === NONE ? "" : null);
@@ -229,6 +229,35 @@ export class Levels {
       }),
     );
   }
+}
+
+/** Paper is white: every chart is drawn for it, in sight or not, and again for the screen afterwards. */
+export function forPaper(cards) {
+  const { dataset } = document.documentElement;
+  let screen = dataset.theme;
+  const toPaper = (paper) => {
+    if (paper) screen = dataset.theme;
+    dataset.theme = paper ? "light" : screen;
+    dispatchEvent(new Event("themechange"));
+    for (const panel of timeline.panels) panel.forPaper();
+    cards.draw();
+  };
+  addEventListener("beforeprint", () => toPaper(true));
+  addEventListener("afterprint", () => toPaper(false));
+}
+
+/** The form that adds a service level. */
+export function levelForm(onLevel) {
+  const input = byId("level-input");
+  byId("level-form").addEventListener("submit", (event) => {
+    event.preventDefault();
+    const level = parseLevel(input.value);
+    setText(byId("level-problem"), level.problem ?? "");
+    setAttribute(input, "aria-invalid", level.problem ? "true" : null);
+    if (level.problem) return;
+    input.value = "";
+    onLevel(level);
+  });
 }
 
 /** The buttons that choose a range of time; a range that is longer than the run is not offered. */

@@ -1,12 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // The report: one run in one file, drawn by the same parts as the dashboard. Nothing here asks a network for anything.
 
-import { timeline } from "./charts.js";
 import { readReport, snapshotOf } from "./compare.js";
-import { byId, download, h, setAttribute, setText } from "./dom.js";
+import { byId, download, h, setText } from "./dom.js";
 import { csvLine } from "./format.js";
-import { Cards, Levels, RunHead, chartsOf, rangeButtons, tablesOf } from "./page.js";
-import { goodputLevels, parseLevel } from "./slo.js";
+import { Cards, Levels, RunHead, chartsOf, forPaper, levelForm, rangeButtons, tablesOf } from "./page.js";
+import { goodputLevels } from "./slo.js";
 import { view } from "./view.js";
 
 const blob = readReport(byId("run").textContent);
@@ -24,7 +23,7 @@ const parts = {
   charts: chartsOf({
     eager: true,
     onPick: (id, value) => {
-      run.choice = { ...run.choice, [{ gpus: "gpu" }[id] ?? id]: value };
+      run.choice = { ...run.choice, [id]: value };
       showReport();
     },
   }),
@@ -55,9 +54,9 @@ function showReport() {
   parts.charts.show(seen.charts, seen.axis);
   parts.ranges();
   for (const [name, table] of Object.entries(parts.tables)) {
-    const part = name === "events" ? seen.events : seen.tables[name];
+    const part = seen.tables[name];
     table.show(part);
-    byId(`section-${name}`).hidden = { runs: seen.tables.runs.count < 2 }[name] ?? part.count === 0;
+    byId(`section-${name}`).hidden = part.count === 0;
   }
   const lines = flatten(blob.config ?? {});
   byId("section-config").hidden = !lines.length;
@@ -77,14 +76,8 @@ function flatten(value, path = "") {
   return [[path, String(value)]];
 }
 
-byId("level-form").addEventListener("submit", (event) => {
-  event.preventDefault();
-  const level = parseLevel(byId("level-input").value);
-  setText(byId("level-problem"), level.problem ?? "");
-  setAttribute(byId("level-input"), "aria-invalid", level.problem ? "true" : null);
-  if (level.problem) return;
+levelForm((level) => {
   run.levels = [...run.levels, level];
-  byId("level-input").value = "";
   showReport();
 });
 
@@ -107,17 +100,6 @@ byId("download-series").addEventListener("click", () => {
   download(`${fileStem}-over-time.csv`, "text/csv", text);
 });
 byId("print").addEventListener("click", () => print());
-
-// Paper is white and narrower: the charts are drawn for it, and again for the screen afterwards.
-addEventListener("beforeprint", () => toPaper(true));
-addEventListener("afterprint", () => toPaper(false));
-let screenTheme = "";
-function toPaper(paper) {
-  if (paper) screenTheme = document.documentElement.dataset.theme;
-  document.documentElement.dataset.theme = paper ? "light" : screenTheme;
-  dispatchEvent(new Event("themechange"));
-  for (const panel of timeline.panels) panel.forPaper();
-  parts.cards.draw();
-}
+forPaper(parts.cards);
 
 showReport();

@@ -29,12 +29,12 @@ export class History {
   }
 
   /**
-   * Adds an answer: one time axis, a column of values for each series. Returns whether anything was new. What is known
-   * of later than `since` (in ns; else of the answer's time) goes: the server's newest row moves on until it is full.
+   * Adds an answer: one time axis, a column of values for each series. What is known of later than `since` (in ns;
+   * else of the answer's time) goes: the server's newest row moves on until it is full.
    */
   add(answer, since = 0) {
     const times = answer?.times ?? [];
-    if (!times.length) return false;
+    if (!times.length) return;
     const from = since ? since / 1e9 + 1e-6 : times[0] / 1e9 - 1e-6; // a double of today has a grain of 0.24 µs
     let changed = false;
     for (const { tag, stat, unit, header, values } of answer.series ?? []) {
@@ -56,7 +56,6 @@ export class History {
     }
     this.last = Math.max(this.last, times.at(-1));
     if (changed) this.derived.clear();
-    return changed;
   }
 
   get(tag, stat) {

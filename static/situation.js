@@ -10,8 +10,11 @@ const STATES = {
   cancelled: ["Cancelled", "warn"], failed: ["Failed", "bad"],
 };
 export const ENDS = new Set(["complete", "cancelled", "failed"]);
+const SILENT_SEC = 10; // after which the server calls a run stale, and counts its time no further
 const METRICS_LATE_SEC = 10; // live metrics that have not come by then may never do
 const SWITCH_ON = "AIPERF_UI_REALTIME_METRICS_ENABLED=true";
+const WITHOUT_METRICS =
+  `no live metrics yet. AIPerf sends them when asked to: ${SWITCH_ON} (0.5 and later), or its dashboard UI.`;
 
 /** One phase of /api/progress in names of our own. */
 function phaseOf(name, phase, history) {
@@ -34,7 +37,6 @@ function phaseOf(name, phase, history) {
     warmup: String(phase.phase_kind ?? phase.phase ?? name).startsWith("warm"),
     start: startNs === null ? null : startNs / 1e9, end: endNs === null ? null : endNs / 1e9,
     errors: Math.max(phase.errors ?? phase.request_errors ?? 0, seen("errors")),
-    cancelled: phase.cancelled ?? phase.requests_cancelled ?? 0,
     percent: Math.max(0, Math.min(100, Math.max(phase.percent_complete ?? 0, share))),
     ended: endNs !== null || phase.complete === true,
   };
@@ -44,7 +46,7 @@ function phaseOf(name, phase, history) {
 export function situation(run) {
   const { status, progress, metrics, history, line } = run;
   const state = status?.state ?? "";
-  const kind = status?.source?.kind ?? "";
+  const replay = ["replay", "demo"].includes(status?.source?.kind);
   const phases = Object.entries(progress?.phases ?? {})
     .map(([name, phase]) => phaseOf(name, phase, history))
     .sort((a, b) => (a.start ?? 0) - (b.start ?? 0));
@@ -52,17 +54,22 @@ export function situation(run) {
   const going = Boolean(status) && !ended && state !== "waiting";
   const told = known(status?.started_ns) && known(status?.elapsed_sec);
   const busNow = told ? status.started_ns / 1e9 + status.elapsed_sec : history.last / 1e9 || null;
+  const silent = Math.min(status?.source?.last_message_age_sec ?? 0, SILENT_SEC);
   const rows = new Map(Object.entries(metrics?.metrics ?? {}));
   const current = phases.at(-1) ?? null;
   const counted = phases.filter(({ warmup }) => !warmup);
   return {
-    run, status, state, phases, ended, going, rows, history, busNow, current, counted, loaded: run.loaded === true,
+    run, status, state, phases, ended, going, rows, history, busNow, current, counted,
+    heardAt: busNow && busNow - silent, shown: counted.length ? counted : phases, loaded: run.loaded === true,
     report: run.report === true, lost: Boolean(line) && !line.open && !line.polling && line.lostAt > 0,
-    replay: kind === "replay" || kind === "demo", stale: going && status.stale === true,
+    replay, stale: going && (status.stale === true || (replay && status.source.connected === false)),
     final: metrics?.final === true, warming: Boolean(current?.warmup) && !ended, zero: zeroOf(phases, history),
     end: ended ? endOf(phases, history) : null,
   };
 }
+
+/** What phases counted, together. */
+export const sumOf = (phases, field) => phases.reduce((all, phase) => all + (phase[field] ?? 0), 0);
 
 /** Where the axis of time begins: with the first phase. */
 function zeroOf(phases, history) {
@@ -101,10 +108,11 @@ function detail(s) {
   if (s.state === "failed" && !s.phases.length) return `${before}not one request was sent`;
   if (!s.loaded) return `${before}loading`;
   if (!s.phases.length) return `${before}no requests yet`;
-  const shown = s.counted.length ? s.counted : s.phases;
-  const sum = (field) => shown.reduce((all, phase) => all + (phase[field] ?? 0), 0);
-  const total = shown.every((phase) => phase.total) ? Math.max(sum("total"), s.run.progress?.total ?? 0) : null;
-  const completed = Math.max(sum("completed"), s.counted.length ? (s.run.progress?.completed ?? 0) : 0);
+  const { shown } = s;
+  const total = shown.every((phase) => phase.total)
+    ? Math.max(sumOf(shown, "total"), s.run.progress?.total ?? 0)
+    : null;
+  const completed = Math.max(sumOf(shown, "completed"), s.counted.length ? (s.run.progress?.completed ?? 0) : 0);
   return before + (total ? `${count(completed)} of ${count(total)} requests` : `${count(completed)} requests`);
 }
 
@@ -177,7 +185,7 @@ export function noticeWords(s, overlay) {
   if (s.going && status.source && !status.source.connected && !s.replay) {
     return ["warn", `Not connected to ${status.source.address}; trying again.`];
   }
-  if (noLiveMetrics(s)) return ["", `Progress only: ${withoutMetrics(s)}`];
+  if (noLiveMetrics(s)) return ["", `Progress only: ${WITHOUT_METRICS}`];
   return ["", ""];
 }
 
@@ -189,17 +197,15 @@ function noLiveMetrics(s) {
   );
 }
 
-const withoutMetrics = () =>
-  `no live metrics yet. AIPerf sends them when asked to: ${SWITCH_ON} (0.5 and later), or its dashboard UI.`;
-
-/** Why there is no figure of requests: the one place that says it. */
+/** Why there is no figure of requests, or none of a metric: the one place that says it. */
 export function emptyWords(s, tag) {
   if (!s.loaded) return s.lost ? "No answer from the server." : "Loading…";
   if (s.state === "waiting") return "Nothing heard yet.";
-  if (s.rows.has(tag) && !s.ended) return "The first points are on their way.";
+  if (!s.ended && (tag ? s.rows.has(tag) : s.phases.length)) return "The first points are on their way.";
   if (s.rows.size && s.ended && s.counted.every(({ completed, errors }) => errors >= completed)) {
     return "No request succeeded.";
   }
+  if (s.rows.has(tag)) return "No figures over time, only those of the whole run.";
   if (s.rows.size) return "Not reported for this run.";
   if (s.ended) return s.phases.length ? "No metrics were published." : "No request was sent.";
   if (!s.phases.length) return "Waiting for the first requests.";
@@ -207,11 +213,12 @@ export function emptyWords(s, tag) {
   return noLiveMetrics(s) ? `No live metrics.\nStart AIPerf with ${SWITCH_ON}.` : "Waiting for the first metrics.";
 }
 
-/** Why a panel or table of something that need not be there is empty. */
-export function absentWords(s, what) {
+/** Why a panel or table of something that need not be there is empty; early in a run it may still come. */
+export function absentWords(s, what, how) {
   if (!s.loaded) return "Loading…";
   if (s.state === "waiting") return "Nothing heard yet.";
-  return what;
+  const early = s.going && !s.stale && !(s.counted.at(-1)?.elapsed > METRICS_LATE_SEC);
+  return `${what}${early ? " yet." : how}`;
 }
 
 /** What stands in place of figures and charts while there are none, or null. */
@@ -286,10 +293,10 @@ export function loadText({ concurrency, request_rate: rate }, phase) {
   return parts.join(", ");
 }
 
-/** Seconds since the status was asked, for clocks that go on between two answers while a live run goes on. */
+/** Seconds of the run since the status was asked: by the clock of this page, or by the points of a recording. */
 function sinceAsked(s, now) {
   const ticking = s.going && !s.stale && !s.lost && !s.replay && !s.report && known(s.run.statusAt);
-  return ticking ? (now - s.run.statusAt) / 1000 : 0;
+  return ticking ? (now - s.run.statusAt) / 1000 : Math.max(0, s.history.last / 1e9 - s.busNow);
 }
 
 /** Seconds since the first phase began. */
@@ -297,6 +304,7 @@ function elapsedOf(s, now) {
   if (!s.phases.length) return null;
   if (s.ended && s.end !== null) return s.end - s.zero;
   if (s.busNow === null) return null;
+  if (s.stale) return Math.max(0, s.heardAt - s.zero);
   return Math.max(0, s.busNow + sinceAsked(s, now) - s.zero, s.history.last / 1e9 - s.zero);
 }
 

@@ -16,17 +16,18 @@ const MAX_LENGTH = 4000;
 /** What a shell needs around a word. */
 export const quoted = (text) => `'${String(text).replaceAll("'", "'\\''")}'`;
 
+/** What curl sends the token with, where there is one. */
+export const AUTH = hasToken() ? ' -H "Authorization: Bearer $AIPERF_API_TOKEN"' : "";
+
 /** The same subscription from a terminal. */
-function shellLines(types) {
+export function websocatLine(types) {
   const asked = JSON.stringify({ type: "subscribe", message_types: types });
-  const header = hasToken() ? ' -H "Authorization: Bearer $AIPERF_API_TOKEN"' : "";
-  const wsHeader = hasToken() ? ' -H="Authorization: Bearer $AIPERF_API_TOKEN"' : "";
-  const stream = new URL("api/stream", root);
+  return `echo ${quoted(asked)} | websocat -n${AUTH.replace("-H ", "-H=")} ${quoted(socketURL().href)}`;
+}
+
+function curlLine(types) {
   const query = types.includes("*") ? "" : `?types=${types.map(encodeURIComponent).join(",")}`;
-  return {
-    websocat: `echo ${quoted(asked)} | websocat -n${wsHeader} ${quoted(socketURL().href)}`,
-    curl: `curl -N${header} ${quoted(stream.href + query)}`,
-  };
+  return `curl -N${AUTH} ${quoted(new URL("api/stream", root).href + query)}`;
 }
 
 const shortened = (text) =>
@@ -92,10 +93,10 @@ export class StreamPanel {
   }
 
   lines() {
-    const types = this.chosen();
-    const { websocat, curl } = shellLines(types.length ? types : ["realtime_metrics"]);
-    this.websocat.setLine(websocat);
-    this.curl.setLine(curl);
+    const chosen = this.chosen();
+    const types = chosen.length ? chosen : ["realtime_metrics"];
+    this.websocat.setLine(websocatLine(types));
+    this.curl.setLine(curlLine(types));
   }
 
   subscribe() {

@@ -3,11 +3,9 @@
 
 import { copyButton, h, setAttribute, setChildren, setText, svg } from "./dom.js";
 import { better } from "./direction.js";
-import { gpuParts, measureRank } from "./figures.js";
-import { bytes, count, csvLine, known, number, phrase, timeOfDay, unitLabel } from "./format.js";
-import { changeOf } from "./view.js";
+import { changeOf, gpuParts, measureRank } from "./figures.js";
+import { bytes, count, csvText, known, natural, number, phrase, timeOfDay, unitLabel } from "./format.js";
 
-const natural = new Intl.Collator("en", { numeric: true, sensitivity: "base" });
 const STATISTICS = [
   "avg", "min", "max", "std", "p1", "p5", "p10", "p25", "p50", "p75", "p90", "p95", "p99", "count", "sum", "current",
 ];
@@ -101,12 +99,8 @@ class Table {
   }
 
   csv() {
-    return (
-      csvLine(this.columns.map(({ id }) => id)) +
-      this.ordered()
-        .map((row) => csvLine(this.columns.map((column) => column.value(row))))
-        .join("")
-    );
+    const rows = this.ordered().map((row) => this.columns.map((column) => column.value(row)));
+    return csvText([this.columns.map(({ id }) => id), ...rows]);
   }
 }
 
@@ -196,12 +190,8 @@ export class MetricsTable {
 
   /** Every metric with every statistic, whatever the search says. */
   csv() {
-    return (
-      csvLine(["metric", "header", "unit", ...STATISTICS]) +
-      [...this.rows]
-        .map(([tag, row]) => csvLine([tag, row.header, row.unit, ...STATISTICS.map((id) => row[id])]))
-        .join("")
-    );
+    const rows = [...this.rows].map(([tag, row]) => [tag, row.header, row.unit, ...STATISTICS.map((id) => row[id])]);
+    return csvText([["metric", "header", "unit", ...STATISTICS], ...rows]);
   }
 }
 
@@ -510,8 +500,8 @@ export class EventLog {
     );
   }
 
-  show(events) {
-    this.events = events.slice(0, EVENTS_SHOWN);
+  show({ rows }) {
+    this.events = rows.slice(0, EVENTS_SHOWN);
     this.draw();
   }
 
@@ -544,9 +534,7 @@ export class EventLog {
   }
 
   csv() {
-    return (
-      csvLine(["time", "kind", "event", "text"]) +
-      this.events.map(({ at, kind, what, text }) => csvLine([new Date(at).toISOString(), kind, what, text])).join("")
-    );
+    const rows = this.events.map(({ at, kind, what, text }) => [new Date(at).toISOString(), kind, what, text]);
+    return csvText([["time", "kind", "event", "text"], ...rows]);
   }
 }

@@ -6,11 +6,10 @@
 
 import { COMPARED, comparedRuns, tradeoff } from "./compare.js";
 import { eventsOf } from "./events.js";
-import { axis, cards, changeText, charts, gpuParts, levels, wanted } from "./figures.js";
+import { axis, cards, charts, gpuParts, levels, wanted } from "./figures.js";
 import { count, known, percent, phrase, spoken } from "./format.js";
-import { verdict } from "./direction.js";
 import { absentWords, bars, connectionWords, emptyWords, errorText, facts } from "./situation.js";
-import { noticeWords, originWords, overlayOf, situation, stateWords } from "./situation.js";
+import { noticeWords, originWords, overlayOf, situation, stateWords, sumOf } from "./situation.js";
 
 export function view(run) {
   const s = situation(run);
@@ -23,7 +22,7 @@ export function view(run) {
     announce: s.lost && s.status ? "Connection to the server lost" : name,
     connection: { tone: lineTone, text: line }, notice: { tone: noticeTone, text: notice }, origin: originWords(s),
     overlay, dim: s.lost || s.stale, hasData: s.rows.size > 0 || s.phases.length > 0, final: s.final,
-    running: s.going, facts: facts(s), bars: bars(s), axis: axis(s),
+    facts: facts(s), bars: bars(s), axis: axis(s),
   };
   // What takes longer is made when it is asked for: each second only the clock goes on.
   const made = new Map();
@@ -39,7 +38,7 @@ export function view(run) {
   return said;
 }
 
-const PARTS = { cards, charts, levels, tables, wanted, events: eventsOf, verdict: verdictOf };
+const PARTS = { cards, charts, levels, tables, wanted, verdict: verdictOf };
 
 function titleOf(s, name) {
   const share = s.run.progress?.percent_complete;
@@ -63,33 +62,36 @@ function tables(s) {
     for (const one of Object.values(metrics)) series += one.series?.length ?? 0;
   }
   const compared = comparedRuns(s);
+  const events = eventsOf(s);
   return {
     metrics: { count: s.rows.size, rows: s.rows, empty: emptyWords(s), base: run.baselines?.[0] ?? null },
     gpus: {
       count: gpus.size, rows: new Map(Object.entries(run.metrics?.telemetry ?? {})),
-      empty: absentWords(s, "No GPU telemetry on the bus. AIPerf collects it from a DCGM exporter: --gpu-telemetry."),
+      empty: absentWords(
+        s, "No GPU telemetry on the bus", ". AIPerf collects it from a DCGM exporter: --gpu-telemetry.",
+      ),
     },
     server: {
       count: series, rows: run.server,
       empty: absentWords(
-        s,
-        "No inference-server metrics on the bus. AIPerf reads them from the server's Prometheus " +
-          "endpoint; see its --server-metrics.",
+        s, "No inference-server metrics on the bus",
+        ". AIPerf reads them from the server's Prometheus endpoint; see its --server-metrics.",
       ),
     },
     workers: {
       count: Object.keys(run.workers?.worker_statuses ?? {}).length, rows: run.workers,
-      empty: absentWords(s, "No worker has reported yet."),
+      empty: absentWords(s, "No worker has reported", " yet."),
     },
     errors: {
       count: run.results?.error_summary?.errors?.length ?? 0, rows: run.results?.error_summary?.errors ?? [],
       more: run.results?.error_summary?.more ?? 0, empty: errorsEmpty(s),
     },
     runs: {
-      count: compared.length, rows: compared,
+      count: compared.length > 1 ? compared.length : 0, rows: compared,
       columns: COMPARED.filter(([tag, stat]) => compared.some(({ rows }) => known(rows.get(tag)?.[stat]))),
-      points: tradeoff(compared), empty: absentWords(s, "No run yet."),
+      points: tradeoff(compared), empty: absentWords(s, "No run", " yet."),
     },
+    events: { count: events.length, rows: events },
   };
 }
 
@@ -101,14 +103,6 @@ function errorsEmpty(s) {
   return s.ended ? "AIPerf's results do not say what failed." : "AIPerf says what failed when the run is over.";
 }
 
-/** A row's change against a baseline's, for tables: {text, verdict} or null. */
-export function changeOf(tag, row, base) {
-  const [mine, theirs] = [row?.avg, base?.rows.get(tag)?.avg];
-  if (!known(mine) || !known(theirs) || theirs === 0) return null;
-  const change = mine / theirs - 1;
-  return { change, text: changeText(change), verdict: verdict(tag, row.unit, change) };
-}
-
 // The verdict of a report: what was measured, whether it was met, what went wrong
 
 /** [{tone, text}], the first sentence the most important. */
@@ -116,9 +110,8 @@ function verdictOf(s) {
   if (!s.status) return [];
   const out = [];
   const say = (tone, text) => out.push({ tone, text });
-  const shown = s.counted.length ? s.counted : s.phases;
-  const sum = (field) => shown.reduce((all, phase) => all + (phase[field] ?? 0), 0);
-  const [completed, errors] = [sum("completed"), sum("errors")];
+  const { shown } = s;
+  const [completed, errors] = [sumOf(shown, "completed"), sumOf(shown, "errors")];
   const took = shown[0]?.start && s.end ? ` in ${spoken(s.end - shown[0].start)}` : "";
   const reason = s.status.error ? `: ${errorText(s.status.error)}` : "";
   const ending = {
