@@ -55,6 +55,7 @@ import threading
 import time
 import weakref
 from array import array
+from asyncio.sslproto import SSLProtocol
 from bisect import bisect_right
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from http import HTTPStatus
@@ -95,7 +96,7 @@ LINGER_TIMEOUT_SEC = 2  # for the peer to end its side after our last words; ngi
 CONNECTION_BUFFER_BYTES = 4 * 1024  # in a transport before it counts as full (a copy; the hub shares); asyncio 64 KiB
 CONNECTION_READ_BYTES = 16 * 1024  # received in one read, before others have their turn; asyncio 256 KiB, nginx 4 KiB
 CONNECTION_UNSENT_BYTES = 16 * 1024  # in the kernel, behind what the peer's window has room for; Linux: megabytes
-HTTP_UNSENT_BYTES_MAX = 32 * 1024 * 1024  # of large answers that wait for slow readers, all together; 503 to the next
+HTTP_UNSENT_BYTES_MAX = 16 * 1024 * 1024  # of large answers that wait for slow readers, all together; 503 to the next
 
 # WebSockets and streams
 WS_CONNECTIONS_MAX = 1000  # unless --ws-max-connections says otherwise; 503 before the upgrade
@@ -103,14 +104,14 @@ WS_MESSAGE_BYTES_MAX = 64 * 1024  # one message over all its fragments; websocke
 WS_FRAGMENT_BYTES_MEAN = 64  # one fragment for each that a message may have; an empty one costs 6 bytes; Close 1008
 WS_PING_INTERVAL_SEC = 20  # keepalive; websockets 20; a peer silent for two of them is evicted
 WS_PINGS_PER_READ_MAX = 10  # answered one by one (Autobahn's case 2.10 sends ten); of more, only the last
-CLIENT_TYPES_MAX = 256  # message types of one client; an error reply
+CLIENT_TYPES_MAX = 100  # message types of one client (AIPerf has 70); an error reply
 CLIENT_WRITE_BYTES_MAX = 64 * 1024  # in one write, before others have their turn; asyncio's own buffer 64 KiB
 CLIENT_SOFT_MARK_BYTES = 16 * 1024 * 1024  # behind by more: state messages are conflated, events have to fit in
 CLIENT_SOFT_MARK_SEC = 5  # behind by more, the same
 CLIENT_QUEUE_EVENTS_MAX = 1000  # events that wait for such a client (ZMQ_SNDHWM 1000); it is told what was dropped
 CLIENT_HARD_MARK_BYTES = 2 * CLIENT_SOFT_MARK_BYTES  # huge messages, replies that nobody reads: evicted
 CLIENT_STALL_SEC = 30  # bytes wait and none leaves; nginx send_timeout 60; evicted
-HUB_BYTES_MAX = 96 * 1024 * 1024  # of all backlogs, shared bytes counted once; those that do not read are evicted
+HUB_BYTES_MAX = 64 * 1024 * 1024  # of all backlogs, shared bytes counted once; those that do not read are evicted
 RETAINED_BYTES_MAX = 16 * 1024 * 1024  # of the last messages kept for snapshots, at most 256 types; not retained
 STREAM_COMMENT_INTERVAL_SEC = 15  # ": keepalive" to an event stream; HTML standard, 9.2.7: "every 15 seconds or so"
 
@@ -133,9 +134,9 @@ BUS_RETRY_MAX_SEC = 0.25  # ... this; AIPerf's proxy is up 0.6 s before it says 
 JSON_ITEMS_MAX = 100_000  # `,`, `[` and `{` of a message, of results 10 times as many; AIPerf's have 700; dropped
 JSON_DEPTH_MAX = 64  # levels of a JSON text; orjson 1,024, RFC 8259 9 allows a limit; not JSON for us
 NAME_BYTES_MAX = 512  # a tag, id, unit, label; Prometheus label_value_length_limit none; bad_shape
-ROWS_MAX = 4096  # rows of metrics, endpoints or series in a message; AIPerf sends 130; the rest is left out
+ROWS_MAX = 2048  # rows of metrics, endpoints or series in a message; AIPerf sends 130; the rest is left out
 EXTRAS_MAX = 64  # further fields of a phase, group or row; Prometheus label_limit none; the rest is left out
-SAMPLES_MAX, SAMPLES_BYTES_MAX = 50_000, 8 * 1024 * 1024  # of /metrics; left out, and how many is a sample itself
+SAMPLES_MAX, SAMPLES_BYTES_MAX = 20_000, 8 * 1024 * 1024  # of /metrics; left out, and how many is a sample itself
 WORKERS_MAX = 4096  # workers of a run; AIPerf caps a node at 32; further ones are not told apart
 RESULTS_KEPT_BYTES_MAX = 8 * 1024 * 1024  # of the final results; larger parts go, with a reason
 RUNS_MAX, RUNS_BYTES_MAX = 100, 8 * 1024 * 1024  # earlier runs; then the oldest go, or only their summaries stay
@@ -288,17 +289,19 @@ _WORD = re.compile("(?i:(?:basic|bearer|digest|token) )?[A-Z]{1,15}")  # a place
 _PROSE = re.compile("[A-Z]{1,15}|[A-Za-z][a-z]{1,14}")  # "Basic authentication", "the bearer of bad news"
 _PLACEHOLDER = r"""(?:(?:none|null|true|false)\.?|\*\*\*|(?:[Bb]earer[ ])?(?:\$\{?(?-i:[A-Z_]+)\}?|<[\w -]{1,64}>))
     (?:[\s"',;&)\]}\\]|$)"""
-_BEGIN = rf"""\s{{0,32}}\\?(?:["']|(?=[^\s"'\\]))(?!{_PLACEHOLDER})"""  # of what stands behind a name and its sign
+# Of what stands behind a name and its sign, perhaps as Python or nested JSON shows it: SecretStr('x'), b'x', \\\"x
+_BEGIN = rf"""\s{{0,32}}(?:\w{{1,16}}\(?(?=["']))?\\{{0,7}}(?:["']|(?=[^\s"'\\]))(?!{_PLACEHOLDER})"""
 _SECRET_IN_TEXT = re.compile(  # all but `likely` is hidden, and that if it looks random; each ends the match
     r"""(?xi)(?=[:abcjkprst])(?: ://(?![\w.-]+:\d+,)(?P<user>[^/\s"']+)(?=@)
-      | (?<!\w)(?:bearer|basic)(?:[ \t:]+|%20)(?P<scheme>[\w.~+/=-]+)
-      | (?:authorization|cookie)\\?["']?\s{0,32}:BEGIN
-        (?P<line>[^"'\r\n]+(?:(?:(?<==)|(?<==\\))"[^"\r\n]*"?[^"'\r\n]*)*)
+      | (?<!\w)(?:bearer|basic)(?:[ \t:]+|%20)["']?(?P<scheme>[\w.~+/=-]+)
+      | (?:authorization|cookie)\\{0,7}["']?\s{0,32}:BEGIN
+        (?:(?:bearer|basic)[ \t]+["'])?(?P<line>[^"'\r\n]+(?:(?:(?<==)|(?<==\\))"[^"\r\n]*"?[^"'\r\n]*)*)
       | (?:(?:STRONG)(?=(?P<rest>[\w.-]{0,24}))(?P=rest)  # (?=(x))\1 is x, and gives nothing back
-        |(?<![\w.])(?<!\w-)(?:jwt|auth))\\?["']?\s{0,32}(?P<sign>[=:])BEGIN
+        |(?<![\w.])(?<!\w-)(?:jwt|auth))\\{0,7}["']?\s{0,32}(?P<sign>[=:]|%3[AD])BEGIN
         (?P<sure>(?:(?:bearer|basic|token|digest)[ \t]+)?(?:(?<=["'])[^"']+|[^\s"'&,;]+))
       | (?:key|token|pass|secret|password)(?:[ ]provided)?
-        \\?["']?(?:\s{0,32}[=:]|(?<=["']),)?\s{0,32}\\?["']?(?P<likely>(?<![a-z0-9])[^\s"'&,;=:]{16,}))
+        \\{0,7}["']?(?:\s{0,32}[=:]|(?<=["']),)?\s{0,32}(?:b(?=["']))?\\{0,7}["']?
+        (?P<likely>(?<![a-z0-9])[^\s"'&,;=:]{16,}))
     """.replace("BEGIN", _BEGIN).replace("STRONG", _STRONG.replace(".", "(?:[_. -]|%5f|%2d)?"))
 )
 _SECRET_FLAG = re.compile(  # of a command line; a header is shown by its name
@@ -315,7 +318,7 @@ _OUR_TOKEN = re.compile(r"(?i)([?&](?:t|%74)(?:o|%6f)(?:k|%6b)(?:e|%65)(?:n|%6e)
 def key_role(key: str) -> str:
     """Return what stands under a key, whatever its spelling (api_key, apiKey, X-API-Key): "strong", every string is a
     secret; "weak", one that looks random is (`time_to_first_token` is such a key); "headers"; or ""."""
-    letters = re.sub("[^a-z0-9]+", "", key.lower())
+    letters = re.sub("[^a-z0-9]+", "", key[:NAME_BYTES_MAX].lower())
     if _STRONG_KEY.search(letters):
         return "strong"
     if letters.endswith(("key", "token", "pass")):
@@ -648,7 +651,7 @@ _PAGE_POLICY = "default-src 'self'; img-src 'self' data:; base-uri 'none'; form-
 _TOKEN_PROTOCOL = "aiperf.token."  # a subprotocol that carries the token, because browsers can set no header
 _MEMO_HEADS_MAX, _MEMO_HEAD_BYTES_MAX = 64, 1024  # request heads remembered; Prometheus sends 300 bytes, Chromium 700
 _TARGET_BYTES_MAX = HTTP_HEAD_BYTES_MAX // 4  # as sent, still percent-encoded; Apache 8190; 414
-_GZIP_BYTES_MIN = 1024  # a smaller body fits in a packet as it is
+_GZIP_BYTES_MIN, _GZIP_BYTES_MAX = 1024, 1024 * 1024  # a smaller body fits in a packet; a larger one takes too long
 
 
 # -- Reading requests --------------------------------------------------------------------------------------------------
@@ -1034,7 +1037,7 @@ class Response:
         headers: HeaderList = (),
     ) -> None:
         self.status, self.body, self.headers = status, body, tuple(headers)
-        self.is_compressible = body is not None and status == 200 and len(body) >= _GZIP_BYTES_MIN
+        self.is_compressible = status == 200 and _GZIP_BYTES_MIN <= len(body or b"") <= _GZIP_BYTES_MAX
         self._head = _head_bytes(status, content_type, self.is_compressible, self.headers)
         self._gzip_body = b""  # made when the first client wants it
         self._sent: tuple[bytes, bool, bytes] = b"", False, b""  # date and coding of the last answer, and its bytes
@@ -1043,8 +1046,9 @@ class Response:
         """Return the body as it is sent; always the same bytes object, to be shared by all who read it."""
         if not (is_gzip and self.is_compressible):
             return self.body or b""
-        if not self._gzip_body:  # level 6 gives a tenth of the bytes for a few milliseconds
-            self._gzip_body = gzip.compress(self.body or b"", 6, mtime=0)
+        if not self._gzip_body:  # level 6 gives a tenth of the bytes, and takes 5 ms for 128 KiB
+            body = self.body or b""
+            self._gzip_body = gzip.compress(body, 6 if len(body) <= _GZIP_BYTES_MAX // 8 else 1, mtime=0)
         return self._gzip_body
 
     def encode(
@@ -3391,7 +3395,7 @@ def _read_recording(path: str, data: bytes | None = None) -> Generator[tuple[int
                 if len(line) - line.count(b"\\") > _RECORDING_LINE_BYTES_MAX:  # decoded, it may take four times that
                     raise ValueError(f"longer than {_RECORDING_LINE_BYTES_MAX:,} bytes")
                 record = json_load(line)
-                if not 0 <= int(record["t"]) < 1 << 63:
+                if not 0 <= int(record["t"]) < 1 << 62:
                     raise ValueError("t is no time in ns since the epoch")
                 yield int(record["t"]), [record["topic"].encode(), record["payload"].encode()]
                 number += 1
@@ -3804,7 +3808,7 @@ class Hub:
     def has_room(self, invented: set[str]) -> bool:
         """Return whether clients may ask for these names, which no AIPerf has: each is a subscription upstream."""
         new = invented - self._wanted.keys()
-        return not new or len(self._wanted) + len(new) <= 4 * CLIENT_TYPES_MAX
+        return not new or len(self._wanted) + len(new) <= 10 * CLIENT_TYPES_MAX
 
     def wants(self, message_type: str) -> bool:
         """Return whether any client gets this type."""
@@ -4234,7 +4238,7 @@ _LINE_CHARS_MAX = 1000  # of a line about the bus, in the log and at the start
 _ACCEPT_MAX = 32  # connections accepted in one turn of the loop, before others have theirs; asyncio 100
 _FILES_SPARE = 32  # file descriptors for everything but connections: the bus, files, a child
 # Endpoints whose answers are costly, and may be a second old: all who read one share its bytes.
-_SHARED = frozenset("metrics workers config server_metrics results history runs run report".split())
+_SHARED = frozenset("metrics workers config server_metrics results history runs run report clients".split())
 _SHARED_MAX, _SHARED_BYTES_MAX = 16, 8 * 1024 * 1024  # such answers kept
 
 
@@ -4437,6 +4441,7 @@ class APIService:
         timing: dict[str, Any] = {}
         if settings.tls_cert:  # a handshake has a deadline of its own, before that of the first head
             context = _tls_context(settings, lambda begun: len(self.connections) + begun < self.connections_max)
+            SSLProtocol.max_size = CONNECTION_READ_BYTES  # that each connection holds; it is 256 KiB
             timing = {"ssl": context, "ssl_handshake_timeout": HTTP_HEAD_TIMEOUT_SEC}
         self._limit_connections()
         if settings.unix_path is not None:
@@ -4613,8 +4618,8 @@ class APIService:
 
     def _shown(self, message: BusMessage) -> bytes:
         """Return a payload as clients get it: one JSON object on one line, rows in display units."""
-        shown = shown_message(message.value)
-        payload = message.payload
+        payload, has_rows = message.payload, message.type in METRICS_MESSAGE_TYPES | RESULT_MESSAGE_TYPES
+        shown = shown_message(message.value) if has_rows else message.value
         is_as_it_came = shown is message.value and not message.not_finite and not (b"\n" in payload or b"\r" in payload)
         return payload if is_as_it_came else json_bytes(shown)
 
@@ -4690,7 +4695,7 @@ class APIService:
             return  # everything is subscribed to, also when a full disk has ended the recording
         if message_type == "*":
             change(b"")
-        elif message_type not in CORE_MESSAGE_TYPES:
+        elif message_type not in CORE_MESSAGE_TYPES - {"command_response"}:  # of which the state needs but a few
             change(message_type.encode() + b"$")
             change(message_type.encode() + b".")
 
@@ -5256,7 +5261,9 @@ _PATTERNS = MappingProxyType({  # what a value must look like
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{printable(message)}; the port is --api-port, a benchmark stands behind --, and there is --help")
+        shown = re.sub("(unrecognized arguments: [^ =]+)[ =].*", r"\1 ...", message)  # a value may be a secret
+        hint = "the port is --api-port, a benchmark stands behind --, and there is --help"
+        raise UsageError(f"{printable(shown)}; {hint}")
 
 
 def _read_options(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[set[str], dict[str, Any]]:
@@ -5319,7 +5326,7 @@ def parse_arguments(argv: Sequence[str], environ: Mapping[str, str]) -> Argument
             if given[read] and all(map(os.path.exists, (path, given[read]))) and os.path.samefile(path, given[read]):
                 raise UsageError(f"{written} {printable(path)}: that is the file that {read} reads")
     learnt = Secrets()
-    learnt.redact([dict(environ), read_flags(command)])  # of more than it remembers, the last count
+    learnt.redact([read_flags(command), dict(environ)])  # of more than it remembers, the first count
     port, linger_sec = given["--api-port"], given["--linger"]
     settings = Settings(
         host=(given["--api-host"] or "127.0.0.1").strip("[]"), port=port and int(port), unix_path=given["--api-unix"],
@@ -5511,7 +5518,7 @@ class Child:
             return
         self._signals.append((number, now_sec))
         if self._process is None and self.hurried.is_set():
-            os._exit(128 + number)
+            sys.exit(128 + number)  # which ends what stop() waits for, and removes the directory
         if self._process is None or len(self._signals) > 1 or number != signal.SIGINT:
             self.hurried.set()
         if self._process is not None:
@@ -5529,11 +5536,11 @@ class Child:
                 if ended.si_pid == own:
                     break
                 os.waitpid(ended.si_pid, 0)
-            if own and os.waitid(os.P_PID, own, os.WSTOPPED | os.WNOHANG):
+            if own and self._has_terminal and os.waitid(os.P_PID, own, os.WSTOPPED | os.WNOHANG):
                 self._give_terminal()
                 os.kill(os.getpid(), signal.SIGSTOP)
                 with contextlib.suppress(OSError):
-                    if self._has_terminal and os.tcgetpgrp(0) == os.getpgrp():  # fg, not bg
+                    if os.tcgetpgrp(0) == os.getpgrp():  # fg, not bg
                         self._give_terminal(own)
                 self._kill(signal.SIGCONT)
 
