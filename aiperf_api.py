@@ -104,7 +104,7 @@ WS_FRAGMENT_BYTES_MEAN = 64  # one fragment for each that a message may have; an
 WS_PING_INTERVAL_SEC = 20  # keepalive; websockets 20; a peer silent for two of them is evicted
 WS_PINGS_PER_READ_MAX = 10  # answered one by one (Autobahn's case 2.10 sends ten); of more, only the last
 CLIENT_TYPES_MAX = 256  # message types of one client; an error reply
-CLIENT_WRITE_BYTES_MAX = 64 * 1024  # in one write, before others have their turn; asyncio's own buffer 64 KiB
+CLIENT_WRITE_BYTES_MAX = 64 * 1024  # in one write (HTTP: twice that), before others have their turn; asyncio 64 KiB
 CLIENT_SOFT_MARK_BYTES = 16 * 1024 * 1024  # behind by more: state messages are conflated, events have to fit in
 CLIENT_SOFT_MARK_SEC = 5  # behind by more, the same
 CLIENT_QUEUE_EVENTS_MAX = 1000  # events that wait for such a client (ZMQ_SNDHWM 1000); it is told what was dropped
@@ -1059,7 +1059,8 @@ def _weighted(header: str) -> list[tuple[str, dict[str, str], float]]:
     return members
 
 
-def accepts(header: str | None, offered: Sequence[str]) -> str | None:
+@functools.lru_cache(maxsize=64)  # else a quarter of a scrape
+def accepts(header: str | None, offered: tuple[str, ...]) -> str | None:
     """Return the offered media type that an Accept header likes best, the earlier of equals; None if it likes none."""
     ranges = _weighted(header or "*/*")
 
@@ -1078,6 +1079,7 @@ def accepts(header: str | None, offered: Sequence[str]) -> str | None:
     return best if weight(best) else None
 
 
+@functools.lru_cache(maxsize=64)
 def accepts_gzip(header: str | None) -> bool:
     """Return whether an Accept-Encoding header allows gzip (RFC 9110 12.5.3)."""
     codings = {value: q for value, _, q in _weighted(header or "")}
@@ -3786,7 +3788,7 @@ class Outlet:
         """Write, unless our side has ended or the peer has gone; `frame` is held until the transport has all of it."""
         if self.closed or self.transport.is_closing():
             return
-        if len(data) <= CLIENT_WRITE_BYTES_MAX and not self.pending:
+        if (len(data) <= CLIENT_WRITE_BYTES_MAX or frame is None) and not self.pending:
             self.written += len(data)
             self.transport.write(data)
         else:
@@ -3797,10 +3799,11 @@ class Outlet:
         """Hand over slices while the transport has room."""
         while self.pending and not self.paused and not self.transport.is_closing():
             view, frame = self.pending.popleft()
-            if len(view) > CLIENT_WRITE_BYTES_MAX:
-                self.pending.appendleft((view[CLIENT_WRITE_BYTES_MAX:], frame))
-            self.written += min(len(view), CLIENT_WRITE_BYTES_MAX)
-            self.transport.write(view[:CLIENT_WRITE_BYTES_MAX])
+            view, rest = view[:CLIENT_WRITE_BYTES_MAX], view[CLIENT_WRITE_BYTES_MAX:]
+            if rest:
+                self.pending.appendleft((rest, frame))
+            self.written += len(view)
+            self.transport.write(view)
 
     def abort(self) -> None:
         """End at once and free all that waits; close() would wait for the peer to read it."""
@@ -3879,18 +3882,15 @@ class Subscriber:
             self.evict(f"{self.outstanding} bytes waited for it")
 
     def flush(self) -> None:
-        """Tell what was dropped, then send what waits, oldest first, now that the transport has room again."""
+        """Tell what was dropped, then send what waits, oldest first, while the transport has room."""
         if self._untold:
             notice = {"type": "skipped", "counts": self._untold}
             self.outlet.write(self.encode(Message("skipped", json_bytes(notice), False)))
             self._untold.clear()
-        while self.backlog and not self.outlet.paused:
+        while (backlog := self.backlog) and not self.outlet.paused:
             frames, size = list[Frame](), 0
-            while self.backlog:
-                chunk = next(iter(self.backlog.values()))
-                if frames and size + chunk.size > CLIENT_WRITE_BYTES_MAX:
-                    break
-                self.backlog.popitem(last=False)
+            while backlog and (not frames or size + next(iter(backlog.values())).size <= CLIENT_WRITE_BYTES_MAX):
+                chunk = backlog.popitem(last=False)[1]
                 frames += chunk.frames
                 size += chunk.size
             self.backlog_bytes -= size
@@ -3985,9 +3985,9 @@ class Hub:
                     if frame is None:
                         frame = Frame(self.unsent, encode(message), now_sec, message.type, message.is_state)
                         encoded[encode, at] = frame
-                    if chunks and chunks[-1].size + len(frame.data) <= CLIENT_WRITE_BYTES_MAX:
+                    if chunks and chunks[-1].size + frame.size <= CLIENT_WRITE_BYTES_MAX:
                         chunks[-1].frames.append(frame)
-                        chunks[-1].size += len(frame.data)
+                        chunks[-1].size += frame.size
                     else:
                         chunks.append(Chunk(frame))
             for chunk in chunks:
@@ -4202,20 +4202,18 @@ class Connection(asyncio.BufferedProtocol):
         self._waited, self._limit_sec = 0, HTTP_IDLE_TIMEOUT_SEC
         try:
             response = self.app.respond(self, request)
-        except HTTPError as error:
-            self.send(error_response(error, request.wants_pretty), request, close=error.close)
-        else:
             if response is not None:
                 self.send(response, request)
+        except HTTPError as error:
+            self.send(error_response(error, request.wants_pretty), request, close=error.close)
 
     def send(self, response: Response, request: Request, *, close: bool = False) -> None:
         """Write an answer, a large body by reference; end the connection behind it when request or answer say so."""
         gzip = response.is_compressible and accepts_gzip(request.headers.get("accept-encoding"))
         body = b"" if request.method == "HEAD" else response.payload(gzip)
-        is_large, unsent = len(body) > CLIENT_WRITE_BYTES_MAX, self.app.unsent
+        is_large, unsent = len(body) > 2 * CLIENT_WRITE_BYTES_MAX, self.app.unsent
         if is_large and unsent.total > HTTP_UNSENT_BYTES_MAX and id(body) not in unsent.frames:
-            busy = HTTPError(503, "too many large answers wait for slow readers", (("Retry-After", "5"),))
-            response, is_large = error_response(busy, request.wants_pretty), False
+            raise HTTPError(503, "too many large answers wait for slow readers", (("Retry-After", "5"),))
         close = close or not request.keep_alive or response.body is None
         head_only, extra = is_large or request.method == "HEAD", self.app.headers_for(request)
         self.outlet.write(response.encode(date=self.app.date, head_only=head_only, close=close, gzip=gzip, extra=extra))

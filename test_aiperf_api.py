@@ -1444,7 +1444,7 @@ class TestNegotiation(unittest.TestCase):
             ("application/openmetrics-text;version=0.0.1", None),
         ):  # fmt: skip
             with self.subTest(header):
-                self.assertEqual(aiperf_api.accepts(header, [self.TEXT, self.METRICS]), best)
+                self.assertEqual(aiperf_api.accepts(header, (self.TEXT, self.METRICS)), best)
 
     def test_gzip(self) -> None:
         for header in ("gzip", "GZIP;q=0.1", "deflate, gzip", "*", "x-gzip"):
