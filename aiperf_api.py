@@ -122,7 +122,7 @@ BUS_PARTS_MAX = 64  # frames of a message; the bus sends 2; the same
 BUS_TYPES_MAX = 256  # message types and topics that are told apart; further ones are counted as "other"
 BUS_QUEUE_MESSAGES_MAX = 16  # in libzmq (1000), of any size each; beyond it TCP and the publisher keep them
 BUS_TURN_MESSAGES_MAX = 256  # delivered in one turn of the loop, before clients and requests have theirs
-BUS_TURN_BYTES_MAX = 512 * 1024  # the same in bytes; asyncio reads 256 KiB at a time
+BUS_TURN_BYTES_MAX = 256 * 1024  # the same in bytes; asyncio reads 256 KiB at a time
 BUS_TURN_SEC = 0.02  # the same in time, as far as the cost of the last turn tells
 BUS_HANDSHAKE_SEC = 30.0  # from connection to READY (ZMQ_HANDSHAKE_IVL); reconnect
 BUS_HEARTBEAT_SEC = 5.0  # of silence before a PING; after three without an answer, reconnect
@@ -3090,11 +3090,12 @@ class Source:
         """Tell the bus of a prefix that is new, or not wanted any more."""
 
     def _deliver_turn(self, batch: Batch) -> None:
-        """Deliver a batch; what it cost bounds the next one, so that a turn takes BUS_TURN_SEC, more or less."""
-        began_sec = time.monotonic()
+        """Deliver a batch; what it cost bounds the next: a turn takes about BUS_TURN_SEC, or a write to each client."""
+        began_sec, size = time.monotonic(), sum([len(frames[-1]) for frames in batch]) + 1
         self._deliver(batch)
         fitting = int(len(batch) * BUS_TURN_SEC / max(time.monotonic() - began_sec, 1e-6))
-        self._turn_messages = max(1, min(fitting, 2 * len(batch) + 16, BUS_TURN_MESSAGES_MAX))
+        least = min(len(batch) * CLIENT_WRITE_BYTES_MAX // size, BUS_QUEUE_MESSAGES_MAX)  # fewer would cost as much
+        self._turn_messages = max(1, least, min(fitting, 2 * len(batch) + 16, BUS_TURN_MESSAGES_MAX))
 
     def _report(self, kind: str, line: str) -> None:
         """Note that the bus is there (kind `up`), is not (`down`), or what is wrong with it; log each kind once.
@@ -3204,23 +3205,23 @@ class PyzmqBusSource(Source):
         if self._socket is None:
             return
         receive, getsockopt = self._socket.recv, self._socket.getsockopt
-        events, readable, more, no_block = zmq.EVENTS, zmq.POLLIN, zmq.RCVMORE, zmq.NOBLOCK
+        readable, no_block = int(zmq.POLLIN), zmq.NOBLOCK  # an enum's & is slow
         batch: Batch = []
         parts, room = self._parts, self._room
         frames_left, bytes_left = 2 * self._turn_messages, BUS_TURN_BYTES_MAX
         while frames_left > 0 and bytes_left > 0:
-            if not parts and not getsockopt(events) & readable:  # cheaper than zmq.Again; 0 rearms the descriptor
+            if not parts and not getsockopt(zmq.EVENTS) & readable:  # cheaper than zmq.Again; 0 rearms the descriptor
                 break
-            frame = receive(no_block)  # the frames of one message arrive together
+            frame = receive(no_block, False)  # the frames of one message arrive together
             size = len(frame)
             frames_left -= 1
             bytes_left -= size
             if size <= room and len(parts) < BUS_PARTS_MAX and (parts or size <= NAME_BYTES_MAX):  # a topic is short
-                parts.append(frame)
+                parts.append(frame.bytes)
                 room -= size
             else:
                 parts, room = parts[:1] or [b""], -1
-            if not getsockopt(more):
+            if not frame.more:
                 batch.append(parts)
                 parts, room = [], BUS_RESULT_BYTES_MAX
         else:
@@ -3599,7 +3600,7 @@ class ReplaySource(Source):
 
     async def _play_round(self) -> None:
         start_ns, began_ns, rate = 0, 0, 0.0  # bus and monotonic time from which the pace is kept, and that pace
-        stop_sec, messages, size = 0.0, 0, 0  # of this turn
+        stop_sec, size = 0.0, 0  # of this turn
         with contextlib.closing(_read_recording(self._path, self._data)) as lines:
             for due_ns, frames in lines:
                 start_ns = start_ns or due_ns + int(self._start_at * 1e9)
@@ -3607,13 +3608,12 @@ class ReplaySource(Source):
                     began_ns, rate = time.monotonic_ns(), self._speed
                     self._clock = start_ns, began_ns, rate
                 wait_sec = (began_ns - time.monotonic_ns() + (due_ns - start_ns) / rate) / 1e9 if rate else 0.0
-                is_over = messages >= BUS_TURN_MESSAGES_MAX or size >= BUS_TURN_BYTES_MAX or time.monotonic() > stop_sec
-                if wait_sec > 0 or is_over:
+                if wait_sec > 0 or size >= BUS_TURN_BYTES_MAX or time.monotonic() > stop_sec:
                     await asyncio.sleep(max(0.0, wait_sec))  # others have their turn
-                    stop_sec, messages, size = time.monotonic() + BUS_TURN_SEC, 0, 0
+                    stop_sec, size = time.monotonic() + BUS_TURN_SEC, 0
                 self._clock = due_ns, time.monotonic_ns(), rate
                 self._deliver([frames])
-                messages, size = messages + 1, size + len(frames[1])
+                size += len(frames[1])
         self._clock = self.now_ns(), time.monotonic_ns(), 1.0  # from here on time passes as it does
 
 

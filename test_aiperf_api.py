@@ -3596,8 +3596,8 @@ class TestReplayAndRecord(BusTestCase):
         await inbox.tells("the replay of r.jsonl has ended: ")
         self.assertTrue(inbox.source.ended)
 
-    async def test_a_turn_has_a_budget_in_messages_bytes_and_time(self):
-        for payload, cost_sec, most in (("{}", 0, 256), ("x" * 200_000, 0, 3), ("{}", 0.005, 8)):
+    async def test_a_turn_has_a_budget_in_bytes_and_time(self):
+        for payload, cost_sec, most in (("x" * 200_000, 0, 3), ("{}", 0.005, 8)):
             self.record(*range(300 if not cost_sec else 30), payload=payload)
             inbox = self.open(aiperf_api.ReplaySource(self.path, speed=0))
             inbox.cost_sec, turns = cost_sec, []
