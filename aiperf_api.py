@@ -105,7 +105,7 @@ WS_FRAGMENT_BYTES_MEAN = 64  # one fragment for each that a message may have; an
 WS_PING_INTERVAL_SEC = 20  # keepalive; websockets 20; a peer silent for two of them is evicted
 WS_PINGS_PER_READ_MAX = 10  # answered one by one (Autobahn's case 2.10 sends ten); of more, only the last
 CLIENT_TYPES_MAX = 100  # message types of one client (AIPerf has 70); an error reply
-CLIENT_WRITE_BYTES_MAX = 64 * 1024  # in one write, before others have their turn; asyncio's own buffer 64 KiB
+CLIENT_WRITE_BYTES_MAX = 64 * 1024  # in one write (HTTP: twice that), before others have their turn; asyncio 64 KiB
 CLIENT_SOFT_MARK_BYTES = 16 * 1024 * 1024  # behind by more: state messages are conflated, events have to fit in
 CLIENT_SOFT_MARK_SEC = 5  # behind by more, the same
 CLIENT_QUEUE_EVENTS_MAX = 1000  # events that wait for such a client (ZMQ_SNDHWM 1000); it is told what was dropped
@@ -123,7 +123,7 @@ BUS_PARTS_MAX = 64  # frames of a message; the bus sends 2; the same
 BUS_TYPES_MAX = 256  # message types and topics that are told apart; further ones are counted as "other"
 BUS_QUEUE_MESSAGES_MAX = 16  # in libzmq (1000), of any size each; beyond it TCP and the publisher keep them
 BUS_TURN_MESSAGES_MAX = 256  # delivered in one turn of the loop, before clients and requests have theirs
-BUS_TURN_BYTES_MAX = 512 * 1024  # the same in bytes; asyncio reads 256 KiB at a time
+BUS_TURN_BYTES_MAX = 256 * 1024  # the same in bytes; asyncio reads 256 KiB at a time
 BUS_TURN_SEC = 0.02  # the same in time, as far as the cost of the last turn tells
 BUS_HANDSHAKE_SEC = 30.0  # from connection to READY (ZMQ_HANDSHAKE_IVL); reconnect
 BUS_HEARTBEAT_SEC = 5.0  # of silence before a PING; after three without an answer, reconnect
@@ -972,7 +972,8 @@ def _weighted(header: str) -> list[tuple[str, dict[str, str], float]]:
     return members
 
 
-def accepts(header: str | None, offered: Sequence[str]) -> str:
+@functools.lru_cache(maxsize=64)  # else a quarter of a scrape
+def accepts(header: str | None, offered: tuple[str, ...]) -> str:
     """Return the offered media type that an Accept header likes best, the earlier of equals (RFC 9110 12.5.1)."""
     ranges = _weighted(header or "*/*")
 
@@ -990,6 +991,7 @@ def accepts(header: str | None, offered: Sequence[str]) -> str:
     return max(offered, key=weight)
 
 
+@functools.lru_cache(maxsize=64)
 def accepts_gzip(header: str | None) -> bool:
     """Return whether an Accept-Encoding header allows gzip (RFC 9110 12.5.3)."""
     codings = {value: q for value, _, q in _weighted(header or "")}
@@ -2934,11 +2936,12 @@ class Source:
         """Tell the bus of a prefix that is new, or not wanted any more."""
 
     def _deliver_turn(self, batch: Batch) -> None:
-        """Deliver a batch; what it cost bounds the next one, so that a turn takes BUS_TURN_SEC, more or less."""
-        began_sec = time.monotonic()
+        """Deliver a batch; what it cost bounds the next: a turn takes about BUS_TURN_SEC, or a write to each client."""
+        began_sec, size = time.monotonic(), sum([len(frames[-1]) for frames in batch]) + 1
         self._deliver(batch)
         fitting = int(len(batch) * BUS_TURN_SEC / max(time.monotonic() - began_sec, 1e-6))
-        self._turn_messages = max(1, min(fitting, 2 * len(batch) + 16, BUS_TURN_MESSAGES_MAX))
+        least = min(len(batch) * CLIENT_WRITE_BYTES_MAX // size, BUS_QUEUE_MESSAGES_MAX)  # fewer would cost as much
+        self._turn_messages = max(1, least, min(fitting, 2 * len(batch) + 16, BUS_TURN_MESSAGES_MAX))
 
     def _report(self, kind: str, line: str) -> None:
         """Note that the bus is there (kind `up`), is not (`down`), or what is wrong with it; log each kind once.
@@ -3048,23 +3051,23 @@ class PyzmqBusSource(Source):
         if self._socket is None:
             return
         receive, getsockopt = self._socket.recv, self._socket.getsockopt
-        events, readable, more, no_block = zmq.EVENTS, zmq.POLLIN, zmq.RCVMORE, zmq.NOBLOCK
+        readable, no_block = int(zmq.POLLIN), zmq.NOBLOCK  # an enum's & is slow
         batch: Batch = []
         parts, room = self._parts, self._room
         frames_left, bytes_left = 2 * self._turn_messages, BUS_TURN_BYTES_MAX
         while frames_left > 0 and bytes_left > 0:
-            if not parts and not getsockopt(events) & readable:  # cheaper than zmq.Again; 0 rearms the descriptor
+            if not parts and not getsockopt(zmq.EVENTS) & readable:  # cheaper than zmq.Again; 0 rearms the descriptor
                 break
-            frame = receive(no_block)  # the frames of one message arrive together
+            frame = receive(no_block, False)  # the frames of one message arrive together
             size = len(frame)
             frames_left -= 1
             bytes_left -= size
             if size <= room and len(parts) < BUS_PARTS_MAX and (parts or size <= NAME_BYTES_MAX):  # a topic is short
-                parts.append(frame)
+                parts.append(frame.bytes)
                 room -= size
             else:
                 parts, room = parts[:1] or [b""], -1
-            if not getsockopt(more):
+            if not frame.more:
                 batch.append(parts)
                 parts, room = [], BUS_RESULT_BYTES_MAX
         else:
@@ -3443,7 +3446,7 @@ class ReplaySource(Source):
 
     async def _play_round(self) -> None:
         start_ns, began_ns, rate = 0, 0, 0.0  # bus and monotonic time from which the pace is kept, and that pace
-        stop_sec, messages, size = 0.0, 0, 0  # of this turn
+        stop_sec, size = 0.0, 0  # of this turn
         with contextlib.closing(_read_recording(self._path, self._data)) as lines:
             for due_ns, frames in lines:
                 start_ns = start_ns or due_ns + int(self._start_at * 1e9)
@@ -3451,13 +3454,12 @@ class ReplaySource(Source):
                     began_ns, rate = time.monotonic_ns(), self._speed
                     self._clock = start_ns, began_ns, rate
                 wait_sec = (began_ns - time.monotonic_ns() + (due_ns - start_ns) / rate) / 1e9 if rate else 0.0
-                is_over = messages >= BUS_TURN_MESSAGES_MAX or size >= BUS_TURN_BYTES_MAX or time.monotonic() > stop_sec
-                if wait_sec > 0 or is_over:
+                if wait_sec > 0 or size >= BUS_TURN_BYTES_MAX or time.monotonic() > stop_sec:
                     await asyncio.sleep(max(0.0, wait_sec))  # others have their turn
-                    stop_sec, messages, size = time.monotonic() + BUS_TURN_SEC, 0, 0
+                    stop_sec, size = time.monotonic() + BUS_TURN_SEC, 0
                 self._clock = due_ns, time.monotonic_ns(), rate
                 self._deliver([frames])
-                messages, size = messages + 1, size + len(frames[1])
+                size += len(frames[1])
         self._clock = self.now_ns(), time.monotonic_ns(), 1.0  # from here on time passes as it does
 
 
@@ -3632,7 +3634,7 @@ class Outlet:
         """Write, unless our side has ended or the peer has gone; `frame` is held until the transport has all of it."""
         if self.closed or self.transport.is_closing():
             return
-        if len(data) <= CLIENT_WRITE_BYTES_MAX and not self.pending:
+        if (len(data) <= CLIENT_WRITE_BYTES_MAX or frame is None) and not self.pending:
             self.written += len(data)
             self.transport.write(data)
         else:
@@ -3643,10 +3645,11 @@ class Outlet:
         """Hand over slices while the transport has room."""
         while self.pending and not self.paused and not self.transport.is_closing():
             view, frame = self.pending.popleft()
-            if len(view) > CLIENT_WRITE_BYTES_MAX:
-                self.pending.appendleft((view[CLIENT_WRITE_BYTES_MAX:], frame))
-            self.written += min(len(view), CLIENT_WRITE_BYTES_MAX)
-            self.transport.write(view[:CLIENT_WRITE_BYTES_MAX])
+            view, rest = view[:CLIENT_WRITE_BYTES_MAX], view[CLIENT_WRITE_BYTES_MAX:]
+            if rest:
+                self.pending.appendleft((rest, frame))
+            self.written += len(view)
+            self.transport.write(view)
 
     def abort(self) -> None:
         """End at once and free all that waits; close() would wait for the peer to read it."""
@@ -3725,18 +3728,15 @@ class Subscriber:
             self.evict(f"{self.outstanding} bytes waited for it")
 
     def flush(self) -> None:
-        """Tell what was dropped, then send what waits, oldest first, now that the transport has room again."""
+        """Tell what was dropped, then send what waits, oldest first, while the transport has room."""
         if self._untold:
             notice = {"type": "skipped", "counts": self._untold}
             self.outlet.write(self.encode(Message("skipped", json_bytes(notice), False)))
             self._untold.clear()
-        while self.backlog and not self.outlet.paused:
+        while (backlog := self.backlog) and not self.outlet.paused:
             frames, size = list[Frame](), 0
-            while self.backlog:
-                chunk = next(iter(self.backlog.values()))
-                if frames and size + chunk.size > CLIENT_WRITE_BYTES_MAX:
-                    break
-                self.backlog.popitem(last=False)
+            while backlog and (not frames or size + next(iter(backlog.values())).size <= CLIENT_WRITE_BYTES_MAX):
+                chunk = backlog.popitem(last=False)[1]
                 frames += chunk.frames
                 size += chunk.size
             self.backlog_bytes -= size
@@ -3831,9 +3831,9 @@ class Hub:
                     if frame is None:
                         frame = Frame(self.unsent, encode(message), now_sec, message.type, message.is_state)
                         encoded[encode, at] = frame
-                    if chunks and chunks[-1].size + len(frame.data) <= CLIENT_WRITE_BYTES_MAX:
+                    if chunks and chunks[-1].size + frame.size <= CLIENT_WRITE_BYTES_MAX:
                         chunks[-1].frames.append(frame)
-                        chunks[-1].size += len(frame.data)
+                        chunks[-1].size += frame.size
                     else:
                         chunks.append(Chunk(frame))
             for chunk in chunks:
@@ -4048,20 +4048,18 @@ class Connection(asyncio.BufferedProtocol):
         self._waited, self._limit_sec = 0, HTTP_IDLE_TIMEOUT_SEC
         try:
             response = self.app.respond(self, request)
-        except HTTPError as error:
-            self.send(error_response(error, request.wants_pretty), request, close=error.close)
-        else:
             if response is not None:
                 self.send(response, request)
+        except HTTPError as error:
+            self.send(error_response(error, request.wants_pretty), request, close=error.close)
 
     def send(self, response: Response, request: Request, *, close: bool = False) -> None:
         """Write an answer, a large body by reference; end the connection behind it when request or answer say so."""
         gzip = response.is_compressible and accepts_gzip(request.headers.get("accept-encoding"))
         body = b"" if request.method == "HEAD" else response.payload(gzip)
-        is_large, unsent = len(body) > CLIENT_WRITE_BYTES_MAX, self.app.unsent
+        is_large, unsent = len(body) > 2 * CLIENT_WRITE_BYTES_MAX, self.app.unsent
         if is_large and unsent.total > HTTP_UNSENT_BYTES_MAX and id(body) not in unsent.frames:
-            busy = HTTPError(503, "too many large answers wait for slow readers", (("Retry-After", "5"),))
-            response, is_large = error_response(busy, request.wants_pretty), False
+            raise HTTPError(503, "too many large answers wait for slow readers", (("Retry-After", "5"),))
         close = close or not request.keep_alive or response.body is None
         head_only, extra = is_large or request.method == "HEAD", self.app.headers_for(request)
         self.outlet.write(response.encode(date=self.app.date, head_only=head_only, close=close, gzip=gzip, extra=extra))

@@ -1431,7 +1431,7 @@ class TestNegotiation(unittest.TestCase):
             ("application/openmetrics-text;version=0.0.1", self.TEXT),
         ):  # fmt: skip
             with self.subTest(header):
-                self.assertEqual(aiperf_api.accepts(header, [self.TEXT, self.METRICS]), best)
+                self.assertEqual(aiperf_api.accepts(header, (self.TEXT, self.METRICS)), best)
 
     def test_gzip(self) -> None:
         for header in ("gzip", "GZIP;q=0.1", "deflate, gzip", "*", "x-gzip"):
@@ -3579,8 +3579,8 @@ class TestReplayAndRecord(BusTestCase):
         await inbox.tells("the replay of r.jsonl has ended: ")
         self.assertTrue(inbox.source.ended)
 
-    async def test_a_turn_has_a_budget_in_messages_bytes_and_time(self):
-        for payload, cost_sec, most in (("{}", 0, 256), ("x" * 200_000, 0, 3), ("{}", 0.005, 8)):
+    async def test_a_turn_has_a_budget_in_bytes_and_time(self):
+        for payload, cost_sec, most in (("x" * 200_000, 0, 3), ("{}", 0.005, 8)):
             self.record(*range(300 if not cost_sec else 30), payload=payload)
             inbox = self.open(aiperf_api.ReplaySource(self.path, speed=0))
             inbox.cost_sec, turns = cost_sec, []

@@ -59,7 +59,7 @@ NO_HTTP = 1  # the port that a contender names when it has no HTTP server
 # How much of everything, with --quick in the second column: they differ in noise, not in what they measure.
 EFFORT = {
     "rounds": (3, 1),  # times that every contender has its turn
-    "burst_small": ({1: 4000, 100: 1000, 1000: 300}, {1: 500, 100: 200, 1000: 20}),  # clients: messages of 862 B
+    "burst_small": ({1: 4000, 100: 1000, 1000: 300}, {1: 500, 100: 200, 1000: 100}),  # clients: messages of 862 B
     "burst_large": ({1: 2000, 100: 300, 1000: 60}, {100: 60}),  # clients: messages of 11.8 KB
     "paced_clients": ((1, 100, 1000), (100,)),  # at 20 messages a second
     "paced_sec": (4.0, 1.0),
