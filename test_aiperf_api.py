@@ -80,17 +80,6 @@ def chopped(data: bytes, size: int) -> list[bytes]:
     return [data[at : at + size] for at in range(0, len(data), size)]
 
 
-def cut_at(data: bytes, places: Iterable[int]) -> list[bytes]:
-    """Return `data` cut at each place, modulo its length."""
-    edges = [0, *sorted(place % (len(data) + 1) for place in places), len(data)]
-    return [data[start:stop] for start, stop in zip(edges, edges[1:])]
-
-
-def cut_places() -> Any:
-    """Return a hypothesis strategy for the places of cut_at()."""
-    return st.lists(st.integers(0, 1 << 16), max_size=12)
-
-
 def for_all(*strategies: Any, examples: int) -> Callable[[Callable[..., None]], None]:
     """Run the decorated check at once, over examples of the strategies; so that hypothesis may be missing on import."""
 
@@ -305,7 +294,7 @@ ROOMS = (
     ),
 )
 MODULE_LINES, MODULE_BYTES = 5970, 334_000  # 5,300 and 240,000 in the design; with what came after
-TEST_LINES, README_LINES, FUNCTION_LINES, LIMITS = 6060, 260, 60, 60
+TEST_LINES, README_LINES, FUNCTION_LINES, LIMITS = 5920, 260, 60, 60
 
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 MUTABLE_DISPLAYS = (ast.Dict, ast.List, ast.Set, ast.DictComp, ast.ListComp, ast.SetComp)
@@ -1008,23 +997,6 @@ class TestFrameFaults(unittest.TestCase):  # each is found at the byte that comm
         self.assertEqual(gc.collect(), 0)
 
 
-@unittest.skipUnless(hypothesis, "needs the hypothesis package")
-class TestFrameProperties(unittest.TestCase):
-    def test_a_stream_cut_anywhere_gives_the_same_events(self) -> None:
-        known = st.sampled_from([b"", COSMOS, COSMOS[:5], b"\xed\xa0\x80", b"\x03\xe8bye", b"\x0b\xb8\xff"])
-        payload = known | st.binary(max_size=140) | st.text(max_size=40).map(str.encode)
-        opcode = st.sampled_from([1, 1, 2, 0, 0, 0, 8, 9, 10, 3, 11])
-        fin, rsv = st.booleans() | st.just(True), st.sampled_from([0] * 30 + [1, 2, 4])
-        frame = st.tuples(opcode, payload, fin, rsv).map(lambda parts: client_frame(*parts))
-        streams = st.lists(frame | st.binary(max_size=30), max_size=8).map(b"".join)
-
-        @for_all(streams, cut_places(), examples=1000 if DEEP else 25)
-        def check(stream: bytes, places: list[int]) -> None:
-            whole = aiperf_api.FrameParser(200).feed(stream)
-            self.assertEqual(feed_all(aiperf_api.FrameParser(200), cut_at(stream, places)), whole)
-            self.assertEqual(feed_all(aiperf_api.FrameParser(200), chopped(stream, 1)), whole)
-
-
 # == 5 == HTTP =========================================================================================================
 
 HOST = b"Host: localhost:9090\r\n"
@@ -1158,7 +1130,7 @@ class TestRequestsAccepted(unittest.TestCase):
         self.assertEqual(read_requests([head(fill + b"y")]), [431])
 
 
-# What is refused: head, status.  h11 with its defaults accepts those of LAX.
+# What is refused: head, status.  Others, such as h11 with its defaults, accept those of LAX.
 # fmt: off
 STRICT: list[tuple[bytes, int]] = [
     *((head(b"Content-Length: " + value), 400)  # int() is lenient
@@ -1199,6 +1171,17 @@ LAX: list[tuple[bytes, int]] = [
 # fmt: on
 
 
+def h11_request(data: bytes) -> Any:
+    """(method, target, names of headers) as h11 has them, or None if it refuses or waits."""
+    connection = h11.Connection(h11.SERVER, max_incomplete_event_size=16384)
+    try:
+        connection.receive_data(data)
+        event = connection.next_event()
+    except h11.RemoteProtocolError:
+        return None
+    return (event.method, event.target, {name for name, _ in event.headers}) if isinstance(event, h11.Request) else None
+
+
 class TestRequestsRefused(unittest.TestCase):
     def test_each_fault_gets_its_status_however_it_is_cut_and_nothing_is_read_after_it(self) -> None:
         for data, status in STRICT + LAX:
@@ -1213,11 +1196,27 @@ class TestRequestsRefused(unittest.TestCase):
         for data in (b"\x16", b"\0", b"\n", b" ", b"\x7f", b"\x80", b"\xff", b"GET / HTTP/1.1\n"):
             self.assertEqual(read_requests([data]), [400])
 
-    @unittest.skipUnless(h11, "needs the h11 package")
-    def test_the_tables_say_rightly_where_we_are_stricter_than_h11(self) -> None:
-        for table, accepted in ((STRICT, False), (LAX, True)):
-            for data, _ in table:
-                self.assertEqual(h11_request(data) is not None, accepted, data[:60])
+    @unittest.skipUnless(hypothesis and h11, "needs the hypothesis and h11 packages")
+    def test_what_we_accept_h11_accepts_and_reads_the_same(self) -> None:
+        """Heads with every fault that we know of, several in a row, broken anywhere."""
+        good = [GET, UPGRADE, head(b"A:", b"a: \tb ", b"!#$%&'*+-.^_`|~: \xff"), get(b"http://h/%41?x=%42")]
+        faults = [data for data, _ in STRICT + LAX]
+        known = st.sampled_from([*good * 8, b"\r\n", b"\r\n\r\n", head(b"Connection: close"), *faults])
+        streams = st.lists(known | st.binary(max_size=20), max_size=5).map(b"".join)
+        changes = st.lists(st.tuples(st.integers(0, 1 << 16), st.integers(0, 255)), max_size=2)
+
+        @for_all(streams, changes, examples=1000 if DEEP else 37)
+        def check(stream: bytes, changes: list[tuple[int, int]]) -> None:
+            data = bytearray(stream + GET)
+            for place, value in changes:
+                data[place % len(data)] = value
+            ours = next(iter(read_requests([bytes(data)])), None)
+            if not isinstance(ours, aiperf_api.Request) or ours.refusal or data.startswith(b"\r\n"):
+                return  # h11 reads some bodies, and does not skip the empty lines that RFC 9112 2.2 has a server skip
+            theirs = h11_request(bytes(data))
+            self.assertIsNotNone(theirs)
+            self.assertEqual((ours.method.encode(), ours.target.encode()), theirs[:2])
+            self.assertEqual({name.encode() for name in ours.headers} | {b"host"}, theirs[2] | {b"host"})
 
 
 class TestRequestMemo(unittest.TestCase):
@@ -1254,52 +1253,7 @@ class TestRequestMemo(unittest.TestCase):
         self.assertEqual(list(memo), [get(b"/%d" % at) for at in range(500 - aiperf_api._MEMO_HEADS_MAX, 500)])
 
 
-def h11_request(data: bytes) -> Any:
-    """(method, target, names of headers) as h11 has them, or None if it refuses or waits."""
-    connection = h11.Connection(h11.SERVER, max_incomplete_event_size=16384)
-    try:
-        connection.receive_data(data)
-        event = connection.next_event()
-    except h11.RemoteProtocolError:
-        return None
-    return (event.method, event.target, {name for name, _ in event.headers}) if isinstance(event, h11.Request) else None
-
-
-@unittest.skipUnless(hypothesis, "needs the hypothesis package")
-class TestRequestProperties(unittest.TestCase):
-    def streams(self) -> Any:
-        """A strategy: heads with every fault that we know of, several in a row, broken anywhere."""
-        good = [GET, UPGRADE, head(b"A:", b"a: \tb ", b"!#$%&'*+-.^_`|~: \xff"), get(b"http://h/%41?x=%42")]
-        faults = [data for data, _ in STRICT + LAX]
-        known = st.sampled_from([*good * 8, b"\r\n", b"\r\n\r\n", head(b"Connection: close"), *faults])
-        return st.lists(known | st.binary(max_size=20), max_size=5).map(b"".join)
-
-    def test_a_stream_cut_anywhere_gives_the_same_requests(self) -> None:
-        @for_all(self.streams(), cut_places(), examples=1000 if DEEP else 37)
-        def check(stream: bytes, places: list[int]) -> None:
-            whole = read_requests([stream])
-            self.assertEqual(read_requests(cut_at(stream, places)), whole)
-            self.assertEqual(read_requests(chopped(stream, 97)), whole)
-
-    @unittest.skipUnless(h11, "needs the h11 package")
-    def test_what_we_accept_h11_accepts_and_reads_the_same(self) -> None:
-        changes = st.lists(st.tuples(st.integers(0, 1 << 16), st.integers(0, 255)), max_size=2)
-
-        @for_all(self.streams(), changes, examples=1000 if DEEP else 37)
-        def check(stream: bytes, changes: list[tuple[int, int]]) -> None:
-            data = bytearray(stream + GET)
-            for place, value in changes:
-                data[place % len(data)] = value
-            ours = next(iter(read_requests([bytes(data)])), None)
-            if not isinstance(ours, aiperf_api.Request) or ours.refusal or data.startswith(b"\r\n"):
-                return  # h11 reads some bodies, and does not skip the empty lines that RFC 9112 2.2 has a server skip
-            theirs = h11_request(bytes(data))
-            self.assertIsNotNone(theirs)
-            self.assertEqual((ours.method.encode(), ours.target.encode()), theirs[:2])
-            self.assertEqual({name.encode() for name in ours.headers} | {b"host"}, theirs[2] | {b"host"})
-
-
-class TestHostCheck(unittest.TestCase):  # DNS rebinding
+class TestHostAndOriginCheck(unittest.TestCase):  # DNS rebinding, cross-site WebSocket hijacking, pages that fetch
     def test_a_host_is_served_or_not(self) -> None:
         lan, with_port = frozenset({"bench.lan"}), frozenset({"bench.lan:9090"})
         foreign = "evil.example localhost.evil localhost6 localhost. 127.0.0.1.nip.io 127.1 0x7f.1 2130706433 0177.0.0.1 127.0.0.01"
@@ -1315,8 +1269,6 @@ class TestHostCheck(unittest.TestCase):  # DNS rebinding
                 given = status_of(aiperf_api.check_host, host, allowed=allowed, bound_to_loopback=is_loopback)
                 self.assertEqual(given, status, (host, allowed, is_loopback))
 
-
-class TestOriginCheck(unittest.TestCase):  # cross-site WebSocket hijacking, and pages that fetch what is ours
     def check(self, *lines: bytes, allowed: Iterable[str] = ()) -> int:
         return status_of(aiperf_api.check_origin, read_request(head(*lines)), frozenset(allowed))
 
@@ -1810,10 +1762,8 @@ class TestPrometheusText(unittest.TestCase):
             found.add(("x", "gauge", "", ""), (("worker", worker),), len(worker))
         found.add(("x", "counter", "another kind", ""), (), 1)
         self.assertEqual(lines_of(found.families.values()), ['x{worker="a "} 2', 'x{worker="b"} 1'])
-        series = [
-            {"labels": {"id": i}, "stats": {"p50": 1.0, p: 2.0}}
-            for i, p in (("a\x00", "p1"), ("b", "p1"), ("a\x01", "p99"))
-        ]
+        pairs = (("a\x00", "p1"), ("b", "p1"), ("a\x01", "p99"))
+        series = [{"labels": {"id": name}, "stats": {"p50": 1.0, stat: 2.0}} for name, stat in pairs]
         families = aiperf_api.server_families({"e": {"metrics": {"m": {"series": series}}}})
         self.assertEqual(len(lines_of(families)), 4)
 
@@ -1856,16 +1806,13 @@ class TestPrometheusText(unittest.TestCase):
 
     def test_gpus_of_several_sources_share_a_family(self) -> None:
         places = ("amdsmi___localhost", "pynvml_gpu0_x", "_dcgm_" * 20_000)
-        rows = {
-            f"amd_temperature_dcgm_{place}_gpu{gpu}_abc": {"unit": "°C", "avg": gpu}
-            for place in places
-            for gpu in (0, 1)
-        }
+        gpus = list(itertools.product(places, (0, 1)))
+        rows = {f"amd_temperature_dcgm_{place}_gpu{gpu}_abc": {"unit": "°C", "avg": gpu} for place, gpu in gpus}
         for tag in ("fan speed", "_dcgm_" * 20_000, "x_dcgm_y_gpu1_", "x_dcgm_y_gpuA_b", "x_gpu1_b"):
             self.assertEqual(aiperf_api.gpu_series(tag, "T | S | GPU 7")[2][:2], (("source", "S"), ("gpu", "7")))
         (family,) = aiperf_api.telemetry_families(rows)
         self.assertEqual((family.name, family.unit), ("aiperf_gpu_temperature_avg_celsius", "celsius"))
-        labels = [f'{{source="{place}",gpu="{gpu}",gpu_name="",uuid="abc"}}' for place in places for gpu in (0, 1)]
+        labels = [f'{{source="{place}",gpu="{gpu}",gpu_name="",uuid="abc"}}' for place, gpu in gpus]
         self.assertEqual(list(family.samples), labels)
 
     def test_server_metrics_have_labels_instead_of_names(self) -> None:
@@ -1913,50 +1860,23 @@ class TestPrometheusText(unittest.TestCase):
         self.assertIn(("aiperf_request_latency_avg_ms", str([("model", tag)])), text)
 
 
-class TestExpositionOfRecordings(unittest.TestCase):  # before judges that know nothing of us
-    @staticmethod
-    def exposed(benchmark: aiperf_api.Benchmark, now_ns: int) -> tuple[bytes, bytes]:
-        """Return text 0.0.4 and OpenMetrics."""
-        families = aiperf_api.unique_families(aiperf_api.state_families(benchmark, now_ns))
-        return aiperf_api.render_text(families), aiperf_api.render_openmetrics(families)
-
-    def distinct_points(self) -> Iterator[tuple[str, bytes, bytes]]:
-        """Yield (where, text 0.0.4, OpenMetrics) behind each message that changes more than numbers: one in seven."""
+@needs_recordings
+@unittest.skipUnless(prometheus_client, "needs the prometheus_client package")
+class TestExpositionOfRecordings(unittest.TestCase):  # over HTTP, and by Prometheus itself: .ci/test_prometheus.py
+    def test_two_parsers_read_the_same_values_out_of_both_formats_all_through_every_recording(self) -> None:
         seen = set()
         for path in sorted(RECORDINGS.glob("*.jsonl.gz")):
             benchmark = aiperf_api.Benchmark()
             for number, (kind, payload, now_ns) in enumerate(recorded_run(path.name.partition(".")[0]), 1):
                 benchmark.apply(aiperf_api.BusMessage(kind, payload), now_ns)
-                text, openmetrics = self.exposed(benchmark, now_ns)
+                families = aiperf_api.unique_families(aiperf_api.state_families(benchmark, now_ns))
+                text = aiperf_api.render_text(families)
                 form = frozenset(line.rstrip(b"0123456789.e+-") for line in text.splitlines())
-                if form not in seen:
+                if form not in seen:  # more than numbers has changed: one in seven
                     seen.add(form)
-                    yield f"{path.name} {number}", text, openmetrics
-
-    @needs_recordings
-    @unittest.skipUnless(prometheus_client, "needs the prometheus_client package")
-    def test_two_parsers_read_the_same_values_out_of_both_formats(self) -> None:
-        for where, text, openmetrics in self.distinct_points():
-            values = read_by(parse_text, text)
-            self.assertTrue(values == read_by(parse_openmetrics, openmetrics), where)
-            self.assertGreater(len(values), 10)
-
-    @needs_recordings
-    @needs_program("promtool")
-    def test_promtool_reads_text_at_every_point_and_openmetrics_at_the_end(self) -> None:
-        for where, text, _ in self.distinct_points():
-            done = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, check=False)
-            self.assertIn(done.returncode, (0, 3), f"{where}: {done.stderr[:500]!r}")  # 3: advice on names
-        for path in sorted(RECORDINGS.glob("*.jsonl.gz")):
-            _, openmetrics = self.exposed(*replayed(recorded_run(path.name.partition(".")[0])))
-            # Its reader of OpenMetrics is one of archives, which have a time in each line.
-            lines = (line if line.startswith(b"#") else line + b" 1.0" for line in openmetrics.splitlines())
-            with tempfile.TemporaryDirectory() as folder:
-                archive = Path(folder) / "openmetrics.txt"
-                archive.write_bytes(b"\n".join(lines) + b"\n")
-                command = ["promtool", "tsdb", "create-blocks-from", "openmetrics", str(archive), folder]
-                done = subprocess.run(command, capture_output=True, check=False)
-            self.assertEqual(done.returncode, 0, f"{path.name}: {done.stderr[:500]!r}")
+                    values, again = read_by(parse_text, text), aiperf_api.render_openmetrics(families)
+                    self.assertTrue(values == read_by(parse_openmetrics, again), f"{path.name} {number}")
+                    self.assertGreater(len(values), 10)
 
 
 # == 9 == Benchmark ====================================================================================================
@@ -2008,10 +1928,8 @@ class BenchmarkTestCase(unittest.TestCase):
         self.send(now_ns, "realtime_metrics", metrics=list(rows))
 
     def send_results(self, now_ns: int, *, errors: Mapping[int, int] = {}, **fields: Any) -> None:
-        summary = [
-            {"error_details": {"code": code, "type": "T", "message": f"m{code}"}, "count": count}
-            for code, count in errors.items()
-        ]
+        details = {code: {"code": code, "type": "T", "message": f"m{code}"} for code in errors}
+        summary = [{"error_details": details[code], "count": count} for code, count in errors.items()]
         results = {"records": [{"tag": "t", "avg": 1}], "error_summary": summary, **fields}
         self.send(now_ns, "process_all_results", results={"results": results})
 
@@ -2126,8 +2044,7 @@ class TestRecordedRuns(unittest.TestCase):
 
     def test_failures_name_what_failed(self) -> None:
         for name, words in (
-            ("run_0_13_failed_configure", "okenizer"),
-            ("run_0_12_failed_configure", "okenizer"),
+            *((f"run_0_{minor}_failed_configure", "okenizer") for minor in (12, 13)),
             ("run_0_13_all_errors", "All 200 inference request(s) failed: 500 Internal Server Error: "),
             ("run_0_13_server_down", "All 200 inference request(s) failed: ClientConnectorError(ConnectionKey(host="),
             ("run_0_13_failed_request_threshold", "Run cancelled before all records were processed."),
@@ -2418,10 +2335,8 @@ class TestProgress(BenchmarkTestCase):
         configs = [{"phase": "profiling", "phase_name": name, "total_expected_requests": n} for name, n in steps]
         phases = [{"name": "w", "kind": "warmup"}, *({"name": f"step{i}", "kind": "profiling"} for i in range(4))]
         for known, percents, totals in (
-            ("announced", (25, 100), (400, 400)),
-            ("configured", (25, 50), (100, 400)),
-            ("", (50, 75), (None, None)),
-        ):
+            ("announced", (25, 100), (400, 400)), ("configured", (25, 50), (100, 400)), ("", (50, 75), (None, None)),
+        ):  # fmt: skip
             self.setUp()
             if known == "announced":
                 self.send(1, "credit_phases_configured", configs=configs)
@@ -2433,9 +2348,9 @@ class TestProgress(BenchmarkTestCase):
                 self.send_phase(start_ns, "start", "profiling", **stats)
                 done = {"requests_sent": total, "requests_completed": total, "requests_end_ns": start_ns + SECOND // 2}
                 self.send_phase(start_ns + SECOND // 2, "complete", "profiling", **stats, **done)
-                wanted = {"phase": name, "phase_percent": 100, "completed": (100, 400)[index]}
-                wanted.update(percent_complete=percents[index], total=totals[index])
-                self.check_progress(start_ns + SECOND // 2, **wanted)
+                now_ns, completed = start_ns + SECOND // 2, (100, 400)[index]
+                self.check_progress(now_ns, percent_complete=percents[index], completed=completed, total=totals[index])
+                self.check_progress(now_ns, phase=name, phase_percent=100)
         self.send(9 * SECOND, "credits_complete")
         self.check_progress(9 * SECOND, percent_complete=100)
 
@@ -2804,12 +2719,10 @@ class TestStateFamilies(BenchmarkTestCase):
         return lines_of(aiperf_api.state_families(self.benchmark, now_ns))
 
     def test_before_the_first_message_there_are_state_and_workers(self) -> None:
-        lines = self.lines()
-        self.assertIn('aiperf_benchmark_state{state="waiting"} 1', lines)
-        self.assertIn('aiperf_benchmark_state{state="failed"} 0', lines)
-        self.assertIn("aiperf_benchmark_stale 0", lines)
-        self.assertIn('aiperf_workers{status="healthy"} 0', lines)
-        self.assertFalse([line for line in lines if line.startswith("aiperf_info")])
+        wanted = {'aiperf_benchmark_state{state="waiting"} 1', 'aiperf_benchmark_state{state="failed"} 0'}
+        wanted |= {"aiperf_benchmark_stale 0", 'aiperf_workers{status="healthy"} 0'}
+        self.assertLessEqual(wanted, set(self.lines()))
+        self.assertNotIn("aiperf_info", "".join(self.lines()))
         self.send(1, "system_state_changed", state="new_kind")
         ones = [line for line in self.lines(60 * SECOND) if line.endswith(" 1")]
         self.assertEqual(ones, ['aiperf_benchmark_state{state="new_kind"} 1', "aiperf_benchmark_stale 1"])
@@ -2924,7 +2837,7 @@ class TestZMTPCodec(unittest.TestCase):
         wanted = [[b"abc", b"1"], [b"x", b"y"], [b"topic$", b"p" * 300, b""]]
         whole = popped(codec_after(stream)[0])
         self.assertTrue(whole.endswith(b"\x04\x07\x04PONGc1" * 2))
-        for pieces in (chopped(stream, 1), *(cut_at(stream, [place]) for place in range(len(stream) + 1))):
+        for pieces in (chopped(stream, 1), *([stream[:at], stream[at:]] for at in range(len(stream) + 1))):
             codec, messages = codec_after(*pieces)
             self.assertEqual((messages, popped(codec), codec.error), (wanted, whole, None), pieces)
         for frames_max in (1, 2, 3):
@@ -2947,9 +2860,8 @@ class TestZMTPCodec(unittest.TestCase):
         ready = GREETING_4_3 + READY_XPUB + ABC_1
         too_long = b"\x06" + (aiperf_api._COMMAND_BYTES_MAX + 1).to_bytes(8, "big")
         of_libzmq_2, of_libzmq_3 = b"\xff\0\0\0\0\0\0\0\x01\x7e", b"\xff\0\0\0\0\0\0\0\x01\x7f\x01\x02"
-        cut_metadata = (
-            b"\4\x08\5READY\x0bS", b"\4\x15\5READY\x0bSocket-Type\0\0\0", b"\4\x18\5READY\x0bSocket-Type\0\0\0\4PU"
-        )  # fmt: skip
+        name = b"\5READY\x0bSocket-Type\0\0\0"
+        cut_metadata = (b"\4\x08\5READY\x0bS", b"\4\x15" + name, b"\4\x18" + name + b"\4PU")
         for kind, start, ends in (
             ("not_zmtp", b"", (b"HTTP/1.1 400 Bad Request\r\n", b"\0", of_libzmq_2, of_libzmq_3)),
             ("mechanism", GREETING_4_3[:12], (b"CURVE".ljust(20, b"\0"), b"NULLX")),
@@ -3130,49 +3042,52 @@ class BusTestCase(LoopTestCase):  # its sources are stopped at the end
         self.addAsyncCleanup(source.stop)
         return Inbox(source, *prefixes)
 
+    async def meet(self, *prefixes, handshake=GREETING_4_3 + READY_XPUB):
+        """Return a publisher of literal bytes and what the source gets that connects to it."""
+        publisher = await RawPublisher(handshake).__aenter__()
+        self.addAsyncCleanup(publisher.__aexit__)
+        return publisher, self.open(publisher.address, *prefixes)
+
     async def read(self, reader, wanted: bytes):
         self.assertEqual(await asyncio.wait_for(reader.readexactly(len(wanted)), 30), wanted)
 
 
 class TestBuiltinBusSource(BusTestCase):  # against peers of literal bytes
     async def test_a_prefix_is_told_once_and_its_end_too(self):
-        async with RawPublisher() as publisher:
-            source = self.open(publisher.address, b"ab", b"ab").source
-            reader, _ = await publisher.accept(HELLO)
-            await self.read(reader, b"\x04\x0c\x09SUBSCRIBEab")
-            for prefix in (b"ab", b"c"):
-                source.subscribe(prefix)
-            for prefix in (b"never subscribed", b"c", b"c", b"ab"):
-                source.unsubscribe(prefix)
-            await self.read(reader, b"\x04\x0b\x09SUBSCRIBEc\x04\x08\x06CANCELc\x04\x09\x06CANCELab")
+        publisher, inbox = await self.meet(b"ab", b"ab")
+        reader, _ = await publisher.accept(HELLO)
+        await self.read(reader, b"\x04\x0c\x09SUBSCRIBEab")
+        for prefix in (b"ab", b"c"):
+            inbox.source.subscribe(prefix)
+        for prefix in (b"never subscribed", b"c", b"c", b"ab"):
+            inbox.source.unsubscribe(prefix)
+        await self.read(reader, b"\x04\x0b\x09SUBSCRIBEc\x04\x08\x06CANCELc\x04\x09\x06CANCELab")
 
     async def test_a_peer_of_3_0_is_spoken_to_in_3_0_and_never_gets_a_ping(self):
         self.patch(BUS_HEARTBEAT_SEC=0.002)
-        async with RawPublisher(GREETING_4_1 + READY_PUB) as publisher:
-            inbox = self.open(publisher.address, b"ab")
-            reader, _ = await publisher.accept(HELLO)
-            await self.read(reader, b"\x00\x03\x01ab")
-            beats, beat = [], inbox.source._beat
-            with mock.patch.object(inbox.source, "_beat", lambda: (beats.append(1), beat(), inbox.changed.set())):
-                await inbox.until(lambda: len(beats) > aiperf_api._PINGS_MAX + 2)
-            self.assertTrue(inbox.source.connected)
-            inbox.source.subscribe(b"c")
-            await self.read(reader, b"\x00\x02\x01c")
+        publisher, inbox = await self.meet(b"ab", handshake=GREETING_4_1 + READY_PUB)
+        reader, _ = await publisher.accept(HELLO)
+        await self.read(reader, b"\x00\x03\x01ab")
+        beats, beat = [], inbox.source._beat
+        with mock.patch.object(inbox.source, "_beat", lambda: (beats.append(1), beat(), inbox.changed.set())):
+            await inbox.until(lambda: len(beats) > aiperf_api._PINGS_MAX + 2)
+        self.assertTrue(inbox.source.connected)
+        inbox.source.subscribe(b"c")
+        await self.read(reader, b"\x00\x02\x01c")
 
     async def test_a_lost_peer_is_found_again_and_told_the_subscriptions_and_news_only_if_it_had_lasted(self):
         for proven_sec, told in ((0, [False, True] * 4 + [False]), (60, [False])):
             self.patch(_PROVEN_SEC=proven_sec, BUS_RETRY_MIN_SEC=0.001, BUS_RETRY_MAX_SEC=0.002)
-            async with RawPublisher() as publisher:
-                inbox = self.open(publisher.address, b"first", b"later")
-                for _ in range(5):
-                    reader, writer = await publisher.accept(HELLO)
-                    await self.read(reader, b"\x04\x0f\x09SUBSCRIBEfirst\x04\x0f\x09SUBSCRIBElater")
-                    await inbox.until(lambda inbox=inbox: inbox.source.connected)
-                    if len(publisher.writers) < 5:
-                        writer.close()
-                await inbox.source.stop()
-                self.assertEqual(["is gone" in line for line in inbox.lines], told)
-                self.assertEqual(inbox.lines[0], f"connected to the bus at {publisher.address} (ZMTP 3.1, XPUB)")
+            publisher, inbox = await self.meet(b"first", b"later")
+            for _ in range(5):
+                reader, writer = await publisher.accept(HELLO)
+                await self.read(reader, b"\x04\x0f\x09SUBSCRIBEfirst\x04\x0f\x09SUBSCRIBElater")
+                await inbox.until(lambda inbox=inbox: inbox.source.connected)
+                if len(publisher.writers) < 5:
+                    writer.close()
+            await inbox.source.stop()
+            self.assertEqual(["is gone" in line for line in inbox.lines], told)
+            self.assertEqual(inbox.lines[0], f"connected to the bus at {publisher.address} (ZMTP 3.1, XPUB)")
 
     async def test_the_same_fault_again_and_again_is_told_once_and_retried_for_ever(self):
         self.patch(BUS_RETRY_MIN_SEC=0.001, BUS_RETRY_MAX_SEC=0.002)
@@ -3181,17 +3096,16 @@ class TestBuiltinBusSource(BusTestCase):  # against peers of literal bytes
             (b"", "hung up during the handshake"),
             (GREETING_4_3 + READY_XPUB + ABC_1 + b"\x08", "flags 0x08"),
         ):
-            async with RawPublisher(handshake) as publisher:
-                inbox = self.open(publisher.address, b"")
-                for _ in range(5):
-                    if handshake:
-                        await publisher.heard()  # closing with its bytes unread would throw away what was sent
-                    else:
-                        (await publisher.accept())[1].close()
-                await inbox.source.stop()
-                self.assertRegex(inbox.lines[-1], f"^the peer at {publisher.address}: .*{line}.*; connecting again$")
-                self.assertEqual(len(inbox.lines), 2 if ABC_1 in handshake else 1, inbox.lines)
-                self.assertGreaterEqual(inbox.messages.count([b"abc", b"1"]), 4 if ABC_1 in handshake else 0)
+            publisher, inbox = await self.meet(b"", handshake=handshake)
+            for _ in range(5):
+                if handshake:
+                    await publisher.heard()  # closing with its bytes unread would throw away what was sent
+                else:
+                    (await publisher.accept())[1].close()
+            await inbox.source.stop()
+            self.assertRegex(inbox.lines[-1], f"^the peer at {publisher.address}: .*{line}.*; connecting again$")
+            self.assertEqual(len(inbox.lines), 2 if ABC_1 in handshake else 1, inbox.lines)
+            self.assertGreaterEqual(inbox.messages.count([b"abc", b"1"]), 4 if ABC_1 in handshake else 0)
 
     async def test_nobody_there_is_one_line_and_looked_for_every_tenth_to_quarter_second(self):
         waits, enough, real_sleep = [], asyncio.Event(), asyncio.sleep
@@ -3217,92 +3131,85 @@ class TestBuiltinBusSource(BusTestCase):  # against peers of literal bytes
             (GREETING_4_3, {"BUS_HANDSHAKE_SEC": 0.02}, "did not finish the handshake", 0),
         ):
             with self.subTest(line), mock.patch.multiple(aiperf_api, **constants):
-                async with RawPublisher(handshake) as publisher:
-                    inbox = self.open(publisher.address)
-                    self.assertEqual((await publisher.heard()).count(b"\x04\x07\x04PING\0\0"), pings)
-                    await inbox.tells(line)
-                    await publisher.accept()
-                    await inbox.source.stop()
+                publisher, inbox = await self.meet(handshake=handshake)
+                self.assertEqual((await publisher.heard()).count(b"\x04\x07\x04PING\0\0"), pings)
+                await inbox.tells(line)
+                await publisher.accept()
+                await inbox.source.stop()
 
     async def test_a_peer_that_answers_pings_is_kept(self):
         self.patch(BUS_HEARTBEAT_SEC=0.02)
-        async with RawPublisher() as publisher:
-            inbox = self.open(publisher.address)
-            reader, writer = await publisher.accept(HELLO)
-            for _ in range(10):
-                await self.read(reader, b"\x04\x07\x04PING\0\0")
-                writer.write(b"\x04\x05\x04PONG")
-            self.assertEqual((len(publisher.writers), inbox.source.connected), (1, True))
+        publisher, inbox = await self.meet()
+        reader, writer = await publisher.accept(HELLO)
+        for _ in range(10):
+            await self.read(reader, b"\x04\x07\x04PING\0\0")
+            writer.write(b"\x04\x05\x04PONG")
+        self.assertEqual((len(publisher.writers), inbox.source.connected), (1, True))
 
     async def test_a_peer_that_floods_with_pings_leaves_others_their_turn_and_must_read_the_answers(self):
         self.patch(BUS_RESULT_BYTES_MAX=1 << 20)
-        async with RawPublisher() as publisher:
-            inbox = self.open(publisher.address)
-            reader, writer = await publisher.accept(HELLO)
-            reader._transport.pause_reading()
-            turns, feed = [], aiperf_api.ZMTPSubscriber.feed
+        publisher, inbox = await self.meet()
+        reader, writer = await publisher.accept(HELLO)
+        reader._transport.pause_reading()
+        turns, feed = [], aiperf_api.ZMTPSubscriber.feed
 
-            def watch(codec, data, frames_max):
-                began = time.process_time()
-                messages = feed(codec, data, frames_max)
-                turns.append(time.process_time() - began)
-                return messages
+        def watch(codec, data, frames_max):
+            began = time.process_time()
+            messages = feed(codec, data, frames_max)
+            turns.append(time.process_time() - began)
+            return messages
 
-            with mock.patch.object(aiperf_api.ZMTPSubscriber, "feed", watch), self.assertRaises(ConnectionError):
-                while True:
-                    writer.write(zmtp_frame(b"\x04PING\0\0" + b"c" * 16, 4) * 4096)
-                    await asyncio.wait_for(writer.drain(), 30)
-            await inbox.tells("does not read")
-            self.assertLess(sorted(turns)[-len(turns) // 100], 0.02)
+        with mock.patch.object(aiperf_api.ZMTPSubscriber, "feed", watch), self.assertRaises(ConnectionError):
+            while True:
+                writer.write(zmtp_frame(b"\x04PING\0\0" + b"c" * 16, 4) * 4096)
+                await asyncio.wait_for(writer.drain(), 30)
+        await inbox.tells("does not read")
+        self.assertLess(sorted(turns)[-len(turns) // 100], 0.02)
 
     async def test_a_peer_that_does_not_read_gets_all_subscriptions_and_is_left_when_they_change_for_ever(self):
         self.patch(BUS_RETRY_MIN_SEC=0.001, BUS_RETRY_MAX_SEC=0.002)
         prefixes = [b"%0500d" % number for number in range(20_000)]
-        async with RawPublisher() as publisher:
-            inbox = self.open(publisher.address, *prefixes)
-            for _ in range(2):
-                (await publisher.accept(HELLO))[0]._transport.pause_reading()
-                await inbox.until(lambda: inbox.source.connected)
-                buffered, transport = 0, inbox.source._transport
-                while not transport.is_closing():
-                    buffered = max(buffered, transport.get_write_buffer_size())
-                    for change in (inbox.source.subscribe, inbox.source.unsubscribe) * 50:
-                        change(b"x" * 60_000)
-                    await asyncio.sleep(0)
-                self.assertLess(buffered, 20_000 * 520 + (2 << 20))
-                await inbox.until(lambda: not inbox.source.connected)
-            await inbox.tells("does not read what it is sent; connecting again")
+        publisher, inbox = await self.meet(*prefixes)
+        for _ in range(2):
+            (await publisher.accept(HELLO))[0]._transport.pause_reading()
+            await inbox.until(lambda: inbox.source.connected)
+            buffered, transport = 0, inbox.source._transport
+            while not transport.is_closing():
+                buffered = max(buffered, transport.get_write_buffer_size())
+                for change in (inbox.source.subscribe, inbox.source.unsubscribe) * 50:
+                    change(b"x" * 60_000)
+                await asyncio.sleep(0)
+            self.assertLess(buffered, 20_000 * 520 + (2 << 20))
+            await inbox.until(lambda: not inbox.source.connected)
+        await inbox.tells("does not read what it is sent; connecting again")
 
     async def test_one_read_with_many_messages_is_spread_over_turns_and_costly_ones_over_more(self):
         for cost_sec, count, most in ((0.0, 2000, 256), (0.002, 400, 20)):
-            async with RawPublisher() as publisher:
-                inbox = self.open(publisher.address, b"")
-                inbox.cost_sec = cost_sec
-                _, writer = await publisher.accept()
-                sent = [[b"t$", b"%d" % i] for i in range(count)]
-                writer.write(b"".join(zmtp_message(*message) for message in sent))
-                await inbox.has(count)
-                self.assertEqual(inbox.messages, sent)
-                self.assertLessEqual(max(inbox.batches[1:]), most)
-                await inbox.source.stop()
+            publisher, inbox = await self.meet(b"")
+            inbox.cost_sec = cost_sec
+            _, writer = await publisher.accept()
+            sent = [[b"t$", b"%d" % i] for i in range(count)]
+            writer.write(b"".join(zmtp_message(*message) for message in sent))
+            await inbox.has(count)
+            self.assertEqual(inbox.messages, sent)
+            self.assertLessEqual(max(inbox.batches[1:]), most)
+            await inbox.source.stop()
 
     async def test_messages_before_a_fault_or_an_end_are_all_delivered_and_none_after_stop(self):
         many = [[b"t$", b"%d" % i] for i in range(1_000)]
         stream = GREETING_4_3 + READY_XPUB + b"".join(zmtp_message(*message) for message in many)
         for end in (b"", b"\x08", b"\x01\x05cut"):
-            async with RawPublisher(stream + end) as publisher:
-                inbox = self.open(publisher.address, b"")
-                (await publisher.accept())[1].close()
-                await inbox.has(1_000)
-                self.assertEqual(inbox.messages[:1_000], many)
-                await inbox.source.stop()
-        async with RawPublisher(stream * 10) as publisher:
-            inbox = self.open(publisher.address, b"")
-            await inbox.has(1)
+            publisher, inbox = await self.meet(b"", handshake=stream + end)
+            (await publisher.accept())[1].close()
+            await inbox.has(1_000)
+            self.assertEqual(inbox.messages[:1_000], many)
             await inbox.source.stop()
-            count = len(inbox.messages)
-            await asyncio.sleep(0)
-            self.assertEqual((len(inbox.messages), inbox.source.connected), (count, False))
+        publisher, inbox = await self.meet(b"", handshake=stream * 10)
+        await inbox.has(1)
+        await inbox.source.stop()
+        count = len(inbox.messages)
+        await asyncio.sleep(0)
+        self.assertEqual((len(inbox.messages), inbox.source.connected), (count, False))
 
     async def test_it_can_be_stopped_at_any_moment_of_a_connection(self):
         async with RawPublisher() as publisher:
@@ -3858,9 +3765,7 @@ class TestSlowClients(HubTestCase):  # they cost nobody else anything, and know 
         for transport in readers:
             self.assertEqual([n for _, n in transport.drain_all()], list(range(1, self.count + 1)))
 
-
-class TestStalls(unittest.TestCase):  # what counts is that bytes have left, from sweep to sweep
-    def test_who_has_stalled(self) -> None:
+    def test_who_has_stalled_is_told_by_bytes_that_have_left_from_sweep_to_sweep(self) -> None:
         for name, wrote, writes, reads, stalls in (
             ("nothing read for 30 sweeps", 1000, 0, [0], True), ("only more and more to read", 1000, 4, [0], True),
             ("less read than comes in", 0, 100, [50], False), ("as much read as comes in", 5000, 50, [50], False),
@@ -4112,22 +4017,6 @@ def statuses(data: bytes) -> list[int]:
     return found
 
 
-class TestEcho(SmallServerTestCase):
-    async def test_autobahn_cases_over_a_socket(self) -> None:
-        for number, frames, expected in AUTOBAHN_CASES if DEEP else AUTOBAHN_CASES[::9]:
-            with self.subTest(number):
-                client = await self.open("/")
-                for piece in frames:
-                    client.send(piece)
-                    await client.writer.drain()
-                found = [await client.read_frame() for _ in expected]
-                self.assertTrue([(kind, data[:2] if kind == 8 else data) for kind, data in found] == expected)
-                if expected[-1][0] == 8:
-                    self.assertEqual(await client.read_to_end(), b"")
-                client.close()
-        self.assertEqual(self.service.errors, [])
-
-
 class TestMistakesOfOthersInHTTP(SmallServerTestCase):  # that need a connection; in a head alone: room 5
     async def test_nothing_is_served_behind_a_fault_or_the_end(self) -> None:
         for data, expected in (
@@ -4305,6 +4194,20 @@ class TestConnectionCaps(WireTestCase):
 
 
 class TestMistakesOfOthersInWebSockets(SmallServerTestCase):  # that need a connection; in frames alone: room 4
+    async def test_autobahn_cases_over_a_socket(self) -> None:
+        for number, frames, expected in AUTOBAHN_CASES if DEEP else AUTOBAHN_CASES[::9]:
+            with self.subTest(number):
+                client = await self.open("/")
+                for piece in frames:
+                    client.send(piece)
+                    await client.writer.drain()
+                found = [await client.read_frame() for _ in expected]
+                self.assertTrue([(kind, data[:2] if kind == 8 else data) for kind, data in found] == expected)
+                if expected[-1][0] == 8:
+                    self.assertEqual(await client.read_to_end(), b"")
+                client.close()
+        self.assertEqual(self.service.errors, [])
+
     async def test_a_fault_or_a_close_ends_the_connection_and_nothing_behind_it_is_read(self) -> None:
         for sent, payload in (
             (aiperf_api.encode_frame(1, b"not masked"), struct.pack("!H", 1002)),
@@ -4552,6 +4455,17 @@ class TestServiceAnswers(ServiceTestCase):
             service._judge_complete(seconds)
             self.assertEqual(service._complete is not None and service._complete.is_set(), over, (connected, seconds))
 
+    async def test_what_aiperf_writes_beside_a_run_is_read_where_it_runs_on_this_machine(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            Path(folder, "run_config.json").write_text('{"benchmark_id":"b","cfg":{"endpoint":{"type":"chat"}}}')
+            for kind, address, told in (
+                ("ipc", "ipc:///x", True), ("zmq", "tcp://127.0.0.1:5664", True), ("zmq", "tcp://10.1.2.3:5664", False),
+            ):  # fmt: skip
+                service = await self.serve(config={"output": {"artifact_directory": folder}})
+                service.source.kind, service.source.address = kind, address
+                service.end_child("")
+                self.assertEqual("endpoint_type" in service.benchmark.labels(), told, address)
+
     async def test_costly_answers_are_shared_for_a_second_and_no_longer(self) -> None:
         self.feed(self.service, "run_0_13_killed")
         with mock.patch.object(aiperf_api, "time", wraps=time) as clock:
@@ -4635,8 +4549,7 @@ class TestServiceAnswers(ServiceTestCase):
         self.assertEqual(sum(self.service.bus_errors.values()), 3 * len(bad))
 
     async def test_results_that_are_too_large_still_end_the_run(self) -> None:
-        topics = [topic for _, topic, _ in wire_recording("run_0_13_success")]
-        self.feed(self.service, "run_0_13_success", next(n for n, t in enumerate(topics) if t.startswith(b"process_")))
+        self.feed(self.service, "run_0_13_killed")
         self.service._deliver([[b"process_all_results$"]])
         results = (await self.get(self.service, "/api/results")).json
         self.assertEqual((results["status"], results["results"]), ("complete", None))
@@ -5323,25 +5236,11 @@ class TestCommandLine(unittest.TestCase):
             done = run_program("--api-port", "0", "--replay", recording, "--replay-speed", "0", "--linger", "0")
             self.assertEqual(done.returncode, 0, done.stderr)
 
-    @unittest.skipUnless(zmq, "needs the pyzmq package")
-    def test_standard_error_that_is_closed_full_or_broken_costs_nothing(self) -> None:
-        child = shlex.join([sys.executable, "-c", "print('ran')"])
-        program = shlex.join([sys.executable, aiperf_api.__file__, "--api-port", "0", "--linger", "0", "--"])
-        for redirect in ("2>&-", "2>/dev/full", "2> >(exec 0<&-)", "0<&- 2>&-"):
-            line = f"{program} {child} {redirect}; echo $?"
-            done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=60, check=False)
-            self.assertEqual(done.stdout, "ran\n0\n", redirect)
-
-    def test_with_few_descriptors_it_works_or_says_how_many_it_needs(self) -> None:
-        for count in (24, 64, 128):
-            program = Program("--demo", python=["bash", "-c", f'ulimit -n {count}; exec "$0" "$@"', sys.executable])
-            if count == 24:
-                done = subprocess.run(program.command, capture_output=True, text=True, timeout=60, check=False)
-                self.assertEqual(done.returncode, 1, done.stderr)
-                self.assertRegex(done.stderr.splitlines()[-1], r"descriptors are too few: \d+ are needed")
-                continue
-            with self.subTest(count), program as url:
-                self.assertEqual(fetched(url + "/health"), "ok\n")
+    def test_with_too_few_descriptors_it_says_how_many_it_needs(self) -> None:
+        limited = Program("--demo", python=["bash", "-c", 'ulimit -n 24; exec "$0" "$@"', sys.executable])
+        done = subprocess.run(limited.command, capture_output=True, text=True, timeout=60, check=False)
+        self.assertEqual(done.returncode, 1, done.stderr)
+        self.assertRegex(done.stderr.splitlines()[-1], r"descriptors are too few: \d+ are needed")
 
 
 class TestChildPlan(unittest.TestCase):
@@ -5911,28 +5810,7 @@ class TestReadmeSessions(unittest.TestCase):
         self.assertRegex(next(self.shell("python3 watch.py").lines()), r"^http://127\.0\.0\.1:\d+$")
 
 
-@needs_demo
-class TestGrafanaDashboard(unittest.TestCase):
-    def test_each_query_asks_for_metrics_and_labels_that_exist(self) -> None:
-        dashboard = json.loads((STATIC / "grafana-dashboard.json").read_text(encoding="utf-8"))
-        targets = [target for panel in dashboard["panels"] for target in panel.get("targets", ())]
-        self.assertGreater(len(targets), 40)
-        labels: dict[str, set[str]] = {}
-        for served in (half_way(), at_once(DEMO)):  # half-way through the demo, and at its end
-            with served as url:
-                status_when(url, lambda status: status["source"]["messages"] >= HALF_WAY)
-                for name, pairs in re.findall(r"^(\w+)(?:\{(.*)\})? ", fetched(url + "/metrics"), re.MULTILINE):
-                    labels.setdefault(name, set()).update(re.findall(r"(\w+)=\"", pairs))
-        for target in targets:
-            with self.subTest(target["expr"]):
-                for name, selector in re.findall(r"(aiperf_\w+)\{(.*?)\}", target["expr"]):
-                    self.assertTrue(name in labels, f"there is no {name}")
-                    legend = set(re.findall(r"\{\{(\w+)\}\}", target["legendFormat"]))
-                    asked = set(re.findall(r"(\w+)\s*[!=]~?\"", selector)) | legend
-                    self.assertLessEqual(asked - {"job", "instance"}, labels[name], name)
-
-
-class TestDescriptions(ServiceTestCase):
+class TestDescriptions(ServiceTestCase):  # made of the routes and types, and held against them, by .ci/make_api_docs.py
     openapi: Any
     asyncapi: Any
 
@@ -5960,22 +5838,6 @@ class TestDescriptions(ServiceTestCase):
                 found[path.replace("{n}", "1")] = self.judge(self.openapi, content["application/json"]["schema"])
         return found
 
-    def test_the_routes_are_the_paths(self) -> None:
-        found = {
-            (path, method.upper(), about["operationId"].replace("_head", ""), about["summary"] * (method == "get"))
-            for path, item in self.openapi["paths"].items()
-            for method, about in item.items()
-            if method != "parameters"
-        }
-        wanted = {(r.path, m, r.name, r.summary * (m == "GET")) for r in aiperf_api.ROUTES for m in r.methods}
-        self.assertEqual(found, wanted, "see .ci/make_api_docs.py")
-        for route in aiperf_api.ROUTES:
-            ways = [{}, {"bearer": []}, {"query": []}] if route.needs_token else []
-            self.assertEqual(self.openapi["paths"][route.path]["get"]["security"], ways)
-        self.assertLessEqual({"400", "404", "405", "426"}, set(self.openapi["components"]["responses"]))
-        for document in (self.openapi, self.asyncapi):
-            self.assertEqual(document["info"]["version"], aiperf_api.__version__)
-
     def test_every_reference_leads_somewhere_and_every_shape_is_used(self) -> None:
         for document in (self.openapi, self.asyncapi):
             references = set(re.findall(r'"\$ref": "#/([^"]+)"', json.dumps(document)))
@@ -5991,9 +5853,6 @@ class TestDescriptions(ServiceTestCase):
         schemas = self.asyncapi["components"]["schemas"].values()
         types = {shape["properties"].get("message_type", {}).get("const") for shape in schemas}
         self.assertEqual(types - {None}, {*aiperf_api.BUILTIN_MESSAGE_TYPES, "run"})
-        names = self.asyncapi["x-message-types"]
-        self.assertEqual(set(names["builtin"]), set(aiperf_api.BUILTIN_MESSAGE_TYPES))
-        self.assertEqual(set(names["known"]), set(aiperf_api.KNOWN_MESSAGE_TYPES))
 
     @needs_recordings
     @unittest.skipUnless(jsonschema, "needs the jsonschema package")
