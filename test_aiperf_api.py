@@ -80,17 +80,6 @@ def chopped(data: bytes, size: int) -> list[bytes]:
     return [data[at : at + size] for at in range(0, len(data), size)]
 
 
-def cut_at(data: bytes, places: Iterable[int]) -> list[bytes]:
-    """Return `data` cut at each place, modulo its length."""
-    edges = [0, *sorted(place % (len(data) + 1) for place in places), len(data)]
-    return [data[start:stop] for start, stop in zip(edges, edges[1:])]
-
-
-def cut_places() -> Any:
-    """Return a hypothesis strategy for the places of cut_at()."""
-    return st.lists(st.integers(0, 1 << 16), max_size=12)
-
-
 def for_all(*strategies: Any, examples: int) -> Callable[[Callable[..., None]], None]:
     """Run the decorated check at once, over examples of the strategies; so that hypothesis may be missing on import."""
 
@@ -111,9 +100,7 @@ def wire_recording(name: str) -> tuple[tuple[int, bytes, bytes], ...]:
         return tuple((line["t"], line["topic"].encode(), line["payload"].encode()) for line in lines)
 
 
-class Answer(NamedTuple):
-    """An HTTP answer, as a client reads it."""
-
+class Answer(NamedTuple):  # as a client reads it
     status: int
     headers: dict[str, str]  # names in lower case
     body: bytes
@@ -203,6 +190,13 @@ class LoopTestCase(unittest.IsolatedAsyncioTestCase):
 class ServiceTestCase(LoopTestCase):
     """A running service and its clients, all ended with the test."""
 
+    options: Mapping[str, Any] = {}  # of the service that each test has
+    service: Any
+
+    async def asyncSetUp(self) -> None:
+        await super().asyncSetUp()
+        self.service = await self.serve(**self.options)
+
     async def serve(self, **arguments: Any) -> aiperf_api.APIService:
         service = aiperf_api.APIService(**arguments)
         await service.start()
@@ -245,13 +239,11 @@ class Bus:
         self.frontend, self.backend, self.publisher = map(self.context.socket, (zmq.XSUB, zmq.XPUB, zmq.XPUB))
         for end in (self.frontend, self.backend, self.publisher):
             end.linger = end.sndhwm = end.rcvhwm = 0
-        frontend_port, self.backend_port = (
-            end.bind_to_random_port("tcp://127.0.0.1") for end in (self.frontend, self.backend)
-        )
-        self.address = f"tcp://127.0.0.1:{self.backend_port}"
+        ports = [end.bind_to_random_port("tcp://127.0.0.1") for end in (self.frontend, self.backend)]
+        self.address = f"tcp://127.0.0.1:{ports[1]}"
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
-        self.publisher.connect(f"tcp://127.0.0.1:{frontend_port}")
+        self.publisher.connect(f"tcp://127.0.0.1:{ports[0]}")
         self.subscribed: set[bytes] = set()
 
     def _run(self) -> None:
@@ -297,7 +289,7 @@ ROOMS = (
     ("Command line", 330, 165, "a benchmark behind --: signals, its output, its last words"),
 )
 MODULE_LINES, MODULE_BYTES = 5970, 334_000  # 5,300 and 240,000 in the design; with what came after
-TEST_LINES, README_LINES, FUNCTION_LINES, LIMITS = 6550, 260, 60, 60
+TEST_LINES, README_LINES, FUNCTION_LINES, LIMITS = 5910, 260, 60, 60
 
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 MUTABLE_DISPLAYS = (ast.Dict, ast.List, ast.Set, ast.DictComp, ast.ListComp, ast.SetComp)
@@ -389,9 +381,7 @@ class SourceRules:
                 yield node.lineno, f"{node.name}() is too long"
 
 
-class TestArchitecture(unittest.TestCase):
-    """The rules that keep one file readable, on the module and on samples that break each."""
-
+class TestArchitecture(unittest.TestCase):  # on the module, and on samples that break each rule
     rules = SourceRules(Path(aiperf_api.__file__).read_text(encoding="utf-8"))
 
     def test_the_module_keeps_every_rule(self) -> None:
@@ -472,9 +462,8 @@ def free_port() -> int:
 class Program:
     """The server as its users start it, in a process of its own, on a port of its choice: `with Program(...) as url`."""
 
-    def __init__(self, *arguments: str, program: Sequence[str] = (), python: Sequence[str] = ()) -> None:
-        program = program or (str(ROOT / "aiperf_api.py"),)
-        self.command = [*(python or [sys.executable]), *program, "--api-port", "0", *arguments]
+    def __init__(self, *arguments: str, program: Sequence[str] = (str(ROOT / "aiperf_api.py"),)) -> None:
+        self.command = [sys.executable, *program, "--api-port", "0", *arguments]
         self.lines: list[str] = []  # what it said before it was ready
 
     def __enter__(self) -> str:
@@ -520,9 +509,7 @@ def status_when(url: str, condition: Callable[[dict[str, Any]], bool]) -> dict[s
 decoders = mock.patch.object(aiperf_api, "orjson", None), contextlib.nullcontext()  # json alone, then what is there
 
 
-class TestJSON(unittest.TestCase):
-    """One behaviour over orjson and json: every case runs over both where both are there."""
-
+class TestJSON(unittest.TestCase):  # every case over orjson and over json, where both are there
     def test_both_refuse_what_is_not_json(self) -> None:
         bad = (
             b"", b"NaN", b"-Infinity", b"1e400", b"-1e400", b"01", b"-", b"'a'", b'{"a":1,}', b"1 2", b"[1", b"\x0b1",
@@ -606,9 +593,7 @@ class TestJSON(unittest.TestCase):
 SECRET = "sk-1234567890abcdef"  # looks random: it is remembered
 
 
-class TestSecrets(unittest.TestCase):
-    """Credentials are hidden by key, by form and by value; everything else is left alone, byte for byte."""
-
+class TestSecrets(unittest.TestCase):  # hidden by key, by form and by value; all else is left alone, byte for byte
     def setUp(self) -> None:
         self.secrets = aiperf_api.Secrets()
 
@@ -731,11 +716,8 @@ class TestSecrets(unittest.TestCase):
         it is seconds."""
         size = aiperf_api.BUS_TEXT_BYTES_MAX
         pieces = "secret|api-key|pass|access_|_|aA|bearer |://a|?a=&|?|api_key=|key=|key |secret: '|a@|\\\"".split("|")
-        pieces += (
-            '--a |-|-H a:|--api-key |cookie:|cookie: ="|pass$A|password=<a |key  \n|secret=true.|key a1b2c3d4e5'.split(
-                "|"
-            )
-        )
+        more = '--a |-|-H a:|--api-key |cookie:|cookie: ="|pass$A|password=<a |key  \n|secret=true.|key a1b2c3d4e5'
+        pieces += more.split("|")
         texts = [(piece * (size // len(piece) + 1))[:size] for piece in (*pieces, "key " * 4 + "x" * size)]
         values: list[Any] = [*texts, *(f"secret{text}" for text in texts), {"key": f"{texts[5]}1"}]
         values += [{texts[5] + "key": "v"}, {"headers": [["k", "x"]] * (size // 12)}]
@@ -750,9 +732,7 @@ class TestSecrets(unittest.TestCase):
             self.assertLess(time.process_time() - started, 0.25, payload[:40])
 
 
-class TestPrintable(unittest.TestCase):
-    """CR/LF in log lines, control characters in a terminal, bus strings included."""
-
+class TestPrintable(unittest.TestCase):  # CR/LF in log lines, control characters in a terminal, bus strings included
     def test_other_characters_are_escaped_and_it_is_cut(self) -> None:
         for text, shown in (
             ("a\r\nb\x1b[31m\x7f\u2028é\ud800\\", r"a\r\nb\x1b[31m\x7f\u2028\xe9\ud800\\"), (b"a\xff\n", r"a\xff\n"),
@@ -890,9 +870,7 @@ UTF8_INVALID = {
 # fmt: on
 
 
-class TestAutobahnCases(unittest.TestCase):
-    """Groups 1-7, 9 and 10 of the Autobahn suite, against an echo server made of the codec alone."""
-
+class TestAutobahnCases(unittest.TestCase):  # groups 1-7, 9 and 10 of the suite, on the codec alone
     def test_each_case_is_answered_as_the_suite_wants_whole_by_frame_and_by_octet(self) -> None:
         for number, frames, expected in AUTOBAHN_CASES:
             stream = b"".join(frames)
@@ -944,9 +922,7 @@ class TestFramesOnTheWire(unittest.TestCase):  # RFC 6455 5.2 and 5.7
         self.assertEqual(aiperf_api.FrameParser().feed(client_frame(8)), [aiperf_api.Event("close", b"", None, "")])
 
 
-class TestFrameFaults(unittest.TestCase):
-    """Each fault is found at the byte that commits it, and nothing is read after it."""
-
+class TestFrameFaults(unittest.TestCase):  # each is found at the byte that commits it, and nothing is read after it
     def fails(self, data: bytes, code: int, *, at: int | None = None, max_message: int = 65536) -> None:
         """Fails with `code` on the last byte of `data`, or on byte `at`, not a byte before, and stays silent."""
         parser = aiperf_api.FrameParser(max_message)
@@ -1000,8 +976,6 @@ class TestFrameFaults(unittest.TestCase):
             for rest in (client_frame(0), client_frame(0, b"x", fin=False)):
                 self.fails(client_frame(1, smile[:cut], fin=False) + rest, 1007)
         self.assertEqual(echo(fragments(2, b"\xff\xfe", b"\xed\xa0")), [(2, b"\xff\xfe\xed\xa0")])
-
-    def test_close_reasons_are_judged(self) -> None:
         for reason in (b"\xff", b"\xc3"):
             self.fails(client_close(1000, reason), 1007)
 
@@ -1009,23 +983,6 @@ class TestFrameFaults(unittest.TestCase):
         gc.collect()
         aiperf_api.FrameParser().feed(client_frame(1, b"x" * 100, fin=False) + b"\x80")
         self.assertEqual(gc.collect(), 0)
-
-
-@unittest.skipUnless(hypothesis, "needs the hypothesis package")
-class TestFrameProperties(unittest.TestCase):
-    def test_a_stream_cut_anywhere_gives_the_same_events(self) -> None:
-        known = st.sampled_from([b"", COSMOS, COSMOS[:5], b"\xed\xa0\x80", b"\x03\xe8bye", b"\x0b\xb8\xff"])
-        payload = known | st.binary(max_size=140) | st.text(max_size=40).map(str.encode)
-        opcode = st.sampled_from([1, 1, 2, 0, 0, 0, 8, 9, 10, 3, 11])
-        fin, rsv = st.booleans() | st.just(True), st.sampled_from([0] * 30 + [1, 2, 4])
-        frame = st.tuples(opcode, payload, fin, rsv).map(lambda parts: client_frame(*parts))
-        streams = st.lists(frame | st.binary(max_size=30), max_size=8).map(b"".join)
-
-        @for_all(streams, cut_places(), examples=1000 if DEEP else 25)
-        def check(stream: bytes, places: list[int]) -> None:
-            whole = aiperf_api.FrameParser(200).feed(stream)
-            self.assertEqual(feed_all(aiperf_api.FrameParser(200), cut_at(stream, places)), whole)
-            self.assertEqual(feed_all(aiperf_api.FrameParser(200), chopped(stream, 1)), whole)
 
 
 # == 5 == HTTP =========================================================================================================
@@ -1161,7 +1118,7 @@ class TestRequestsAccepted(unittest.TestCase):
         self.assertEqual(read_requests([head(fill + b"y")]), [431])
 
 
-# What is refused: head, status.  h11 with its defaults accepts those of LAX.
+# What is refused: head, status.  Others, such as h11 with its defaults, accept those of LAX.
 # fmt: off
 STRICT: list[tuple[bytes, int]] = [
     *((head(b"Content-Length: " + value), 400)  # int() is lenient
@@ -1201,6 +1158,17 @@ LAX: list[tuple[bytes, int]] = [
 # fmt: on
 
 
+def h11_request(data: bytes) -> Any:
+    """(method, target, names of headers) as h11 has them, or None if it refuses or waits."""
+    connection = h11.Connection(h11.SERVER, max_incomplete_event_size=16384)
+    try:
+        connection.receive_data(data)
+        event = connection.next_event()
+    except h11.RemoteProtocolError:
+        return None
+    return (event.method, event.target, {name for name, _ in event.headers}) if isinstance(event, h11.Request) else None
+
+
 class TestRequestsRefused(unittest.TestCase):
     def test_each_fault_gets_its_status_however_it_is_cut_and_nothing_is_read_after_it(self) -> None:
         for data, status in STRICT + LAX:
@@ -1215,11 +1183,27 @@ class TestRequestsRefused(unittest.TestCase):
         for data in (b"\x16", b"\0", b"\n", b" ", b"\x7f", b"\x80", b"\xff", b"GET / HTTP/1.1\n"):
             self.assertEqual(read_requests([data]), [400])
 
-    @unittest.skipUnless(h11, "needs the h11 package")
-    def test_the_tables_say_rightly_where_we_are_stricter_than_h11(self) -> None:
-        for table, accepted in ((STRICT, False), (LAX, True)):
-            for data, _ in table:
-                self.assertEqual(h11_request(data) is not None, accepted, data[:60])
+    @unittest.skipUnless(hypothesis and h11, "needs the hypothesis and h11 packages")
+    def test_what_we_accept_h11_accepts_and_reads_the_same(self) -> None:
+        """Heads with every fault that we know of, several in a row, broken anywhere."""
+        good = [GET, UPGRADE, head(b"A:", b"a: \tb ", b"!#$%&'*+-.^_`|~: \xff"), get(b"http://h/%41?x=%42")]
+        faults = [data for data, _ in STRICT + LAX]
+        known = st.sampled_from([*good * 8, b"\r\n", b"\r\n\r\n", head(b"Connection: close"), *faults])
+        streams = st.lists(known | st.binary(max_size=20), max_size=5).map(b"".join)
+        changes = st.lists(st.tuples(st.integers(0, 1 << 16), st.integers(0, 255)), max_size=2)
+
+        @for_all(streams, changes, examples=1000 if DEEP else 37)
+        def check(stream: bytes, changes: list[tuple[int, int]]) -> None:
+            data = bytearray(stream + GET)
+            for place, value in changes:
+                data[place % len(data)] = value
+            ours = next(iter(read_requests([bytes(data)])), None)
+            if not isinstance(ours, aiperf_api.Request) or ours.refusal or data.startswith(b"\r\n"):
+                return  # h11 reads some bodies, and does not skip the empty lines that RFC 9112 2.2 has a server skip
+            theirs = h11_request(bytes(data))
+            self.assertIsNotNone(theirs)
+            self.assertEqual((ours.method.encode(), ours.target.encode()), theirs[:2])
+            self.assertEqual({name.encode() for name in ours.headers} | {b"host"}, theirs[2] | {b"host"})
 
 
 class TestRequestMemo(unittest.TestCase):
@@ -1255,52 +1239,7 @@ class TestRequestMemo(unittest.TestCase):
         self.assertEqual(list(memo), [get(b"/%d" % at) for at in range(500 - aiperf_api._MEMO_HEADS_MAX, 500)])
 
 
-def h11_request(data: bytes) -> Any:
-    """(method, target, names of headers) as h11 has them, or None if it refuses or waits."""
-    connection = h11.Connection(h11.SERVER, max_incomplete_event_size=16384)
-    try:
-        connection.receive_data(data)
-        event = connection.next_event()
-    except h11.RemoteProtocolError:
-        return None
-    return (event.method, event.target, {name for name, _ in event.headers}) if isinstance(event, h11.Request) else None
-
-
-@unittest.skipUnless(hypothesis, "needs the hypothesis package")
-class TestRequestProperties(unittest.TestCase):
-    def streams(self) -> Any:
-        """A strategy: heads with every fault that we know of, several in a row, broken anywhere."""
-        good = [GET, UPGRADE, head(b"A:", b"a: \tb ", b"!#$%&'*+-.^_`|~: \xff"), get(b"http://h/%41?x=%42")]
-        faults = [data for data, _ in STRICT + LAX]
-        known = st.sampled_from([*good * 8, b"\r\n", b"\r\n\r\n", head(b"Connection: close"), *faults])
-        return st.lists(known | st.binary(max_size=20), max_size=5).map(b"".join)
-
-    def test_a_stream_cut_anywhere_gives_the_same_requests(self) -> None:
-        @for_all(self.streams(), cut_places(), examples=1000 if DEEP else 37)
-        def check(stream: bytes, places: list[int]) -> None:
-            whole = read_requests([stream])
-            self.assertEqual(read_requests(cut_at(stream, places)), whole)
-            self.assertEqual(read_requests(chopped(stream, 97)), whole)
-
-    @unittest.skipUnless(h11, "needs the h11 package")
-    def test_what_we_accept_h11_accepts_and_reads_the_same(self) -> None:
-        changes = st.lists(st.tuples(st.integers(0, 1 << 16), st.integers(0, 255)), max_size=2)
-
-        @for_all(self.streams(), changes, examples=1000 if DEEP else 37)
-        def check(stream: bytes, changes: list[tuple[int, int]]) -> None:
-            data = bytearray(stream + GET)
-            for place, value in changes:
-                data[place % len(data)] = value
-            ours = next(iter(read_requests([bytes(data)])), None)
-            if not isinstance(ours, aiperf_api.Request) or ours.refusal or data.startswith(b"\r\n"):
-                return  # h11 reads some bodies, and does not skip the empty lines that RFC 9112 2.2 has a server skip
-            theirs = h11_request(bytes(data))
-            self.assertIsNotNone(theirs)
-            self.assertEqual((ours.method.encode(), ours.target.encode()), theirs[:2])
-            self.assertEqual({name.encode() for name in ours.headers} | {b"host"}, theirs[2] | {b"host"})
-
-
-class TestHostCheck(unittest.TestCase):  # DNS rebinding
+class TestHostAndOriginCheck(unittest.TestCase):  # DNS rebinding, cross-site WebSocket hijacking, pages that fetch
     def test_a_host_is_served_or_not(self) -> None:
         lan, with_port = frozenset({"bench.lan"}), frozenset({"bench.lan:9090"})
         foreign = "evil.example localhost.evil localhost6 localhost. 127.0.0.1.nip.io 127.1 0x7f.1 2130706433 0177.0.0.1 127.0.0.01"
@@ -1316,8 +1255,6 @@ class TestHostCheck(unittest.TestCase):  # DNS rebinding
                 given = status_of(aiperf_api.check_host, host, allowed=allowed, bound_to_loopback=is_loopback)
                 self.assertEqual(given, status, (host, allowed, is_loopback))
 
-
-class TestOriginCheck(unittest.TestCase):  # cross-site WebSocket hijacking, and pages that fetch what is ours
     def check(self, *lines: bytes, allowed: Iterable[str] = ()) -> int:
         return status_of(aiperf_api.check_origin, read_request(head(*lines)), frozenset(allowed))
 
@@ -1478,7 +1415,7 @@ class TestResponses(unittest.TestCase):
         for response, parts in (
             (aiperf_api.error_response(aiperf_api.HTTPError(405, "no", (("Allow", "GET"),))), (b" 405 M", b"Allow: GET\r\n", b'\n{"error":"no"}\n')),
             (aiperf_api.text_response("µ\ud800", 503), (b"503 Service Unavailable", b"text/plain; charset=utf-8", "\r\n\r\nµ?".encode())),
-            (aiperf_api.Response(content_type="text/html"), (b"Policy: default-src 'self'; ", b"\r\nReferrer-Policy: no-referrer\r\n")),
+            (aiperf_api.Response(content_type="text/html"), (b"-src 'self'; ", b"ancestors 'none'\r\nReferrer-P")),
             (aiperf_api.Response(body=None, content_type="text/event-stream"), (b"no-store\r\nDate: ", b"\r\nConnection: close\r\n\r\n")),
             (aiperf_api.Response(204), (b"204 No Content\r\nX-Content-Type-Options: nosniff\r\nCache-Control: no-store\r\nDate: ",)),
         ):  # fmt: skip
@@ -1570,9 +1507,7 @@ class TestRouter(unittest.TestCase):
             self.assertEqual(self.refused("GET", path)[:2], (404, "unknown path; GET /api lists what there is"))
 
 
-class TestStaticFiles(unittest.TestCase):
-    """Files come from a table read at start; nothing in a request is ever a path."""
-
+class TestStaticFiles(unittest.TestCase):  # nothing in a request is ever a path
     def read(self, files: Mapping[str, bytes], module: str = "aiperf_api.py") -> dict[str, bytes]:
         """What read_static_files() finds for a module that stands among such files, and links."""
         folder = Path(tempfile.mkdtemp())
@@ -1609,10 +1544,12 @@ class TestStaticFiles(unittest.TestCase):
             self.assertIn(b"Content-Type: %b\r\n" % content_type.encode(), table[name].encode(date=b"x"))
 
     def test_no_spelling_of_a_path_leaves_the_table(self) -> None:
-        table = aiperf_api.static_table({"dashboard.html": b"1", "g/a.md": b"2"})
+        table = aiperf_api.static_table({"dashboard.js": b"1", "g/a.md": b"2"})
         router = aiperf_api.Router([aiperf_api.Route("/static/{file}", "file", "", print)])
-        others = b"g%2Fa.md ../aiperf_api.py %2e%2e/aiperf_api.py /etc/passwd ..%5caiperf_api.py dashboard.html/ g/../dashboard.html"
-        for name in (b"dashboard.html", b"%64ashboard.html", b"g/a.md", *others.split()):
+        others = b"""g%2Fa.md ../aiperf_api.py ..%2faiperf_api.py %2e%2e/aiperf_api.py ..%5caiperf_api.py . ..
+            ..%252faiperf_api.py ../static/dashboard.js ./dashboard.js /dashboard.js g/../dashboard.js dashboard.js/
+            dashboard.js%20 dashboard.js%2f.. dashboard.js::$DATA C:%5cW /etc/passwd %2fetc%2fpasswd file:///etc"""
+        for name in (b"dashboard.js", b"%64ashboard.js", b"g/a.md", *others.split()):
             found = router.match("GET", read_request(get(b"/static/" + name)).path)[1] in table
             self.assertEqual(found, name not in others.split(), name)
 
@@ -1621,8 +1558,6 @@ class TestStaticFiles(unittest.TestCase):
 
 
 class TestMetrics(unittest.TestCase):
-    """What AIPerf sends and what people read."""
-
     def test_the_lists_are_those_of_the_registry(self) -> None:
         """Of AIPerf 0.13's 139 metrics, 27 are measured in another unit than shown, and 9 are hidden (3 are both)."""
         hidden = {tag for tag in aiperf_api._HIDDEN_TAGS if aiperf_api.display_row({"tag": tag, "avg": 1}) is None}
@@ -1707,7 +1642,6 @@ GOLDEN_METRICS = {
     "request_error_rate": {"header": 'Rate\\ of\n"errors"', "unit": "%", "avg": 2.0, "count": 1},
 }  # fmt: skip
 
-
 GOLDEN_TEXT = r"""# HELP aiperf_info Benchmark
 # TYPE aiperf_info gauge
 aiperf_info{model="a\\b\"c\nd"} 1
@@ -1736,7 +1670,6 @@ aiperf_request_error_rate_count_percent{model="m"} 1
 # TYPE aiperf_things_total counter
 aiperf_things_total 3
 """
-
 
 GOLDEN_OPENMETRICS = r"""# TYPE aiperf info
 # HELP aiperf Benchmark
@@ -1770,8 +1703,6 @@ def read_by(parse: Any, exposition: bytes) -> dict[tuple[str, str], float]:
 
 
 class TestPrometheusText(unittest.TestCase):
-    """Families of samples, in the text format 0.0.4 and in OpenMetrics 1.0.0."""
-
     def setUp(self) -> None:
         found = aiperf_api.FamilySet()
         found.add(("aiperf", "info", "Benchmark", ""), (("model", 'a\\b"c\nd'),), 1, "_info")
@@ -1813,10 +1744,8 @@ class TestPrometheusText(unittest.TestCase):
             found.add(("x", "gauge", "", ""), (("worker", worker),), len(worker))
         found.add(("x", "counter", "another kind", ""), (), 1)
         self.assertEqual(lines_of(found.families.values()), ['x{worker="a "} 2', 'x{worker="b"} 1'])
-        series = [
-            {"labels": {"id": i}, "stats": {"p50": 1.0, p: 2.0}}
-            for i, p in (("a\x00", "p1"), ("b", "p1"), ("a\x01", "p99"))
-        ]
+        pairs = (("a\x00", "p1"), ("b", "p1"), ("a\x01", "p99"))
+        series = [{"labels": {"id": name}, "stats": {"p50": 1.0, stat: 2.0}} for name, stat in pairs]
         families = aiperf_api.server_families({"e": {"metrics": {"m": {"series": series}}}})
         self.assertEqual(len(lines_of(families)), 4)
 
@@ -1859,16 +1788,13 @@ class TestPrometheusText(unittest.TestCase):
 
     def test_gpus_of_several_sources_share_a_family(self) -> None:
         places = ("amdsmi___localhost", "pynvml_gpu0_x", "_dcgm_" * 20_000)
-        rows = {
-            f"amd_temperature_dcgm_{place}_gpu{gpu}_abc": {"unit": "°C", "avg": gpu}
-            for place in places
-            for gpu in (0, 1)
-        }
+        gpus = list(itertools.product(places, (0, 1)))
+        rows = {f"amd_temperature_dcgm_{place}_gpu{gpu}_abc": {"unit": "°C", "avg": gpu} for place, gpu in gpus}
         for tag in ("fan speed", "_dcgm_" * 20_000, "x_dcgm_y_gpu1_", "x_dcgm_y_gpuA_b", "x_gpu1_b"):
             self.assertEqual(aiperf_api.gpu_series(tag, "T | S | GPU 7")[2][:2], (("source", "S"), ("gpu", "7")))
         (family,) = aiperf_api.telemetry_families(rows)
         self.assertEqual((family.name, family.unit), ("aiperf_gpu_temperature_avg_celsius", "celsius"))
-        labels = [f'{{source="{place}",gpu="{gpu}",gpu_name="",uuid="abc"}}' for place in places for gpu in (0, 1)]
+        labels = [f'{{source="{place}",gpu="{gpu}",gpu_name="",uuid="abc"}}' for place, gpu in gpus]
         self.assertEqual(list(family.samples), labels)
 
     def test_server_metrics_have_labels_instead_of_names(self) -> None:
@@ -1916,76 +1842,28 @@ class TestPrometheusText(unittest.TestCase):
         self.assertIn(("aiperf_request_latency_avg_ms", str([("model", tag)])), text)
 
 
-class TestExpositionOfRecordings(unittest.TestCase):
-    """/metrics after each message of each recording, in both formats, before judges that know nothing of us."""
-
-    @staticmethod
-    def exposed(benchmark: aiperf_api.Benchmark, now_ns: int) -> tuple[bytes, bytes]:
-        """Return text 0.0.4 and OpenMetrics."""
-        families = aiperf_api.unique_families(aiperf_api.state_families(benchmark, now_ns))
-        return aiperf_api.render_text(families), aiperf_api.render_openmetrics(families)
-
-    def points(self, path: Path) -> Iterator[tuple[str, bytes, bytes]]:
-        """Yield (where it is, text 0.0.4, OpenMetrics) after each message."""
-        benchmark = aiperf_api.Benchmark()
-        for number, (kind, payload, now_ns) in enumerate(recorded_run(path.name.partition(".")[0]), 1):
-            benchmark.apply(aiperf_api.BusMessage(kind, payload), now_ns)
-            yield (f"{path.name} {number}", *self.exposed(benchmark, now_ns))
-
-    def distinct_points(self) -> Iterator[tuple[str, bytes, bytes]]:
-        """Those at which anything but the values differs from what was there before: one in seven."""
+@needs_recordings
+@unittest.skipUnless(prometheus_client, "needs the prometheus_client package")
+class TestExpositionOfRecordings(unittest.TestCase):  # over HTTP, and by Prometheus itself: .ci/test_prometheus.py
+    def test_two_parsers_read_the_same_values_out_of_both_formats_all_through_every_recording(self) -> None:
         seen = set()
         for path in sorted(RECORDINGS.glob("*.jsonl.gz")):
-            for where, text, openmetrics in self.points(path):
-                form = frozenset(line.rpartition(b" ")[0] for line in text.splitlines())
-                if form not in seen:
+            benchmark = aiperf_api.Benchmark()
+            for number, (kind, payload, now_ns) in enumerate(recorded_run(path.name.partition(".")[0]), 1):
+                benchmark.apply(aiperf_api.BusMessage(kind, payload), now_ns)
+                families = aiperf_api.unique_families(aiperf_api.state_families(benchmark, now_ns))
+                text = aiperf_api.render_text(families)
+                form = frozenset(line.rstrip(b"0123456789.e+-") for line in text.splitlines())
+                if form not in seen:  # more than numbers has changed: one in seven
                     seen.add(form)
-                    yield where, text, openmetrics
-
-    @needs_recordings
-    def test_each_line_has_the_form_of_its_format_at_every_point(self) -> None:
-        number = rb"(?:-?[0-9]+(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?|[+-]Inf|NaN)"
-        label = rb'[a-zA-Z_][a-zA-Z0-9_]*="(?:[^"\\\n]|\\[\\"n])*"'
-        sample = rb"[a-zA-Z_:][a-zA-Z0-9_:]*(?:\{" + label + rb"(?:," + label + rb")*\})? " + number + rb"\n"
-        comment = rb"# (?:HELP|TYPE|UNIT) [a-zA-Z_:][a-zA-Z0-9_:]* [^\n]+\n"
-        exposition = re.compile(rb"(?:" + sample + rb"|" + comment + rb")*")
-        for path in sorted(RECORDINGS.glob("*.jsonl.gz")):
-            for where, text, openmetrics in self.points(path):
-                self.assertTrue(exposition.fullmatch(text), where)
-                self.assertTrue(exposition.fullmatch(openmetrics[: -len(b"# EOF\n")]), where)
-                self.assertTrue(openmetrics.endswith(b"\n# EOF\n"), where)
-
-    @needs_recordings
-    @unittest.skipUnless(prometheus_client, "needs the prometheus_client package")
-    def test_two_parsers_read_the_same_values_out_of_both_formats(self) -> None:
-        for where, text, openmetrics in self.distinct_points():
-            values = read_by(parse_text, text)
-            self.assertTrue(values == read_by(parse_openmetrics, openmetrics), where)
-            self.assertGreater(len(values), 10)
-
-    @needs_recordings
-    @needs_program("promtool")
-    def test_promtool_reads_text_at_every_point_and_openmetrics_at_the_end(self) -> None:
-        for where, text, _ in self.distinct_points():
-            done = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, check=False)
-            self.assertIn(done.returncode, (0, 3), f"{where}: {done.stderr[:500]!r}")  # 3: advice on names
-        for path in sorted(RECORDINGS.glob("*.jsonl.gz")):
-            _, openmetrics = self.exposed(*replayed(recorded_run(path.name.partition(".")[0])))
-            # Its reader of OpenMetrics is one of archives, which have a time in each line.
-            lines = (line if line.startswith(b"#") else line + b" 1.0" for line in openmetrics.splitlines())
-            with tempfile.TemporaryDirectory() as folder:
-                archive = Path(folder) / "openmetrics.txt"
-                archive.write_bytes(b"\n".join(lines) + b"\n")
-                command = ["promtool", "tsdb", "create-blocks-from", "openmetrics", str(archive), folder]
-                done = subprocess.run(command, capture_output=True, check=False)
-            self.assertEqual(done.returncode, 0, f"{path.name}: {done.stderr[:500]!r}")
+                    values, again = read_by(parse_text, text), aiperf_api.render_openmetrics(families)
+                    self.assertTrue(values == read_by(parse_openmetrics, again), f"{path.name} {number}")
+                    self.assertGreater(len(values), 10)
 
 
 # == 9 == Benchmark ====================================================================================================
 
 SECOND = 1_000_000_000
-
-
 BASE_NS = 2_000_000_000 * SECOND  # a bus clock of its own, far from the benchmark's
 
 
@@ -2032,20 +1910,20 @@ class BenchmarkTestCase(unittest.TestCase):
         self.send(now_ns, "realtime_metrics", metrics=list(rows))
 
     def send_results(self, now_ns: int, *, errors: Mapping[int, int] = {}, **fields: Any) -> None:
-        summary = [
-            {"error_details": {"code": code, "type": "T", "message": f"m{code}"}, "count": count}
-            for code, count in errors.items()
-        ]
+        details = {code: {"code": code, "type": "T", "message": f"m{code}"} for code in errors}
+        summary = [{"error_details": details[code], "count": count} for code, count in errors.items()]
         results = {"records": [{"tag": "t", "avg": 1}], "error_summary": summary, **fields}
         self.send(now_ns, "process_all_results", results={"results": results})
 
     def state(self) -> str:
         return str(self.benchmark.status(1)["state"])
 
+    def check_progress(self, now_ns: int, **wanted: Any) -> None:
+        progress = self.benchmark.progress(now_ns)
+        self.assertEqual({field: progress[field] for field in wanted}, wanted)
+
 
 class EndState(NamedTuple):
-    """What a recording must come to."""
-
     state: str
     total: int | None
     completed: int
@@ -2056,13 +1934,8 @@ class EndState(NamedTuple):
 
 
 RUN = "initializing configuring ready profiling processing complete"
-
-
 STOPPED = "initializing configuring ready profiling processing stopping complete"
-
-
 EARLY = "initializing configuring "
-
 
 END_STATES = {
     "run_0_3_success": EndState("complete", 300, 300, 5, 270.1859, 100, RUN),
@@ -2115,6 +1988,8 @@ class TestRecordedRuns(unittest.TestCase):
                 if wanted.latency is not None:
                     row = benchmark.metrics()["metrics"]["request_latency"]
                     self.assertEqual((round(row["avg"], 4), row["unit"]), (wanted.latency, "ms"))
+                    if wanted.state == "complete" and name != "run_0_6_success":
+                        self.assertEqual(row["count"], wanted.completed - wanted.errors)
 
     def test_final_figures_equal_the_last_results_to_the_last_digit(self) -> None:
         for name in END_STATES:
@@ -2151,8 +2026,7 @@ class TestRecordedRuns(unittest.TestCase):
 
     def test_failures_name_what_failed(self) -> None:
         for name, words in (
-            ("run_0_13_failed_configure", "okenizer"),
-            ("run_0_12_failed_configure", "okenizer"),
+            *((f"run_0_{minor}_failed_configure", "okenizer") for minor in (12, 13)),
             ("run_0_13_all_errors", "All 200 inference request(s) failed: 500 Internal Server Error: "),
             ("run_0_13_server_down", "All 200 inference request(s) failed: ClientConnectorError(ConnectionKey(host="),
             ("run_0_13_failed_request_threshold", "Run cancelled before all records were processed."),
@@ -2209,15 +2083,17 @@ class TestRecordedRuns(unittest.TestCase):
         self.assertEqual(rate, {"benchmark_id": "dfc261dc81ea", "request_rate": "25.0"})
 
     def test_nothing_of_one_run_is_left_in_the_next(self) -> None:
-        later_ns = BASE_NS + 3600 * SECOND
         some = "0_3_success 0_6_success 0_12_failed_configure 0_13_killed 0_13_all_errors 0_13_failed_configure"
-        names = END_STATES if DEEP else [f"run_{name}" for name in some.split()]
-        runs = {name: recorded_run(name) for name in names if "sweep" not in name}
-        alone = {name: self.lasting(*replayed(run, base_ns=later_ns)) for name, run in runs.items()}
-        for first, second in itertools.product(runs, runs):
-            benchmark, _ = replayed(runs[first], base_ns=BASE_NS)
-            found = self.lasting(*replayed(runs[second], benchmark, later_ns))
-            for key, answer in alone[second].items():
+        names = [name for name in END_STATES if "sweep" not in name and (DEEP or name[4:] in some.split())]
+        pairs = [(first, second, BASE_NS + 3600 * SECOND) for first, second in itertools.product(names, names)]
+        _, end_ns = replayed(recorded_run("run_0_13_killed"), base_ns=BASE_NS)
+        at_once = ("run_0_13_success", "run_0_6_success", "run_0_3_success", "run_0_13_failed_configure")
+        pairs += [("run_0_13_killed", second, end_ns + SECOND) for second in at_once]  # no silence: messages tell
+        alone = functools.cache(lambda name, at_ns: self.lasting(*replayed(recorded_run(name), base_ns=at_ns)))
+        for first, second, later_ns in pairs:
+            benchmark, _ = replayed(recorded_run(first), base_ns=BASE_NS)
+            found = self.lasting(*replayed(recorded_run(second), benchmark, later_ns))
+            for key, answer in alone(second, later_ns).items():
                 self.assertTrue(found[key] == answer, f"{key} of {second} after {first}")  # a diff would take a minute
 
     def lasting(self, benchmark: aiperf_api.Benchmark, now_ns: int) -> dict[str, Any]:
@@ -2227,16 +2103,6 @@ class TestRecordedRuns(unittest.TestCase):
         if not found["progress"]["phases"]:
             del found["status"]["started_ns"], found["status"]["elapsed_sec"]
         return found
-
-    def test_a_run_that_follows_at_once_replaces_a_killed_one(self) -> None:
-        """The bus is not silent for 10 s in between, so that only the messages tell of the new run."""
-        killed = recorded_run("run_0_13_killed")
-        for name in ("run_0_13_success", "run_0_6_success", "run_0_3_success", "run_0_13_failed_configure"):
-            benchmark, now_ns = replayed(killed, base_ns=BASE_NS)
-            found = answers(*replayed(recorded_run(name), benchmark, now_ns + SECOND))
-            alone = answers(*replayed(recorded_run(name), base_ns=now_ns + SECOND))
-            for key in ("progress", "metrics", "results", "config", "server_metrics", "labels"):
-                self.assertEqual(found[key], alone[key], f"{key} of {name}")
 
     def test_a_killed_run_turns_stale(self) -> None:
         benchmark, now_ns = replayed(recorded_run("run_0_13_killed"))
@@ -2321,14 +2187,12 @@ class TestLifeOfARun(BenchmarkTestCase):
         stats = {"phase": "profiling", "requests_sent": 5, "requests_completed": 5, "request_errors": 5}
         all_failed: Any = ("credit_phase_complete", {"stats": stats})
         for messages, exit_text, end, error in (
-            ([phase], "killed by SIGKILL", "failed", "killed by SIGKILL"),
-            ([results], "exit status 1", "failed", "exit status 1"),
-            ([results], "", "complete", None),
-            ([metrics], "", "complete", None),
-            ([], "", "failed", "ended before a request was sent"),
+            ([phase], "killed by SIGKILL", "failed", "killed by SIGKILL"), ([results], "", "complete", None),
+            ([results], "exit status 1", "failed", "exit status 1"), ([metrics], "", "complete", None),
             ([phase, cancelled], "exit status 1", "cancelled", None),
+            ([], "", "failed", "ended before a request was sent"),
             ([all_failed], "", "failed", "All 5 inference request(s) failed: ended without results"),
-        ):
+        ):  # fmt: skip
             self.setUp()
             for kind, fields in messages:
                 self.send(1, kind, **fields)
@@ -2345,21 +2209,19 @@ class TestLifeOfARun(BenchmarkTestCase):
         self.assertEqual(summary["errors"][0], {"code": 499, "type": "T", "message": "m499", "count": 10**6})
         self.assertEqual((summary["errors"][1]["count"], len(summary["errors"])), (40_000, 100))
         self.assertEqual((summary["more"], len(results["results"]["results"]["error_summary"])), (39_800, 100))
-        message = aiperf_api.BusMessage(
-            "process_all_results", b'{"results":{"results":{"records":[%s1]}}}' % (b"1," * 9000)
-        )
+        payload = b'{"results":{"results":{"records":[%s1]}}}' % (b"1," * 9000)
+        message = aiperf_api.BusMessage("process_all_results", payload)
         self.assertEqual(message.cut().value, json.loads(message.payload))
         self.assertEqual(len(message.value["results"]["results"]["records"]), aiperf_api.ROWS_MAX)
         self.assertIs(message.cut().payload, message.payload)
         self.setUp()
         self.send_phase(1, "start", "profiling", start_ns=1, total_expected_requests=10)
         self.send_results(2, successful_request_count=5, error_request_count=5, errors={499: 3, 500: 2})
-        progress = self.benchmark.progress(2)
-        self.assertEqual((progress["completed"], progress["errors"], progress["cancelled"]), (7, 2, 3))
+        self.check_progress(2, completed=7, errors=2, cancelled=3)
         self.setUp()
         errors = {**dict.fromkeys(range(1000, 1120), 2), 499: 1}  # aborted ones count, however rare
         self.send_results(2, successful_request_count=5, error_request_count=241, errors=errors)
-        self.assertEqual(self.benchmark.progress(2)["cancelled"], 1)
+        self.check_progress(2, cancelled=1)
 
     def test_results_that_are_too_large_still_end_the_run(self) -> None:
         self.send_phase(1, "progress", "profiling", requests_sent=1, requests_completed=1)
@@ -2437,23 +2299,18 @@ class TestProgress(BenchmarkTestCase):
     def test_the_warmup_shows_until_profiling_begins_but_is_no_progress_of_it(self) -> None:
         self.send_phase(1, "start", "warmup", start_ns=1, total_expected_requests=10)
         self.send_phase(2, "complete", "warmup", start_ns=1, requests_completed=10, requests_end_ns=2)
-        progress = self.benchmark.progress(2)
-        self.assertEqual((progress["total"], progress["completed"], progress["warmup"]), (10, 10, True))
-        self.assertEqual(progress["percent_complete"], 0)
-        self.assertEqual(progress["phases"]["warmup"]["percent_complete"], 100)
+        self.check_progress(2, total=10, completed=10, warmup=True, percent_complete=0)
+        self.assertEqual(self.benchmark.progress(2)["phases"]["warmup"]["percent_complete"], 100)
         self.send_phase(3, "start", "profiling", start_ns=3, total_expected_requests=40)
-        progress = self.benchmark.progress(3)
-        self.assertEqual((progress["total"], progress["completed"], progress["warmup"]), (40, 0, False))
+        self.check_progress(3, total=40, completed=0, warmup=False)
 
     def test_phases_count_as_far_as_is_known_what_is_to_come(self) -> None:
         steps = (("step0", 100), ("step1", 300))
         configs = [{"phase": "profiling", "phase_name": name, "total_expected_requests": n} for name, n in steps]
         phases = [{"name": "w", "kind": "warmup"}, *({"name": f"step{i}", "kind": "profiling"} for i in range(4))]
         for known, percents, totals in (
-            ("announced", (25, 100), (400, 400)),
-            ("configured", (25, 50), (100, 400)),
-            ("", (50, 75), (None, None)),
-        ):
+            ("announced", (25, 100), (400, 400)), ("configured", (25, 50), (100, 400)), ("", (50, 75), (None, None)),
+        ):  # fmt: skip
             self.setUp()
             if known == "announced":
                 self.send(1, "credit_phases_configured", configs=configs)
@@ -2465,20 +2322,16 @@ class TestProgress(BenchmarkTestCase):
                 self.send_phase(start_ns, "start", "profiling", **stats)
                 done = {"requests_sent": total, "requests_completed": total, "requests_end_ns": start_ns + SECOND // 2}
                 self.send_phase(start_ns + SECOND // 2, "complete", "profiling", **stats, **done)
-                progress = self.benchmark.progress(start_ns + SECOND // 2)
-                found = progress["percent_complete"], progress["completed"], progress["total"]
-                self.assertEqual(found, (percents[index], (100, 400)[index], totals[index]), known)
-                self.assertEqual((progress["phase"], progress["phase_percent"]), (name, 100))
+                now_ns, completed = start_ns + SECOND // 2, (100, 400)[index]
+                self.check_progress(now_ns, percent_complete=percents[index], completed=completed, total=totals[index])
+                self.check_progress(now_ns, phase=name, phase_percent=100)
         self.send(9 * SECOND, "credits_complete")
-        self.assertEqual(self.benchmark.progress(9 * SECOND)["percent_complete"], 100)
+        self.check_progress(9 * SECOND, percent_complete=100)
 
     def test_a_run_by_duration_counts_time(self) -> None:
         begin = 100 * SECOND
         self.send_phase(begin, "start", "profiling", start_ns=begin, expected_duration_sec=20)
-        progress = self.benchmark.progress(begin + 5 * SECOND)
-        self.assertIsNone(progress["total"])
-        self.assertEqual((progress["percent_complete"], progress["eta_sec"]), (25, 15))
-        self.assertEqual(progress["elapsed_ns"], 5 * SECOND)
+        self.check_progress(begin + 5 * SECOND, total=None, percent_complete=25, eta_sec=15, elapsed_ns=5 * SECOND)
 
     def test_pace_and_time_left_are_named_as_in_aiperf(self) -> None:
         begin = 100 * SECOND
@@ -2505,17 +2358,16 @@ class TestProgress(BenchmarkTestCase):
     def test_progress_is_never_withdrawn(self) -> None:
         self.send_phase(1, "start", "profiling", start_ns=1, total_expected_requests=100)
         self.send_phase(2, "progress", "profiling", requests_completed=50)
-        self.assertEqual(self.benchmark.progress(2)["percent_complete"], 50)
+        self.check_progress(2, percent_complete=50)
         self.send_phase(3, "progress", "profiling", requests_completed=10, total_expected_requests=1000)
-        self.assertEqual(self.benchmark.progress(3)["percent_complete"], 50)
-        self.assertEqual(self.benchmark.progress(3)["completed"], 50)
+        self.check_progress(3, percent_complete=50, completed=50)
 
 
 class TestWorkers(BenchmarkTestCase):
     def test_a_worker_is_put_together_from_its_messages(self) -> None:
         statuses = {"w1": "healthy", "w2": "idle"}
         self.send(1, "worker_status_summary", worker_statuses=statuses, worker_startup_states={"w1": "ready"})
-        health = {"cpu_usage": 7.0, "io_counters": [1, 2], "junk": {"a": 1}}
+        health = {"cpu_usage": 7.0, "io_counters": [1], "junk": {"a": 1}}
         self.send(2, "worker_health", service_id="w1", health=health, task_stats={"total": 5, "failed": None})
         stats = {"w1": {"processed": 3, "errors": 1}, "w3": {"success_records": 2, "error_records": 0}}
         self.send(3, "processing_stats", processing_stats={"errors": 1}, worker_stats=stats)
@@ -2523,14 +2375,10 @@ class TestWorkers(BenchmarkTestCase):
         self.assertEqual((workers["total_workers"], workers["active_workers"]), (3, 1))
         self.assertEqual(workers["worker_statuses"], {"w1": "healthy", "w2": "idle", "w3": "idle"})
         wanted = {
-            "worker_id": "w1",
-            "status": "healthy",
-            "startup_state": "ready",
-            "task_stats": {"total": 5, "completed": 0, "failed": 0},
+            "worker_id": "w1", "status": "healthy", "startup_state": "ready", "last_update_ns": 2,
+            "task_stats": {"total": 5, "completed": 0, "failed": 0}, "health": {"cpu_usage": 7.0, "io_counters": [1]},
             "processing_stats": {"success_records": 3, "error_records": 1},
-            "health": {"cpu_usage": 7.0, "io_counters": [1, 2]},
-            "last_update_ns": 2,
-        }
+        }  # fmt: skip
         self.assertEqual(workers["workers"]["w1"], wanted)
 
     def test_groups_hold_their_workers_as_in_aiperf(self) -> None:
@@ -2697,17 +2545,6 @@ class TestHistory(BenchmarkTestCase):
         self.assertEqual(answer["times"], [BASE_NS, end])
         self.assertEqual([one["values"] for one in answer["series"]], [[0, 9], [0, 2], [0, 0]])
 
-    @needs_recordings
-    def test_telemetry_and_server_metrics_are_series(self) -> None:
-        benchmark, _ = replayed(recorded_run("run_0_13_gpu_and_server_metrics"))
-        tags = benchmark.history()["tags"]
-        self.assertEqual({about["group"] for about in tags.values()}, {"metrics", "telemetry", "server", "phase"})
-        server = 'server:127.0.0.1:18051:vllm:num_requests_running{engine="0",model_name="mock"}'
-        gpu = "nvidia_power_usage_dcgm_http___127_0_0_1_19400_metrics_gpu1_GPU-8f1c7a52"
-        self.assertEqual(tags[gpu]["unit"], "W")
-        both = benchmark.history([server, gpu], ["avg"])
-        self.assertEqual([one["tag"] for one in both["series"]], [server, gpu])
-
 
 class TestBadMessages(BenchmarkTestCase):
     WRONG = json.loads(
@@ -2856,12 +2693,10 @@ class TestStateFamilies(BenchmarkTestCase):
         return lines_of(aiperf_api.state_families(self.benchmark, now_ns))
 
     def test_before_the_first_message_there_are_state_and_workers(self) -> None:
-        lines = self.lines()
-        self.assertIn('aiperf_benchmark_state{state="waiting"} 1', lines)
-        self.assertIn('aiperf_benchmark_state{state="failed"} 0', lines)
-        self.assertIn("aiperf_benchmark_stale 0", lines)
-        self.assertIn('aiperf_workers{status="healthy"} 0', lines)
-        self.assertFalse([line for line in lines if line.startswith("aiperf_info")])
+        wanted = {'aiperf_benchmark_state{state="waiting"} 1', 'aiperf_benchmark_state{state="failed"} 0'}
+        wanted |= {"aiperf_benchmark_stale 0", 'aiperf_workers{status="healthy"} 0'}
+        self.assertLessEqual(wanted, set(self.lines()))
+        self.assertNotIn("aiperf_info", "".join(self.lines()))
         self.send(1, "system_state_changed", state="new_kind")
         ones = [line for line in self.lines(60 * SECOND) if line.endswith(" 1")]
         self.assertEqual(ones, ['aiperf_benchmark_state{state="new_kind"} 1', "aiperf_benchmark_stale 1"])
@@ -2870,11 +2705,11 @@ class TestStateFamilies(BenchmarkTestCase):
         self.assertIn("aiperf_api_samples_left_out 0", self.lines())
         self.benchmark.configure({"benchmark_id": "b" * 500}, "file")
         stats = {f"s{index}": 1 for index in range(30)}
-        series = [{"labels": {"n": str(index)}, "stats": stats} for index in range(2000)]
+        series = [{"labels": {"n": str(index)}, "stats": stats} for index in range(1000)]
         summaries = {"e": {"metrics": {"m": {"type": "gauge", "series": series}}}}
         self.send(1, "realtime_server_metrics", endpoint_summaries=summaries)
         found = [line for line in self.lines() if line.startswith("aiperf_server_m_")]
-        self.assertEqual(len(found), 16 * 2000)  # statistics of a series
+        self.assertEqual(len(found), 16 * 1000)  # statistics of a series
         self.assertIn(f'benchmark_id="{"b" * 128}"', found[0])
         for samples, size in ((1000, 1 << 20), (50_000, 100_000)):
             with mock.patch.multiple(aiperf_api, SAMPLES_MAX=samples, SAMPLES_BYTES_MAX=size):
@@ -2949,8 +2784,6 @@ def popped(codec: aiperf_api.ZMTPSubscriber) -> bytes:
 
 
 class TestZMTPCodec(unittest.TestCase):
-    """The bytes of ZMTP 3.0 and 3.1, in both directions."""
-
     def test_speaks_first_with_the_greeting_and_answers_a_greeting_with_ready(self):
         codec = aiperf_api.ZMTPSubscriber()
         self.assertEqual(popped(codec), b"\xff\0\0\0\0\0\0\0\0\x7f\x03\x01NULL" + bytes(48))
@@ -2978,7 +2811,7 @@ class TestZMTPCodec(unittest.TestCase):
         wanted = [[b"abc", b"1"], [b"x", b"y"], [b"topic$", b"p" * 300, b""]]
         whole = popped(codec_after(stream)[0])
         self.assertTrue(whole.endswith(b"\x04\x07\x04PONGc1" * 2))
-        for pieces in (chopped(stream, 1), *(cut_at(stream, [place]) for place in range(len(stream) + 1))):
+        for pieces in (chopped(stream, 1), *([stream[:at], stream[at:]] for at in range(len(stream) + 1))):
             codec, messages = codec_after(*pieces)
             self.assertEqual((messages, popped(codec), codec.error), (wanted, whole, None), pieces)
         for frames_max in (1, 2, 3):
@@ -3001,9 +2834,8 @@ class TestZMTPCodec(unittest.TestCase):
         ready = GREETING_4_3 + READY_XPUB + ABC_1
         too_long = b"\x06" + (aiperf_api._COMMAND_BYTES_MAX + 1).to_bytes(8, "big")
         of_libzmq_2, of_libzmq_3 = b"\xff\0\0\0\0\0\0\0\x01\x7e", b"\xff\0\0\0\0\0\0\0\x01\x7f\x01\x02"
-        cut_metadata = (
-            b"\4\x08\5READY\x0bS", b"\4\x15\5READY\x0bSocket-Type\0\0\0", b"\4\x18\5READY\x0bSocket-Type\0\0\0\4PU"
-        )  # fmt: skip
+        name = b"\5READY\x0bSocket-Type\0\0\0"
+        cut_metadata = (b"\4\x08\5READY\x0bS", b"\4\x15" + name, b"\4\x18" + name + b"\4PU")
         for kind, start, ends in (
             ("not_zmtp", b"", (b"HTTP/1.1 400 Bad Request\r\n", b"\0", of_libzmq_2, of_libzmq_3)),
             ("mechanism", GREETING_4_3[:12], (b"CURVE".ljust(20, b"\0"), b"NULLX")),
@@ -3059,19 +2891,14 @@ class TestZMTPCodec(unittest.TestCase):
 
 
 class TestBusAddresses(unittest.TestCase):
-    """What a bus address may look like."""
-
     def test_addresses_are_read_as_libzmq_does(self):
         path = "p" * aiperf_api._IPC_PATH_BYTES_MAX
         for text, wanted in (
-            ("tcp://127.0.0.1:5664", ("127.0.0.1", 5664, "")),
-            ("tcp://head-node.cluster.local:1", ("head-node.cluster.local", 1, "")),
-            ("tcp://[::1]:65535", ("::1", 65535, "")),
-            ("tcp://[fe80::1%eth0]:5664", ("fe80::1%eth0", 5664, "")),
-            ("ipc:///tmp/with blank.ipc", ("", 0, "/tmp/with blank.ipc")),
-            ("ipc://@name", ("", 0, "\0name")),
+            ("tcp://127.0.0.1:5664", ("127.0.0.1", 5664, "")), ("tcp://head-node.local:1", ("head-node.local", 1, "")),
+            ("tcp://[::1]:65535", ("::1", 65535, "")), ("tcp://[fe80::1%eth0]:5664", ("fe80::1%eth0", 5664, "")),
+            ("ipc:///tmp/with blank.ipc", ("", 0, "/tmp/with blank.ipc")), ("ipc://@name", ("", 0, "\0name")),
             (f"ipc://{path}", ("", 0, path)),
-        ):
+        ):  # fmt: skip
             self.assertEqual(aiperf_api.parse_endpoint(text), wanted)
         self.assertEqual(aiperf_api.parse_endpoint("tcp://*:*", bind=True), ("*", 0, ""))
         self.assertEqual(aiperf_api.parse_endpoint("tcp://*:0", bind=True), ("*", 0, ""))
@@ -3143,14 +2970,17 @@ class Inbox:
 class RawPublisher:
     """A publisher made of literal bytes; `handshake` is all that it sends by itself."""
 
-    def __init__(self, handshake: bytes = GREETING_4_3 + READY_XPUB) -> None:
-        self.handshake = handshake
+    def __init__(self, handshake: bytes = GREETING_4_3 + READY_XPUB, ipc_path: str = "") -> None:
+        self.handshake, self.ipc_path = handshake, ipc_path
         self.connections: asyncio.Queue[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = asyncio.Queue()
         self.writers: list[asyncio.StreamWriter] = []
 
     async def __aenter__(self):
-        self.server = await asyncio.start_server(self.connected, "127.0.0.1", 0)
-        self.address = f"tcp://127.0.0.1:{self.server.sockets[0].getsockname()[1]}"
+        if self.ipc_path:
+            self.server = await asyncio.start_unix_server(self.connected, self.ipc_path)
+        else:
+            self.server = await asyncio.start_server(self.connected, "127.0.0.1", 0)
+            self.address = f"tcp://127.0.0.1:{self.server.sockets[0].getsockname()[1]}"
         return self
 
     async def __aexit__(self, *exc):
@@ -3179,60 +3009,59 @@ class RawPublisher:
         return heard
 
 
-class BusTestCase(LoopTestCase):
-    """Sources that are stopped at the end."""
-
+class BusTestCase(LoopTestCase):  # its sources are stopped at the end
     def open(self, source, *prefixes):
         if isinstance(source, str):
             source = aiperf_api.BuiltinBusSource(source)
         self.addAsyncCleanup(source.stop)
         return Inbox(source, *prefixes)
 
+    async def meet(self, *prefixes, handshake=GREETING_4_3 + READY_XPUB):
+        """Return a publisher of literal bytes and what the source gets that connects to it."""
+        publisher = await RawPublisher(handshake).__aenter__()
+        self.addAsyncCleanup(publisher.__aexit__)
+        return publisher, self.open(publisher.address, *prefixes)
+
     async def read(self, reader, wanted: bytes):
         self.assertEqual(await asyncio.wait_for(reader.readexactly(len(wanted)), 30), wanted)
 
 
-class TestBuiltinBusSource(BusTestCase):
-    """The source against peers of literal bytes."""
-
+class TestBuiltinBusSource(BusTestCase):  # against peers of literal bytes
     async def test_a_prefix_is_told_once_and_its_end_too(self):
-        async with RawPublisher() as publisher:
-            source = self.open(publisher.address, b"ab", b"ab").source
-            reader, _ = await publisher.accept(HELLO)
-            await self.read(reader, b"\x04\x0c\x09SUBSCRIBEab")
-            for prefix in (b"ab", b"c"):
-                source.subscribe(prefix)
-            for prefix in (b"never subscribed", b"c", b"c", b"ab"):
-                source.unsubscribe(prefix)
-            await self.read(reader, b"\x04\x0b\x09SUBSCRIBEc\x04\x08\x06CANCELc\x04\x09\x06CANCELab")
+        publisher, inbox = await self.meet(b"ab", b"ab")
+        reader, _ = await publisher.accept(HELLO)
+        await self.read(reader, b"\x04\x0c\x09SUBSCRIBEab")
+        for prefix in (b"ab", b"c"):
+            inbox.source.subscribe(prefix)
+        for prefix in (b"never subscribed", b"c", b"c", b"ab"):
+            inbox.source.unsubscribe(prefix)
+        await self.read(reader, b"\x04\x0b\x09SUBSCRIBEc\x04\x08\x06CANCELc\x04\x09\x06CANCELab")
 
     async def test_a_peer_of_3_0_is_spoken_to_in_3_0_and_never_gets_a_ping(self):
         self.patch(BUS_HEARTBEAT_SEC=0.002)
-        async with RawPublisher(GREETING_4_1 + READY_PUB) as publisher:
-            inbox = self.open(publisher.address, b"ab")
-            reader, _ = await publisher.accept(HELLO)
-            await self.read(reader, b"\x00\x03\x01ab")
-            beats, beat = [], inbox.source._beat
-            with mock.patch.object(inbox.source, "_beat", lambda: (beats.append(1), beat(), inbox.changed.set())):
-                await inbox.until(lambda: len(beats) > aiperf_api._PINGS_MAX + 2)
-            self.assertTrue(inbox.source.connected)
-            inbox.source.subscribe(b"c")
-            await self.read(reader, b"\x00\x02\x01c")
+        publisher, inbox = await self.meet(b"ab", handshake=GREETING_4_1 + READY_PUB)
+        reader, _ = await publisher.accept(HELLO)
+        await self.read(reader, b"\x00\x03\x01ab")
+        beats, beat = [], inbox.source._beat
+        with mock.patch.object(inbox.source, "_beat", lambda: (beats.append(1), beat(), inbox.changed.set())):
+            await inbox.until(lambda: len(beats) > aiperf_api._PINGS_MAX + 2)
+        self.assertTrue(inbox.source.connected)
+        inbox.source.subscribe(b"c")
+        await self.read(reader, b"\x00\x02\x01c")
 
     async def test_a_lost_peer_is_found_again_and_told_the_subscriptions_and_news_only_if_it_had_lasted(self):
         for proven_sec, told in ((0, [False, True] * 4 + [False]), (60, [False])):
             self.patch(_PROVEN_SEC=proven_sec, BUS_RETRY_MIN_SEC=0.001, BUS_RETRY_MAX_SEC=0.002)
-            async with RawPublisher() as publisher:
-                inbox = self.open(publisher.address, b"first", b"later")
-                for _ in range(5):
-                    reader, writer = await publisher.accept(HELLO)
-                    await self.read(reader, b"\x04\x0f\x09SUBSCRIBEfirst\x04\x0f\x09SUBSCRIBElater")
-                    await inbox.until(lambda inbox=inbox: inbox.source.connected)
-                    if len(publisher.writers) < 5:
-                        writer.close()
-                await inbox.source.stop()
-                self.assertEqual(["is gone" in line for line in inbox.lines], told)
-                self.assertEqual(inbox.lines[0], f"connected to the bus at {publisher.address} (ZMTP 3.1, XPUB)")
+            publisher, inbox = await self.meet(b"first", b"later")
+            for _ in range(5):
+                reader, writer = await publisher.accept(HELLO)
+                await self.read(reader, b"\x04\x0f\x09SUBSCRIBEfirst\x04\x0f\x09SUBSCRIBElater")
+                await inbox.until(lambda inbox=inbox: inbox.source.connected)
+                if len(publisher.writers) < 5:
+                    writer.close()
+            await inbox.source.stop()
+            self.assertEqual(["is gone" in line for line in inbox.lines], told)
+            self.assertEqual(inbox.lines[0], f"connected to the bus at {publisher.address} (ZMTP 3.1, XPUB)")
 
     async def test_the_same_fault_again_and_again_is_told_once_and_retried_for_ever(self):
         self.patch(BUS_RETRY_MIN_SEC=0.001, BUS_RETRY_MAX_SEC=0.002)
@@ -3241,17 +3070,16 @@ class TestBuiltinBusSource(BusTestCase):
             (b"", "hung up during the handshake"),
             (GREETING_4_3 + READY_XPUB + ABC_1 + b"\x08", "flags 0x08"),
         ):
-            async with RawPublisher(handshake) as publisher:
-                inbox = self.open(publisher.address, b"")
-                for _ in range(5):
-                    if handshake:
-                        await publisher.heard()  # closing with its bytes unread would throw away what was sent
-                    else:
-                        (await publisher.accept())[1].close()
-                await inbox.source.stop()
-                self.assertRegex(inbox.lines[-1], f"^the peer at {publisher.address}: .*{line}.*; connecting again$")
-                self.assertEqual(len(inbox.lines), 2 if ABC_1 in handshake else 1, inbox.lines)
-                self.assertGreaterEqual(inbox.messages.count([b"abc", b"1"]), 4 if ABC_1 in handshake else 0)
+            publisher, inbox = await self.meet(b"", handshake=handshake)
+            for _ in range(5):
+                if handshake:
+                    await publisher.heard()  # closing with its bytes unread would throw away what was sent
+                else:
+                    (await publisher.accept())[1].close()
+            await inbox.source.stop()
+            self.assertRegex(inbox.lines[-1], f"^the peer at {publisher.address}: .*{line}.*; connecting again$")
+            self.assertEqual(len(inbox.lines), 2 if ABC_1 in handshake else 1, inbox.lines)
+            self.assertGreaterEqual(inbox.messages.count([b"abc", b"1"]), 4 if ABC_1 in handshake else 0)
 
     async def test_nobody_there_is_one_line_and_looked_for_every_tenth_to_quarter_second(self):
         waits, enough, real_sleep = [], asyncio.Event(), asyncio.sleep
@@ -3277,92 +3105,85 @@ class TestBuiltinBusSource(BusTestCase):
             (GREETING_4_3, {"BUS_HANDSHAKE_SEC": 0.02}, "did not finish the handshake", 0),
         ):
             with self.subTest(line), mock.patch.multiple(aiperf_api, **constants):
-                async with RawPublisher(handshake) as publisher:
-                    inbox = self.open(publisher.address)
-                    self.assertEqual((await publisher.heard()).count(b"\x04\x07\x04PING\0\0"), pings)
-                    await inbox.tells(line)
-                    await publisher.accept()
-                    await inbox.source.stop()
+                publisher, inbox = await self.meet(handshake=handshake)
+                self.assertEqual((await publisher.heard()).count(b"\x04\x07\x04PING\0\0"), pings)
+                await inbox.tells(line)
+                await publisher.accept()
+                await inbox.source.stop()
 
     async def test_a_peer_that_answers_pings_is_kept(self):
         self.patch(BUS_HEARTBEAT_SEC=0.02)
-        async with RawPublisher() as publisher:
-            inbox = self.open(publisher.address)
-            reader, writer = await publisher.accept(HELLO)
-            for _ in range(10):
-                await self.read(reader, b"\x04\x07\x04PING\0\0")
-                writer.write(b"\x04\x05\x04PONG")
-            self.assertEqual((len(publisher.writers), inbox.source.connected), (1, True))
+        publisher, inbox = await self.meet()
+        reader, writer = await publisher.accept(HELLO)
+        for _ in range(10):
+            await self.read(reader, b"\x04\x07\x04PING\0\0")
+            writer.write(b"\x04\x05\x04PONG")
+        self.assertEqual((len(publisher.writers), inbox.source.connected), (1, True))
 
     async def test_a_peer_that_floods_with_pings_leaves_others_their_turn_and_must_read_the_answers(self):
         self.patch(BUS_RESULT_BYTES_MAX=1 << 20)
-        async with RawPublisher() as publisher:
-            inbox = self.open(publisher.address)
-            reader, writer = await publisher.accept(HELLO)
-            reader._transport.pause_reading()
-            turns, feed = [], aiperf_api.ZMTPSubscriber.feed
+        publisher, inbox = await self.meet()
+        reader, writer = await publisher.accept(HELLO)
+        reader._transport.pause_reading()
+        turns, feed = [], aiperf_api.ZMTPSubscriber.feed
 
-            def watch(codec, data, frames_max):
-                began = time.process_time()
-                messages = feed(codec, data, frames_max)
-                turns.append(time.process_time() - began)
-                return messages
+        def watch(codec, data, frames_max):
+            began = time.process_time()
+            messages = feed(codec, data, frames_max)
+            turns.append(time.process_time() - began)
+            return messages
 
-            with mock.patch.object(aiperf_api.ZMTPSubscriber, "feed", watch), self.assertRaises(ConnectionError):
-                while True:
-                    writer.write(zmtp_frame(b"\x04PING\0\0" + b"c" * 16, 4) * 4096)
-                    await asyncio.wait_for(writer.drain(), 30)
-            await inbox.tells("does not read")
-            self.assertLess(sorted(turns)[-len(turns) // 100], 0.02)
+        with mock.patch.object(aiperf_api.ZMTPSubscriber, "feed", watch), self.assertRaises(ConnectionError):
+            while True:
+                writer.write(zmtp_frame(b"\x04PING\0\0" + b"c" * 16, 4) * 4096)
+                await asyncio.wait_for(writer.drain(), 30)
+        await inbox.tells("does not read")
+        self.assertLess(sorted(turns)[-len(turns) // 100], 0.02)
 
     async def test_a_peer_that_does_not_read_gets_all_subscriptions_and_is_left_when_they_change_for_ever(self):
         self.patch(BUS_RETRY_MIN_SEC=0.001, BUS_RETRY_MAX_SEC=0.002)
         prefixes = [b"%0500d" % number for number in range(20_000)]
-        async with RawPublisher() as publisher:
-            inbox = self.open(publisher.address, *prefixes)
-            for _ in range(2):
-                (await publisher.accept(HELLO))[0]._transport.pause_reading()
-                await inbox.until(lambda: inbox.source.connected)
-                buffered, transport = 0, inbox.source._transport
-                while not transport.is_closing():
-                    buffered = max(buffered, transport.get_write_buffer_size())
-                    for change in (inbox.source.subscribe, inbox.source.unsubscribe) * 50:
-                        change(b"x" * 60_000)
-                    await asyncio.sleep(0)
-                self.assertLess(buffered, 20_000 * 520 + (2 << 20))
-                await inbox.until(lambda: not inbox.source.connected)
-            await inbox.tells("does not read what it is sent; connecting again")
+        publisher, inbox = await self.meet(*prefixes)
+        for _ in range(2):
+            (await publisher.accept(HELLO))[0]._transport.pause_reading()
+            await inbox.until(lambda: inbox.source.connected)
+            buffered, transport = 0, inbox.source._transport
+            while not transport.is_closing():
+                buffered = max(buffered, transport.get_write_buffer_size())
+                for change in (inbox.source.subscribe, inbox.source.unsubscribe) * 50:
+                    change(b"x" * 60_000)
+                await asyncio.sleep(0)
+            self.assertLess(buffered, 20_000 * 520 + (2 << 20))
+            await inbox.until(lambda: not inbox.source.connected)
+        await inbox.tells("does not read what it is sent; connecting again")
 
     async def test_one_read_with_many_messages_is_spread_over_turns_and_costly_ones_over_more(self):
         for cost_sec, count, most in ((0.0, 2000, 256), (0.002, 400, 20)):
-            async with RawPublisher() as publisher:
-                inbox = self.open(publisher.address, b"")
-                inbox.cost_sec = cost_sec
-                _, writer = await publisher.accept()
-                sent = [[b"t$", b"%d" % i] for i in range(count)]
-                writer.write(b"".join(zmtp_message(*message) for message in sent))
-                await inbox.has(count)
-                self.assertEqual(inbox.messages, sent)
-                self.assertLessEqual(max(inbox.batches[1:]), most)
-                await inbox.source.stop()
+            publisher, inbox = await self.meet(b"")
+            inbox.cost_sec = cost_sec
+            _, writer = await publisher.accept()
+            sent = [[b"t$", b"%d" % i] for i in range(count)]
+            writer.write(b"".join(zmtp_message(*message) for message in sent))
+            await inbox.has(count)
+            self.assertEqual(inbox.messages, sent)
+            self.assertLessEqual(max(inbox.batches[1:]), most)
+            await inbox.source.stop()
 
     async def test_messages_before_a_fault_or_an_end_are_all_delivered_and_none_after_stop(self):
         many = [[b"t$", b"%d" % i] for i in range(1_000)]
         stream = GREETING_4_3 + READY_XPUB + b"".join(zmtp_message(*message) for message in many)
         for end in (b"", b"\x08", b"\x01\x05cut"):
-            async with RawPublisher(stream + end) as publisher:
-                inbox = self.open(publisher.address, b"")
-                (await publisher.accept())[1].close()
-                await inbox.has(1_000)
-                self.assertEqual(inbox.messages[:1_000], many)
-                await inbox.source.stop()
-        async with RawPublisher(stream * 10) as publisher:
-            inbox = self.open(publisher.address, b"")
-            await inbox.has(1)
+            publisher, inbox = await self.meet(b"", handshake=stream + end)
+            (await publisher.accept())[1].close()
+            await inbox.has(1_000)
+            self.assertEqual(inbox.messages[:1_000], many)
             await inbox.source.stop()
-            count = len(inbox.messages)
-            await asyncio.sleep(0)
-            self.assertEqual((len(inbox.messages), inbox.source.connected), (count, False))
+        publisher, inbox = await self.meet(b"", handshake=stream * 10)
+        await inbox.has(1)
+        await inbox.source.stop()
+        count = len(inbox.messages)
+        await asyncio.sleep(0)
+        self.assertEqual((len(inbox.messages), inbox.source.connected), (count, False))
 
     async def test_it_can_be_stopped_at_any_moment_of_a_connection(self):
         async with RawPublisher() as publisher:
@@ -3383,9 +3204,7 @@ class TestBuiltinBusSource(BusTestCase):
 
 
 @unittest.skipUnless(zmq, "needs the pyzmq package")
-class TestBusSourcesWithLibzmq(BusTestCase):
-    """Both sources against the real thing."""
-
+class TestBusSourcesWithLibzmq(BusTestCase):  # both sources against the real thing
     BACKENDS = ("pyzmq", "builtin")
 
     def setUp(self):
@@ -3529,9 +3348,7 @@ class TestBusSourcesWithLibzmq(BusTestCase):
             self.open(aiperf_api.bus_source(inbox.source.address, "bind", bind=True))
 
 
-class TestReplayAndRecord(BusTestCase):
-    """A recording plays at its pace; what is recorded ends in whole lines, and nothing that was there is lost."""
-
+class TestReplayAndRecord(BusTestCase):  # whole lines, and nothing that was there is lost
     def setUp(self):
         directory = tempfile.TemporaryDirectory()
         self.addCleanup(directory.cleanup)
@@ -3595,15 +3412,12 @@ class TestReplayAndRecord(BusTestCase):
         lines = b"".join(line % random.getrandbits(60) for _ in range(9999))
         for data, text in (
             (gzip.compress(lines)[:-20], "line [0-9]{4} is not a line of a recording: Compressed file ended"),
-            (line + b"nonsense\n", "line 2 is not"),
-            (line + b'{"t":2}\n', "line 2 is not"),
-            *(
-                (line + b'{"t":%s,"topic":"a","payload":""}\n' % t, "line 2 is not")
-                for t in (b"1e400", b"-1", b"9223372036854775808", b"1" + b"0" * 300, b"null")
-            ),
+            (line + b"nonsense\n", "line 2 is not"), (line + b'{"t":2}\n', "line 2 is not"),
+            *((line + b'{"t":%s,"topic":"a","payload":""}\n' % t, "line 2 is not")
+              for t in (b"1e400", b"-1", b"9223372036854775808", b"1" + b"0" * 300, b"null")),
             (line + b'"' + b"x" * 5000, "line 2 is not a line of a recording: longer than 4,000 bytes"),
             (line + b'{"t":1,"topic":"a","payload":"%s"}\n' % ("x" * 4100 + "😀").encode(), "line 2 .* longer than"),
-        ):
+        ):  # fmt: skip
             Path(self.path).write_bytes(data)
             inbox = await self.played(speed=0)
             self.assertEqual(len(inbox.lines), 1)
@@ -3636,7 +3450,6 @@ class TestReplayAndRecord(BusTestCase):
             for name in (path, path + ".1"):
                 self.assertEqual((await self.played(name, speed=0)).messages, wanted)
             self.assertFalse(os.path.exists(path + ".2"))
-        os.mkfifo(self.path + ".fifo")
         quoted = json.dumps({"a": ['"'] * 100})  # of a line, nearly half is backslashes
         self.record(0, payload=quoted)
         self.patch(_RECORDING_LINE_BYTES_MAX=len(Path(self.path).read_bytes()) - 200)
@@ -3683,11 +3496,7 @@ class TestReplayAndRecord(BusTestCase):
             with aiperf_api.open_recording(path) as lines:
                 self.assertEqual([json.loads(line)["t"] for line in lines], [1])
 
-    def test_files_are_written_beside_older_ones_and_artifacts_read_up_to_their_limit(self):
-        for text in (b"first", b"second", b"third"):
-            aiperf_api.write_file(self.path, text)
-        found = [Path(self.path + ending).read_bytes() for ending in ("", ".1", ".2")]
-        self.assertEqual(found, [b"third", b"first", b"second"])
+    def test_artifacts_are_read_up_to_their_limit_and_not_from_before_the_run(self):
         read = functools.partial(aiperf_api.read_artifact, os.path.dirname(self.path))
         too_long = b" " * (4 << 20) + b"{}"
         for data, wanted in ((b"[]", {}), (b"{", {}), (too_long, {}), (b'{"a": 1}', {"a": 1})):
@@ -3783,8 +3592,6 @@ class HubTestCase(unittest.TestCase):
 
 
 class TestHub(HubTestCase):
-    """Who gets what, while all keep up."""
-
     def test_each_gets_what_it_asked_for_in_order_in_one_write_a_batch_encoded_once(self) -> None:
         encode = mock.Mock(side_effect=encode_line)
         clients = [self.client(()) for _ in range(3)]
@@ -3822,9 +3629,7 @@ class TestHub(HubTestCase):
         self.assertEqual([m.type for m in self.hub.snapshot(frozenset("ab"))], ["a", "b"])
 
 
-class TestSlowClients(HubTestCase):
-    """A client that does not keep up costs nobody else anything, and knows what was dropped."""
-
+class TestSlowClients(HubTestCase):  # they cost nobody else anything, and know what was dropped
     def test_a_burst_of_24_mb_reaches_every_client_that_reads_whole(self) -> None:
         reader, other, stalled = self.client(), self.client({"S", "T"}), self.client()
         for _ in range(2000 // 40):
@@ -3934,19 +3739,12 @@ class TestSlowClients(HubTestCase):
         for transport in readers:
             self.assertEqual([n for _, n in transport.drain_all()], list(range(1, self.count + 1)))
 
-
-class TestStalls(unittest.TestCase):
-    """Slow is not stalled: what counts is that bytes have left, from sweep to sweep."""
-
-    def test_who_has_stalled(self) -> None:
+    def test_who_has_stalled_is_told_by_bytes_that_have_left_from_sweep_to_sweep(self) -> None:
         for name, wrote, writes, reads, stalls in (
-            ("nothing read for 30 sweeps", 1000, 0, [0], True),
-            ("more and more to read is no movement", 1000, 4, [0], True),
-            ("less read than comes in", 0, 100, [50], False),
-            ("as much read as comes in", 5000, 50, [50], False),
-            ("nothing to read", 0, 0, [0], False),
-            ("one byte in 29 sweeps", 1000, 0, [1, *[0] * 28], False),
-        ):
+            ("nothing read for 30 sweeps", 1000, 0, [0], True), ("only more and more to read", 1000, 4, [0], True),
+            ("less read than comes in", 0, 100, [50], False), ("as much read as comes in", 5000, 50, [50], False),
+            ("nothing to read", 0, 0, [0], False), ("one byte in 29 sweeps", 1000, 0, [1, *[0] * 28], False),
+        ):  # fmt: skip
             transport, found = PipeTransport(), []
             transport.outlet.write(b"x" * wrote)
             for read in itertools.islice(itertools.cycle(reads), 200):
@@ -3961,9 +3759,7 @@ SMALL_MARKS = {"CLIENT_SOFT_MARK_BYTES": 20_000, "CLIENT_HARD_MARK_BYTES": 90_00
 
 @mock.patch.multiple(aiperf_api, CLIENT_WRITE_BYTES_MAX=5_000, **SMALL_MARKS)
 @mock.patch.multiple(PipeTransport, HIGH=2000, LOW=500)
-class TestHubModel(HubTestCase):
-    """Whatever happens in whatever order, the promises of the slow-client policy hold."""
-
+class TestHubModel(HubTestCase):  # whatever happens in whatever order
     def run_model(self, actions: Iterable[tuple[int, int]]) -> None:
         """Each action is (what, how much); the marks are small, so that all of them are met."""
         clients = [self.client(), self.client({"S", "a"})]
@@ -4120,16 +3916,13 @@ class WireTestCase(ServiceTestCase):
     LARGE = HEALTH.replace(b"health", b"large")
     LAST = HEALTH.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
     expected_log: tuple[str, ...] = ()
-    options: Mapping[str, Any] = {}  # of the service
-    service: Any
 
     async def asyncSetUp(self) -> None:
-        await super().asyncSetUp()
         context = log_lines()
         self.log = context.__enter__()
         self.addCleanup(self._check_log)
         self.addCleanup(context.__exit__, None, None, None)
-        self.service = await self.serve(**self.options)
+        await super().asyncSetUp()
 
     def _check_log(self) -> None:
         self.assertEqual([line for line in self.log if not any(word in line for word in self.expected_log)], [])
@@ -4169,9 +3962,7 @@ class WireTestCase(ServiceTestCase):
         self.assertEqual(list(self.service.hub.subscribers), [])
 
 
-class SmallServerTestCase(WireTestCase):
-    """The same, with an EchoServer as the server."""
-
+class SmallServerTestCase(WireTestCase):  # with an EchoServer as the server
     async def serve(self, **arguments: Any) -> Any:
         server = EchoServer()
         await server.start()
@@ -4200,27 +3991,7 @@ def statuses(data: bytes) -> list[int]:
     return found
 
 
-class TestEcho(SmallServerTestCase):
-    """The echo program, as an outside suite would judge it."""
-
-    async def test_autobahn_cases_over_a_socket(self) -> None:
-        for number, frames, expected in AUTOBAHN_CASES if DEEP else AUTOBAHN_CASES[::9]:
-            with self.subTest(number):
-                client = await self.open("/")
-                for piece in frames:
-                    client.send(piece)
-                    await client.writer.drain()
-                found = [await client.read_frame() for _ in expected]
-                self.assertTrue([(kind, data[:2] if kind == 8 else data) for kind, data in found] == expected)
-                if expected[-1][0] == 8:
-                    self.assertEqual(await client.read_to_end(), b"")
-                client.close()
-        self.assertEqual(self.service.errors, [])
-
-
-class TestMistakesOfOthersInHTTP(SmallServerTestCase):
-    """The ways in which a server was deceived that need a connection; those in a head alone are in room 5."""
-
+class TestMistakesOfOthersInHTTP(SmallServerTestCase):  # that need a connection; in a head alone: room 5
     async def test_nothing_is_served_behind_a_fault_or_the_end(self) -> None:
         for data, expected in (
             (self.HEALTH + b"GET / HTTP/1.1\r\nHost : x\r\n\r\n" + self.HEALTH, [200, 400]),
@@ -4259,15 +4030,15 @@ class TestMistakesOfOthersInHTTP(SmallServerTestCase):
         for start, expected in ((b"BAD\r\n" + b"x" * 4_000_000, 400), (self.LAST + self.HEALTH * 50_000, 200)):
             self.assertEqual(statuses(await self.read_all(await self.raw(start, 1 << 16))), [expected])
 
-    @mock.patch.object(aiperf_api, "HTTP_UNSENT_BYTES_MAX", 5_000_000)
+    @mock.patch.object(aiperf_api, "HTTP_UNSENT_BYTES_MAX", 2_500_000)
     async def test_large_answers_wait_by_reference_and_past_a_bound_of_all_there_is_503(self) -> None:
-        gzip = self.LARGE.replace(b"\r\n\r\n", b"\r\nAccept-Encoding: gzip\r\n\r\n")
+        gzip = self.LARGE.replace(b"\r\n\r\n", b"\r\nAccept-Encoding: gzip\r\n\r\n")  # too large for that
         peers = [await self.raw(request) for request in (self.LARGE, gzip) * 20]
         await self.until(lambda: sum(c.paused for c in self.service.connections) == 40)
-        self.assertLess(self.service.unsent.total, 6_003_000)  # all of them wait for the same two
-        bodies = {id(self.service.large.payload(False)), id(self.service.large.payload(True))}
+        body = self.service.large.payload(True)
+        self.assertEqual(self.service.unsent.total, len(body))  # all of them wait for the same one
         for connection in self.service.connections:
-            self.assertIn(id(connection.outlet.pending[0][0].obj), bodies)
+            self.assertIs(connection.outlet.pending[0][0].obj, body)
             self.assertLess(connection.transport.get_write_buffer_size(), 80_000)
             connection.end()  # the server stops: what has begun still goes out
         answer = await self.get(self.service, "/fresh")
@@ -4281,9 +4052,7 @@ class TestMistakesOfOthersInHTTP(SmallServerTestCase):
         self.assertEqual((await self.get(self.service, "/fresh")).status, 200)
 
 
-class TestDeadlines(SmallServerTestCase):
-    """Counted in sweeps, which are the test's: nobody waits ten seconds here."""
-
+class TestDeadlines(SmallServerTestCase):  # counted in sweeps, which are the test's: nobody waits here
     async def test_slowloris_has_one_deadline_for_the_whole_head(self) -> None:
         client = await self.client(self.service)
         client.send(b"GET /health HTTP/1.1\r\n")
@@ -4368,18 +4137,18 @@ class TestDeadlines(SmallServerTestCase):
 
 
 class TestConnectionCaps(WireTestCase):
-    """More than a server can bear are told so before it costs anything."""
-
     async def serve(self, **arguments: Any) -> aiperf_api.APIService:
         self.patch(HTTP_CONNECTIONS_MAX=5, _ACCEPT_MAX=2)
         return await super().serve(ws_max_connections=2, **arguments)
 
-    async def test_websockets_above_their_limit_get_503_before_the_upgrade(self) -> None:
+    async def test_who_finds_no_room_or_no_bus_gets_503_before_the_upgrade_and_is_told_when_to_come_back(self) -> None:
         first, _ = await self.listen(self.service, "*"), await self.listen(self.service, "*")
         refused = await (await self.client(self.service)).upgrade()
         stream = await self.get(self.service, "/api/stream")
-        for answer in (refused, stream):
-            self.assertEqual((answer.status, answer.headers["retry-after"]), (503, "5"))
+        self.service.source.connected = False
+        ready = await self.get(self.service, "/readyz")
+        for answer, seconds in ((refused, "5"), (stream, "5"), (ready, "2")):
+            self.assertEqual((answer.status, answer.headers["retry-after"]), (503, seconds))
         first.close()
         await self.until(lambda: len(self.service.hub.subscribers) == 1)
         await self.listen(self.service, "*")
@@ -4398,19 +4167,33 @@ class TestConnectionCaps(WireTestCase):
         self.assertEqual((await self.get(self.service, "/health")).status, 200)
 
 
-class TestMistakesOfOthersInWebSockets(SmallServerTestCase):
-    """The ways in which a WebSocket server was deceived that need a connection; those in frames alone are in room 4."""
+class TestMistakesOfOthersInWebSockets(SmallServerTestCase):  # that need a connection; in frames alone: room 4
+    async def test_autobahn_cases_over_a_socket(self) -> None:
+        for number, frames, expected in AUTOBAHN_CASES if DEEP else AUTOBAHN_CASES[::9]:
+            with self.subTest(number):
+                client = await self.open("/")
+                for piece in frames:
+                    client.send(piece)
+                    await client.writer.drain()
+                found = [await client.read_frame() for _ in expected]
+                self.assertTrue([(kind, data[:2] if kind == 8 else data) for kind, data in found] == expected)
+                if expected[-1][0] == 8:
+                    self.assertEqual(await client.read_to_end(), b"")
+                client.close()
+        self.assertEqual(self.service.errors, [])
 
     async def test_a_fault_or_a_close_ends_the_connection_and_nothing_behind_it_is_read(self) -> None:
         for sent, payload in (
             (aiperf_api.encode_frame(1, b"not masked"), struct.pack("!H", 1002)),
             (client_frame(8), b""),
+            (client_close(4000, b"bye"), struct.pack("!H", 4000)),
             (client_frame(9, b"1") + client_frame(1, b"{}") + client_frame(9, b"2") + client_close(1000), b"\x03\xe8"),
         ):
             client = await self.open()
             client.send(sent + client_frame(1, b"{}"))
             frames = [await client.read_frame() for _ in range(4 if payload == b"\x03\xe8" else 1)]
             self.assertEqual([kind for kind, _ in frames], [10, 1, 10, 8][-len(frames) :])
+            self.assertEqual([data for kind, data in frames if kind == 10], [b"1", b"2"] if len(frames) > 1 else [])
             self.assertEqual((frames[-1][1][:2], await client.read_to_end()), (payload, b""))
             client.close()
             await self.no_connections()
@@ -4489,9 +4272,7 @@ class TestMistakesOfOthersInWebSockets(SmallServerTestCase):
             pass
 
 
-class TestStopping(WireTestCase):
-    """The numbered procedure of the service, with everybody connected."""
-
+class TestStopping(WireTestCase):  # the numbered procedure of the service
     GOODBYE = (8, struct.pack("!H", 1001) + b"the server stops")
 
     async def test_idle_streaming_and_stalled_clients_end_within_two_seconds(self) -> None:
@@ -4535,9 +4316,7 @@ class TestStopping(WireTestCase):
 
 
 @unittest.skipUnless(zmq, "needs the pyzmq package")
-class TestRecordingsThroughARealProxy(ServiceTestCase):
-    """Every recorded run, published at full speed through zmq.proxy, ends as AIPerf said it ended."""
-
+class TestRecordingsThroughARealProxy(ServiceTestCase):  # all at full speed
     backend = "pyzmq"
 
     async def asyncSetUp(self) -> None:
@@ -4563,11 +4342,6 @@ class TestRecordingsThroughARealProxy(ServiceTestCase):
         figures = progress["total"], progress["completed"], progress["errors"]
         self.assertEqual(figures, (wanted.total, wanted.completed, wanted.errors), name)
         self.assertEqual(metrics["final"], wanted.latency is not None)
-        if wanted.latency is not None:
-            row = metrics["metrics"]["request_latency"]
-            self.assertEqual((round(row["avg"], 4), row["unit"]), (wanted.latency, "ms"))
-            if name != "run_0_6_success":
-                self.assertEqual(row["count"], wanted.completed - wanted.errors)
 
     async def test_each_run_ends_in_its_state_with_its_figures(self) -> None:
         for name in PLAYED:  # one server for all: every run but the first also shows that nothing of the last is left
@@ -4593,79 +4367,20 @@ class TestRecordingsThroughARealProxy(ServiceTestCase):
                     self.assertIn(b"***", heard, "only a credential may change a message")
         self.assertEqual(self.service.hub.totals()[1], 0)
 
-    async def test_a_client_of_one_type_gets_that_type_alone_and_the_bus_follows_what_clients_want(self) -> None:
-        self.assertFalse(self.bus.has_subscribed(b"heartbeat$"))
-        client = await self.listen(self.service, "heartbeat")
-        await self.until(lambda: self.bus.has_subscribed(b"heartbeat$", b"heartbeat."))
-        messages = [*wire_recording("run_0_13_killed"), (0, b"heartbeat$", b'{"message_type":"heartbeat","n":1}')]
-        for _, topic, payload in messages:
-            self.bus.publish(topic, payload)
-        self.assertEqual(await client.hear(), {"message_type": "heartbeat", "n": 1})
-        client.say({"type": "unsubscribe", "message_types": ["heartbeat"]})
-        self.assertEqual(await client.hear(), {"type": "unsubscribed", "message_types": ["heartbeat"]})
-        await self.until(lambda: self.bus.has_subscribed() and b"heartbeat$" not in self.bus.subscribed)
-
-    async def test_bad_messages_are_counted_logged_once_a_kind_and_stop_nothing(self) -> None:
-        client = await self.listen(self.service, "*")
-        await self.until(lambda: self.bus.has_subscribed(b""))
-        progress = b"credit_phase_progress$"
-        payloads = (b"{", b"not json", b"[1]", b"{}", b'{"stats":{"phase":null,"start_ns":"x"}}', b"\xff\xfe")
-        bad: list[tuple[bytes, ...]] = [(progress, payload) for payload in payloads]
-        bad += [(progress,), (progress, b"{}", b"{}"), (b"\xff\xff$", b"{}"), (b"status$", b"[" * 70 + b"]" * 70)]
-        bad.append((b"heartbeat$", b'"' + b"x" * 33_000_000 + b'"'))
-        with self.assertLogs("aiperf_api", "WARNING") as logs:
-            for frames in bad * 3:
-                self.bus.publish(*frames)
-            self.bus.publish(b"heartbeat$", b'{"message_type":"heartbeat"}')
-            while (await client.hear())["message_type"] != "heartbeat":
-                pass
-        self.assertEqual(len(logs.records), len({record.getMessage().split(")")[0] for record in logs.records}))
-        self.assertEqual(sum(self.service.bus_errors.values()), 3 * len(bad))
-        self.assertEqual((await self.get(self.service, "/health")).status, 200)
-
-    async def test_the_bus_may_go_away_and_come_back(self) -> None:
-        port = self.bus.backend_port
-        with log_lines(logging.INFO) as lines:
-            self.bus.stop()
-            await self.until(lambda: not self.service.source.connected)
-            self.assertEqual((await self.get(self.service, "/readyz")).status, 503)
-            context = zmq.Context()
-            self.addCleanup(context.destroy, 0)
-            again = context.socket(zmq.XPUB)
-            again.bind(f"tcp://127.0.0.1:{port}")
-            await self.until(lambda: self.service.source.connected, 20)
-        self.assertLessEqual(len(lines), 3, "no log spam")
-        self.assertEqual((await self.get(self.service, "/readyz")).status, 200)
-        told: set[bytes] = set()
-
-        def has_resubscribed() -> bool:
-            while again.poll(0):
-                told.add(again.recv()[1:])
-            return told >= set(aiperf_api.CORE_TOPICS)
-
-        await self.until(has_resubscribed)
-        again.send_multipart([b"system_state_changed$", b'{"state":"configuring"}'])
-        await self.until(lambda: self.service.status()["state"] == "configuring")
-
 
 class TestRecordingsThroughARealProxyToTheBuiltinSubscriber(TestRecordingsThroughARealProxy):
-    """The same with nothing but the standard library at our end."""
-
     backend = "builtin"
 
 
 class TestServiceAnswers(ServiceTestCase):
-    """What the endpoints say, with messages published in-process."""
-
     async def test_every_route_answers_get_and_head_with_the_same_head(self) -> None:
-        service = await self.serve()
-        self.feed(service, "run_0_13_success", 120)
+        self.feed(self.service, "run_0_13_success", 120)
         for route in aiperf_api.ROUTES:
             path = route.path.replace("{n}", "1").replace("{file}", "favicon.svg")
-            if route.name in ("stream", "websocket") or (not service.static and "." in path + "/dashboard."):
+            if route.name in ("stream", "websocket") or (not self.service.static and "." in path + "/dashboard."):
                 continue
             with self.subTest(path):
-                got, head = await self.get(service, path), await self.get(service, path, method="HEAD")
+                got, head = await self.get(self.service, path), await self.get(self.service, path, method="HEAD")
                 self.assertEqual((got.status, head.body), (200, b""), got.body[:200])
                 volatile = ("date", "content-length", "etag")  # a clock stands in some answers
                 kept = [{k: v for k, v in a.headers.items() if k not in volatile} for a in (got, head)]
@@ -4674,46 +4389,36 @@ class TestServiceAnswers(ServiceTestCase):
                     self.assertTrue(path.endswith(".json") or got.body.endswith(b"}\n"), path)
 
     async def test_errors_say_what_to_do(self) -> None:
-        service = await self.serve(token="s3cret-token")
-        refused = await self.get(service, "/api/status")
-        for words in ("Authorization: Bearer", "AIPERF_API_TOKEN", "--api-token"):
-            self.assertIn(words, refused.json["error"])
-        bearer = {"Authorization": "Bearer s3cret-token"}
         for path, method, status, words in (
-            ("/api/metric", "GET", 404, "unknown path /api/metric; did you mean /api/metrics?"),
-            ("/api/nope", "GET", 404, "GET /api lists"),
-            ("/api/metrics", "POST", 405, "/api/metrics"),
-            ("/api/metrics", "BREW", 501, ""),
-            ("/ws", "GET", 426, "websocat ws://"),
-            ("/api/history?tag=nothing", "GET", 404, "/api/history lists"),
-            ("/api/history?tags=x", "GET", 400, "tag, stat, since, points"),
-            ("/api/history?points=0", "GET", 400, "points"),
-            ("/api/history?since=soon", "GET", 400, "since"),
-            ("/api/stream?format=xml", "GET", 400, "sse or ndjson"),
-            ("/api/stream?snapshot=maybe", "GET", 400, "0 or 1"),
+            ("/api/metric", "GET", 404, "did you mean /api/metrics?"), ("/api/nope", "GET", 404, "GET /api lists"),
+            ("/api/metrics", "POST", 405, "/api/metrics"), ("/api/metrics", "BREW", 501, ""),
+            ("/ws", "GET", 426, "websocat ws://"), ("/api/history?tag=nothing", "GET", 404, "/api/history lists"),
+            ("/api/history?tags=x", "GET", 400, "tag, stat, since"), ("/api/runs/0", "GET", 404, "/api/runs lists"),
+            ("/api/history?points=0", "GET", 400, "points"), ("/api/history?since=soon", "GET", 400, "since"),
+            ("/api/stream?format=<x>", "GET", 400, "sse or ndjson"), ("/api/stream?snapshot=2", "GET", 400, "0 or 1"),
             ("/api/stream?type=x", "GET", 400, "types, format, snapshot"),
             ("/api/stream?types=" + "x" * 200, "GET", 400, "names of message types"),
-            ("/api/runs/0", "GET", 404, "/api/runs lists"),
-            ("/api/runs/x", "GET", 404, "/api/runs lists"),
-        ):
+            ("/api/runs/x", "GET", 404, "/api/runs lists"), ("/static/nosuch.js", "GET", 404, ""),
+        ):  # fmt: skip
             with self.subTest(path):
-                answer = await self.get(service, path, method=method, headers=bearer)
-                self.assertEqual(answer.status, status)
+                answer = await self.get(self.service, path, method=method)
+                self.assertEqual((answer.status, answer.headers["content-type"]), (status, "application/json"))
+                self.assertEqual(list(answer.json), ["error"])
                 self.assertIn(words, answer.json["error"])
+                self.assertNotIn(b"<", answer.body)
 
     async def test_publish_feeds_the_state_without_zmq_and_wait_complete_returns_the_end(self) -> None:
-        service = await self.serve()
-        status = (await self.get(service, "/api/status")).json
+        status = (await self.get(self.service, "/api/status")).json
         self.assertEqual((status["state"], status["source"]["messages"], status["stale"]), ("waiting", 0, False))
         self.assertIsNone(status["source"]["last_message_age_sec"])
-        waiting = asyncio.ensure_future(service.wait_complete())
-        service.publish({"message_type": "system_state_changed", "state": "profiling"})
-        self.assertEqual((await self.get(service, "/api/status")).json["state"], "profiling")
-        self.feed(service, "run_0_13_success")
+        waiting = asyncio.ensure_future(self.service.wait_complete())
+        self.service.publish({"message_type": "system_state_changed", "state": "profiling"})
+        self.assertEqual((await self.get(self.service, "/api/status")).json["state"], "profiling")
+        self.feed(self.service, "run_0_13_success")
         self.assertEqual(await asyncio.wait_for(waiting, 5), "complete")
-        self.assertEqual((await self.get(service, "/api/progress")).json["system_state"], "complete")
+        self.assertEqual((await self.get(self.service, "/api/progress")).json["system_state"], "complete")
         with self.assertRaises(ValueError):
-            service.publish({"metrics": []})
+            self.service.publish({"metrics": []})
 
     async def test_between_two_runs_of_a_sweep_an_attached_server_is_not_complete(self) -> None:
         service = await self.serve(source=SpySource())
@@ -4724,108 +4429,120 @@ class TestServiceAnswers(ServiceTestCase):
             service._judge_complete(seconds)
             self.assertEqual(service._complete is not None and service._complete.is_set(), over, (connected, seconds))
 
+    async def test_what_aiperf_writes_beside_a_run_is_read_where_it_runs_on_this_machine(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            Path(folder, "run_config.json").write_text('{"benchmark_id":"b","cfg":{"endpoint":{"type":"chat"}}}')
+            for kind, address, told in (
+                ("ipc", "ipc:///x", True), ("zmq", "tcp://127.0.0.1:5664", True), ("zmq", "tcp://10.1.2.3:5664", False),
+            ):  # fmt: skip
+                service = await self.serve(config={"output": {"artifact_directory": folder}})
+                service.source.kind, service.source.address = kind, address
+                service.end_child("")
+                self.assertEqual("endpoint_type" in service.benchmark.labels(), told, address)
+
     async def test_costly_answers_are_shared_for_a_second_and_no_longer(self) -> None:
-        service = await self.serve()
-        self.feed(service, "run_0_13_killed")
+        self.feed(self.service, "run_0_13_killed")
         with mock.patch.object(aiperf_api, "time", wraps=time) as clock:
             clock.monotonic = lambda: 1000.0
-            client = await self.client(service)
+            client = await self.client(self.service)
             told = [await client.get(path) for path in ("/api/runs", "/metrics")]
-            kept = dict(service._answers)
+            kept = dict(self.service._answers)
             self.assertEqual(len(kept), 2)
             await client.get("/api/runs?whatever=1")
-            self.assertEqual(service._answers, kept)
+            self.assertEqual(self.service._answers, kept)
             clock.monotonic = lambda: 1001.0  # nothing has come, but time has gone by
-            later = service.source.now_ns() + 11_000_000_000
-            with mock.patch.object(service.source, "now_ns", lambda: later):
+            later = self.service.source.now_ns() + 11_000_000_000
+            with mock.patch.object(self.service.source, "now_ns", lambda: later):
                 again = [await client.get(path) for path in ("/api/runs", "/metrics")]
                 self.assertTrue((await client.get("/api/status")).json["stale"])
             self.assertGreater(again[0].json["runs"][0]["elapsed_sec"], told[0].json["runs"][0]["elapsed_sec"])
             self.assertNotEqual(again[1].body, told[1].body)
-            service.publish({"message_type": "system_state_changed", "state": "processing"})
+            self.service.publish({"message_type": "system_state_changed", "state": "processing"})
             await client.get("/metrics")
-            self.assertEqual(len(service._answers), 1)
+            self.assertEqual(len(self.service._answers), 1)
             for n in range(40):
                 await client.get(f"/api/config?{n}")
-            self.assertLessEqual(len(service._answers), 16)
+            self.assertLessEqual(len(self.service._answers), 16)
 
     async def test_metrics_negotiates_by_accept(self) -> None:
-        service = await self.serve()
-        prometheus = "application/openmetrics-text;version=1.0.0;q=0.6,text/plain;version=0.0.4;q=0.5,*/*;q=0.1"
-        for accept, expected in (
-            ("*/*", aiperf_api.CONTENT_TYPE_TEXT_0_0_4),
-            (prometheus, aiperf_api.CONTENT_TYPE_OPENMETRICS_1_0_0),
-            ("application/vnd.google.protobuf", aiperf_api.CONTENT_TYPE_TEXT_0_0_4),
-        ):
-            answer = await self.get(service, "/metrics", headers={"Accept": accept})
-            self.assertEqual(answer.headers["content-type"], expected)
-            self.assertEqual(answer.body.endswith(b"# EOF\n"), expected.startswith("application/openmetrics"))
+        text, openmetrics = aiperf_api.CONTENT_TYPE_TEXT_0_0_4, aiperf_api.CONTENT_TYPE_OPENMETRICS_1_0_0
+        for accept, kind in (("application/openmetrics-text", openmetrics), ("application/vnd.google.protobuf", text)):
+            answer = await self.get(self.service, "/metrics", headers={"Accept": accept})
+            self.assertEqual(answer.headers["content-type"], kind)
+            self.assertEqual(answer.body.endswith(b"# EOF\n"), kind == openmetrics)
 
     async def test_a_new_run_starts_from_empty_also_within_one_batch_of_messages(self) -> None:
-        service = await self.serve()
         fields = (
             {"message_type": "system_state_changed", "state": "profiling"},
             {"message_type": "worker_status_summary", "worker_statuses": {"old": "idle"}},
             {"message_type": "benchmark_complete", "was_cancelled": False},
             {"message_type": "system_state_changed", "state": "configuring"},
         )
-        heard = await self.listen(service, "*")
-        service._deliver([[f"{one['message_type']}$".encode(), json.dumps(one).encode()] for one in fields])
+        heard = await self.listen(self.service, "*")
+        self.service._deliver([[f"{one['message_type']}$".encode(), json.dumps(one).encode()] for one in fields])
         told = [await heard.hear() for _ in range(5)]
         self.assertEqual([one for one in told if one["message_type"] != "run"], list(fields))
         self.assertEqual([one["run"] for one in told if one["message_type"] == "run"], [2])
-        self.assertEqual(set(service.hub.retained), {"system_state_changed", "run"})
-        self.feed(service, "run_0_13_gpu_and_server_metrics")
-        self.feed(service, "run_0_13_failed_configure")
-        metrics = (await self.get(service, "/api/metrics")).json
-        self.assertEqual((metrics["metrics"], metrics["telemetry"]), ({}, {}))
-        self.assertEqual((await self.get(service, "/api/history")).json["tags"], {})
+        self.assertEqual(set(self.service.hub.retained), {"system_state_changed", "run"})
 
     async def test_one_nan_costs_its_own_value_only(self) -> None:
-        service = await self.serve()
-        client = await self.listen(service, "*")
+        client = await self.listen(self.service, "*")
         row = b'{"tag":"request_latency","unit":"ms","avg":1.5,"p99":NaN}'
         for topic in (b"realtime_metrics$", b"realtime_telemetry_metrics$", b"home_made$"):
-            service._deliver([[topic, b'{"metrics":[' + row + b"]}"]])
+            self.service._deliver([[topic, b'{"metrics":[' + row + b"]}"]])
             while "metrics" not in (heard := await client.hear()):
                 pass
             self.assertEqual(heard["metrics"][0].get("p99"), None)
         client.close()
-        await self.until(lambda: not service.hub.subscribers)
+        await self.until(lambda: not self.service.hub.subscribers)
         gc.disable()  # as a program may that embeds this
         self.addCleanup(gc.enable)
-        service._deliver([[b"heartbeat$", b'{"load":NaN}'], [b"worker_pod_state$", b"{"]])  # looked at by nobody
+        self.service._deliver([[b"heartbeat$", b'{"load":NaN}'], [b"worker_pod_state$", b"{"]])  # looked at by nobody
         self.assertFalse(gc.isenabled())
         with self.assertLogs("aiperf_api", "WARNING"):
-            late = await self.listen(service, "heartbeat", "worker_pod_state")
+            late = await self.listen(self.service, "heartbeat", "worker_pod_state")
             self.assertEqual(await late.read_frame(), (aiperf_api.OP_TEXT, b'{"load":null}'))
-        prepared = service.hub.retained["heartbeat"]
-        await self.listen(service, "heartbeat")
-        self.assertIs(service.hub.retained["heartbeat"], prepared)  # once for all who come
-        self.assertEqual(service.bus_errors.pop("not_json"), 1)
-        self.assertEqual((await self.get(service, "/api/metrics")).json["metrics"]["request_latency"]["avg"], 1.5)
-        self.assertEqual(service.bus_errors, {"not_finite": 3})
+        prepared = self.service.hub.retained["heartbeat"]
+        await self.listen(self.service, "heartbeat")
+        self.assertIs(self.service.hub.retained["heartbeat"], prepared)  # once for all who come
+        self.assertEqual(self.service.bus_errors.pop("not_json"), 1)
+        self.assertEqual((await self.get(self.service, "/api/metrics")).json["metrics"]["request_latency"]["avg"], 1.5)
+        self.assertEqual(self.service.bus_errors, {"not_finite": 3})
+
+    async def test_bad_messages_are_counted_logged_once_a_kind_and_stop_nothing(self) -> None:
+        client = await self.listen(self.service, "*")
+        payloads = (b"{", b"not json", b"[1]", b"{}", b'{"stats":{"phase":null,"start_ns":"x"}}', b"\xff\xfe")
+        bad = [[b"credit_phase_progress$", payload] for payload in payloads]
+        bad += [[b"credit_phase_progress$"], [b"credit_phase_progress$", b"{}", b"{}"], [b"\xff\xff$", b"{}"]]
+        bad += [[b"status$", b"[" * 70 + b"]" * 70], [b"heartbeat$"]]
+        with self.assertLogs("aiperf_api", "WARNING") as logs:
+            self.service._deliver([*bad * 3, [b"heartbeat$", b'{"message_type":"heartbeat"}']])
+            while (await client.hear())["message_type"] != "heartbeat":
+                pass
+        self.assertEqual(len(logs.records), len({record.getMessage().split(")")[0] for record in logs.records}))
+        self.assertEqual(sum(self.service.bus_errors.values()), 3 * len(bad))
 
     async def test_results_that_are_too_large_still_end_the_run(self) -> None:
-        service = await self.serve()
-        topics = [topic for _, topic, _ in wire_recording("run_0_13_success")]
-        self.feed(service, "run_0_13_success", next(n for n, t in enumerate(topics) if t.startswith(b"process_")))
-        service._deliver([[b"process_all_results$"]])
-        results = (await self.get(service, "/api/results")).json
+        self.feed(self.service, "run_0_13_killed")
+        self.service._deliver([[b"process_all_results$"]])
+        results = (await self.get(self.service, "/api/results")).json
         self.assertEqual((results["status"], results["results"]), ("complete", None))
         self.assertIn("large", results["reason"])
 
     async def test_history_reads_lists_of_tags_each_once(self) -> None:
-        service = await self.serve()
-        self.feed(service, "run_0_13_gpu_and_server_metrics")
-        once = await self.get(service, "/api/history?tag=request_latency&stat=p99")
-        many = await self.get(service, "/api/history?tag=" + ",".join(["request_latency"] * 120) + "&stat=p99&since=0")
+        self.feed(self.service, "run_0_13_gpu_and_server_metrics")
+        once = await self.get(self.service, "/api/history?stat=p99&tag=request_latency")
+        many = await self.get(self.service, "/api/history?stat=p99&since=0&tag=" + ",".join(["request_latency"] * 120))
         self.assertEqual(once.json, many.json)
-        few = (await self.get(service, "/api/history?tag=request_latency&stat=p99&points=3")).json
+        few = (await self.get(self.service, "/api/history?tag=request_latency&stat=p99&points=3")).json
         self.assertEqual((len(few["times"]) <= 3, few["times"][-1]), (True, once.json["times"][-1]))
-        server = next(tag for tag in (await self.get(service, "/api/history")).json["tags"] if "," in tag)
-        both = await self.get(service, f"/api/history?tag=request_latency,{quote(server)}")
-        self.assertEqual({one["tag"] for one in both.json["series"]}, {"request_latency", server})
+        tags = (await self.get(self.service, "/api/history")).json["tags"]
+        self.assertEqual({about["group"] for about in tags.values()}, {"metrics", "telemetry", "server", "phase"})
+        server = 'server:127.0.0.1:18051:vllm:num_requests_running{engine="0",model_name="mock"}'
+        gpu = "nvidia_power_usage_dcgm_http___127_0_0_1_19400_metrics_gpu1_GPU-8f1c7a52"
+        self.assertEqual(tags[gpu]["unit"], "W")
+        both = await self.get(self.service, f"/api/history?tag={gpu},{quote(server)}&stat=avg")
+        self.assertEqual([one["tag"] for one in both.json["series"]], [gpu, server])
 
     async def test_a_topic_has_a_length_and_a_full_disk_ends_the_recording_alone(self) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -4859,16 +4576,15 @@ class TestServiceAnswers(ServiceTestCase):
 
     async def test_credentials_show_nowhere(self) -> None:
         secret = "sk-live-0123456789abc"
-        service = await self.serve()
-        client = await self.listen(service, "*")
+        client = await self.listen(self.service, "*")
         headers = [["Authorization", f"Bearer {secret}"], ["X-Team", "hush-hush"]]
         endpoint = {"api_key": secret, "model_names": ["m"], "urls": [f"http://u:{secret}@h/"]}
         config = {"endpoint": endpoint, "input": {"headers": headers}}
-        service.publish({"message_type": "command", "command": "profile_configure", "config": config})
-        service.publish({"message_type": "service_error", "error": {"message": f"401 for key {secret}"}})
+        self.service.publish({"message_type": "command", "command": "profile_configure", "config": config})
+        self.service.publish({"message_type": "service_error", "error": {"message": f"401 for key {secret}"}})
         heard = json.dumps([await client.hear() for _ in range(2)])
         paths = ("/api/config", "/api/status", "/metrics", "/api/metrics", "/top", "/api/runs")
-        answers = [(await self.get(service, path)).body for path in paths]
+        answers = [(await self.get(self.service, path)).body for path in paths]
         everything = heard.encode() + b"".join(answers)
         self.assertNotIn(secret.encode(), everything)
         self.assertNotIn(b"hush-hush", everything)
@@ -4896,59 +4612,35 @@ class TestServiceAnswers(ServiceTestCase):
             self.assertEqual("access-control-allow-methods" in preflight.headers, told is not None)
 
     async def test_what_is_unchanged_is_304_compressed_or_not(self) -> None:
-        service = await self.serve()
-        self.feed(service, "run_0_13_success", 150)
+        self.feed(self.service, "run_0_13_success", 150)
         for path in ("/api/metrics", "/openapi.json", "/", "/dashboard", "/static/dashboard.js"):
             with self.subTest(path):
-                first = await self.get(service, path, headers={"Accept-Encoding": "gzip"})
-                if not service.static and path != "/api/metrics":
+                first = await self.get(self.service, path, headers={"Accept-Encoding": "gzip"})
+                if not self.service.static and path != "/api/metrics":
                     continue
                 told = first.headers["cache-control"], first.headers["content-encoding"]
                 self.assertEqual(told, ("no-cache", "gzip"))
-                plain = await self.get(service, path)
+                plain = await self.get(self.service, path)
                 self.assertEqual(gzip.decompress(first.body), plain.body)
-                for headers in ({}, {"Accept-Encoding": "gzip"}):
-                    again = await self.get(service, path, headers={**headers, "If-None-Match": first.headers["etag"]})
+                for accepted in ({}, {"Accept-Encoding": "gzip"}):
+                    headers = {**accepted, "If-None-Match": first.headers["etag"]}
+                    again = await self.get(self.service, path, headers=headers)
                     self.assertEqual((again.status, again.body), (304, b""))
-                other = await self.get(service, path, headers={"If-Match": 'W/"0"'})
-                self.assertEqual(other.status, 412)
         for path in ("/api/status", "/metrics", "/health", "/nothing"):
-            self.assertEqual((await self.get(service, path)).headers["cache-control"], "no-store")
-
-    async def test_who_finds_no_room_is_told_when_to_come_back(self) -> None:
-        service = await self.serve(ws_max_connections=0)
-        stream = await self.get(service, "/api/stream")
-        self.assertEqual((stream.status, stream.headers["retry-after"]), (503, "5"))
-        service.source.connected = False
-        ready = await self.get(service, "/readyz")
-        self.assertEqual((ready.status, ready.headers["retry-after"]), (503, "2"))
+            self.assertEqual((await self.get(self.service, path)).headers["cache-control"], "no-store")
 
     async def test_requests_are_counted_by_what_was_answered(self) -> None:
-        service = await self.serve()
-        etag = dict((await self.get(service, "/api")).headers).get("etag", "")
-        await self.get(service, "/api", headers={"If-None-Match": etag})
-        await self.get(service, "/nothing")
-        await self.get(service, "/api", method="OPTIONS")
-        await self.listen(service, "*")
-        await (await self.client(service)).get("/api/stream")
-        text = (await self.get(service, "/metrics")).body.decode()
+        etag = dict((await self.get(self.service, "/api")).headers).get("etag", "")
+        await self.get(self.service, "/api", headers={"If-None-Match": etag})
+        await self.get(self.service, "/nothing")
+        await self.get(self.service, "/api", method="OPTIONS")
+        await self.listen(self.service, "*")
+        await (await self.client(self.service)).get("/api/stream")
+        text = (await self.get(self.service, "/metrics")).body.decode()
         counted = re.findall(r'(?m)^aiperf_api_http_requests_total\{route="(\w+)",status="(\d+)"\} (\d+)$', text)
         expected = {("index", "200"), ("index", "304"), ("none", "404"), ("none", "204"), ("websocket", "101")}
         self.assertEqual({one[:2] for one in counted}, expected | {("stream", "200")})
         self.assertEqual({one[2] for one in counted}, {"1"})
-
-    async def test_the_access_log_is_quoted_and_only_at_level_debug(self) -> None:
-        token = "s3cret-token-0123456789"  # long enough to be known by itself
-        service = await self.serve(token=token)
-        with log_lines(logging.INFO) as quiet:
-            await self.get(service, "/health")
-        self.assertEqual(quiet, [])
-        with log_lines(logging.DEBUG) as lines:
-            await self.get(service, f"/api/status?token={token}&x=%0d%0a", headers={"User-Agent": 'curl" 200 "'})
-            await self.get(service, f"/api/status/{token}", headers={"User-Agent": token})
-        self.assertNotIn("s3cret", str(lines))
-        line, _ = (line for line in lines if "GET" in line)
-        self.assertRegex(line, r'127\.0\.0\.1:\d+ "GET /api/status\?token=\*\*\*&x=%0d%0a" 200 "curl\\" 200 \\""$')
 
     @unittest.skipUnless(hasattr(socket, "AF_INET6") and socket.has_dualstack_ipv6(), "needs IPv6")
     async def test_two_colons_listen_on_both_kinds_of_address(self) -> None:
@@ -4982,11 +4674,10 @@ class TestServiceAnswers(ServiceTestCase):
 
     @needs_static
     async def test_the_guides_are_listed_and_served_as_text(self) -> None:
-        service = await self.serve()
-        names = (await self.get(service, "/static/guides/")).body.decode().split()
+        names = (await self.get(self.service, "/static/guides/")).body.decode().split()
         self.assertIn("protocol.md", names)
         for name in names:
-            answer = await self.get(service, f"/static/guides/{name}")
+            answer = await self.get(self.service, f"/static/guides/{name}")
             self.assertEqual((answer.status, answer.headers["content-type"]), (200, "text/plain; charset=utf-8"))
 
 
@@ -5005,9 +4696,7 @@ class SpySource(aiperf_api.Source):
 
 
 @unittest.skipUnless(hasattr(socket, "AF_UNIX"), "needs Unix sockets")
-class TestUnixSocket(ServiceTestCase):
-    """--api-unix: a socket that only its owner opens, and that no server takes from another."""
-
+class TestUnixSocket(ServiceTestCase):  # only its owner opens it, and no server takes it from another
     async def asyncSetUp(self) -> None:
         await super().asyncSetUp()
         self.folder = tempfile.mkdtemp(prefix="aa", dir="/tmp")  # a path of at most 103 bytes
@@ -5056,12 +4745,6 @@ class TestUnixSocket(ServiceTestCase):
 
 
 class TestWebSocketProtocol(ServiceTestCase):
-    """subscribe, unsubscribe, ping, and what is wrong."""
-
-    async def asyncSetUp(self) -> None:
-        await super().asyncSetUp()
-        self.service = await self.serve()
-
     async def open(self) -> Client:
         client = await self.client(self.service)
         self.assertEqual((await client.upgrade()).headers["sec-websocket-accept"], "s3pPLMBiTxaQ9kYGzzhZRbK+xOo=")
@@ -5076,14 +4759,10 @@ class TestWebSocketProtocol(ServiceTestCase):
 
     async def test_bad_input_gets_an_error_and_the_connection_stays(self) -> None:
         client = await self.open()
+        lists = ([], [1], [""], ["x" * 200], ["é"], ["a.b"], ["a$"], [f"t{n}" for n in range(300)])
         bad: tuple[Any, ...] = (
             *(b"{", b"[]", b"1", b'"subscribe"', {}, {"type": 5}, {"type": "nosuch"}, {"type": "subscribe"}),
-            {"type": "subscribe", "message_types": "realtime_metrics"},
-            *(
-                {"type": "subscribe", "message_types": types}
-                for types in ([], [1], [""], ["x" * 200], ["é"], ["a.b"], ["a$"])
-            ),
-            {"type": "subscribe", "message_types": [f"t{n}" for n in range(300)]},
+            *({"type": "subscribe", "message_types": types} for types in ("realtime_metrics", *lists)),
             {"type": "subscribe", "message_types": ["*"], "snapshot": "yes"},
             {"type": "unsubscribe", "message_types": None},
         )
@@ -5095,15 +4774,15 @@ class TestWebSocketProtocol(ServiceTestCase):
         self.assertEqual(await client.hear(), {"type": "pong"})
 
     async def test_all_clients_together_ask_for_a_bounded_number_of_types(self) -> None:
-        clients = [await self.open() for _ in range(5)]
+        clients = [await self.open() for _ in range(11)]
         for n, client in enumerate(clients):
-            client.say({"type": "subscribe", "message_types": [f"type_{n}_{m}" for m in range(256)]})
-            self.assertEqual((await client.hear())["type"], "subscribed" if n < 4 else "error")
+            client.say({"type": "subscribe", "message_types": [f"type_{n}_{m}" for m in range(100)]})
+            self.assertEqual((await client.hear())["type"], "subscribed" if n < 10 else "error")
         self.assertEqual((await self.get(self.service, "/api/stream?types=one_more")).status, 503)
         for name in ("realtime_metrics", "*"):  # nobody is locked out
             await self.listen(self.service, name)
-        clients[4].say({"type": "subscribe", "message_types": ["type_0_0"]})
-        self.assertEqual((await clients[4].hear())["type"], "subscribed")
+        clients[10].say({"type": "subscribe", "message_types": ["type_0_0"]})
+        self.assertEqual((await clients[10].hear())["type"], "subscribed")
 
     async def test_everything_and_single_types_mix_and_the_last_messages_come_first_if_wanted(self) -> None:
         self.service.publish({"message_type": "status", "n": 1})
@@ -5135,19 +4814,8 @@ class TestWebSocketProtocol(ServiceTestCase):
         self.service.publish({"message_type": "process_records_result", "results": {"results": {"records": rows}}})
         self.assertEqual((await client.hear())["results"]["results"]["records"], shown)
 
-    async def test_close_is_answered_with_its_own_code_and_pings_with_pongs(self) -> None:
-        client = await self.open()
-        client.send(client_frame(aiperf_api.OP_PING, b"a") + client_frame(aiperf_api.OP_PING, b"b"))
-        self.assertEqual(await client.read_frame(), (aiperf_api.OP_PONG, b"a"))
-        self.assertEqual(await client.read_frame(), (aiperf_api.OP_PONG, b"b"))
-        client.send(client_close(4000, b"bye"))
-        self.assertEqual(await client.read_frame(), (aiperf_api.OP_CLOSE, struct.pack("!H", 4000) + b"bye"))
-        self.assertEqual(await client.read_to_end(), b"")
-
 
 class TestStreams(ServiceTestCase):
-    """`curl -N` on /api/stream."""
-
     async def open(self, service: aiperf_api.APIService, query: str = "") -> Client:
         client = await self.client(service)
         self.head = await client.get("/api/stream" + query)
@@ -5158,9 +4826,8 @@ class TestStreams(ServiceTestCase):
         return dict(line.partition(": ")[::2] for line in text.strip().split("\n"))
 
     async def test_a_stream_begins_with_an_event_and_goes_on_with_the_snapshot(self) -> None:
-        service = await self.serve()
-        service.publish({"message_type": "heartbeat", "n": 0})
-        client = await self.open(service, "?types=heartbeat,heartbaet&_=1")
+        self.service.publish({"message_type": "heartbeat", "n": 0})
+        client = await self.open(self.service, "?types=heartbeat,heartbaet&_=1")
         self.assertEqual(self.head.headers["content-type"], "text/event-stream")
         self.assertEqual(self.head.headers["x-accel-buffering"], "no")
         first, unknown = await self.read_event(client), await self.read_event(client)
@@ -5168,43 +4835,42 @@ class TestStreams(ServiceTestCase):
         self.assertEqual((first["event"], json.loads(first["data"])), ("subscribed", told))
         told = {"type": "unknown", "message_types": ["heartbaet"]}
         self.assertEqual((unknown["event"], json.loads(unknown["data"])), ("unknown", told))
-        service.publish({"message_type": "status", "n": 1})
-        service.publish({"message_type": "heartbeat", "n": 2})
+        self.service.publish({"message_type": "status", "n": 1})
+        self.service.publish({"message_type": "heartbeat", "n": 2})
         events = [await self.read_event(client) for _ in range(2)]
         heard = [(event["event"], json.loads(event["data"])["n"]) for event in events]
         self.assertEqual(heard, [("heartbeat", 0), ("heartbeat", 2)])
 
     async def test_ndjson_is_a_message_a_line_also_for_http_1_0(self) -> None:
-        service = await self.serve()
         for request in (
             "GET /api/stream?format=ndjson&snapshot=0 HTTP/1.1\r\nHost: localhost\r\n\r\n",
             "GET /api/stream?snapshot=0 HTTP/1.1\r\nHost: localhost\r\nAccept: application/x-ndjson\r\n\r\n",
             "GET /api/stream?format=ndjson&snapshot=0 HTTP/1.0\r\n\r\n",
         ):
-            client = await self.client(service)
+            client = await self.client(self.service)
             client.send(request.encode())
             head = await client.read_answer("HEAD")
             self.assertEqual(head.headers["content-type"], "application/x-ndjson")
             self.assertNotIn("transfer-encoding", head.headers)
-            service.publish({"message_type": "heartbeat", "n": 7})
-            self.assertEqual(json.loads(await client.within(client.reader.readline()))["n"], 7)
+            for n in range(100):  # more than it reads at once
+                self.service.publish({"message_type": "heartbeat", "n": n, "fill": "x" * 20_000})
+            lines = [await client.within(client.reader.readline()) for _ in range(100)]
+            self.assertEqual([json.loads(line)["n"] for line in lines], list(range(100)))
 
     async def test_head_shows_what_get_would_begin_with_and_ends(self) -> None:
-        service = await self.serve()
         for query, kind in (("", "text/event-stream"), ("?format=ndjson", "application/x-ndjson")):
-            client = await self.client(service)
+            client = await self.client(self.service)
             answer = await client.get("/api/stream" + query, method="HEAD")
             self.assertEqual((answer.status, answer.headers["content-type"]), (200, kind))
             self.assertEqual(await client.read_to_end(), b"")
-        self.assertEqual(len(service.hub.subscribers), 0)
+        self.assertEqual(len(self.service.hub.subscribers), 0)
 
     async def test_upstream_subscriptions_last_as_long_as_their_clients(self) -> None:
         source = SpySource()
         service = await self.serve(source=source)
         stream = await self.open(service, "?types=heartbeat")
         listener = await self.listen(service, "heartbeat", "*")
-        self.assertEqual(source.topics.count(b"heartbeat$"), 1)
-        self.assertIn(b"", source.topics)
+        self.assertEqual(sorted(source.topics), sorted([*aiperf_api.CORE_TOPICS, b"", b"heartbeat$", b"heartbeat."]))
         listener.close()
         await self.until(lambda: b"" not in source.topics)
         self.assertIn(b"heartbeat$", source.topics)
@@ -5212,34 +4878,10 @@ class TestStreams(ServiceTestCase):
         await self.until(lambda: b"heartbeat$" not in source.topics)
         self.assertEqual(sorted(source.topics), sorted(aiperf_api.CORE_TOPICS))
 
-    @needs_recordings
-    @needs_program("curl")
-    async def test_every_message_comes_in_order_as_events_and_as_lines_through_curl(self) -> None:
-        service = await self.serve()
-        processes = []
-        for arguments in ((), ("-H", "Accept: application/x-ndjson")):
-            command = ("curl", "-sSN", *arguments, service.url + "/api/stream")
-            processes.append(await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE, limit=1 << 20))
-        await self.until(lambda: len(service.hub.subscribers) == 2)
-        self.feed(service, "run_0_13_gpu_and_server_metrics")
-        reading = asyncio.gather(*(process.communicate() for process in processes))
-        await self.until(lambda: not any(client.outstanding for client in service.hub.subscribers))
-        await service.stop()
-        events, lines = [output[0].decode().split("\n") for output in await reading]
-        topics = [topic.decode().rstrip("$") for _, topic, _ in wire_recording("run_0_13_gpu_and_server_metrics")]
-        for got in ([line[len("data: ") :] for line in events if line.startswith("data: ")], lines):
-            types = [json.loads(line).get("message_type", "run") for line in got if line]
-            self.assertEqual([name for name in types if name != "run"], topics)
-        self.assertEqual([process.returncode for process in processes], [0, 0])
-
 
 class TestSecurity(WireTestCase):
-    """Who may ask, what they may see, and what a stranger's string can do."""
-
-    options: Mapping[str, Any] = {
-        "allow_hosts": ("Bench.internal", "proxy:8443"),
-        "cors_origins": ("https://ui.example",),
-    }
+    hosts = ("Bench.internal", "proxy:8443")
+    options: Mapping[str, Any] = {"allow_hosts": hosts, "cors_origins": ("https://ui.example",)}
 
     async def status_of(self, request: str) -> int:
         client = await self.client(self.service)
@@ -5249,7 +4891,6 @@ class TestSecurity(WireTestCase):
     async def test_dns_rebinding_a_name_that_is_not_ours_is_421_everywhere(self) -> None:
         for request in ("GET /health", "OPTIONS /api/status", "GET /ws"):
             self.assertEqual(await self.status_of(f"{request} HTTP/1.1\r\nHost: evil.example"), 421, request)
-        self.assertEqual(await self.status_of("GET http://evil.example/ HTTP/1.1\r\nHost: localhost"), 421)
         for host in ("localhost:1234", "bench.INTERNAL:9", "proxy:8443"):
             self.assertEqual(await self.status_of(f"GET /health HTTP/1.1\r\nHost: {host}"), 200, host)
         for hosts, status in (((), 200), (("bench",), 421)):  # bound wider, any Host passes unless there is a list
@@ -5257,52 +4898,9 @@ class TestSecurity(WireTestCase):
             self.service.url = self.service.url.replace("0.0.0.0", "127.0.0.1")
             self.assertEqual(await self.status_of("GET /health HTTP/1.1\r\nHost: node17.cluster"), status)
 
-    async def test_a_foreign_page_gets_403_from_the_api_and_before_the_upgrade(self) -> None:
-        get = "GET {} HTTP/1.1\r\nHost: localhost:9090"
-        upgrade = UPGRADE[:-4].decode()  # but for its end
-        for header, status in (
-            ("Origin: https://localhost:9090", 101),  # a proxy may end TLS
-            ("Origin: HTTPS://UI.EXAMPLE", 101),
-            ("X-No-Origin: x", 101),
-            ("Origin: null", 403),
-            ("Sec-Fetch-Site: cross-site\r\nSec-Fetch-Mode: no-cors", 403),
-        ):
-            answers = [await self.status_of(f"{line}\r\n{header}") for line in (upgrade, get.format("/api/status"))]
-            self.assertEqual(answers, [status, 200 if status == 101 else status], header)
-        navigation = "Sec-Fetch-Site: cross-site\r\nSec-Fetch-Mode: navigate"
-        self.assertEqual(await self.status_of(f"{get.format('/api/status')}\r\n{navigation}"), 200)
-
-    async def test_every_answer_has_its_security_headers_and_pages_their_policy(self) -> None:
-        client = await self.client(self.service)
-        for path in ("/", "/dashboard", "/metrics", "/api/status", "/openapi.json", "/nosuch", "/static/nosuch", "/ws"):
-            for method in ("GET", "HEAD", "OPTIONS"):
-                answer = await client.get(path, method=method)
-                self.assertEqual(answer.headers["x-content-type-options"], "nosniff", path)
-                if path in ("/", "/dashboard") and answer.headers.get("content-type", "").startswith("text/html"):
-                    policy = answer.headers["content-security-policy"]
-                    self.assertTrue(policy.startswith("default-src 'self';"), policy)
-                    self.assertNotIn("unsafe", policy)
-                    self.assertIn("frame-ancestors 'none'", policy)
-                    self.assertEqual(answer.headers["referrer-policy"], "no-referrer")
-
-    async def test_path_traversal_finds_only_what_was_read_at_start(self) -> None:
-        paths = "../aiperf_api.py ..%2faiperf_api.py %2e%2e/aiperf_api.py ..%5caiperf_api.py ..%252faiperf_api.py"
-        paths += " ../static/dashboard.js ./dashboard.js /dashboard.js x/../dashboard.js dashboard.js/ dashboard.js%20"
-        paths += (
-            " dashboard.js%2f.. dashboard.js::$DATA C:%5cWindows /etc/passwd %2fetc%2fpasswd file:///etc/passwd . .."
-        )
-        for path in paths.split():
-            self.assertEqual(await self.status_of(f"GET /static/{path} HTTP/1.1\r\nHost: localhost"), 404, path)
-        self.assertEqual(await self.status_of("GET /static/%00 HTTP/1.1\r\nHost: localhost"), 400)
-        self.assertEqual(await self.status_of("GET /api%2fstatus HTTP/1.1\r\nHost: localhost"), 404)
-
-    async def test_what_a_request_says_comes_back_in_no_header_and_no_markup(self) -> None:
-        for path in ("/%0d%0aSet-Cookie:%20a=b", "/<script>alert(1)</script>", "/api/stream?format=<x>"):
-            answer = await self.get(self.service, path)
-            self.assertIn(answer.status, (400, 404), path)
-            self.assertNotIn("set-cookie", answer.headers)
-            self.assertEqual(answer.headers["content-type"], "application/json")
-            self.assertNotIn(b"<", answer.body)
+    async def test_a_foreign_page_gets_403_before_the_upgrade(self) -> None:
+        for origin, status in (("HTTPS://UI.EXAMPLE", 101), ("https://localhost:9090", 101), ("null", 403)):
+            self.assertEqual(await self.status_of(f"{UPGRADE[:-4].decode()}\r\nOrigin: {origin}"), status, origin)
 
     async def test_a_body_is_refused_behind_the_path_and_the_method(self) -> None:
         for method, path, status in (("POST", "/api/status", 405), ("POST", "/nosuch", 404), ("GET", "/health", 413)):
@@ -5349,32 +4947,22 @@ class TestSecurity(WireTestCase):
 
 
 class TestTokens(ServiceTestCase):
-    """The token: the ways to present it, and none to read it in a log."""
-
-    TOKEN = "s3cret/token+with=signs"
+    TOKEN, QUOTED = "s3cret/token+with=signs", "s3cret%2Ftoken%2Bwith%3Dsigns"
+    options: Mapping[str, Any] = {"token": TOKEN}
 
     async def asyncSetUp(self) -> None:
-        await super().asyncSetUp()
         context = log_lines(logging.DEBUG)
         self.lines = context.__enter__()
         self.addCleanup(context.__exit__, None, None, None)
-        self.service = await self.serve(token=self.TOKEN)
-        self.quoted = self.TOKEN.replace("/", "%2F").replace("+", "%2B").replace("=", "%3D")
+        await super().asyncSetUp()
 
-    async def upgrade(self, query: str = "", **headers: str) -> Answer:
-        client = await self.client(self.service)
-        named = {name.replace("_", "-"): value for name, value in headers.items()}
-        return await client.upgrade("/ws" + query, headers=named)
+    async def upgrade(self, subprotocols: str) -> Answer:
+        return await (await self.client(self.service)).upgrade(headers={"Sec-WebSocket-Protocol": subprotocols})
 
-    async def test_it_is_presented_in_a_header_the_query_or_a_subprotocol(self) -> None:
-        bearer = {"Authorization": f"bearer {self.TOKEN}"}
-        self.assertEqual((await self.get(self.service, "/api/status", headers=bearer)).status, 200)
-        self.assertEqual((await self.get(self.service, f"/api/status?token={self.quoted}")).status, 200)
-        self.assertEqual((await self.upgrade(Authorization=f"Bearer {self.TOKEN}")).status, 101)
-        self.assertEqual((await self.upgrade(f"?token={self.quoted}")).status, 101)
+    async def test_an_upgrade_chooses_another_subprotocol_than_the_token(self) -> None:
         self.service.settings = self.service.settings._replace(token="plain-token")  # what a subprotocol can hold
         for offered, chosen in (("aiperf.token.plain-token, aiperf", "aiperf"), ("aiperf.token.plain-token", None)):
-            answer = await self.upgrade(Sec_WebSocket_Protocol=offered)
+            answer = await self.upgrade(offered)
             self.assertEqual((answer.status, answer.headers.get("sec-websocket-protocol")), (101, chosen))
 
     async def test_every_route_but_health_and_files_needs_it(self) -> None:
@@ -5392,7 +4980,7 @@ class TestTokens(ServiceTestCase):
         form = await self.get(self.service, "/dashboard")
         self.assertEqual((form.status, form.headers["content-type"]), (401, "text/html; charset=utf-8"))
         self.assertIn(b'name="token"', form.body)
-        page = await self.get(self.service, f"/dashboard?token={self.quoted}")
+        page = await self.get(self.service, f"/dashboard?token={self.QUOTED}")
         cookie, *attributes = page.headers["set-cookie"].split("; ")
         self.assertEqual(attributes, ["HttpOnly", "SameSite=Strict"])
         self.assertIn(self.service.url.rpartition(":")[2], cookie.partition("=")[0])
@@ -5403,25 +4991,25 @@ class TestTokens(ServiceTestCase):
             answer = await self.get(service, "/api/status", headers={"Cookie": f"{cookie}; {second}"})
             self.assertEqual(answer.status, 200)
             self.assertNotIn("set-cookie", answer.headers)
-        for wrong in (cookie[:-1], f"x{cookie}", cookie.partition("=")[0] + "=" + self.TOKEN):
-            answer = await self.get(self.service, "/api/status", headers={"Cookie": wrong})
-            self.assertEqual(answer.status, 401, wrong)
         self.assertNotIn("set-cookie", (await self.get(self.service, "/dashboard?token=wrong")).headers)
 
-    async def test_it_is_never_logged_at_any_level(self) -> None:
+    async def test_it_is_never_logged_at_any_level_and_the_access_log_is_quoted(self) -> None:
         bearer = {"Authorization": f"Bearer {self.TOKEN}", "User-Agent": f"x?token={self.TOKEN}"}
         await self.get(self.service, f"/api/status?token={self.TOKEN}&x=1", headers=bearer)
-        await self.get(self.service, f"/nosuch?x=1&TOKEN=no&token={self.quoted}")
-        await self.get(self.service, f"/ws?%74oken={self.quoted}")
-        await self.upgrade(Sec_WebSocket_Protocol="aiperf.token." + "plain-token")
+        await self.get(self.service, f"/api/status?token={self.QUOTED}&x=%0d%0a", headers={"User-Agent": 'curl" 200 "'})
+        await self.get(self.service, f"/api/status/{self.TOKEN}", headers={"User-Agent": self.TOKEN})
+        await self.get(self.service, f"/nosuch?x=1&TOKEN=no&token={self.QUOTED}")
+        await self.get(self.service, f"/ws?%74oken={self.QUOTED}")
+        await self.upgrade("aiperf.token.plain-token")
         client = await self.client(self.service)
         client.send(f"GET /?token={self.TOKEN} HTTP/1.1\r\nBad : header\r\n\r\n".encode())
         await client.read_answer()
         await self.service.stop()
-        self.assertGreater(len(self.lines), 3)
-        for line in self.lines:
-            for text in (self.TOKEN, self.quoted, "plain-token", "s3cret"):
-                self.assertNotIn(text, line)
+        self.assertGreater(len(self.lines), 5)
+        for text in (self.TOKEN, self.QUOTED, "plain-token", "s3cret"):
+            self.assertNotIn(text, "".join(self.lines))
+        quoted = r'127\.0\.0\.1:\d+ "GET /api/status\?token=\*\*\*&x=%0d%0a" 200 "curl\\" 200 \\""\n'
+        self.assertRegex("\n".join(self.lines), quoted)
 
     def test_an_empty_token_is_a_mistake_and_not_a_token(self) -> None:
         with self.assertRaisesRegex(aiperf_api.UsageError, "empty token"):
@@ -5441,8 +5029,6 @@ def make_certificate(directory: str, name: str = "cert") -> tuple[str, str]:
 
 @needs_program("openssl")
 class TestTLS(WireTestCase):
-    """https and wss."""
-
     @classmethod
     def setUpClass(cls) -> None:
         directory = tempfile.TemporaryDirectory()
@@ -5511,29 +5097,6 @@ class TestTLS(WireTestCase):
                     self.assertRegex(errors, rf"\Aaiperf-api: {blamed}[^\n]+\n\Z")
 
 
-@unittest.skipUnless(zmq, "needs the pyzmq package")
-class TestReplicas(ServiceTestCase):
-    """Two servers on one bus say the same: that is how users scale out."""
-
-    async def test_two_replicas_answer_identically(self) -> None:
-        bus = Bus()
-        self.addCleanup(bus.stop)
-        sources = [aiperf_api.bus_source(bus.address, "zmq", backend=backend) for backend in ("pyzmq", "builtin")]
-        replicas = [await self.serve(source=source) for source in sources]
-        await self.until(lambda: bus.has_subscribed(*aiperf_api.CORE_TOPICS))
-        await self.until(lambda: all(replica.source.connected for replica in replicas))
-        wanted = [m for m in wire_recording("run_0_13_success") if m[1].startswith(aiperf_api.CORE_TOPICS)]
-        for _, topic, payload in wanted:
-            bus.publish(topic, payload)
-        await self.until(lambda: all(replica.bus_total == len(wanted) for replica in replicas), 30)
-        for path in ("/api/metrics", "/api/workers", "/api/config", "/api/results", "/metrics"):
-            texts = [(await self.get(replica, path)).body.decode() for replica in replicas]
-            told = [re.sub(r'"last_update_ns":[0-9]+', "", text).splitlines() for text in texts]
-            told = [[line for line in lines if not re.search("aiperf_(api_|elapsed)", line)] for lines in told]
-            self.assertEqual(*told, path)
-            self.assertGreater(len(told[0][0]), 10)
-
-
 # == 14 == Command line ================================================================================================
 
 
@@ -5549,8 +5112,6 @@ def run_main(*argv: str, **environ: str) -> tuple[int, str]:
 
 
 class TestCommandLine(unittest.TestCase):
-    """The program as its users start it: one clear line for a mistake, the URL when it serves."""
-
     def test_wrong_usage_is_one_line_and_exit_2(self) -> None:
         port = ("--api-port", "0")
         with tempfile.TemporaryDirectory() as folder:
@@ -5558,37 +5119,25 @@ class TestCommandLine(unittest.TestCase):
             for path, content in ((empty, ""), (text, '{"n":1}\n'), (json_list, "[]")):
                 Path(path).write_text(content)
             for argv, words in (
-                ((), "--api-port"),
-                (("--api-host", "127.0.0.1"), "needs --api-port"),
+                ((), "--api-port"), (("--api-host", "127.0.0.1"), "needs --api-port"), (("--api-port",), "--api-port"),
                 *((("--api-port", value), "--api-port") for value in ("x", "65536", "+5", "\u0665")),
-                (("--api-port",), "--api-port"),
                 ((*port, "--demo", "--zmq-host", "h"), "only one source"),
                 ((*port, "--replay", "/nonexistent.jsonl"), "/nonexistent.jsonl"),
-                ((*port, "--replay", empty), "empty"),
-                ((*port, "--replay", text), ""),
+                ((*port, "--replay", empty), "empty"), ((*port, "--replay", text), ""),
                 ((*port, "--replay", text, "--record", text), "--replay reads"),
                 ((*port, "--config", json_list, "--report", json_list), "--config reads"),
-                ((*port, "--config", "/nonexistent.json"), "--config"),
-                ((*port, "--config", json_list), "not a JSON object"),
-                ((*port, "--zmq-address", "nonsense"), "nonsense"),
-                ((*port, "--zmq-backend", "other"), "auto, pyzmq or builtin"),
+                ((*port, "--config", "/no/such"), "--config"), ((*port, "--config", json_list), "not a JSON object"),
+                ((*port, "--zmq-address", "x"), "not a bus"), ((*port, "--zmq-backend", "x"), "auto, pyzmq or builtin"),
                 ((*port, "--replay-speed", "-1", "--demo"), "--replay-speed"),
-                ((*port, "--replay-speed", "2"), "needs --replay"),
-                ((*port, "--replay-loop"), "needs --replay"),
-                ((*port, "--linger", "soon"), "--linger"),
-                ((*port, "--log-level", "loud"), "--log-level"),
-                ((*port, "--cors-origin", "ui.example"), "--cors-origin"),
-                ((*port, "--allow-host", "http://x"), "--allow-host"),
-                *(((*port, flag, ""), flag) for flag in ("--api-token", "--zmq-host", "--record", "--config")),
+                ((*port, "--replay-speed", "2"), "needs --replay"), ((*port, "--replay-loop"), "needs --replay"),
+                ((*port, "--linger", "soon"), "--linger"), ((*port, "--log-level", "loud"), "--log-level"),
+                ((*port, "--cors-origin", "x"), "--cors-origin"), ((*port, "--allow-host", "http://x"), "--allow-host"),
                 ((*port, "--api-token", "t\udcff"), "--api-token: not usable"),
-                ((*port, "--report", "/nonexistent/report.html"), "no such folder"),
-                (("--nonsense",), "--nonsense"),
-                (("--port", "9090"), "--help"),
-                (("help",), "--help"),
-                ((*port, "aiperf", "profile"), "behind --"),
-                ((*port, "--"), "behind --"),
-                ((*port, "--demo", "--", "true"), "only one source"),
-            ):
+                *(((*port, flag, ""), flag) for flag in ("--api-token", "--zmq-host", "--record", "--config")),
+                ((*port, "--report", "/nonexistent/report.html"), "no such folder"), (("--nonsense",), "--nonsense"),
+                (("--port", "9090"), "--api-port"), (("help",), "--help"), ((*port, "aiperf", "profile"), "behind --"),
+                ((*port, "--"), "behind --"), ((*port, "--demo", "--", "true"), "only one source"),
+            ):  # fmt: skip
                 with self.subTest(argv):
                     code, errors = run_main(*argv)
                     self.assertEqual(code, 2, errors)
@@ -5604,21 +5153,17 @@ class TestCommandLine(unittest.TestCase):
     def test_help_and_version(self) -> None:
         shown = run_program("--help")
         self.assertEqual(shown.returncode, 0)
-        for option in aiperf_api.OPTIONS:
-            for word in (option.flag, *option.env.split()):
-                self.assertIn(word, shown.stdout)
+        flags = set(re.findall(r"^ +(?:-h, )?(--[a-z][a-z-]+)", shown.stdout, re.MULTILINE))
+        self.assertEqual(flags, {option.flag for option in aiperf_api.OPTIONS} | {"--version", "--help"})
+        for word in " ".join(option.env for option in aiperf_api.OPTIONS).split():
+            self.assertIn(word, shown.stdout)
         self.assertEqual(run_program("--version").stdout, f"aiperf-api {aiperf_api.__version__}\n")
 
     def test_variables_stand_in_for_flags_and_flags_beat_them(self) -> None:
-        environ = {
-            "AIPERF_API_SERVER_PORT": "1234",
-            "AIPERF_API_SERVER_HOST": "::1",
-            "AIPERF_API_SERVER_CORS_ORIGINS": '["https://a", "https://b"]',
-            "AIPERF_API_ALLOW_HOST": "x, y",
-            "AIPERF_API_TOKEN": "t",
-            "AIPERF_API_SERVER_POST_COMPLETE_GRACE": "7",
-            "AIPERF_API_SERVER_WEBSOCKET_MAX_CONNECTIONS": "0",
-        }
+        server = {"PORT": "1234", "HOST": "::1", "POST_COMPLETE_GRACE": "7", "WEBSOCKET_MAX_CONNECTIONS": "0"}
+        server["CORS_ORIGINS"] = '["https://a", "https://b"]'
+        environ = {f"AIPERF_API_SERVER_{name}": value for name, value in server.items()}
+        environ.update({"AIPERF_API_ALLOW_HOST": "x, y", "AIPERF_API_TOKEN": "t"})
         settings = aiperf_api.parse_arguments([], environ).settings
         self.assertEqual((settings.port, settings.host, settings.token), (1234, "::1", "t"))
         self.assertEqual((settings.cors_origins, settings.allow_hosts), (("https://a", "https://b"), ("x", "y")))
@@ -5665,30 +5210,15 @@ class TestCommandLine(unittest.TestCase):
             done = run_program("--api-port", "0", "--replay", recording, "--replay-speed", "0", "--linger", "0")
             self.assertEqual(done.returncode, 0, done.stderr)
 
-    @unittest.skipUnless(zmq, "needs the pyzmq package")
-    def test_standard_error_that_is_closed_full_or_broken_costs_nothing(self) -> None:
-        child = shlex.join([sys.executable, "-c", "print('ran')"])
-        program = shlex.join([sys.executable, aiperf_api.__file__, "--api-port", "0", "--linger", "0", "--"])
-        for redirect in ("2>&-", "2>/dev/full", "2> >(exec 0<&-)", "0<&- 2>&-"):
-            line = f"{program} {child} {redirect}; echo $?"
-            done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=60, check=False)
-            self.assertEqual(done.stdout, "ran\n0\n", redirect)
-
-    def test_with_few_descriptors_it_works_or_says_how_many_it_needs(self) -> None:
-        for count in (24, 64, 128):
-            program = Program("--demo", python=["bash", "-c", f'ulimit -n {count}; exec "$0" "$@"', sys.executable])
-            if count == 24:
-                done = subprocess.run(program.command, capture_output=True, text=True, timeout=60, check=False)
-                self.assertEqual(done.returncode, 1, done.stderr)
-                self.assertRegex(done.stderr.splitlines()[-1], r"descriptors are too few: \d+ are needed")
-                continue
-            with self.subTest(count), program as url:
-                self.assertEqual(fetched(url + "/health"), "ok\n")
+    def test_with_too_few_descriptors_it_says_how_many_it_needs(self) -> None:
+        program = [sys.executable, aiperf_api.__file__, "--api-port", "0", "--demo"]
+        limited = ["bash", "-c", 'ulimit -n 24; exec "$0" "$@"', *program]
+        done = subprocess.run(limited, capture_output=True, text=True, timeout=60, check=False)
+        self.assertEqual(done.returncode, 1, done.stderr)
+        self.assertRegex(done.stderr.splitlines()[-1], r"descriptors are too few: \d+ are needed")
 
 
 class TestChildPlan(unittest.TestCase):
-    """Where the bus of a command is, and how the command is run for it."""
-
     def plan(self, line: str, *options: str, environ: dict[str, str] | None = None) -> aiperf_api.ChildPlan:
         arguments = aiperf_api.parse_arguments(["--api-port", "0", *options, "--", *line.split()], environ or {})
         return aiperf_api.child_plan(arguments, environ or {}, "/p")
@@ -5751,9 +5281,7 @@ class TestChildPlan(unittest.TestCase):
 
 @unittest.skipUnless(zmq, "needs the pyzmq package")
 @unittest.skipUnless(hasattr(os, "setpgid"), "only on POSIX")
-class TestChild(unittest.TestCase):
-    """`-- COMMAND` as its users run it; the commands are small scripts."""
-
+class TestChild(unittest.TestCase):  # `-- COMMAND`; the commands are small scripts
     def start(self, *argv: str, **env: str) -> subprocess.Popen[str]:
         command, pipe = [sys.executable, aiperf_api.__file__, "--api-port", "0", *argv], subprocess.PIPE
         environ = {**os.environ, **env}
@@ -5796,22 +5324,17 @@ class TestChild(unittest.TestCase):
         self.assertEqual(code, 1)
         self.assertRegex(errors, ONE_LINE)
 
-    def test_a_child_that_dies_without_a_word_is_failed(self) -> None:
-        process = self.start("--linger", "60", "--", "sh", "-c", "exit 7")
-        status = status_when(self.url_of(process), lambda status: status["state"] == "failed")
-        self.assertEqual((status["source"]["kind"], status["error"]), ("child", "exit status 7; see its output above"))
-        process.send_signal(signal.SIGINT)  # while lingering: at once
-        self.assertEqual(process.wait(10), 7)
-
-    def test_a_command_that_never_reports_and_ends_well_has_not_failed(self) -> None:
-        process = self.start("--linger", "60", "--", "true")
-        url = self.url_of(process)
-        assert process.stderr is not None
-        while "the benchmark ended" not in process.stderr.readline():
-            pass
-        self.assertEqual(json.loads(fetched(url + "/api/status"))["state"], "waiting")
-        process.terminate()
-        self.assertEqual(process.wait(10), 0)
+    def test_a_command_that_never_reports_has_failed_only_if_it_ends_badly(self) -> None:
+        for code, state, error in ((7, "failed", "exit status 7; see its output above"), (0, "waiting", None)):
+            process = self.start("--linger", "60", "--", "sh", "-c", f"exit {code}")
+            url = self.url_of(process)
+            assert process.stderr is not None
+            while "the benchmark ended" not in process.stderr.readline():
+                pass
+            status = json.loads(fetched(url + "/api/status"))
+            self.assertEqual((status["source"]["kind"], status["state"], status["error"]), ("child", state, error))
+            process.send_signal(signal.SIGTERM if code else signal.SIGINT)  # while lingering: at once
+            self.assertEqual(process.wait(10), code)
 
     def test_each_way_to_send_sigint_reaches_the_child_exactly_once(self) -> None:
         script = (
@@ -5910,38 +5433,8 @@ class TestChild(unittest.TestCase):
 # == The program, as it is copied ======================================================================================
 
 
-class BytePublisher:
-    """A publisher in the standard library: tells a subscriber the whole recording, once it has subscribed."""
-
-    def __init__(self, sock: socket.socket, messages: bytes) -> None:
-        self.sock, self.messages = sock, messages
-        self.thread = threading.Thread(target=self.run, daemon=True)
-
-    def __enter__(self) -> None:
-        self.thread.start()
-
-    def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(OSError):  # macOS: not connected
-            self.sock.shutdown(socket.SHUT_RDWR)
-        self.sock.close()
-        self.thread.join(20)
-
-    def run(self) -> None:
-        with contextlib.suppress(OSError):
-            peer, _ = self.sock.accept()
-            with peer:
-                peer.sendall(GREETING_4_3 + READY_XPUB)
-                heard = b""
-                while not heard.endswith(aiperf_api.CORE_TOPICS[-1]):
-                    heard += peer.recv(65536)
-                peer.sendall(self.messages)
-                peer.recv(1)
-
-
 @needs_recordings
-class TestWithNothingInstalled(unittest.TestCase):
-    """Every source, with an interpreter that sees no package, and the module copied alone."""
-
+class TestWithNothingInstalled(LoopTestCase):  # by an interpreter that sees no package
     BARE = ("-I", "-S", str(ROOT / "aiperf_api.py"))
     RUN = "run_0_13_success"
 
@@ -5955,20 +5448,18 @@ class TestWithNothingInstalled(unittest.TestCase):
         self.assertIn('"final":true', fetched(url + "/api/metrics"))
         self.assertRegex(fetched(url + "/metrics"), r"(?m)^aiperf_request_latency_ms\{.*quantile=\"0.5\"\} [0-9.]+$")
 
-    def test_it_attaches_over_tcp_and_ipc(self) -> None:
-        messages = b"".join(zmtp_message(topic, payload) for _, topic, payload in wire_recording(self.RUN))
+    def check_attached(self, option: str, value: str, kind: str) -> None:
+        with self.subTest(option), Program(option, value, program=self.BARE) as url:
+            self.check_end(url, kind, "builtin")
+
+    async def test_it_attaches_over_tcp_and_ipc(self) -> None:
+        run = b"".join(zmtp_message(topic, payload) for _, topic, payload in wire_recording(self.RUN))
         with tempfile.TemporaryDirectory() as folder:
-            tcp = socket.create_server(("127.0.0.1", 0))
-            cases = [(tcp, "--zmq-address", f"tcp://localhost:{tcp.getsockname()[1]}", "zmq")]
-            if hasattr(socket, "AF_UNIX"):
-                ipc = socket.socket(socket.AF_UNIX)
-                ipc.bind(f"{folder}/event_bus_proxy_backend.ipc")
-                ipc.listen()
-                cases.append((ipc, "--zmq-ipc-path", folder, "ipc"))
-            for sock, option, value, kind in cases:
-                program = Program(option, value, program=self.BARE)
-                with self.subTest(option), BytePublisher(sock, messages), program as url:
-                    self.check_end(url, kind, "builtin")
+            paths = ["", f"{folder}/event_bus_proxy_backend.ipc"][: 1 + hasattr(socket, "AF_UNIX")]
+            for path in paths:
+                async with RawPublisher(GREETING_4_3 + READY_XPUB + run, path) as publisher:
+                    given = ("--zmq-ipc-path", folder, "ipc") if path else ("--zmq-address", publisher.address, "zmq")
+                    await asyncio.get_running_loop().run_in_executor(None, self.check_attached, *given)
 
     def test_the_module_alone_serves_all_but_the_pages(self) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -5979,12 +5470,8 @@ class TestWithNothingInstalled(unittest.TestCase):
                 self.assertIn("static", fetched(url + "/"))
                 for path in ("/api", "/api/workers", "/api/results", "/api/runs", "/api/history"):
                     self.assertTrue(json.loads(fetched(url + path)), path)
-            for arguments, reason in (
-                (("--demo",), "demo"),
-                (("--zmq-backend", "pyzmq"), "need pyzmq"),
-                (("--zmq-bind", "tcp://127.0.0.1:*"), "need pyzmq"),
-                (("--", "true"), "need pyzmq"),
-            ):
+            pyzmq = (("--zmq-backend", "pyzmq"), ("--zmq-bind", "tcp://127.0.0.1:*"), ("--", "true"))
+            for arguments, reason in ((("--demo",), "demo"), *((one, "need pyzmq") for one in pyzmq)):
                 done = run_program("--api-port", "0", *arguments, program=("-I", "-S", alone))
                 self.assertEqual(done.returncode, 2)
                 self.assertRegex(done.stderr, ONE_LINE)
@@ -6093,18 +5580,14 @@ def write_tables() -> None:
 # -- Blocks and sessions -----------------------------------------------------------------------------------------------
 
 
-class Block(NamedTuple):
-    """A fenced block of a document."""
-
+class Block(NamedTuple):  # a fenced one of a document
     document: str  # file name
     marker: str  # of the line `<!-- MARKER -->` before it; "" without one
     language: str
     text: str
 
 
-class Session(NamedTuple):
-    """A command of a document and what it shows."""
-
+class Session(NamedTuple):  # a command of a document and what it shows
     command: str
     shown: list[str]  # lines; a last line of "..." means that more follow
 
@@ -6172,8 +5655,6 @@ class Shell:
 
 @needs_documents
 class TestDocumentation(unittest.TestCase):
-    """What README and guides say is so."""
-
     def setUp(self) -> None:
         self.texts = {path.name: path.read_text(encoding="utf-8") for path in DOCUMENTS}
 
@@ -6184,10 +5665,6 @@ class TestDocumentation(unittest.TestCase):
                 continue
             with self.subTest(name):
                 self.assertTrue(f"<!-- {name} -->\n{make()}\n\n" in text, "see --write-docs at the top of this room")
-
-    def test_help_names_the_documented_options(self) -> None:
-        flags = set(re.findall(r"^ +(--[a-z][a-z-]+)", run_program("--help").stdout, re.MULTILINE))
-        self.assertEqual(flags - {"--version", "--help"}, {option.flag for option in aiperf_api.OPTIONS})
 
     def test_links_lead_somewhere(self) -> None:
         for document in DOCUMENTS:
@@ -6225,8 +5702,6 @@ class TestDocumentation(unittest.TestCase):
 @needs_demo
 @needs_program("bash", "curl", "jq", "openssl")
 class TestReadmeSessions(unittest.TestCase):
-    """The terminal sessions of README and guides, run as they stand against a real server."""
-
     maxDiff = None
 
     def setUp(self) -> None:
@@ -6249,9 +5724,8 @@ class TestReadmeSessions(unittest.TestCase):
             with self.subTest(command):
                 goes_on = shown[-1:] == ["..."]
                 lines = list(itertools.islice(shell.lines(), len(shown) - 1 if goes_on else None))
-                self.assertEqual(
-                    *([masked(line) for line in part] for part in (lines, shown[: -1 if goes_on else None]))
-                )
+                both = lines, shown[: -1 if goes_on else None]
+                self.assertEqual(*([masked(line) for line in part] for part in both))
             shell.close()
 
     def test_what_is_shown_once_a_run_is_half_way(self) -> None:
@@ -6311,38 +5785,7 @@ class TestReadmeSessions(unittest.TestCase):
         self.assertRegex(next(self.shell("python3 watch.py").lines()), r"^http://127\.0\.0\.1:\d+$")
 
 
-@needs_demo
-class TestGrafanaDashboard(unittest.TestCase):
-    """static/grafana-dashboard.json against the demo's real /metrics."""
-
-    def test_each_query_asks_for_metrics_and_labels_that_exist(self) -> None:
-        dashboard = json.loads((STATIC / "grafana-dashboard.json").read_text(encoding="utf-8"))
-        targets = [target for panel in dashboard["panels"] for target in panel.get("targets", ())]
-        self.assertGreater(len(targets), 40)
-        labels = self.labels_of_metrics()
-        for target in targets:
-            with self.subTest(target["expr"]):
-                for name, selector in re.findall(r"(aiperf_\w+)\{(.*?)\}", target["expr"]):
-                    self.assertTrue(name in labels, f"there is no {name}")
-                    legend = set(re.findall(r"\{\{(\w+)\}\}", target["legendFormat"]))
-                    asked = set(re.findall(r"(\w+)\s*[!=]~?\"", selector)) | legend
-                    self.assertLessEqual(asked - {"job", "instance"}, labels[name], name)
-
-    @staticmethod
-    def labels_of_metrics() -> dict[str, set[str]]:
-        """Return the labels of each metric, half-way through the demo and at its end."""
-        labels: dict[str, set[str]] = {}
-        for served in (half_way(), at_once(DEMO)):
-            with served as url:
-                status_when(url, lambda status: status["source"]["messages"] >= HALF_WAY)
-                for name, pairs in re.findall(r"^(\w+)(?:\{(.*)\})? ", fetched(url + "/metrics"), re.MULTILINE):
-                    labels.setdefault(name, set()).update(re.findall(r"(\w+)=\"", pairs))
-        return labels
-
-
-class TestDescriptions(ServiceTestCase):
-    """What openapi.json and asyncapi.json promise is what the server answers."""
-
+class TestDescriptions(ServiceTestCase):  # made of the routes and types, and held against them, by .ci/make_api_docs.py
     openapi: Any
     asyncapi: Any
 
@@ -6370,21 +5813,6 @@ class TestDescriptions(ServiceTestCase):
                 found[path.replace("{n}", "1")] = self.judge(self.openapi, content["application/json"]["schema"])
         return found
 
-    def test_the_routes_are_the_paths(self) -> None:
-        found = {
-            (path, method.upper(), about["operationId"].replace("_head", ""), about["summary"] * (method == "get"))
-            for path, item in self.openapi["paths"].items()
-            for method, about in item.items()
-            if method != "parameters"
-        }
-        wanted = {(r.path, m, r.name, r.summary * (m == "GET")) for r in aiperf_api.ROUTES for m in r.methods}
-        self.assertEqual(found, wanted, "see .ci/make_api_docs.py")
-        for route in aiperf_api.ROUTES:
-            ways = [{}, {"bearer": []}, {"query": []}] if route.needs_token else []
-            self.assertEqual(self.openapi["paths"][route.path]["get"]["security"], ways)
-        for document in (self.openapi, self.asyncapi):
-            self.assertEqual(document["info"]["version"], aiperf_api.__version__)
-
     def test_every_reference_leads_somewhere_and_every_shape_is_used(self) -> None:
         for document in (self.openapi, self.asyncapi):
             references = set(re.findall(r'"\$ref": "#/([^"]+)"', json.dumps(document)))
@@ -6400,9 +5828,6 @@ class TestDescriptions(ServiceTestCase):
         schemas = self.asyncapi["components"]["schemas"].values()
         types = {shape["properties"].get("message_type", {}).get("const") for shape in schemas}
         self.assertEqual(types - {None}, {*aiperf_api.BUILTIN_MESSAGE_TYPES, "run"})
-        names = self.asyncapi["x-message-types"]
-        self.assertEqual(set(names["builtin"]), set(aiperf_api.BUILTIN_MESSAGE_TYPES))
-        self.assertEqual(set(names["known"]), set(aiperf_api.KNOWN_MESSAGE_TYPES))
 
     @needs_recordings
     @unittest.skipUnless(jsonschema, "needs the jsonschema package")
@@ -6412,7 +5837,7 @@ class TestDescriptions(ServiceTestCase):
         judges = {kind: self.message_judge(name) for kind, name in kinds.items() if kind}
         validators, seen = self.validators(), set()
         with self.subTest("before a message"):
-            await self.check_answers(await self.serve(), validators)
+            await self.check_answers(self.service, validators)
         for number, path in enumerate(sorted(RECORDINGS.glob("*.jsonl.gz"))):
             name = path.name.partition(".")[0]
             length = len(wire_recording(name))
@@ -6443,19 +5868,9 @@ class TestDescriptions(ServiceTestCase):
                 validators["/api/history"].validate((await client.get("/api/history" + query)).json)
         client.close()
 
-    async def test_errors_are_as_described(self) -> None:
-        service = await self.serve()
-        for path, method, status in (
-            *(("/nothing", "GET", 404), ("/api/status", "PUT", 405), ("/ws", "GET", 426)),
-            *(("/api/history?since=x", "GET", 400), ("/api/history?tag=nothing", "GET", 404)),
-        ):
-            answer = await self.get(service, path, method=method)
-            self.assertEqual((answer.status, list(answer.json)), (status, ["error"]))
-            self.assertIn(str(status), self.openapi["components"]["responses"])
-
     @unittest.skipUnless(jsonschema, "needs the jsonschema package")
     async def test_the_protocol_is_as_described(self) -> None:
-        client = await self.listen(await self.serve(), "heartbeat")
+        client = await self.listen(self.service, "heartbeat")
         for message, name in (
             ({"type": "subscribe", "message_types": ["nothing_of_the_kind"], "snapshot": False}, "Subscribed"),
             ({"type": "unsubscribe", "message_types": ["heartbeat"]}, "Unsubscribed"),
