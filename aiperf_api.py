@@ -1761,9 +1761,6 @@ RESULT_MESSAGE_TYPES = frozenset(
 )
 # Types whose latest message replaces the one before; what is kept per worker or group is not among them.
 STATE_MESSAGE_TYPES = METRICS_MESSAGE_TYPES | {"credit_phase_progress", "processing_stats", "worker_status_summary"}
-BUILTIN_MESSAGE_TYPES = frozenset("""realtime_metrics realtime_telemetry_metrics credit_phase_start
-    credit_phase_progress credit_phase_complete worker_status_summary processing_stats
-    all_records_received""".split())  # fmt: skip
 # What carries figures alone, and is therefore never looked through for secrets.
 FIGURES_MESSAGE_TYPES = METRICS_MESSAGE_TYPES | frozenset("""all_records_received worker_group_stats heartbeat
     credit_phase_complete credit_phase_progress credit_phase_sending_complete credits_complete
@@ -1790,7 +1787,7 @@ class BusMessage:
         self.type = type  # from the topic, without target and `$`
         self.payload = payload
         self.errors_left_out = 0  # of results
-        self.not_finite = False  # whether NaN or an infinity was read as null
+        self.not_finite = False  # whether NaN or an infinity became null, in the payload too
         self.parsed: dict[str, Any] | None = None  # what `value` has read
 
     @property
@@ -1807,13 +1804,8 @@ class BusMessage:
             raise BusError("too_deep" if "deep" in str(error) else "not_json", f"not JSON: {error}") from None
         if not isinstance(value, dict):
             raise BusError("not_object", f"a {type(value).__name__} instead of an object")
-        self.parsed = value
+        self.payload, self.parsed = json_bytes(value) if self.not_finite else self.payload, value
         return value
-
-    def replace(self, payload: bytes, value: dict[str, Any]) -> BusMessage:
-        """Put redacted content in the place of what came; return the message."""
-        self.payload, self.parsed = payload, value
-        return self
 
     def cut(self) -> BusMessage:
         """Leave out of final results what is not kept, before the rest is looked through; return the message."""
@@ -1821,14 +1813,13 @@ class BusMessage:
         records, errors = _list(inner.get("records")), _list(inner.get("error_summary"))
         if len(records) > ROWS_MAX or len(errors) > RUNS_MAX:
             counted = [one for one in errors if isinstance(one, dict) and _count(one.get("count"))]
-            ranks = [(_object(one.get("error_details")).get("code") == 499, one["count"]) for one in counted]
-            # 499 first: aborted, and subtracted
-            best = heapq.nlargest(RUNS_MAX, range(len(counted)), ranks.__getitem__)
-            most = [counted[place] for place in best]
+            most = heapq.nlargest(  # 499 first: aborted, and subtracted
+                RUNS_MAX, counted, lambda one: (_object(one.get("error_details")).get("code") == 499, one["count"])
+            )
             self.errors_left_out = len(counted) - len(most)
             inner = {**inner, "records": records[:ROWS_MAX], "error_summary": most}
-            value = {**self.value, "results": {**outer, "results": inner}}
-            self.replace(json_bytes(value), value)
+            self.parsed = {**self.value, "results": {**outer, "results": inner}}
+            self.payload = json_bytes(self.parsed)
         return self
 
 
@@ -1904,8 +1895,6 @@ def _error_text(error: Any) -> str | None:
 # Names of 0.3 -> the names of 0.6 and later.
 _PHASE_FIELDS = _pairs("""sent=requests_sent completed=requests_completed final_request_count=final_requests_completed
     end_ns=requests_end_ns processed=success_records errors=error_records""")  # fmt: skip
-_PHASE_COUNTERS = """requests_sent requests_completed requests_cancelled request_errors completed_sessions
-    success_records error_records"""
 
 
 def phase_stats(message: dict[str, Any]) -> dict[str, Any]:
@@ -1920,11 +1909,12 @@ class Phase:
     """One phase of a run: what AIPerf tells of it, and what follows from that."""
 
     def __init__(self, name: str, stats: Mapping[str, Any], now_ns: int) -> None:
-        self.name = name  # as AIPerf's user named it, else its kind
+        self.name = name  # as the user named it, else its kind
         self.kind = _name(stats.get("phase_kind")) or _name(stats.get("phase")) or name  # warmup or profiling
         self.is_warmup = self.kind == "warmup"
         self.first_ns = now_ns  # bus clock: when it was first heard of
-        self.counts = dict.fromkeys(_PHASE_COUNTERS.split(), 0)  # never go back
+        self.counts = dict.fromkeys("""requests_sent requests_completed requests_cancelled request_errors
+            completed_sessions success_records error_records""".split(), 0)  # they never go back  # fmt: skip
         self.stats: dict[str, Any] = {}  # what else AIPerf told, by name; times are of the benchmark's clock
         self.aborted = 0  # records of requests that were cancelled, which AIPerf counts as errors
         self.is_complete = False  # credit_phase_complete was heard
@@ -1935,7 +1925,7 @@ class Phase:
         self.update_ns, counts = now_ns, self.counts
         for name, value in _scalars(stats).items():
             key = _PHASE_FIELDS.get(name, name)
-            counter = key[6:] if key.startswith("final_") else key
+            counter = key.removeprefix("final_")
             if counter in counts:
                 counts[counter] = max(counts[counter], _count(value) or 0)
             if key in self.stats or len(self.stats) < EXTRAS_MAX:
@@ -1968,12 +1958,10 @@ class Phase:
         """Return what the counters come to, by the names of /api/progress."""
         sent, completed, cancelled = (self.counts[f"requests_{name}"] for name in ("sent", "completed", "cancelled"))
         return {
-            "requests_sent": max(sent, self.done),
-            "requests_completed": self.done,
-            "requests_cancelled": self.cancelled,
-            "request_errors": self.failed,
+            "requests_sent": max(sent, self.done), "requests_completed": self.done,
+            "requests_cancelled": self.cancelled, "request_errors": self.failed,
             "requests_in_flight": 0 if self.is_complete else max(0, sent - completed - cancelled),
-        }
+        }  # fmt: skip
 
     def answer(self, elapsed_ns: int, eta_sec: float | None) -> dict[str, Any]:
         """Return the phase as /api/progress has it: AIPerf's names, with what can be computed from them."""
@@ -1995,22 +1983,21 @@ class Phase:
 # -- History -----------------------------------------------------------------------------------------------------------
 
 _SAMPLE_NS = 750_000_000  # figures are read, and rows begun, no more often; messages of one a second may come early
-# Where a tag cannot have all its statistics, it has the first of these; unknown ones (c) stand behind `current`.
-_STAT_RANKS = _pairs("""avg=a current=b count=d sum=e p50=f p99=g max=h min=i p90=j p95=k std=l p75=m p25=n p10=o
-    p5=p p1=q""")  # fmt: skip
+# Where a tag cannot have all its statistics, it has the first of these; `*` stands for those that are not here.
+_STAT_RANKS = tuple("avg current * count sum p50 p99 max min p90 p95 std p75 p25 p10 p5 p1".split())
 
 
 def _by_rank(stats: Iterable[str]) -> list[str]:
-    return sorted(stats, key=lambda stat: _STAT_RANKS.get(stat, "c"))
+    return sorted(stats, key=lambda stat: _STAT_RANKS.index(stat if stat in _STAT_RANKS else "*"))
 
 
-def _halved(column: array[float]) -> array[float]:
+def _halved(column: array[Any]) -> array[Any]:
     """Return every second figure, the last among them; where none came, the one before it."""
-    rows = array("d", [math.nan]) * (len(column) % 2) + column
-    newer = rows[1::2]
+    newer, older = column[::-2], column[-2::-2]
     if math.isnan(sum(newer)):
-        newer = array("d", [new if new == new else old for new, old in zip(newer, rows[::2])])
-    return newer
+        pairs = itertools.zip_longest(newer, older, fillvalue=math.nan)
+        newer = array("d", [new if new == new else old for new, old in pairs])
+    return newer[::-1]
 
 
 class History:
@@ -2035,8 +2022,9 @@ class History:
             self._row_ns = now_ns
             self._fit(1, 0)
             self.times.append(now_ns)
-            for column in itertools.chain(*(columns.values() for columns in self.columns.values())):
-                column.append(math.nan)
+            for columns in self.columns.values():
+                for column in columns.values():
+                    column.append(math.nan)
         self.times[-1] = now_ns
         left_out = 0
         for tag, row in rows.items():
@@ -2058,7 +2046,7 @@ class History:
     def _add_columns(self, columns: dict[str, array[float]], row: Mapping[str, Any]) -> None:
         """Add columns to those of a tag, as far as a fair share of all allows."""
         new = [stat for stat in islice(row, 32) if is_number(row[stat]) and stat not in columns and len(stat) <= 64]
-        for stat in _by_rank(new)[: self._stats_max]:
+        for stat in _by_rank(new):
             if self._series >= HISTORY_SERIES_MAX and len(columns) < self._stats_max:
                 self._stats_max = max(1, HISTORY_SERIES_MAX // len(self.columns))
                 for others in self.columns.values():
@@ -2079,7 +2067,7 @@ class History:
         while len(self.times) + rows > HISTORY_POINTS_MAX or (len(self.times) + rows) * series > HISTORY_VALUES_MAX:
             pace_sec = (self.times[-1] - self.times[0]) / 1e9 / max(1, len(self.times) - 1)
             self.interval_sec = 2 * (pace_sec if pace_sec > 1.5 * self.interval_sec else self.interval_sec)
-            self.times = self.times[(len(self.times) - 1) % 2 :: 2]
+            self.times = _halved(self.times)
             for columns in self.columns.values():
                 for stat, column in columns.items():
                     columns[stat] = _halved(column)
@@ -2093,7 +2081,7 @@ class History:
         head = {"start_ns": start_ns, "interval_sec": self.interval_sec, "points": len(self.times)}
         return {**head, "tags": tags, **self._truncated()}
 
-    def answer(self, tags: Iterable[str], stats: Sequence[str], since_ns: int | None, points: int) -> dict[str, Any]:
+    def answer(self, tags: Iterable[str], stats: Sequence[str], since_ns: int, points: int) -> dict[str, Any]:
         """Return series of at most `points` joined rows; LookupError for what is not there, ValueError for too much."""
         chosen = []
         for tag in dict.fromkeys(tags):
@@ -2101,10 +2089,10 @@ class History:
             if not found:
                 raise LookupError(f"no series of {tag}" + (f" with {', '.join(stats)}" if stats else ""))
             chosen += [(tag, stat) for stat in found]
-        start = 0 if since_ns is None else bisect_right(self.times, since_ns)
-        times, halvings = self.times[start:], 0
+        start, halvings = bisect_right(self.times, since_ns), 0
+        times = self.times[start:]
         while len(times) > max(1, points):
-            times, halvings = times[(len(times) - 1) % 2 :: 2], halvings + 1
+            times, halvings = _halved(times), halvings + 1
         if len(times) * len(chosen) > HISTORY_ANSWER_VALUES_MAX:
             size = f"{len(chosen)} series of {len(times)} points are more than {HISTORY_ANSWER_VALUES_MAX} values"
             raise ValueError(f"{size}: ask for fewer tags, name statistics, or give points or since")
@@ -2122,7 +2110,6 @@ class History:
 
 # -- Configuration and identity ----------------------------------------------------------------------------------------
 
-_CONFIG_WRAPPERS = ("input_config", "config", "user_config", "benchmark", "benchmark_config", "cfg")
 # What AIPerf's run_config.json and export hold beside figures.
 _ARTIFACT_FIELDS = frozenset("""aiperf_version artifact_dir benchmark_id cfg cli_command input_config label multi_run
     sweep sweep_id trial variation""".split())  # fmt: skip
@@ -2192,11 +2179,13 @@ _READERS: Mapping[str, Callable[[Any], Any]] = MappingProxyType({
 def identity_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a configuration says of the benchmark, on its own level or in what it is wrapped in."""
     found: dict[str, Any] = {}
-    wrapped = [_object(config.get(key)) for key in _CONFIG_WRAPPERS]
-    for section in map(_plain_keys, (config, *wrapped, *(_object(inner.get("benchmark")) for inner in wrapped))):
+    wrappers = "input_config config user_config benchmark benchmark_config cfg".split()
+    wrapped = [_object(config.get(key)) for key in wrappers]
+    for section in map(_plain_keys, (config, *wrapped, *(inner.get("benchmark") for inner in wrapped))):
         phases = _phases_of(section)
-        parts = {name: _plain_keys(section.get(name)) for name in "endpoint loadgen input output artifacts".split()}
-        parts.update({"": section, "phase": (*phases, {})[0], "variation": _object(section.get("variation"))})
+        names = "endpoint loadgen input output artifacts variation".split()
+        parts = {name: _plain_keys(section.get(name)) for name in names}
+        parts.update({"": section, "phase": (*phases, {})[0]})
         told = {"phases": len(phases) or None, "runs": _sweep_size(section)}
         for line in _FACTS.splitlines():
             fact, reader, *paths = line.split()
@@ -2571,7 +2560,6 @@ class Run:
         kind = message.type.split("_")[1]
         if now_ns - self._sampled_ns[kind] < _SAMPLE_NS:
             self._unread[kind] = BusMessage(message.type, message.payload)  # without a value that is parsed
-            self._unread[kind].not_finite = message.not_finite
             return
         figures = self._figures[kind] = self._read_message(message)
         self._unread.pop(kind, None)
@@ -2582,10 +2570,9 @@ class Run:
         """Return what the last good message of "metrics", "telemetry" or "server" said."""
         message = self._unread.pop(kind, None)
         if message is not None:
-            was_told = message.not_finite
             try:
                 self._figures[kind] = self._read_message(message)
-                if message.not_finite and not was_told:
+                if message.not_finite:
                     raise BusError("not_finite", f"NaN or an infinity in {message.type}")
             except BusError as error:
                 self._on_late_error(error)
@@ -2913,7 +2900,7 @@ class Benchmark(Run):
             "error_summary": self._error_summary,
         }
 
-    def history(self, tags: Sequence[str] = (), stats: Sequence[str] = (), since_ns: int | None = None,
+    def history(self, tags: Sequence[str] = (), stats: Sequence[str] = (), since_ns: int = 0,
                 points: int = HISTORY_POINTS_DEFAULT) -> dict[str, Any]:  # fmt: skip
         """Return time series of this run, columnar; without tags, what there is. Raises as `History.answer`."""
         if not tags:
@@ -4770,7 +4757,8 @@ class APIService:
             if not is_figures:
                 if is_result:
                     message.cut()
-                message.replace(*self.secrets.redact_payload(message.payload, message.value))
+                value = message.value  # may change the payload
+                message.payload, message.parsed = self.secrets.redact_payload(message.payload, value)
             elif is_wanted or self._recorder is not None:
                 message.value  # noqa: B018 - what is no JSON does not go out
         except BusError as error:
@@ -4781,7 +4769,6 @@ class APIService:
         self.benchmark.apply(message, now_ns)
         if message.not_finite:
             self._count_bad(BusError("not_finite", f"NaN or Infinity in {message_type}"))
-            message.replace(json_bytes(message.value), message.value)
         self._on_change()
         self._record(lambda recorder: recorder.write(now_ns, topic.decode(), message.payload))
         self.bus_total += 1
@@ -4803,9 +4790,8 @@ class APIService:
     def _shown(self, message: BusMessage) -> bytes:
         """Return a payload as clients get it: one JSON object on one line, rows in display units."""
         shown = shown_message(message.value, self.benchmark.row_plans.of)
-        payload = message.payload
-        is_as_it_came = shown is message.value and not message.not_finite and not (b"\n" in payload or b"\r" in payload)
-        return payload if is_as_it_came else json_bytes(shown)
+        is_as_it_came = shown is message.value and b"\n" not in message.payload and b"\r" not in message.payload
+        return message.payload if is_as_it_came else json_bytes(shown)
 
     def _broadcast(self) -> None:
         received, self._received = self._received, []
@@ -5186,7 +5172,7 @@ def _report_history(benchmark: Benchmark, groups: Sequence[str], stats: Sequence
         if about["group"] != "metrics" or tag in _REPORT_TAGS
     ]
     try:
-        found = benchmark.history(tags[:100], stats, None, points) if tags else {"times": [], "series": []}
+        found = benchmark.history(tags[:100], stats, 0, points) if tags else {"times": [], "series": []}
     except ValueError:  # very many phases
         return None
     for series in found["series"]:

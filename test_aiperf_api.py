@@ -2856,7 +2856,7 @@ class TestMessageTypes(unittest.TestCase):
     def test_the_lists_fit_together(self) -> None:
         known = aiperf_api.KNOWN_MESSAGE_TYPES
         parts = (aiperf_api.FIGURES_MESSAGE_TYPES, aiperf_api.STATE_MESSAGE_TYPES, aiperf_api.RESULT_MESSAGE_TYPES)
-        self.assertLessEqual(aiperf_api.BUILTIN_MESSAGE_TYPES.union(*parts), known)
+        self.assertLessEqual(frozenset().union(*parts), known)
         for topic in aiperf_api.CORE_TOPICS:  # a topic is a prefix: it must match no other type
             others = [kind for kind in known if kind.encode() != re.split(b"[.$]", topic)[0]]
             self.assertFalse([kind for kind in others if f"{kind}$".encode().startswith(topic)])
@@ -2864,8 +2864,6 @@ class TestMessageTypes(unittest.TestCase):
     def test_a_message_is_parsed_once(self) -> None:
         message = aiperf_api.BusMessage("t", b'{"a":1}')
         self.assertIs(message.value, message.value)
-        redacted = message.replace(b'{"a":2}', {"a": 2})
-        self.assertEqual((redacted.payload, redacted.value, redacted.type), (b'{"a":2}', {"a": 2}, "t"))
 
 
 class TestStateFamilies(BenchmarkTestCase):
@@ -6416,9 +6414,9 @@ class TestDescriptions(ServiceTestCase):
     def test_asyncapi_names_each_message_type(self) -> None:
         schemas = self.asyncapi["components"]["schemas"].values()
         types = {shape["properties"].get("message_type", {}).get("const") for shape in schemas}
-        self.assertEqual(types - {None}, {*aiperf_api.BUILTIN_MESSAGE_TYPES, "run"})
         names = self.asyncapi["x-message-types"]
-        self.assertEqual(set(names["builtin"]), set(aiperf_api.BUILTIN_MESSAGE_TYPES))
+        self.assertEqual(types - {None}, {*names["builtin"], "run"})
+        self.assertLessEqual(set(names["builtin"]), aiperf_api.KNOWN_MESSAGE_TYPES)
         self.assertEqual(set(names["known"]), set(aiperf_api.KNOWN_MESSAGE_TYPES))
 
     @needs_recordings
