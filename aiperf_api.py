@@ -2110,6 +2110,9 @@ class History:
 
 # -- Configuration and identity ----------------------------------------------------------------------------------------
 
+# Where configurations come from, by rank; what is behind the second is of one run: AIPerf's files, profile_configure up
+# to 0.6, and credit_phase_start.
+_ORIGINS = ("file", "command", "artifacts", "bus", "phases")
 # What AIPerf's run_config.json and export hold beside figures.
 _ARTIFACT_FIELDS = frozenset("""aiperf_version artifact_dir benchmark_id cfg cli_command input_config label multi_run
     sweep sweep_id trial variation""".split())  # fmt: skip
@@ -2228,7 +2231,7 @@ class Run:
         self.row_plans = RowPlans()  # for all who show rows of metrics
         self._on_late_error = on_late_error  # told of a bad message that had been accepted unread
         self.version = 0  # grows whenever an answer may have changed
-        self._configs: dict[str, dict[str, Any]] = {}  # given from outside, by origin
+        self._configs: dict[str, dict[str, Any]] = {}  # by origin, one of _ORIGINS
         self._earlier: dict[int, tuple[dict[str, Any], bytes]] = {}  # runs by number: in brief, and whole as JSON
         self._begin(1)
 
@@ -2244,15 +2247,12 @@ class Run:
         self._fell_silent = False  # it was stale: a registration that follows is another run's
         self.end: str | None = None  # one of ENDS
         self._error: str | None = None  # what went wrong, in a line, as it was told
-        self._verdict: str | None = None  # why the run failed, if it did
         self._reason: str | None = None  # why there are no results, or not all
         self._signs: set[str] = set()  # of an end: results, last_results, cancelled, shutdown, stopped_early, _SIGNS
         self._child_exit: str | None = None  # how the child ended; "" when it ended well
         self._benchmark_id: str | None = None  # from the data set's notification, or the server metrics
         self._profile_id: str | None = None  # as messages carry it, if they do
-        self._bus_config: dict[str, Any] = {}  # what profile_configure carried (up to 0.6)
-        self._artifacts: dict[str, Any] = {}  # what AIPerf wrote into its artifact directory
-        self._phase_configs: dict[str, dict[str, Any]] = {}  # credit_phase_start.config by phase
+        self._configs = {origin: self._configs[origin] for origin in _ORIGINS[:2] if origin in self._configs}
         self._facts: dict[str, Any] | None = None  # what all configurations say; None when it must be worked out
         self._phases: dict[str, Phase] = {}  # by name, in order of appearance
         self._phase_name: str | None = None  # of the latest that began
@@ -2265,8 +2265,7 @@ class Run:
         self._unread: dict[str, BusMessage] = {}  # newer messages of these that nobody has asked for
         self._sampled_ns = dict.fromkeys((*self._figures, "phase"), -_SAMPLE_NS)  # when they last went into the history
         self._history = History()
-        self._final_rows: MetricRows = {}
-        self._final_telemetry: MetricRows = {}
+        self._final: dict[str, dict[str, Any]] = {}  # the same, of the results
         self._results = b""  # AIPerf's results object, its records in display units, as JSON
         self._counts: tuple[int, int] | None = None  # requests that succeeded and that failed, by the results
         self._error_summary: dict[str, Any] = {"errors": [], "more": 0}
@@ -2286,10 +2285,8 @@ class Run:
             return max(0, phase.end_ns - phase.start_ns)
         if phase.is_complete or not phase.has_begun:
             return phase.lasted_ns
-        until_ns = self._until_ns(now_ns)
-        if phase.start_ns is not None and self._skew_ns is not None:
-            return max(0, until_ns - self._skew_ns - phase.start_ns)
-        return max(0, until_ns - phase.first_ns)
+        is_known = phase.start_ns is not None and self._skew_ns is not None
+        return max(0, self._until_ns(now_ns) - (phase.start_ns + self._skew_ns if is_known else phase.first_ns))
 
     def is_stale(self, now_ns: int) -> bool:
         last_ns = self.last_message_ns
@@ -2330,30 +2327,31 @@ class Run:
             return "failed"
         if "cancelled" in signs:
             return "cancelled"
-        if child:
+        has_results = signs & {"results", "exported"}
+        if child or (self._error and not has_results):
             return "failed"
-        if signs & {"results", "exported"}:
+        if has_results or "complete" in signs or child == "":
             return "complete" if self._did_anything or "exported" in signs or self._reason else "failed"
-        if "not_configured" in signs or self._error:
-            return "failed"
-        if "complete" in signs or child == "":
-            return "complete" if self._did_anything else "failed"
         return "cancelled" if "stopped_early" in signs else "failed"
 
     def _settle(self, now_ns: int) -> None:
-        """Adopt the end that follows from what is known, and say why the run failed."""
-        self.end = self._judge()
-        if self.end is None:
-            return
-        self._end_ns = _first(self._end_ns, now_ns)
+        """Adopt the end that follows from what is known."""
+        self.version += 1
+        self.started_ns, self.end = _first(self.started_ns, now_ns), self._judge()
+        if self.end is not None:
+            self._end_ns = _first(self._end_ns, now_ns)
+
+    def _verdict(self) -> str:
+        """Return why the run failed."""
         anything = "ended without results" if self._did_anything else "ended before a request was sent"
-        self._verdict = self._error or self._child_exit or anything
+        cause = self._error or self._child_exit or anything
         succeeded, failed, cancelled = self._requests(self._profiling)
-        if succeeded <= 0 and failed + cancelled > 0:
-            failures = sorted(self._error_summary["errors"], key=lambda one: one["code"] == 499)  # aborted ones last
-            top = next(map(_error_text, failures), None) or self._verdict
-            what = "failed or were aborted" if cancelled else "failed"
-            self._verdict = f"All {failed + cancelled} inference request(s) {what}: {top}"[:NAME_BYTES_MAX]
+        if succeeded > 0 or failed + cancelled <= 0:
+            return cause
+        failures = sorted(self._error_summary["errors"], key=lambda one: one["code"] == 499)  # aborted ones last
+        top = next(map(_error_text, failures), None) or cause
+        what = "failed or were aborted" if cancelled else "failed"
+        return f"All {failed + cancelled} inference request(s) {what}: {top}"[:NAME_BYTES_MAX]
 
     def _on_state(self, message: BusMessage, now_ns: int) -> None:
         self._announces_states, self._state = True, message.value["state"]
@@ -2365,10 +2363,10 @@ class Run:
 
     def _on_command(self, message: BusMessage, now_ns: int) -> None:
         command = message.value["command"]
-        if command in _COMMAND_STATES:
-            self._advance(_COMMAND_STATES[command])
+        self._advance(_COMMAND_STATES.get(command, "waiting"))
         if command == "profile_configure":
-            self._bus_config = self._config_in(message, BUS_TEXT_BYTES_MAX) or self._bus_config
+            if config := self._config_in(message, BUS_TEXT_BYTES_MAX):
+                self._configs["bus"] = config
         elif command in ("profile_cancel", "shutdown"):
             self._signs.add("cancelled" if command == "profile_cancel" else command)
 
@@ -2423,7 +2421,7 @@ class Run:
             return
         phase.update(stats, now_ns)
         if config := self._config_in(message, BUS_TEXT_BYTES_MAX // 8):
-            self._phase_configs[phase.name] = config
+            self._configs.setdefault("phases", {"phases": {}})["phases"][phase.name] = config
         self._set_clock(stats.get(_PHASE_CLOCKS[message.type]), now_ns)
         if message.type == "credit_phase_complete":
             phase.lasted_ns, phase.is_complete = self._elapsed_ns(phase, now_ns), True
@@ -2470,11 +2468,10 @@ class Run:
         return worker
 
     def _on_workers(self, message: BusMessage, now_ns: int) -> None:
-        value, group_id = message.value, None
-        if message.type == "worker_startup_state":
-            self._set_clock(value.get("request_ns"), now_ns)
-        if message.type == "worker_group_stats":
-            group_id = value["group_id"]
+        value = message.value
+        group_id = value["group_id"] if message.type == "worker_group_stats" else None
+        self._set_clock(value.get("request_ns"), now_ns)
+        if group_id is not None:
             if group_id not in self._groups and len(self._groups) >= 256:  # a group is a node
                 return
             parts = {part: _scalars(value.get(part), 16) for part in ("task_stats", "health")}
@@ -2522,7 +2519,7 @@ class Run:
         """Keep results as clients see them, without what is too large."""
         kept = {**inner, **{part: _list(inner.get(part)) for part in ("records", "error_summary")}}
         kept = shown_message({"results": {"results": kept}}, self.row_plans.of)["results"]["results"]
-        self._final_rows = display_rows(kept["records"], self.row_plans.of) or self._final_rows
+        self._final["metrics"] = display_rows(kept["records"], self.row_plans.of) or self._final.get("metrics", {})
         for part in (kept, {**_scalars(kept), "records": kept["records"]}):
             self._results = json_bytes({**outer, "results": part})
             if len(self._results) <= RESULTS_KEPT_BYTES_MAX:
@@ -2548,12 +2545,12 @@ class Run:
         self._benchmark_id = self._benchmark_id or _name(results.get("benchmark_id"))
         summaries = _bounded_summaries(results.get("endpoint_summaries"))
         if summaries:
-            self._figures["server"] = {**self._read("server"), "endpoint_summaries": summaries, "final": True}
+            self._final["server"] = {**self._read("server"), "endpoint_summaries": summaries, "final": True}
 
     def _on_telemetry_results(self, message: BusMessage, now_ns: int) -> None:
         results = _object(message.value["telemetry_result"].get("results"))
         rows = list(islice(_final_telemetry(results, self._read("telemetry")), ROWS_MAX))
-        self._final_telemetry = display_rows(rows, self.row_plans.of) or self._final_telemetry
+        self._final["telemetry"] = display_rows(rows, self.row_plans.of) or self._final.get("telemetry", {})
 
     def _on_metrics(self, message: BusMessage, now_ns: int) -> None:
         """Keep a message of metrics; they come often, so most are read only when somebody asks."""
@@ -2567,7 +2564,7 @@ class Run:
         self._history.add(now_ns, kind, _server_rows(figures) if kind == "server" else figures)
 
     def _read(self, kind: str) -> dict[str, Any]:
-        """Return what the last good message of "metrics", "telemetry" or "server" said."""
+        """Return what the results, else the last good message, said of "metrics", "telemetry" or "server"."""
         message = self._unread.pop(kind, None)
         if message is not None:
             try:
@@ -2576,7 +2573,7 @@ class Run:
                     raise BusError("not_finite", f"NaN or an infinity in {message.type}")
             except BusError as error:
                 self._on_late_error(error)
-        return self._figures[kind]
+        return self._final.get(kind) or self._figures[kind]
 
     def _read_message(self, message: BusMessage) -> dict[str, Any]:
         """Return a message's rows by tag, in display units, or its server metrics; raise BusError if it is bad."""
@@ -2594,10 +2591,10 @@ class Run:
         return display_rows(rows, self.row_plans.of)
 
     def metric_rows(self) -> MetricRows:
-        return self._final_rows or self._read("metrics")
+        return self._read("metrics")
 
     def telemetry_rows(self) -> MetricRows:
-        return self._final_telemetry or self._read("telemetry")
+        return self._read("telemetry")
 
 
 def _server_rows(server_metrics: Mapping[str, Any]) -> MetricRows:
@@ -2675,7 +2672,7 @@ class Benchmark(Run):
         elif message.type in _HANDLERS:
             handle, field, wanted = _HANDLERS[message.type]
             found = message.value.get(field)
-            if field and (not isinstance(found, wanted) or (wanted is str and not _name(found))):
+            if not isinstance(found, wanted) or (wanted is str and not _name(found)):
                 raise BusError("bad_shape", f"{message.type} without a usable {field}")
             if self._begins_run(message):
                 self._keep_run(now_ns)
@@ -2687,7 +2684,7 @@ class Benchmark(Run):
             self._settle(now_ns)
         if message.type in METRICS_MESSAGE_TYPES or message.type in ("processing_stats", *_PHASE_CLOCKS):
             self._fell_silent = False  # only a benchmark under load sends these
-        self.version += message.type in CORE_MESSAGE_TYPES or self.started_ns is None
+        self.version += message.type in METRICS_MESSAGE_TYPES or self.started_ns is None
         self.last_message_ns, self.started_ns = now_ns, _first(self.started_ns, now_ns)
         self._advance("initializing")
 
@@ -2720,39 +2717,31 @@ class Benchmark(Run):
             self._signs |= {"results", "last_results"} if is_last else {"results"}
             limits = f"{BUS_RESULT_BYTES_MAX} bytes or {10 * JSON_ITEMS_MAX} items"
             self._reason = f"results too large: a message of more than {limits}"
-            self.last_message_ns, self.started_ns = now_ns, _first(self.started_ns, now_ns)
+            self.last_message_ns = now_ns
             self._settle(now_ns)
-            self.version += 1
 
     def end_child(self, exit_text: str, now_ns: int) -> None:
         """Follow the end of the benchmark's process: how, such as "exit status 1", or "" when it ended well."""
         self._child_exit = exit_text
-        self.started_ns = _first(self.started_ns, now_ns)
         self._settle(now_ns)
-        self.version += 1
 
     def configure(self, config: Mapping[str, Any], origin: str) -> None:
         """Follow a configuration from a "file", a "command", or, for this run alone, AIPerf's "artifacts"."""
         if origin == "artifacts":
-            self._artifacts.update((key, config[key]) for key in config if key in _ARTIFACT_FIELDS)
-        else:
-            self._configs[origin] = dict(config)
+            found = {key: value for key, value in config.items() if key in _ARTIFACT_FIELDS}
+            config = {**self._configs.get(origin, {}), **found}
+        self._configs[origin] = dict(config)
         self._facts = None
         self.version += 1
-
-    def _known_configs(self) -> list[dict[str, Any]]:
-        phases = {"phases": self._phase_configs} if self._phase_configs else {}
-        told = self._configs.get("file"), self._configs.get("command"), self._artifacts, self._bus_config, phases
-        return [config for config in told if config]
 
     def _known(self) -> dict[str, Any]:
         """Return what the configurations say, field by field, each from the first origin that tells it."""
         if self._facts is None:
             facts: dict[str, Any] = {}
-            for config in reversed(self._known_configs()):
-                facts.update(identity_of(config))
-                if config.get("phases") is self._phase_configs:
-                    facts.pop("phases", None)  # the phases that were heard of are not all
+            for origin in reversed(_ORIGINS):
+                facts.update(identity_of(self._configs.get(origin, {})))
+                if origin == "phases":
+                    facts.pop("phases", None)  # those that were heard of are not all
             if "model" in facts:
                 facts.setdefault("streaming", False)  # AIPerf's default
             if self._benchmark_id:
@@ -2762,12 +2751,14 @@ class Benchmark(Run):
 
     def config(self) -> dict[str, Any]:
         """Return the configuration of the first origin that has one, completed by what AIPerf wrote; {} without."""
-        return {**self._artifacts, **next(iter(self._known_configs()), {})}
+        told = (self._configs[origin] for origin in _ORIGINS if self._configs.get(origin))
+        return {**self._configs.get("artifacts", {}), **next(told, {})}
 
     def artifact_dir(self) -> str:
         """Return where AIPerf writes its export, as the bus or a configuration tells; "" if none does."""
-        told = _first(*(_name(config.get("artifact_dir")) for config in self._phase_configs.values()))
-        return told or text_or(self._known().get("artifact_dir"), "")
+        phases = self._configs.get("phases", {"phases": {}})["phases"]
+        told = _first(*(_name(config.get("artifact_dir")) for config in phases.values()))
+        return told or self._known().get("artifact_dir", "")
 
     @property
     def runs_expected(self) -> int | None:
@@ -2788,14 +2779,14 @@ class Benchmark(Run):
         return {field: text.encode("utf-8", "replace")[:128].decode("utf-8", "ignore") for field, text in texts.items()}
 
     def status(self, now_ns: int) -> dict[str, Any]:
-        errors = {None: self._error, "failed": self._verdict, "cancelled": self._reason, "complete": None}
+        errors = {None: self._error, "cancelled": self._reason}
         starts = [phase.start_ns for phase in self._phases.values() if phase.start_ns is not None]
         begun = [self._elapsed_ns(phase, now_ns) for phase in self._phases.values() if phase.has_begun]
         elapsed_ns = sum(begun) if begun else max(0, self._until_ns(now_ns) - _first(self.started_ns, now_ns))
         return {
             "state": self.end or self._state, "phase": self._phase_name, "run": self.run_number, "label": self.label,
             "benchmark_id": self._known().get("benchmark_id"), "profile_id": self._profile_id,
-            "error": errors[self.end], "stale": self.is_stale(now_ns),
+            "error": self._verdict() if self.end == "failed" else errors.get(self.end), "stale": self.is_stale(now_ns),
             "started_ns": min(starts, default=self.started_ns),
             "elapsed_sec": None if self.started_ns is None else elapsed_ns / 1e9,
         }  # fmt: skip
@@ -2872,7 +2863,7 @@ class Benchmark(Run):
             goodput = {"thresholds": thresholds, "share": share}
         return {
             "aiperf_version": self._known().get("aiperf_version"), **self._identity(),
-            "final": bool(self._final_rows), "goodput": goodput,
+            "final": bool(self._final.get("metrics")), "goodput": goodput,
             "metrics": rows, "telemetry": self.telemetry_rows(),
         }  # fmt: skip
 
@@ -2896,7 +2887,7 @@ class Benchmark(Run):
         return {
             "status": self.end or "running",
             "results": json_load(self._results) if whole and self._results else None,
-            "reason": self._verdict if self.end == "failed" else self._reason,
+            "reason": self._verdict() if self.end == "failed" else self._reason,
             "error_summary": self._error_summary,
         }
 
@@ -2907,42 +2898,39 @@ class Benchmark(Run):
             return self._history.overview(self.started_ns)
         return self._history.answer(tags, stats, since_ns, points)
 
-    def _whole(self, now_ns: int) -> dict[str, Any]:
-        status, progress = self.status(now_ns), self.progress(now_ns)
+    def _brief(self, now_ns: int) -> dict[str, Any]:
+        """Return the run as /api/runs has it: of its metrics only what runs are compared by."""
+        status, progress, rows = self.status(now_ns), self.progress(now_ns), self.metric_rows()
+        few = {tag: rows[tag] for tag in _SUMMARY_TAGS if tag in rows}
         return {
             "n": self.run_number, "label": self.label, "of": self.runs_expected, **self._identity(),
             **{field: status[field] for field in ("state", "error", "started_ns", "elapsed_sec")},
             "ended_ns": self._end_ns, "requests": progress["completed"], "errors": progress["errors"],
-            "metrics": self.metric_rows(), "telemetry": self.telemetry_rows(), "final": bool(self._final_rows),
-            "error_summary": self._error_summary,
+            "metrics": {tag: {key: row[key] for key in _SUMMARY_FIELDS if key in row} for tag, row in few.items()},
         }  # fmt: skip
+
+    def _whole(self, brief: dict[str, Any]) -> dict[str, Any]:
+        rows = {"metrics": self.metric_rows(), "telemetry": self.telemetry_rows()}
+        return {**brief, **rows, "final": bool(self._final.get("metrics")), "error_summary": self._error_summary}
 
     def _keep_run(self, now_ns: int) -> None:
         if not self._has_gone_far:
             return
-        whole = self._whole(now_ns)
+        brief = self._brief(now_ns)
         if self.end is None:
-            whole.update(state="failed", error="fell silent: it was killed, or the network was gone")
-        self._earlier[self.run_number] = _in_brief(whole), json_bytes(whole)
+            brief.update(state="failed", error="fell silent: it was killed, or the network was gone")
+        self._earlier[self.run_number] = brief, json_bytes(self._whole(brief))
         while len(self._earlier) >= RUNS_MAX or sum(len(one) for _, one in self._earlier.values()) > RUNS_BYTES_MAX:
             del self._earlier[min(self._earlier)]
 
     def runs(self, now_ns: int) -> list[dict[str, Any]]:
-        at_hand = [_in_brief(self._whole(now_ns))] if self.started_ns is not None else []
+        at_hand = [self._brief(now_ns)] if self.started_ns is not None else []
         return [brief for brief, _ in self._earlier.values()] + at_hand
 
     def run(self, number: int, now_ns: int) -> dict[str, Any] | None:
         if number == self.run_number and self.started_ns is not None:
-            return self._whole(now_ns)
+            return self._whole(self._brief(now_ns))
         return json_load(self._earlier[number][1]) if number in self._earlier else None
-
-
-def _in_brief(whole: dict[str, Any]) -> dict[str, Any]:
-    """Return a run as /api/runs has it: of its metrics only what runs are compared by."""
-    rows = {tag: whole["metrics"][tag] for tag in _SUMMARY_TAGS if tag in whole["metrics"]}
-    few = {tag: {field: row[field] for field in _SUMMARY_FIELDS if field in row} for tag, row in rows.items()}
-    dropped = ("final", "telemetry", "error_summary")
-    return {**{key: value for key, value in whole.items() if key not in dropped}, "metrics": few}
 
 
 # -- The benchmark as families of samples ------------------------------------------------------------------------------

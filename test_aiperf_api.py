@@ -2667,7 +2667,7 @@ class TestHistory(BenchmarkTestCase):
             for now_ns in range(0, 20_000 * pace * SECOND, pace * SECOND):
                 history.add(now_ns, "phase", {"t": {"avg": now_ns / SECOND}})
                 self.assertLessEqual(len(history.times), aiperf_api.HISTORY_POINTS_MAX)
-            answer = history.answer(["t"], [], None, aiperf_api.HISTORY_POINTS_MAX)
+            answer = history.answer(["t"], [], 0, aiperf_api.HISTORY_POINTS_MAX)
             gaps = [after - before for before, after in zip(answer["times"], answer["times"][1:])]
             self.assertLessEqual(max(gaps), 4 * pace * SECOND)
             self.assertGreater(len(gaps), 3500)
@@ -2679,7 +2679,7 @@ class TestHistory(BenchmarkTestCase):
             rows = {tag: {"avg": second} for tag in "tu" if tag == "t" or second in (2, 5)}
             history.add(second * SECOND, "phase", rows)
         for points, wanted in ((4, [[1, 3, 5, 7], [None, 2, 5, None]]), (2, [[3, 7], [2, 5]]), (1, [[7], [5]])):
-            answer = history.answer(["t", "u"], [], None, points)
+            answer = history.answer(["t", "u"], [], 0, points)
             self.assertEqual([one["values"] for one in answer["series"]], wanted)
             self.assertEqual(answer["times"], [(7 - 8 // points * back) * SECOND for back in range(points)][::-1])
 
