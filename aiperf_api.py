@@ -1748,7 +1748,6 @@ def server_families(summaries: Any, labels: Labels = (), before: FamilySet | Non
 # A reducer: bus messages go in one after the other, answers come out at any moment. Time comes in as an argument, the
 # bus clock at reception, in ns. Benchmark and server may differ in their clocks, so what a message says of its own time
 # is used to find the difference. What a run keeps is bounded, whatever the bus sends.
-# A Benchmark is a Run, which has Phases and a History, with the answers made from it and the runs before it.
 
 # AIPerf's states in the order a run goes through them, after `waiting`: nothing was heard yet.
 STATES = ("waiting", "initializing", "configuring", "ready", "profiling", "processing", "stopping", "shutdown")
@@ -1784,8 +1783,7 @@ class BusMessage:
     __slots__ = ("errors_left_out", "not_finite", "parsed", "payload", "type")
 
     def __init__(self, type: str, payload: bytes) -> None:  # noqa: A002
-        self.type = type  # from the topic, without target and `$`
-        self.payload = payload
+        self.type, self.payload = type, payload  # the type is from the topic, without target and `$`
         self.errors_left_out = 0  # of results
         self.not_finite = False  # whether NaN or an infinity became null, in the payload too
         self.parsed: dict[str, Any] | None = None  # what `value` has read
@@ -1840,8 +1838,7 @@ def _first(*values: Any) -> Any:
 
 def _count(value: Any) -> int | None:
     """Return a number that counts something (also a time in ns), or None; whole floats count too."""
-    is_one = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 2**63
-    return int(value) if is_one else None
+    return int(value) if is_number(value) and 0 <= value < 2**63 else None
 
 
 def _name(value: Any) -> str | None:
@@ -1918,7 +1915,7 @@ class Phase:
         self.stats: dict[str, Any] = {}  # what else AIPerf told, by name; times are of the benchmark's clock
         self.aborted = 0  # records of requests that were cancelled, which AIPerf counts as errors
         self.is_complete = False  # credit_phase_complete was heard
-        self.lasted_ns = 0  # by then
+        self.elapsed_ns = 0  # by the benchmark's clock, as far as that is known
         self.update({}, now_ns)
 
     def update(self, stats: Mapping[str, Any], now_ns: int) -> None:
@@ -1941,18 +1938,18 @@ class Phase:
         self.cancelled = max(counts["requests_cancelled"], self.aborted)
         self.has_begun = self.start_ns is not None or counts["requests_sent"] > 0 or self.done > 0
 
-    def percent(self, elapsed_ns: int) -> float:
+    def percent(self) -> float:
         """Return how far the phase is, 0 to 100: the target that is reached first counts, as in AIPerf."""
         if self.is_complete:
             return 100.0
         duration_sec = self.duration_sec if self.start_ns is not None else None
         targets = self.expected, duration_sec, _count(self.stats.get("expected_num_sessions"))
-        reached = self.done, elapsed_ns / 1e9, self.counts["completed_sessions"]
+        reached = self.done, self.elapsed_ns / 1e9, self.counts["completed_sessions"]
         return min(100.0, 100.0 * max(now / target if target else 0.0 for now, target in zip(reached, targets)))
 
-    def eta_sec(self, elapsed_ns: int) -> float | None:
-        percent = self.percent(elapsed_ns)
-        return elapsed_ns / 1e9 * (100 - percent) / percent if percent > 0 else self.duration_sec
+    def eta_sec(self) -> float | None:
+        percent = self.percent()
+        return self.elapsed_ns / 1e9 * (100 - percent) / percent if percent > 0 else self.duration_sec
 
     def figures(self) -> dict[str, int]:
         """Return what the counters come to, by the names of /api/progress."""
@@ -1963,20 +1960,20 @@ class Phase:
             "requests_in_flight": 0 if self.is_complete else max(0, sent - completed - cancelled),
         }  # fmt: skip
 
-    def answer(self, elapsed_ns: int, eta_sec: float | None) -> dict[str, Any]:
+    def answer(self, eta_sec: float | None) -> dict[str, Any]:
         """Return the phase as /api/progress has it: AIPerf's names, with what can be computed from them."""
-        seconds, target = elapsed_ns / 1e9, self.done + self.aborted if self.is_complete else self.expected
+        seconds, target = self.elapsed_ns / 1e9, self.done + self.aborted if self.is_complete else self.expected
         records_eta = 0.0 if "records_end_ns" in self.stats else None
         if records_eta is None and eta_sec is not None and self.records and target:
             records_eta = max(0.0, seconds * target / self.records - seconds)
         return {
             **dict.fromkeys("start_ns requests_end_ns total_expected_requests expected_duration_sec".split()),
             **self.stats, **self.counts, **self.figures(),
-            "phase": self.kind, "phase_name": self.name, "complete": self.is_complete, "elapsed_ns": elapsed_ns,
-            "percent_complete": self.percent(elapsed_ns), "last_update_ns": self.update_ns,
+            "phase": self.kind, "phase_name": self.name, "complete": self.is_complete,
+            "elapsed_ns": self.elapsed_ns, "percent_complete": self.percent(), "last_update_ns": self.update_ns,
             "eta_sec": eta_sec, "requests_eta_sec": eta_sec, "records_eta_sec": records_eta,
-            "requests_per_second": self.done / seconds if elapsed_ns else None,
-            "records_per_second": self.records / seconds if elapsed_ns else None,
+            "requests_per_second": self.done / seconds if seconds else None,
+            "records_per_second": self.records / seconds if seconds else None,
         }  # fmt: skip
 
 
@@ -2020,11 +2017,10 @@ class History:
             return  # the times must rise
         if not self.times or now_ns - self._row_ns >= self.interval_sec * _SAMPLE_NS:
             self._row_ns = now_ns
-            self._fit(1, 0)
+            self._fit()
             self.times.append(now_ns)
-            for columns in self.columns.values():
-                for column in columns.values():
-                    column.append(math.nan)
+            for column in itertools.chain(*(columns.values() for columns in self.columns.values())):
+                column.append(math.nan)
         self.times[-1] = now_ns
         left_out = 0
         for tag, row in rows.items():
@@ -2055,16 +2051,15 @@ class History:
                         del others[one]
                 self._series = sum(map(len, self.columns.values()))
             if len(columns) < self._stats_max:
-                self._fit(0, 1)
                 columns[stat] = array("d", [math.nan]) * len(self.times)
                 self._series += 1
+                self._fit()
         if len(self._stats_left_out) < EXTRAS_MAX:
             self._stats_left_out.update(stat for stat in new if stat not in columns)
 
-    def _fit(self, rows: int, series: int) -> None:
-        """Make room for more: join every two rows, of which each series keeps the newer figure."""
-        series += self._series
-        while len(self.times) + rows > HISTORY_POINTS_MAX or (len(self.times) + rows) * series > HISTORY_VALUES_MAX:
+    def _fit(self) -> None:
+        """Make room for another row: join every two, of which each series keeps the newer figure."""
+        while len(self.times) >= HISTORY_POINTS_MAX or (len(self.times) + 1) * self._series > HISTORY_VALUES_MAX:
             pace_sec = (self.times[-1] - self.times[0]) / 1e9 / max(1, len(self.times) - 1)
             self.interval_sec = 2 * (pace_sec if pace_sec > 1.5 * self.interval_sec else self.interval_sec)
             self.times = _halved(self.times)
@@ -2210,7 +2205,7 @@ def _sweep_size(section: Mapping[str, Any]) -> int | None:
     return size if 1 < size < 10**6 else None
 
 
-# -- One run -----------------------------------------------------------------------------------------------------------
+# -- The benchmark -----------------------------------------------------------------------------------------------------
 
 # What the coming of a message says of the end; after `answered` no phase will begin.
 _SIGNS = _pairs("""all_records_received=answered credits_complete=answered benchmark_complete=complete error=error
@@ -2221,15 +2216,19 @@ _WORKER_FIELDS = _pairs("""status=worker_statuses startup_state=worker_startup_s
     task_stats=worker_task_stats health=worker_health""")  # fmt: skip
 _COMMAND_STATES = _pairs("""profile_configure=configuring profile_start=profiling profile_complete=processing
     profile_cancel=stopping shutdown=shutdown""")  # fmt: skip
-OnLateError = Callable[[BusError], None]
+# The rows of a run that matter when runs are compared, and their statistics.
+_SUMMARY_TAGS = """request_throughput output_token_throughput total_token_throughput output_token_throughput_per_user
+    goodput request_latency time_to_first_token inter_token_latency""".split()
+_SUMMARY_FIELDS = ("unit", "header", "avg", "p50", "p99")
 
 
-class Run:
-    """What is known of one benchmark run, and how messages change it: `_on_…` follows what is there and usable."""
+class Benchmark:
+    """The run at hand, its Phases and its History, the answers made from it (to be read, not changed), and the runs
+    before it.  `_on_…` follow messages, `on_late_error` is told of a bad one that had been accepted unread."""
 
-    def __init__(self, on_late_error: OnLateError = lambda error: None) -> None:
+    def __init__(self, on_late_error: Callable[[BusError], None] = lambda error: None) -> None:
         self.row_plans = RowPlans()  # for all who show rows of metrics
-        self._on_late_error = on_late_error  # told of a bad message that had been accepted unread
+        self._on_late_error = on_late_error
         self.version = 0  # grows whenever an answer may have changed
         self._configs: dict[str, dict[str, Any]] = {}  # by origin, one of _ORIGINS
         self._earlier: dict[int, tuple[dict[str, Any], bytes]] = {}  # runs by number: in brief, and whole as JSON
@@ -2267,7 +2266,7 @@ class Run:
         self._history = History()
         self._final: dict[str, dict[str, Any]] = {}  # the same, of the results
         self._results = b""  # AIPerf's results object, its records in display units, as JSON
-        self._counts: tuple[int, int] | None = None  # requests that succeeded and that failed, by the results
+        self._counts: tuple[int, int] | None = None  # requests that succeeded and failed, by the results
         self._error_summary: dict[str, Any] = {"errors": [], "more": 0}
         self._aborted = 0  # requests that were cancelled, which AIPerf counts as errors
 
@@ -2279,21 +2278,23 @@ class Run:
         last_ns = now_ns if self.last_message_ns is None else self.last_message_ns
         return self._end_ns if self._end_ns is not None else min(now_ns, last_ns + STALE_AFTER_NS)
 
-    def _elapsed_ns(self, phase: Phase, now_ns: int) -> int:
-        """Return how long a phase has lasted, in the benchmark's clock as far as that is known."""
-        if phase.start_ns is not None and phase.end_ns is not None:
-            return max(0, phase.end_ns - phase.start_ns)
-        if phase.is_complete or not phase.has_begun:
-            return phase.lasted_ns
-        is_known = phase.start_ns is not None and self._skew_ns is not None
-        return max(0, self._until_ns(now_ns) - (phase.start_ns + self._skew_ns if is_known else phase.first_ns))
+    def _look_at_clock(self, now_ns: int) -> None:
+        """Bring up to date how long the phases have lasted."""
+        for phase in self._phases.values():
+            if phase.start_ns is not None and phase.end_ns is not None:
+                phase.elapsed_ns = max(0, phase.end_ns - phase.start_ns)
+            elif phase.has_begun and not phase.is_complete:
+                begin_ns = phase.first_ns
+                if phase.start_ns is not None and self._skew_ns is not None:
+                    begin_ns = phase.start_ns + self._skew_ns
+                phase.elapsed_ns = max(0, self._until_ns(now_ns) - begin_ns)
 
     def is_stale(self, now_ns: int) -> bool:
         last_ns = self.last_message_ns
         return self.end is None and last_ns is not None and now_ns - last_ns >= STALE_AFTER_NS
 
     def _advance(self, state: str) -> None:
-        if self._state in STATES and STATES.index(state) > STATES.index(self._state):
+        if self._state in STATES[: STATES.index(state)]:
             self._state = state
 
     @property
@@ -2302,12 +2303,12 @@ class Run:
 
     @property
     def _has_gone_far(self) -> bool:  # past its configuration
-        return self.end is not None or self._state not in STATES[: STATES.index("configuring") + 1]
+        return self.end is not None or self._state not in STATES[:3]
 
     @property
     def _did_anything(self) -> bool:
         counted = any(phase.counts["requests_sent"] or phase.done for phase in self._phases.values())
-        return counted or bool(self.metric_rows())
+        return counted or bool(self.figures("metrics"))
 
     def _requests(self, phases: list[Phase]) -> tuple[int, int, int]:
         """Return how many requests of phases succeeded, failed and were cancelled; of the profiling by the results."""
@@ -2424,7 +2425,8 @@ class Run:
             self._configs.setdefault("phases", {"phases": {}})["phases"][phase.name] = config
         self._set_clock(stats.get(_PHASE_CLOCKS[message.type]), now_ns)
         if message.type == "credit_phase_complete":
-            phase.lasted_ns, phase.is_complete = self._elapsed_ns(phase, now_ns), True
+            self._look_at_clock(now_ns)
+            phase.is_complete = True
         else:
             self._phase_name = phase.name
         self._sample_phases(now_ns, at_once=phase.is_complete)
@@ -2495,25 +2497,31 @@ class Run:
         is_last = message.type == "process_all_results"
         if "last_results" in self._signs and not is_last:
             return
-        inner = _object(message.cut().value["results"].get("results"))
-        self._keep_errors(_list(inner.get("error_summary")), message.errors_left_out)
-        self._keep_results(message.value["results"], inner)
         self._signs |= {"results", "last_results"} if is_last or not self._announces_states else {"results"}
-        if inner.get("was_cancelled") is True:
-            self._signs.add("cancelled")
-        self._reason = _error_text(inner.get("incomplete_reason")) or self._reason
-        self._count_results(inner, now_ns)
         self._advance("processing")
-
-    def _keep_errors(self, summary: list[Any], left_out: int) -> None:
-        found = [one for one in summary if isinstance(one, dict) and _count(one.get("count"))]
+        inner = _object(message.cut().value["results"].get("results"))
+        self._signs |= {"cancelled"} if inner.get("was_cancelled") is True else set()
         errors: list[dict[str, Any]] = []
-        for one in sorted(found, key=lambda one: -one["count"]):
-            details = _object(one.get("error_details"))
-            texts = {key: text_or(details.get(key), "")[:NAME_BYTES_MAX] for key in ("type", "message")}
-            errors.append({"code": _count(details.get("code")), **texts, "count": int(one["count"])})
-        self._error_summary = {"errors": errors, "more": left_out}
+        for one in _list(inner.get("error_summary")):
+            if count := _count(_object(one).get("count")):
+                details = _object(one.get("error_details"))
+                texts = {key: text_or(details.get(key), "")[:NAME_BYTES_MAX] for key in ("type", "message")}
+                errors.append({"code": _count(details.get("code")), **texts, "count": count})
+        errors.sort(key=lambda one: -one["count"])
+        self._error_summary = {"errors": errors, "more": message.errors_left_out}
         self._aborted = sum(one["count"] for one in errors if one["code"] == 499)
+        self._keep_results(message.value["results"], inner)
+        self._reason = _error_text(inner.get("incomplete_reason")) or self._reason
+        # After a cancel, or for who came late, results count what no phase message did.
+        succeeded, failed = _count(inner.get("successful_request_count")), _count(inner.get("error_request_count"))
+        if succeeded is not None and failed is not None:
+            self._counts = succeeded, failed
+        phase = self._phase_of({"phase": "profiling"}, now_ns)
+        if phase is not None and len(self._profiling) == 1:
+            phase.aborted = min(self._aborted, max(failed or 0, phase.counts["error_records"]))
+            figures = {"success_records": succeeded, "error_records": failed}
+            times = {"start_ns": inner.get("start_ns"), "requests_end_ns": inner.get("end_ns")}
+            phase.update({**figures, **times, **{key: phase.stats[key] for key in times if key in phase.stats}}, now_ns)
 
     def _keep_results(self, outer: dict[str, Any], inner: dict[str, Any]) -> None:
         """Keep results as clients see them, without what is too large."""
@@ -2527,29 +2535,17 @@ class Run:
             self._reason = f"results too large: not all of the {len(self._results)} bytes are kept"
         self._results = b""
 
-    def _count_results(self, inner: Mapping[str, Any], now_ns: int) -> None:
-        """Complete the profiling: after a cancel, or for who came late, results count what no phase message did."""
-        succeeded, failed = _count(inner.get("successful_request_count")), _count(inner.get("error_request_count"))
-        if succeeded is not None and failed is not None:
-            self._counts = succeeded, failed
-        phase = self._phase_of({"phase": "profiling"}, now_ns)
-        if phase is not None and len(self._profiling) == 1:
-            phase.aborted = min(self._aborted, max(failed or 0, phase.counts["error_records"]))
-            figures = {"success_records": succeeded, "error_records": failed}
-            times = {"start_ns": inner.get("start_ns"), "requests_end_ns": inner.get("end_ns")}
-            phase.update({**figures, **times, **{key: phase.stats[key] for key in times if key in phase.stats}}, now_ns)
-
     def _on_server_results(self, message: BusMessage, now_ns: int) -> None:
         """Follow the final server metrics, which cover the profiling alone, and the benchmark's id."""
         results = _object(message.value["server_metrics_result"].get("results"))
         self._benchmark_id = self._benchmark_id or _name(results.get("benchmark_id"))
         summaries = _bounded_summaries(results.get("endpoint_summaries"))
         if summaries:
-            self._final["server"] = {**self._read("server"), "endpoint_summaries": summaries, "final": True}
+            self._final["server"] = {**self.figures("server"), "endpoint_summaries": summaries, "final": True}
 
     def _on_telemetry_results(self, message: BusMessage, now_ns: int) -> None:
         results = _object(message.value["telemetry_result"].get("results"))
-        rows = list(islice(_final_telemetry(results, self._read("telemetry")), ROWS_MAX))
+        rows = list(islice(_final_telemetry(results, self.figures("telemetry")), ROWS_MAX))
         self._final["telemetry"] = display_rows(rows, self.row_plans.of) or self._final.get("telemetry", {})
 
     def _on_metrics(self, message: BusMessage, now_ns: int) -> None:
@@ -2563,8 +2559,8 @@ class Run:
         self._sampled_ns[kind] = now_ns
         self._history.add(now_ns, kind, _server_rows(figures) if kind == "server" else figures)
 
-    def _read(self, kind: str) -> dict[str, Any]:
-        """Return what the results, else the last good message, said of "metrics", "telemetry" or "server"."""
+    def figures(self, kind: str) -> dict[str, Any]:
+        """Return what the results, else the last good message, said of "metrics", "telemetry" (by tag) or "server"."""
         message = self._unread.pop(kind, None)
         if message is not None:
             try:
@@ -2590,84 +2586,11 @@ class Run:
             self._on_late_error(BusError("bad_shape", "rows of metrics with tags that are too long, or too many"))
         return display_rows(rows, self.row_plans.of)
 
-    def metric_rows(self) -> MetricRows:
-        return self._read("metrics")
-
-    def telemetry_rows(self) -> MetricRows:
-        return self._read("telemetry")
-
-
-def _server_rows(server_metrics: Mapping[str, Any]) -> MetricRows:
-    """Return server metrics as rows by tag: `server:ENDPOINT:METRIC{label="value"}`."""
-    rows = {}
-    for series in server_series(server_metrics.get("endpoint_summaries")):
-        labels = ",".join(f'{name}="{value}"' for name, value in series.labels)
-        tag = f"server:{series.endpoint}:{series.name}" + (f"{{{labels}}}" if labels else "")
-        rows[tag] = {"unit": "", **series.stats, "header": series.title}
-    return rows
-
-
-def _final_telemetry(results: Mapping[str, Any], live: Mapping[str, Mapping[str, Any]]) -> Iterator[MetricRow]:
-    """Yield the rows of the final telemetry with the tags and headers that the real-time messages use."""
-    urls = [url for url in _list(_object(results.get("summary")).get("endpoints_configured"))[:256] if _name(url)]
-    for endpoint, found in _objects(results.get("endpoints"), 256):
-        source = re.sub("[^a-zA-Z0-9]", "_", next((url for url in urls if f"//{endpoint}/" in url), endpoint))
-        for _, gpu in _objects(found.get("gpus"), ROWS_MAX):
-            index, name, uuid = _count(gpu.get("gpu_index")) or 0, gpu.get("gpu_name"), text_or(gpu.get("gpu_uuid"), "")
-            for metric, row in _objects(gpu.get("metrics"), ROWS_MAX):
-                tag = f"{metric}_dcgm_{source}_gpu{index}_{uuid[:12]}"
-                title = text_or(row.get("display_name"), metric.replace("_", " "))
-                header = f"{title} | {endpoint} | GPU {index} | {text_or(name, '')}"
-                yield {**row, "tag": tag, "header": _object(live.get(tag)).get("header", header)}
-
-
-# Message type -> (what follows it, the field without which it cannot be used, that field's type)
-_HANDLERS: Mapping[str, tuple[Callable[[Any, BusMessage, int], None], str, type]] = MappingProxyType({
-    **dict.fromkeys(_PHASE_CLOCKS, (Run._on_phase, "", object)),
-    **dict.fromkeys(_SIGNS, (Run._on_sign, "", object)),
-    **dict.fromkeys(("process_all_results", "process_records_result"), (Run._on_results, "results", dict)),
-    **dict.fromkeys(("worker_health", "worker_startup_state"), (Run._on_workers, "service_id", str)),
-    "all_records_received": (Run._on_records, "", object),
-    "command": (Run._on_command, "command", str),
-    "command_response": (Run._on_sign, "command", str),
-    "credit_phases_configured": (Run._on_phases_configured, "configs", list),
-    "dataset_configured_notification": (Run._on_dataset, "", object),
-    "process_server_metrics_result": (Run._on_server_results, "server_metrics_result", dict),
-    "process_telemetry_result": (Run._on_telemetry_results, "telemetry_result", dict),
-    "processing_stats": (Run._on_records, "processing_stats", dict),
-    "system_state_changed": (Run._on_state, "state", str),
-    "worker_group_stats": (Run._on_workers, "group_id", str),
-    "worker_status_summary": (Run._on_workers, "worker_statuses", dict),
-})  # fmt: skip
-# What the reducer has to hear, and the topics: also targeted commands, and the controller's responses alone.
-CORE_MESSAGE_TYPES = METRICS_MESSAGE_TYPES | frozenset(_HANDLERS)
-CORE_TOPICS = (b"command.", b"command_response.system_controller$",
-    *sorted(f"{name}$".encode() for name in CORE_MESSAGE_TYPES - {"command_response"}))  # fmt: skip
-# Every type that some AIPerf from 0.3 to 0.13 has; another one is accepted, but may be a typo.
-KNOWN_MESSAGE_TYPES = CORE_MESSAGE_TYPES | frozenset("""connection_probe conversation_request conversation_response
-    conversation_turn_request conversation_turn_response credit_drop credit_return dataset_config_status_request
-    dataset_config_status_response dataset_downloaded_notification dataset_timing_request dataset_timing_response
-    heartbeat inference_results metric_records network_latency_record notification parsed_inference_results
-    phase_baseline_request process_accuracy_result profile_progress profile_results records registration
-    server_metrics_record server_metrics_status status sweep_begin sweep_configure sweep_end sweep_progress
-    telemetry_records telemetry_status worker_pod_state""".split())  # fmt: skip
-
-
-# -- The benchmark -----------------------------------------------------------------------------------------------------
-
-# The rows of a run that matter when runs are compared, and their statistics.
-_SUMMARY_TAGS = """request_throughput output_token_throughput total_token_throughput output_token_throughput_per_user
-    goodput request_latency time_to_first_token inter_token_latency""".split()
-_SUMMARY_FIELDS = ("unit", "header", "avg", "p50", "p99")
-
-
-class Benchmark(Run):
-    """The run at hand, the answers made from it (to be read, not changed), and the runs before it."""
-
     def apply(self, message: BusMessage, now_ns: int) -> None:
         """Follow one bus message; raise BusError if it cannot be used, and then nothing has changed."""
         self._fell_silent = self._fell_silent or self.is_stale(now_ns)
-        if message.type in METRICS_MESSAGE_TYPES:
+        is_metrics = message.type in METRICS_MESSAGE_TYPES
+        if is_metrics:
             self._on_metrics(message, now_ns)
         elif message.type in _HANDLERS:
             handle, field, wanted = _HANDLERS[message.type]
@@ -2682,9 +2605,9 @@ class Benchmark(Run):
             if message.type not in FIGURES_MESSAGE_TYPES:
                 self._facts = None
             self._settle(now_ns)
-        if message.type in METRICS_MESSAGE_TYPES or message.type in ("processing_stats", *_PHASE_CLOCKS):
+        if is_metrics or message.type in ("processing_stats", *_PHASE_CLOCKS):
             self._fell_silent = False  # only a benchmark under load sends these
-        self.version += message.type in METRICS_MESSAGE_TYPES or self.started_ns is None
+        self.version += is_metrics or self.started_ns is None
         self.last_message_ns, self.started_ns = now_ns, _first(self.started_ns, now_ns)
         self._advance("initializing")
 
@@ -2704,11 +2627,10 @@ class Benchmark(Run):
             return False
         stats = phase_stats(value)
         known, start_ns = self._phases.get(stats.get("phase_name") or stats["phase"]), _count(stats.get("start_ns"))
-        if known is not None and None not in (known.start_ns, start_ns) and start_ns != known.start_ns:
-            return True
-        begins = message.type == "credit_phase_start"
-        again = begins and known is not None and known.is_complete
-        return again or (self.end is not None and (begins or known is None))
+        if known is None:
+            return self.end is not None
+        begins = message.type == "credit_phase_start" and (known.is_complete or self.end is not None)
+        return begins or (None not in (known.start_ns, start_ns) and start_ns != known.start_ns)
 
     def results_too_large(self, message_type: str, now_ns: int) -> None:
         """Follow a result message that is too large to be read: its topic alone ends the run."""
@@ -2758,7 +2680,7 @@ class Benchmark(Run):
         """Return where AIPerf writes its export, as the bus or a configuration tells; "" if none does."""
         phases = self._configs.get("phases", {"phases": {}})["phases"]
         told = _first(*(_name(config.get("artifact_dir")) for config in phases.values()))
-        return told or self._known().get("artifact_dir", "")
+        return told or str(self._known().get("artifact_dir", ""))
 
     @property
     def runs_expected(self) -> int | None:
@@ -2781,7 +2703,8 @@ class Benchmark(Run):
     def status(self, now_ns: int) -> dict[str, Any]:
         errors = {None: self._error, "cancelled": self._reason}
         starts = [phase.start_ns for phase in self._phases.values() if phase.start_ns is not None]
-        begun = [self._elapsed_ns(phase, now_ns) for phase in self._phases.values() if phase.has_begun]
+        self._look_at_clock(now_ns)
+        begun = [phase.elapsed_ns for phase in self._phases.values() if phase.has_begun]
         elapsed_ns = sum(begun) if begun else max(0, self._until_ns(now_ns) - _first(self.started_ns, now_ns))
         return {
             "state": self.end or self._state, "phase": self._phase_name, "run": self.run_number, "label": self.label,
@@ -2797,21 +2720,17 @@ class Benchmark(Run):
         is_known = self._are_announced or self._known().get("phases") or self.end or "answered" in self._signs
         return not is_known and any(phase.name != phase.kind for phase in self._profiling)
 
-    def _percent(self, now_ns: int) -> float:
+    def _percent(self) -> float:
         """Return how far the profiling is, 0 to 100: a warm-up at 100 % followed by 0 % would be going back."""
         phases = self._profiling
-        percents = [phase.percent(self._elapsed_ns(phase, now_ns)) for phase in phases]
-        if self.end == "complete":
-            now = 100.0
-        elif self._is_open:  # half the way for the first phase, half of the rest for each that follows
-            now = sum(percent / 2 ** (place + 1) for place, percent in enumerate(percents))
-        else:
-            weights = [1.0] * max(len(phases), self._known().get("phases", 0))
-            if self._are_announced:
-                targets = [phase.expected for phase in phases], [phase.duration_sec for phase in phases]
-                weights = next(([float(one) for one in target if one] for target in targets if all(target)), weights)
-            shares = sum(percent * weight for percent, weight in zip(percents, weights))
-            now = shares / sum(weights) if weights else 0.0
+        weights: Sequence[float] = [1] * max(len(phases), self._known().get("phases", 0))
+        if self._is_open:  # half the way for the first phase, half of the rest for each that follows
+            weights = [0.5**place for place in (*range(1, len(phases) + 1), len(phases))]
+        elif self._are_announced:
+            targets = [phase.expected or 0 for phase in phases], [phase.duration_sec or 0 for phase in phases]
+            weights = next((target for target in targets if all(target)), weights)
+        shares = sum(phase.percent() * weight for phase, weight in zip(phases, weights))
+        now = 100.0 if self.end == "complete" else shares / sum(weights) if weights else 0.0
         # Figures may be corrected downwards, and clocks too: what was once answered is not withdrawn.
         self._percent_floor = min(100.0, max(self._percent_floor, now))
         return self._percent_floor
@@ -2821,7 +2740,7 @@ class Benchmark(Run):
             return 0.0 if phases else None
         if self.end is not None or self.is_stale(now_ns):
             return None
-        left = [0.0 if one.is_complete else one.eta_sec(self._elapsed_ns(one, now_ns)) for one in phases]
+        left = [phase.eta_sec() for phase in phases]
         return None if None in left else sum(filter(None, left))
 
     def progress(self, now_ns: int) -> dict[str, Any]:
@@ -2831,16 +2750,14 @@ class Benchmark(Run):
         main = warmup if is_warmup else self._profiling
         expected = [phase.expected for phase in main]
         begun = [phase for phase in main if phase.has_begun]
-        answers = {}
-        for name, phase in self._phases.items():
-            answers[name] = phase.answer(self._elapsed_ns(phase, now_ns), self._eta_sec([phase], now_ns))
+        self._look_at_clock(now_ns)
+        answers = {name: phase.answer(self._eta_sec([phase], now_ns)) for name, phase in self._phases.items()}
         succeeded, failed, cancelled = self._requests(main)
         return {
             "total": sum(filter(None, expected)) if expected and None not in expected and not self._is_open else None,
             "completed": succeeded + failed, "errors": failed, "cancelled": cancelled, "warmup": is_warmup,
             "start_ns": min((phase.start_ns for phase in main if phase.start_ns is not None), default=None),
-            "elapsed_ns": sum(self._elapsed_ns(phase, now_ns) for phase in main),
-            "percent_complete": self._percent(now_ns),
+            "elapsed_ns": sum(phase.elapsed_ns for phase in main), "percent_complete": self._percent(),
             "eta_sec": None if self._is_open and not is_warmup else self._eta_sec(main, now_ns),
             "phase": begun[-1].name if begun else None, "phase_number": len(begun),
             "phase_percent": answers[begun[-1].name]["percent_complete"] if begun else 0.0,
@@ -2854,7 +2771,7 @@ class Benchmark(Run):
         return {field: self._known().get(field) for field in _IDENTITY_FIELDS}
 
     def metrics(self) -> dict[str, Any]:
-        rows, thresholds = self.metric_rows(), self._known().get("goodput")
+        rows, thresholds = self.figures("metrics"), self._known().get("goodput")
         goodput = None
         if thresholds is not None:  # what makes a request a good one, and the share of those that are
             good, succeeded = rows.get("good_request_count", {}), rows.get("request_count", {}).get("avg")
@@ -2864,7 +2781,7 @@ class Benchmark(Run):
         return {
             "aiperf_version": self._known().get("aiperf_version"), **self._identity(),
             "final": bool(self._final.get("metrics")), "goodput": goodput,
-            "metrics": rows, "telemetry": self.telemetry_rows(),
+            "metrics": rows, "telemetry": self.figures("telemetry"),
         }  # fmt: skip
 
     def workers(self) -> dict[str, Any]:
@@ -2879,7 +2796,7 @@ class Benchmark(Run):
         }  # fmt: skip
 
     def server_metrics(self) -> dict[str, Any]:
-        return self._read("server") or {"endpoint_summaries": {}, "message": "No server metrics available yet"}
+        return self.figures("server") or {"endpoint_summaries": {}, "message": "No server metrics available yet"}
 
     def results(self, *, whole: bool = True) -> dict[str, Any]:
         """Return how the run ended, with AIPerf's results if `whole`. "running" while no end is known, also before the
@@ -2900,7 +2817,7 @@ class Benchmark(Run):
 
     def _brief(self, now_ns: int) -> dict[str, Any]:
         """Return the run as /api/runs has it: of its metrics only what runs are compared by."""
-        status, progress, rows = self.status(now_ns), self.progress(now_ns), self.metric_rows()
+        status, progress, rows = self.status(now_ns), self.progress(now_ns), self.figures("metrics")
         few = {tag: rows[tag] for tag in _SUMMARY_TAGS if tag in rows}
         return {
             "n": self.run_number, "label": self.label, "of": self.runs_expected, **self._identity(),
@@ -2910,7 +2827,7 @@ class Benchmark(Run):
         }  # fmt: skip
 
     def _whole(self, brief: dict[str, Any]) -> dict[str, Any]:
-        rows = {"metrics": self.metric_rows(), "telemetry": self.telemetry_rows()}
+        rows = {"metrics": self.figures("metrics"), "telemetry": self.figures("telemetry")}
         return {**brief, **rows, "final": bool(self._final.get("metrics")), "error_summary": self._error_summary}
 
     def _keep_run(self, now_ns: int) -> None:
@@ -2931,6 +2848,62 @@ class Benchmark(Run):
         if number == self.run_number and self.started_ns is not None:
             return self._whole(self._brief(now_ns))
         return json_load(self._earlier[number][1]) if number in self._earlier else None
+
+
+def _server_rows(server_metrics: Mapping[str, Any]) -> MetricRows:
+    """Return server metrics as rows by tag: `server:ENDPOINT:METRIC{label="value"}`."""
+    rows = {}
+    for series in server_series(server_metrics.get("endpoint_summaries")):
+        labels = ",".join(f'{name}="{value}"' for name, value in series.labels)
+        tag = f"server:{series.endpoint}:{series.name}" + (f"{{{labels}}}" if labels else "")
+        rows[tag] = {"unit": "", **series.stats, "header": series.title}
+    return rows
+
+
+def _final_telemetry(results: Mapping[str, Any], live: Mapping[str, Mapping[str, Any]]) -> Iterator[MetricRow]:
+    """Yield the rows of the final telemetry with the tags and headers that the real-time messages use."""
+    urls = [url for url in _list(_object(results.get("summary")).get("endpoints_configured"))[:256] if _name(url)]
+    for endpoint, found in _objects(results.get("endpoints"), 256):
+        source = re.sub("[^a-zA-Z0-9]", "_", next((url for url in urls if f"//{endpoint}/" in url), endpoint))
+        for _, gpu in _objects(found.get("gpus"), ROWS_MAX):
+            index, name, uuid = _count(gpu.get("gpu_index")) or 0, gpu.get("gpu_name"), text_or(gpu.get("gpu_uuid"), "")
+            for metric, row in _objects(gpu.get("metrics"), ROWS_MAX):
+                tag = f"{metric}_dcgm_{source}_gpu{index}_{uuid[:12]}"
+                title = text_or(row.get("display_name"), metric.replace("_", " "))
+                header = f"{title} | {endpoint} | GPU {index} | {text_or(name, '')}"
+                yield {**row, "tag": tag, "header": _object(live.get(tag)).get("header", header)}
+
+
+# Message type -> (what follows it, the field without which it cannot be used, that field's type)
+_HANDLERS: Mapping[str, tuple[Callable[[Any, BusMessage, int], None], str, type]] = MappingProxyType({
+    **dict.fromkeys(_PHASE_CLOCKS, (Benchmark._on_phase, "", object)),
+    **dict.fromkeys(_SIGNS, (Benchmark._on_sign, "", object)),
+    **dict.fromkeys(("process_all_results", "process_records_result"), (Benchmark._on_results, "results", dict)),
+    **dict.fromkeys(("worker_health", "worker_startup_state"), (Benchmark._on_workers, "service_id", str)),
+    "all_records_received": (Benchmark._on_records, "", object),
+    "command": (Benchmark._on_command, "command", str),
+    "command_response": (Benchmark._on_sign, "command", str),
+    "credit_phases_configured": (Benchmark._on_phases_configured, "configs", list),
+    "dataset_configured_notification": (Benchmark._on_dataset, "", object),
+    "process_server_metrics_result": (Benchmark._on_server_results, "server_metrics_result", dict),
+    "process_telemetry_result": (Benchmark._on_telemetry_results, "telemetry_result", dict),
+    "processing_stats": (Benchmark._on_records, "processing_stats", dict),
+    "system_state_changed": (Benchmark._on_state, "state", str),
+    "worker_group_stats": (Benchmark._on_workers, "group_id", str),
+    "worker_status_summary": (Benchmark._on_workers, "worker_statuses", dict),
+})  # fmt: skip
+# What the reducer has to hear, and the topics: also targeted commands, and the controller's responses alone.
+CORE_MESSAGE_TYPES = METRICS_MESSAGE_TYPES | frozenset(_HANDLERS)
+CORE_TOPICS = (b"command.", b"command_response.system_controller$",
+    *sorted(f"{name}$".encode() for name in CORE_MESSAGE_TYPES - {"command_response"}))  # fmt: skip
+# Every type that some AIPerf from 0.3 to 0.13 has; another one is accepted, but may be a typo.
+KNOWN_MESSAGE_TYPES = CORE_MESSAGE_TYPES | FIGURES_MESSAGE_TYPES | frozenset("""connection_probe conversation_request
+    conversation_response conversation_turn_request conversation_turn_response credit_drop credit_return
+    dataset_config_status_request dataset_config_status_response dataset_downloaded_notification dataset_timing_request
+    dataset_timing_response inference_results metric_records network_latency_record notification
+    parsed_inference_results process_accuracy_result profile_progress profile_results records registration
+    server_metrics_record server_metrics_status status sweep_begin sweep_configure sweep_end sweep_progress
+    telemetry_records telemetry_status""".split())  # fmt: skip
 
 
 # -- The benchmark as families of samples ------------------------------------------------------------------------------
@@ -2981,8 +2954,8 @@ def state_families(benchmark: Benchmark, now_ns: int) -> list[Family]:
     statuses = collections.Counter(workers["worker_statuses"].values())
     for state in dict.fromkeys((*WORKER_STATUSES, *statuses)):
         own.add(("aiperf_workers", "gauge", "Workers by status", ""), (*labels, ("status", state)), statuses[state])
-    metrics = metric_families(benchmark.metric_rows(), labels, own)
-    gpus = telemetry_families(benchmark.telemetry_rows(), labels, own)
+    metrics = metric_families(benchmark.figures("metrics"), labels, own)
+    gpus = telemetry_families(benchmark.figures("telemetry"), labels, own)
     servers = server_families(benchmark.server_metrics()["endpoint_summaries"], labels, own)
     families = unique_families((*info.families.values(), *metrics, *own.families.values(), *gpus, *servers))
     text = "Samples that did not fit in this answer"

@@ -2140,7 +2140,7 @@ class TestRecordedRuns(unittest.TestCase):
             benchmark, _ = replayed(run)
             results = last.get("process_all_results", {}).get("results", {}).get("results", {})
             for row in results.get("records", ()):
-                found = benchmark.metric_rows()[row["tag"]]
+                found = benchmark.figures("metrics")[row["tag"]]
                 del row["tag"]
                 row.pop("console_group", None)
                 kept = {key: value for key, value in row.items() if value is not None}
@@ -2150,7 +2150,7 @@ class TestRecordedRuns(unittest.TestCase):
                 for gpu in endpoint["gpus"].values():
                     for metric, row in gpu["metrics"].items():
                         tag = f"{metric}_dcgm_http___127_0_0_1_19400_metrics_gpu{gpu['gpu_index']}_GPU-8f1c7a52"
-                        self.assertLessEqual(row.items(), benchmark.telemetry_rows()[tag].items())
+                        self.assertLessEqual(row.items(), benchmark.figures("telemetry")[tag].items())
 
     def test_final_figures_of_old_versions_are_in_display_units(self) -> None:
         for name, tag, value, unit in (
@@ -2159,12 +2159,12 @@ class TestRecordedRuns(unittest.TestCase):
             ("run_0_6_success", "http_req_data_received", 5.0225, "KB"),
         ):
             benchmark, _ = replayed(recorded_run(name))
-            row = benchmark.metric_rows()[tag]
+            row = benchmark.figures("metrics")[tag]
             self.assertEqual((round(row["avg"], 4), row["unit"]), (value, unit))
             records = benchmark.results()["results"]["results"]["records"]
             self.assertIn((tag, unit), {(record["tag"], record["unit"]) for record in records})
             for hidden in ("min_request_timestamp", "credit_drop_latency"):
-                self.assertNotIn(hidden, {**benchmark.metric_rows(), **benchmark.history()["tags"]})
+                self.assertNotIn(hidden, {**benchmark.figures("metrics"), **benchmark.history()["tags"]})
 
     def test_failures_name_what_failed(self) -> None:
         for name, words in (
@@ -2202,7 +2202,7 @@ class TestRecordedRuns(unittest.TestCase):
         self.assertTrue(all(one["started_ns"] < one["ended_ns"] for one in runs))
         self.assertEqual(set(runs[0]["metrics"]["request_latency"]), {"unit", "header", "avg", "p50", "p99"})
         first, last = benchmark.run(1, now_ns) or {}, benchmark.run(3, now_ns) or {}
-        self.assertEqual(last["metrics"], benchmark.metric_rows())
+        self.assertEqual(last["metrics"], benchmark.figures("metrics"))
         self.assertLess(len(runs[0]["metrics"]), len(first["metrics"]))
         self.assertEqual(first.keys() - runs[0].keys(), {"final", "telemetry", "error_summary"})
         self.assertIsNone(benchmark.run(4, now_ns))
@@ -2212,7 +2212,7 @@ class TestRecordedRuns(unittest.TestCase):
         run = recorded_run("run_0_13_gpu_and_server_metrics")
         for kept in (run, [message for message in run if message[0] != "realtime_telemetry_metrics"]):
             benchmark, now_ns = replayed(kept)
-            self.assertEqual(len(benchmark.telemetry_rows()), 22)
+            self.assertEqual(len(benchmark.figures("telemetry")), 22)
         server = benchmark.server_metrics()
         self.assertIn("vllm:num_requests_running", server["endpoint_summaries"]["127.0.0.1:18051"]["metrics"])
         self.assertIn("num_running", server["snapshot"])
@@ -2802,7 +2802,7 @@ class TestBadMessages(BenchmarkTestCase):
     def test_metrics_are_read_when_asked_for_and_bad_ones_are_told_once(self) -> None:
         for index in range(100):
             self.send_metrics(BASE_NS + index, {"tag": "t", "avg": index})
-        self.assertEqual(self.benchmark.metric_rows(), {"t": {"avg": 99}})
+        self.assertEqual(self.benchmark.figures("metrics"), {"t": {"avg": 99}})
         message = aiperf_api.BusMessage("realtime_metrics", b'{"metrics":[]}')
         value, count = message.value, sys.getrefcount(message.value)
         self.benchmark.apply(message, BASE_NS + 100)
@@ -2811,7 +2811,7 @@ class TestBadMessages(BenchmarkTestCase):
         self.benchmark.apply(aiperf_api.BusMessage("realtime_metrics", b"{"), BASE_NS + 100)
         self.assertEqual(self.late_errors, [])
         for _ in range(2):
-            self.assertEqual(self.benchmark.metric_rows(), {"t": {"avg": 99}})
+            self.assertEqual(self.benchmark.figures("metrics"), {"t": {"avg": 99}})
         self.assertEqual([error.kind for error in self.late_errors], ["not_json"])
 
     def test_a_nan_costs_its_own_value_alone(self) -> None:
@@ -2819,7 +2819,7 @@ class TestBadMessages(BenchmarkTestCase):
         for now_ns, late in ((BASE_NS, []), (BASE_NS + 1, ["not_finite"])):  # read at once, and when asked for
             message = aiperf_api.BusMessage("realtime_metrics", payload)
             self.benchmark.apply(message, now_ns)
-            self.assertEqual(self.benchmark.metric_rows()["t"], {"max": 3})
+            self.assertEqual(self.benchmark.figures("metrics")["t"], {"max": 3})
             self.assertEqual([error.kind for error in self.late_errors], late)
 
     def test_a_hostile_publisher_cannot_fill_the_memory(self) -> None:
@@ -2843,7 +2843,7 @@ class TestBadMessages(BenchmarkTestCase):
 
     def test_a_message_is_walked_so_far_and_no_further(self) -> None:
         self.send_metrics(BASE_NS, {"tag": "u" * 513, "avg": 1}, *({"tag": f"t{i}", "avg": 1} for i in range(20_000)))
-        self.assertEqual(len(self.benchmark.metric_rows()), aiperf_api.ROWS_MAX - 1)
+        self.assertEqual(len(self.benchmark.figures("metrics")), aiperf_api.ROWS_MAX - 1)
         self.assertEqual([error.kind for error in self.late_errors], ["bad_shape"])
         series = [{"labels": {"a": str(index)}, "stats": {"avg": 1.0}} for index in range(10_000)]
         summaries = {"e": {"metrics": {"m": {"type": "gauge", "series": series}}}}
