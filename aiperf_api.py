@@ -1755,9 +1755,8 @@ ENDS = ("complete", "cancelled", "failed")
 WORKER_STATUSES = ("healthy", "high_load", "error", "idle", "stale")
 
 METRICS_MESSAGE_TYPES = frozenset("realtime_metrics realtime_telemetry_metrics realtime_server_metrics".split())
-RESULT_MESSAGE_TYPES = frozenset(
-    "process_all_results process_records_result process_server_metrics_result process_telemetry_result".split()
-)
+RESULT_MESSAGE_TYPES = frozenset("""process_all_results process_records_result process_server_metrics_result
+    process_telemetry_result""".split())  # fmt: skip
 # Types whose latest message replaces the one before; what is kept per worker or group is not among them.
 STATE_MESSAGE_TYPES = METRICS_MESSAGE_TYPES | {"credit_phase_progress", "processing_stats", "worker_status_summary"}
 # What carries figures alone, and is therefore never looked through for secrets.
@@ -2078,12 +2077,10 @@ class History:
 
     def answer(self, tags: Iterable[str], stats: Sequence[str], since_ns: int, points: int) -> dict[str, Any]:
         """Return series of at most `points` joined rows; LookupError for what is not there, ValueError for too much."""
-        chosen = []
-        for tag in dict.fromkeys(tags):
-            found = [stat for stat in self.columns.get(tag, ()) if not stats or stat in stats]
-            if not found:
-                raise LookupError(f"no series of {tag}" + (f" with {', '.join(stats)}" if stats else ""))
-            chosen += [(tag, stat) for stat in found]
+        found = {tag: [stat for stat in self.columns.get(tag, ()) if not stats or stat in stats] for tag in tags}
+        if not all(found.values()):
+            raise LookupError("no such tag, or without these statistics")
+        chosen = [(tag, stat) for tag, stats in found.items() for stat in stats]
         start, halvings = bisect_right(self.times, since_ns), 0
         times = self.times[start:]
         while len(times) > max(1, points):
@@ -2112,19 +2109,17 @@ _ORIGINS = ("file", "command", "artifacts", "bus", "phases")
 _ARTIFACT_FIELDS = frozenset("""aiperf_version artifact_dir benchmark_id cfg cli_command input_config label multi_run
     sweep sweep_id trial variation""".split())  # fmt: skip
 _IDENTITY_FIELDS = ("benchmark_id", "model", "endpoint_type", "streaming", "concurrency", "request_rate")
-# What a configuration says, how it is read, and where it stands: AIPerf 0.3 to 0.13, and flat as on the command line.
+# What a configuration says, how it is read, and the keys it has: AIPerf 0.3 to 0.13, and flat as on the command line.
 _FACTS = """\
 benchmark_id    name        benchmarkid
-model           models      endpoint.modelnames endpoint.models endpoint.modelname endpoint.model modelnames models \
-modelname model
-endpoint_type   name        endpoint.type endpoint.endpointtype endpointtype
-streaming       flag        endpoint.streaming streaming
-concurrency     positive    loadgen.concurrency phase.concurrency concurrency
-request_rate    positive    loadgen.requestrate phase.requestrate loadgen.rate phase.rate requestrate rate
+model           models      modelnames models modelname model
+endpoint_type   name        endpoint.type endpointtype
+streaming       flag        streaming
+concurrency     positive    concurrency
+request_rate    positive    requestrate rate
 aiperf_version  name        aiperfversion
-artifact_dir    name        output.artifactdir output.artifactdirectory output.dir artifactdir artifactdirectory \
-phase.artifactdir artifacts.artifactdir artifacts.artifactdirectory
-goodput         thresholds  input.goodput input.slos goodput slos
+artifact_dir    name        artifactdir artifactdirectory output.dir
+goodput         thresholds  goodput slos
 label           name        variation.label label"""
 
 
@@ -2180,15 +2175,15 @@ def identity_of(config: Mapping[str, Any]) -> dict[str, Any]:
     wrappers = "input_config config user_config benchmark benchmark_config cfg".split()
     wrapped = [_object(config.get(key)) for key in wrappers]
     for section in map(_plain_keys, (config, *wrapped, *(inner.get("benchmark") for inner in wrapped))):
-        phases = _phases_of(section)
-        names = "endpoint loadgen input output artifacts variation".split()
-        parts = {name: _plain_keys(section.get(name)) for name in names}
-        parts.update({"": section, "phase": (*phases, {})[0]})
+        phases, values = _phases_of(section), dict(section)
+        section["phase"] = (*phases, None)[0]
+        for part in "artifacts output input variation phase loadgen endpoint".split():
+            for key, value in _plain_keys(section.get(part)).items():
+                values[key] = values[f"{part}.{key}"] = value
         told = {"phases": len(phases) or None, "runs": _sweep_size(section)}
         for line in _FACTS.splitlines():
-            fact, reader, *paths = line.split()
-            places = (path.rpartition(".") for path in paths)
-            told[fact] = _first(*(_READERS[reader](parts[part].get(key)) for part, _, key in places))
+            fact, reader, *keys = line.split()
+            told[fact] = _first(*(_READERS[reader](values.get(key)) for key in keys))
         found = {**{fact: value for fact, value in told.items() if value is not None}, **found}
     if "concurrency" in found:
         found["concurrency"] = max(1, int(found["concurrency"]))
@@ -2689,12 +2684,12 @@ class Benchmark:
     @property
     def label(self) -> str:
         """The run's name among others, such as "run 2 of 3: concurrency_4"."""
-        of_all = f" of {self.runs_expected}" if self.runs_expected else ""
-        return f"run {self.run_number}{of_all}" + (f": {self._known()['label']}" if "label" in self._known() else "")
+        of_all, label = (self._known().get(fact) for fact in ("runs", "label"))
+        return f"run {self.run_number}" + (f" of {of_all}" if of_all else "") + (f": {label}" if label else "")
 
     def labels(self) -> dict[str, str]:
         """Return the identity as labels for Prometheus, as far as it is known, written as AIPerf's exporter does."""
-        shown = {field: self._known()[field] for field in _IDENTITY_FIELDS if field in self._known()}
+        shown = {field: value for field, value in self._identity().items() if value is not None}
         if "request_rate" in shown:
             shown["request_rate"] = float(shown["request_rate"])
         texts = {field: str(value).lower() if isinstance(value, bool) else str(value) for field, value in shown.items()}
