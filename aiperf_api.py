@@ -2257,9 +2257,9 @@ class Benchmark:
         self._group_of: dict[str, str] = {}  # worker -> group
         self._figures: dict[str, dict[str, Any]] = {"metrics": {}, "telemetry": {}, "server": {}}  # as last read
         self._unread: dict[str, BusMessage] = {}  # newer messages of these that nobody has asked for
+        self._final: dict[str, dict[str, Any]] = {}  # what replaces them at the end
         self._sampled_ns = dict.fromkeys((*self._figures, "phase"), -_SAMPLE_NS)  # when they last went into the history
         self._history = History()
-        self._final: dict[str, dict[str, Any]] = {}  # the same, of the results
         self._results = b""  # AIPerf's results object, its records in display units, as JSON
         self._counts: tuple[int, int] | None = None  # requests that succeeded and failed, by the results
         self._error_summary: dict[str, Any] = {"errors": [], "more": 0}
@@ -2377,8 +2377,8 @@ class Benchmark:
     def _on_sign(self, message: BusMessage, now_ns: int) -> None:
         """Follow a message whose coming says it all, but for an error or a cancel that it tells of."""
         sign, value = _SIGNS[message.type], message.value
-        is_vital = value.get("command") in ("profile_configure", "profile_start")
-        if message.type == "command_response" and not (is_vital and value.get("status") == "failure"):
+        is_failure = value.get("status") == "failure" and value.get("command") in ("profile_configure", "profile_start")
+        if message.type == "command_response" and not is_failure:
             return
         if sign in ("not_configured", "error"):
             self._error = self._error or _error_text(value.get("error")) or "unknown error"
@@ -2696,7 +2696,7 @@ class Benchmark:
         return {field: text.encode("utf-8", "replace")[:128].decode("utf-8", "ignore") for field, text in texts.items()}
 
     def status(self, now_ns: int) -> dict[str, Any]:
-        errors = {None: self._error, "cancelled": self._reason}
+        error = {None: self._error, "cancelled": self._reason}.get(self.end)
         starts = [phase.start_ns for phase in self._phases.values() if phase.start_ns is not None]
         self._look_at_clock(now_ns)
         begun = [phase.elapsed_ns for phase in self._phases.values() if phase.has_begun]
@@ -2704,7 +2704,7 @@ class Benchmark:
         return {
             "state": self.end or self._state, "phase": self._phase_name, "run": self.run_number, "label": self.label,
             "benchmark_id": self._known().get("benchmark_id"), "profile_id": self._profile_id,
-            "error": self._verdict() if self.end == "failed" else errors.get(self.end), "stale": self.is_stale(now_ns),
+            "error": self._verdict() if self.end == "failed" else error, "stale": self.is_stale(now_ns),
             "started_ns": min(starts, default=self.started_ns),
             "elapsed_sec": None if self.started_ns is None else elapsed_ns / 1e9,
         }  # fmt: skip
@@ -2767,15 +2767,14 @@ class Benchmark:
 
     def metrics(self) -> dict[str, Any]:
         rows, thresholds = self.figures("metrics"), self._known().get("goodput")
-        goodput = None
-        if thresholds is not None:  # what makes a request a good one, and the share of those that are
-            good, succeeded = rows.get("good_request_count", {}), rows.get("request_count", {}).get("avg")
-            counted = good["avg"] / succeeded if "avg" in good and succeeded else None
-            share = rows.get("good_request_fraction", {}).get("avg", counted)
-            goodput = {"thresholds": thresholds, "share": share}
+        tags = ("good_request_fraction", "good_request_count", "request_count")
+        share, good, succeeded = (rows.get(tag, {}).get("avg") for tag in tags)
+        share = good / succeeded if share is None and good is not None and succeeded else share
         return {
             "aiperf_version": self._known().get("aiperf_version"), **self._identity(),
-            "final": bool(self._final.get("metrics")), "goodput": goodput,
+            "final": bool(self._final.get("metrics")),
+            # what makes a request a good one, and the share of those that are
+            "goodput": None if thresholds is None else {"thresholds": thresholds, "share": share},
             "metrics": rows, "telemetry": self.figures("telemetry"),
         }  # fmt: skip
 
@@ -2794,8 +2793,7 @@ class Benchmark:
         return self.figures("server") or {"endpoint_summaries": {}, "message": "No server metrics available yet"}
 
     def results(self, *, whole: bool = True) -> dict[str, Any]:
-        """Return how the run ended, with AIPerf's results if `whole`. "running" while no end is known, also before the
-        start."""
+        """Return how the run ended ("running" until that is known), with AIPerf's results if `whole`."""
         return {
             "status": self.end or "running",
             "results": json_load(self._results) if whole and self._results else None,
