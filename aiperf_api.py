@@ -2109,18 +2109,6 @@ _ORIGINS = ("file", "command", "artifacts", "bus", "phases")
 _ARTIFACT_FIELDS = frozenset("""aiperf_version artifact_dir benchmark_id cfg cli_command input_config label multi_run
     sweep sweep_id trial variation""".split())  # fmt: skip
 _IDENTITY_FIELDS = ("benchmark_id", "model", "endpoint_type", "streaming", "concurrency", "request_rate")
-# What a configuration says, how it is read, and the keys it has: AIPerf 0.3 to 0.13, and flat as on the command line.
-_FACTS = """\
-benchmark_id    name        benchmarkid
-model           models      modelnames models modelname model
-endpoint_type   name        endpoint.type endpointtype
-streaming       flag        streaming
-concurrency     positive    concurrency
-request_rate    positive    requestrate rate
-aiperf_version  name        aiperfversion
-artifact_dir    name        artifactdir artifactdirectory output.dir
-goodput         thresholds  goodput slos
-label           name        variation.label label"""
 
 
 def _plain_keys(value: Any) -> dict[str, Any]:
@@ -2163,10 +2151,19 @@ def _thresholds(value: Any) -> dict[str, float] | None:
     return {tag: limit for tag, limit in limits if limit is not None and _name(tag)} or None
 
 
-_READERS: Mapping[str, Callable[[Any], Any]] = MappingProxyType({
-    "flag": lambda value: {"true": True, "false": False}.get(str(value).lower()),
-    "name": _name, "models": _model_names, "positive": _positive, "thresholds": _thresholds,
-})  # fmt: skip
+# What a configuration says, how it is read, and the keys it has: AIPerf 0.3 to 0.13, and flat as on the command line.
+_FACTS: tuple[tuple[str, Callable[[Any], Any], str], ...] = (
+    ("benchmark_id", _name, "benchmarkid"),
+    ("model", _model_names, "modelnames models modelname model"),
+    ("endpoint_type", _name, "endpoint.type endpointtype"),
+    ("streaming", lambda value: {"true": True, "false": False}.get(str(value).lower()), "streaming"),
+    ("concurrency", lambda value: int(_positive(value) or 0) or None, "concurrency"),
+    ("request_rate", _positive, "requestrate rate"),
+    ("aiperf_version", _name, "aiperfversion"),
+    ("artifact_dir", _name, "artifactdir artifactdirectory output.dir"),
+    ("goodput", _thresholds, "goodput slos"),
+    ("label", _name, "variation.label label"),
+)
 
 
 def identity_of(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -2181,12 +2178,9 @@ def identity_of(config: Mapping[str, Any]) -> dict[str, Any]:
             for key, value in _plain_keys(section.get(part)).items():
                 values[key] = values[f"{part}.{key}"] = value
         told = {"phases": len(phases) or None, "runs": _sweep_size(section)}
-        for line in _FACTS.splitlines():
-            fact, reader, *keys = line.split()
-            told[fact] = _first(*(_READERS[reader](values.get(key)) for key in keys))
+        for fact, read, keys in _FACTS:
+            told[fact] = _first(*(read(values.get(key)) for key in keys.split()))
         found = {**{fact: value for fact, value in told.items() if value is not None}, **found}
-    if "concurrency" in found:
-        found["concurrency"] = max(1, int(found["concurrency"]))
     return found
 
 
@@ -2651,8 +2645,8 @@ class Benchmark:
         self._facts = None
         self.version += 1
 
-    def _known(self) -> dict[str, Any]:
-        """Return what the configurations say, field by field, each from the first origin that tells it."""
+    def _fact(self, name: str) -> Any:
+        """Return what the first configuration that tells it says, None if none does; see _FACTS."""
         if self._facts is None:
             facts: dict[str, Any] = {}
             for origin in reversed(_ORIGINS):
@@ -2664,7 +2658,7 @@ class Benchmark:
             if self._benchmark_id:
                 facts["benchmark_id"] = self._benchmark_id
             self._facts = facts
-        return self._facts
+        return self._facts.get(name)
 
     def config(self) -> dict[str, Any]:
         """Return the configuration of the first origin that has one, completed by what AIPerf wrote; {} without."""
@@ -2675,16 +2669,16 @@ class Benchmark:
         """Return where AIPerf writes its export, as the bus or a configuration tells; "" if none does."""
         phases = self._configs.get("phases", {"phases": {}})["phases"]
         told = _first(*(_name(config.get("artifact_dir")) for config in phases.values()))
-        return told or str(self._known().get("artifact_dir", ""))
+        return told or text_or(self._fact("artifact_dir"), "")
 
     @property
     def runs_expected(self) -> int | None:
-        return self._known().get("runs")
+        return cast("int | None", self._fact("runs"))
 
     @property
     def label(self) -> str:
         """The run's name among others, such as "run 2 of 3: concurrency_4"."""
-        of_all, label = (self._known().get(fact) for fact in ("runs", "label"))
+        of_all, label = self.runs_expected, self._fact("label")
         return f"run {self.run_number}" + (f" of {of_all}" if of_all else "") + (f": {label}" if label else "")
 
     def labels(self) -> dict[str, str]:
@@ -2703,7 +2697,7 @@ class Benchmark:
         elapsed_ns = sum(begun) if begun else max(0, self._until_ns(now_ns) - _first(self.started_ns, now_ns))
         return {
             "state": self.end or self._state, "phase": self._phase_name, "run": self.run_number, "label": self.label,
-            "benchmark_id": self._known().get("benchmark_id"), "profile_id": self._profile_id,
+            "benchmark_id": self._fact("benchmark_id"), "profile_id": self._profile_id,
             "error": self._verdict() if self.end == "failed" else error, "stale": self.is_stale(now_ns),
             "started_ns": min(starts, default=self.started_ns),
             "elapsed_sec": None if self.started_ns is None else elapsed_ns / 1e9,
@@ -2712,13 +2706,13 @@ class Benchmark:
     @property
     def _is_open(self) -> bool:
         """Tell whether more phases may follow: they have names of their own, and nothing says how many there are."""
-        is_known = self._are_announced or self._known().get("phases") or self.end or "answered" in self._signs
+        is_known = self._are_announced or self._fact("phases") or self.end or "answered" in self._signs
         return not is_known and any(phase.name != phase.kind for phase in self._profiling)
 
     def _percent(self) -> float:
         """Return how far the profiling is, 0 to 100: a warm-up at 100 % followed by 0 % would be going back."""
         phases = self._profiling
-        weights: Sequence[float] = [1] * max(len(phases), self._known().get("phases", 0))
+        weights: Sequence[float] = [1] * max(len(phases), self._fact("phases") or 0)
         if self._is_open:  # half the way for the first phase, half of the rest for each that follows
             weights = [0.5**place for place in (*range(1, len(phases) + 1), len(phases))]
         elif self._are_announced:
@@ -2755,23 +2749,22 @@ class Benchmark:
             "elapsed_ns": sum(phase.elapsed_ns for phase in main), "percent_complete": self._percent(),
             "eta_sec": None if self._is_open and not is_warmup else self._eta_sec(main, now_ns),
             "phase": begun[-1].name if begun else None, "phase_number": len(begun),
-            "phase_percent": answers[begun[-1].name]["percent_complete"] if begun else 0.0,
-            "phases": answers,
+            "phase_percent": begun[-1].percent() if begun else 0.0, "phases": answers,
             # AIPerf exports before it ends well; the message is often lost.
             "results_exported": "exported" in self._signs or ("results" in self._signs and self._child_exit == ""),
             "system_state": self.end or self._state,
         }  # fmt: skip
 
     def _identity(self) -> dict[str, Any]:
-        return {field: self._known().get(field) for field in _IDENTITY_FIELDS}
+        return {field: self._fact(field) for field in _IDENTITY_FIELDS}
 
     def metrics(self) -> dict[str, Any]:
-        rows, thresholds = self.figures("metrics"), self._known().get("goodput")
+        rows, thresholds = self.figures("metrics"), self._fact("goodput")
         tags = ("good_request_fraction", "good_request_count", "request_count")
         share, good, succeeded = (rows.get(tag, {}).get("avg") for tag in tags)
         share = good / succeeded if share is None and good is not None and succeeded else share
         return {
-            "aiperf_version": self._known().get("aiperf_version"), **self._identity(),
+            "aiperf_version": self._fact("aiperf_version"), **self._identity(),
             "final": bool(self._final.get("metrics")),
             # what makes a request a good one, and the share of those that are
             "goodput": None if thresholds is None else {"thresholds": thresholds, "share": share},
