@@ -1746,13 +1746,12 @@ def server_families(summaries: Any, labels: Labels = (), before: FamilySet | Non
 # == 9 == Benchmark ====================================================================================================
 #
 # A reducer: bus messages go in one after the other, answers come out at any moment. Time comes in as an argument, the
-# bus clock at reception, in ns. Benchmark and server may differ in their clocks, so what a message says of its own time
-# is used to find the difference. What a run keeps is bounded, whatever the bus sends.
+# bus clock at reception, in ns; what a message says of its own time tells how far the benchmark's clock is from that.
+# What a run keeps is bounded, whatever the bus sends.
 
 # AIPerf's states in the order a run goes through them, after `waiting`: nothing was heard yet.
 STATES = ("waiting", "initializing", "configuring", "ready", "profiling", "processing", "stopping", "shutdown")
 ENDS = ("complete", "cancelled", "failed")
-WORKER_STATUSES = ("healthy", "high_load", "error", "idle", "stale")
 
 METRICS_MESSAGE_TYPES = frozenset("realtime_metrics realtime_telemetry_metrics realtime_server_metrics".split())
 RESULT_MESSAGE_TYPES = frozenset("""process_all_results process_records_result process_server_metrics_result
@@ -2021,12 +2020,10 @@ class History:
             for column in itertools.chain(*(columns.values() for columns in self.columns.values())):
                 column.append(math.nan)
         self.times[-1] = now_ns
-        left_out = 0
         for tag, row in rows.items():
             columns = self.columns.get(tag)
             if columns is None:
                 if len(self.columns) >= HISTORY_SERIES_MAX or len(tag) > 4 * NAME_BYTES_MAX:
-                    left_out += 1
                     continue
                 columns = self.columns[tag] = {}
                 header = text_or(row.get("header"), tag)[:NAME_BYTES_MAX]
@@ -2036,7 +2033,7 @@ class History:
             for stat, column in columns.items():
                 if is_number(row.get(stat)):
                     column[-1] = row[stat]
-        self._tags_left_out = max(self._tags_left_out, left_out)
+        self._tags_left_out = max(self._tags_left_out, len(rows.keys() - self.columns.keys()))
 
     def _add_columns(self, columns: dict[str, array[float]], row: Mapping[str, Any]) -> None:
         """Add columns to those of a tag, as far as a fair share of all allows."""
@@ -2102,8 +2099,7 @@ class History:
 
 # -- Configuration and identity ----------------------------------------------------------------------------------------
 
-# Where configurations come from, by rank; what is behind the second is of one run: AIPerf's files, profile_configure up
-# to 0.6, and credit_phase_start.
+# Where configurations come from, by rank; those behind the second are of one run.
 _ORIGINS = ("file", "command", "artifacts", "bus", "phases")
 # What AIPerf's run_config.json and export hold beside figures.
 _ARTIFACT_FIELDS = frozenset("""aiperf_version artifact_dir benchmark_id cfg cli_command input_config label multi_run
@@ -2667,9 +2663,8 @@ class Benchmark:
 
     def artifact_dir(self) -> str:
         """Return where AIPerf writes its export, as the bus or a configuration tells; "" if none does."""
-        phases = self._configs.get("phases", {"phases": {}})["phases"]
-        told = _first(*(_name(config.get("artifact_dir")) for config in phases.values()))
-        return told or text_or(self._fact("artifact_dir"), "")
+        phases = self._configs.get("phases", {"phases": {}})["phases"].values()
+        return str(_first(*(_name(config.get("artifact_dir")) for config in phases), self._fact("artifact_dir"), ""))
 
     @property
     def runs_expected(self) -> int | None:
@@ -2868,7 +2863,6 @@ _HANDLERS: Mapping[str, tuple[Callable[[Any, BusMessage, int], None], str, type]
     **dict.fromkeys(("worker_health", "worker_startup_state"), (Benchmark._on_workers, "service_id", str)),
     "all_records_received": (Benchmark._on_records, "", object),
     "command": (Benchmark._on_command, "command", str),
-    "command_response": (Benchmark._on_sign, "command", str),
     "credit_phases_configured": (Benchmark._on_phases_configured, "configs", list),
     "dataset_configured_notification": (Benchmark._on_dataset, "", object),
     "process_server_metrics_result": (Benchmark._on_server_results, "server_metrics_result", dict),
@@ -2938,7 +2932,7 @@ def state_families(benchmark: Benchmark, now_ns: int) -> list[Family]:
                 value = _object(value).get(field)  # noqa: PLW2901
             own.add((f"aiperf_{name}", kind, text, unit), own_labels, value, "_total" if kind == "counter" else "")
     statuses = collections.Counter(workers["worker_statuses"].values())
-    for state in dict.fromkeys((*WORKER_STATUSES, *statuses)):
+    for state in dict.fromkeys(("healthy", "high_load", "error", "idle", "stale", *statuses)):
         own.add(("aiperf_workers", "gauge", "Workers by status", ""), (*labels, ("status", state)), statuses[state])
     metrics = metric_families(benchmark.figures("metrics"), labels, own)
     gpus = telemetry_families(benchmark.figures("telemetry"), labels, own)
