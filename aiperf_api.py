@@ -1877,8 +1877,7 @@ def _bounded_summaries(summaries: Any) -> dict[str, Any]:
 
 def _error_text(error: Any) -> str | None:
     """Return an error field as one line: a text, or AIPerf's {code, type, message}."""
-    if not isinstance(error, dict):
-        return text_or(error, "")[:NAME_BYTES_MAX] or None
+    error = error if isinstance(error, dict) else {"message": error}
     kind, message = text_or(error.get("type"), ""), text_or(error.get("message"), "")
     text = message if message.startswith(kind) else f"{kind}: {message}" if message else kind
     code = _count(error.get("code"))
@@ -2286,11 +2285,9 @@ class Benchmark:
     def _profiling(self) -> list[Phase]:
         return [phase for phase in self._phases.values() if not phase.is_warmup]
 
-    @property
     def _has_gone_far(self) -> bool:  # past its configuration
         return self.end is not None or self._state not in STATES[:3]
 
-    @property
     def _did_anything(self) -> bool:
         counted = any(phase.counts["requests_sent"] or phase.done for phase in self._phases.values())
         return counted or bool(self.figures("metrics"))
@@ -2317,7 +2314,7 @@ class Benchmark:
         if child or (self._error and not has_results):
             return "failed"
         if has_results or "complete" in signs or child == "":
-            return "complete" if self._did_anything or "exported" in signs or self._reason else "failed"
+            return "complete" if self._did_anything() or "exported" in signs or self._reason else "failed"
         return "cancelled" if "stopped_early" in signs else "failed"
 
     def _settle(self, now_ns: int) -> None:
@@ -2329,7 +2326,7 @@ class Benchmark:
 
     def _verdict(self) -> str:
         """Return why the run failed."""
-        anything = "ended without results" if self._did_anything else "ended before a request was sent"
+        anything = "ended without results" if self._did_anything() else "ended before a request was sent"
         cause = self._error or self._child_exit or anything
         succeeded, failed, cancelled = self._requests(self._profiling)
         if succeeded > 0 or failed + cancelled <= 0:
@@ -2351,8 +2348,7 @@ class Benchmark:
         command = message.value["command"]
         self._advance(_COMMAND_STATES.get(command, "waiting"))
         if command == "profile_configure":
-            if config := self._config_in(message, BUS_TEXT_BYTES_MAX):
-                self._configs["bus"] = config
+            self._configs["bus"] = self._config_in(message, BUS_TEXT_BYTES_MAX) or self._configs.get("bus", {})
         elif command in ("profile_cancel", "shutdown"):
             self._signs.add("cancelled" if command == "profile_cancel" else command)
 
@@ -2600,11 +2596,11 @@ class Benchmark:
         """Tell whether a message can only come from another run than the one at hand."""
         value, is_over = message.value, self.end is not None or self._fell_silent
         if message.type == "system_state_changed":
-            early = value["state"] in ("initializing", "configuring") and (self._has_gone_far or is_over)
+            early = value["state"] in ("initializing", "configuring") and (self._has_gone_far() or is_over)
             return early or (self.end is not None and value["state"] in ("ready", "profiling"))
         if message.type == "command":
             if value["command"] == "profile_configure":
-                return is_over or self._has_gone_far
+                return is_over or self._has_gone_far()
             return is_over and value["command"] in ("register_service", "spawn_workers")
         if message.type == "worker_startup_state":
             return is_over and value.get("startup_state") == "starting"
@@ -2698,7 +2694,6 @@ class Benchmark:
             "elapsed_sec": None if self.started_ns is None else elapsed_ns / 1e9,
         }  # fmt: skip
 
-    @property
     def _is_open(self) -> bool:
         """Tell whether more phases may follow: they have names of their own, and nothing says how many there are."""
         is_known = self._are_announced or self._fact("phases") or self.end or "answered" in self._signs
@@ -2708,7 +2703,7 @@ class Benchmark:
         """Return how far the profiling is, 0 to 100: a warm-up at 100 % followed by 0 % would be going back."""
         phases = self._profiling
         weights: Sequence[float] = [1] * max(len(phases), self._fact("phases") or 0)
-        if self._is_open:  # half the way for the first phase, half of the rest for each that follows
+        if self._is_open():  # half the way for the first phase, half of the rest for each that follows
             weights = [0.5**place for place in (*range(1, len(phases) + 1), len(phases))]
         elif self._are_announced:
             targets = [phase.expected or 0 for phase in phases], [phase.duration_sec or 0 for phase in phases]
@@ -2738,11 +2733,11 @@ class Benchmark:
         answers = {name: phase.answer(self._eta_sec([phase], now_ns)) for name, phase in self._phases.items()}
         succeeded, failed, cancelled = self._requests(main)
         return {
-            "total": sum(filter(None, expected)) if expected and None not in expected and not self._is_open else None,
+            "total": sum(filter(None, expected)) if expected and None not in expected and not self._is_open() else None,
             "completed": succeeded + failed, "errors": failed, "cancelled": cancelled, "warmup": is_warmup,
             "start_ns": min((phase.start_ns for phase in main if phase.start_ns is not None), default=None),
             "elapsed_ns": sum(phase.elapsed_ns for phase in main), "percent_complete": self._percent(),
-            "eta_sec": None if self._is_open and not is_warmup else self._eta_sec(main, now_ns),
+            "eta_sec": None if self._is_open() and not is_warmup else self._eta_sec(main, now_ns),
             "phase": begun[-1].name if begun else None, "phase_number": len(begun),
             "phase_percent": begun[-1].percent() if begun else 0.0, "phases": answers,
             # AIPerf exports before it ends well; the message is often lost.
@@ -2812,7 +2807,7 @@ class Benchmark:
         return {**brief, **rows, "final": bool(self._final.get("metrics")), "error_summary": self._error_summary}
 
     def _keep_run(self, now_ns: int) -> None:
-        if not self._has_gone_far:
+        if not self._has_gone_far():
             return
         brief = self._brief(now_ns)
         if self.end is None:
