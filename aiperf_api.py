@@ -1763,6 +1763,7 @@ FIGURES_MESSAGE_TYPES = METRICS_MESSAGE_TYPES | frozenset("""all_records_receive
     credit_phase_complete credit_phase_progress credit_phase_sending_complete credits_complete
     dataset_configured_notification phase_baseline_request processing_stats worker_health worker_pod_state
     worker_startup_state worker_status_summary""".split())  # fmt: skip
+_ENVELOPE = ("message_type", "service_id", "request_ns", "request_id")  # fields that any message may have
 
 
 def _pairs(text: str) -> Mapping[str, str]:
@@ -1844,21 +1845,15 @@ def _name(value: Any) -> str | None:
     return value if isinstance(value, str) and value and is_name(value) else None
 
 
-def _scalars(value: Any, limit: int = EXTRAS_MAX) -> dict[str, Any]:
+def _scalars(value: Any, limit: int = EXTRAS_MAX, without: Iterable[str] = ()) -> dict[str, Any]:
     """Return the first scalars of an object that are neither null nor large; lists of a few numbers count as such."""
     found: dict[str, Any] = {}
     for key, inner in islice(_object(value).items(), 4 * limit):
         fits = isinstance(inner, (int, float)) or _name(inner) is not None  # the decoder bounds numbers to 64 bits
         fits = fits or (isinstance(inner, list) and len(inner) <= 8 and all(map(is_number, inner)))
-        if fits and len(found) < limit and len(key) <= 64:
+        if fits and len(found) < limit and len(key) <= 64 and key not in without:
             found[key] = inner
     return found
-
-
-def _own_scalars(message: dict[str, Any]) -> dict[str, Any]:
-    """Return the scalars of a message without those of its envelope."""
-    envelope = {"message_type", "service_id", "request_ns", "request_id"}
-    return {key: value for key, value in _scalars(message).items() if key not in envelope}
 
 
 def _bounded_summaries(summaries: Any) -> dict[str, Any]:
@@ -1893,7 +1888,7 @@ _PHASE_FIELDS = _pairs("""sent=requests_sent completed=requests_completed final_
 
 def phase_stats(message: dict[str, Any]) -> dict[str, Any]:
     """Return the `stats` of a credit_phase_* message, flat in 0.3; raise BusError if it names no phase."""
-    stats = _object(message["stats"]) if "stats" in message else _own_scalars(message)
+    stats = _object(message["stats"]) if "stats" in message else _scalars(message, without=_ENVELOPE)
     if not _name(stats.get("phase_name") or stats.get("phase")):
         raise BusError("bad_shape", "a phase message without the name of a phase")
     return stats
@@ -2458,7 +2453,7 @@ class Benchmark:
             if group_id not in self._groups and len(self._groups) >= 256:  # a group is a node
                 return
             parts = {part: _scalars(value.get(part), 16) for part in ("task_stats", "health")}
-            self._groups[group_id] = {**_own_scalars(value), **parts, "last_update_ns": now_ns}
+            self._groups[group_id] = {**_scalars(value, without=_ENVELOPE), **parts, "last_update_ns": now_ns}
         is_one = message.type in ("worker_health", "worker_startup_state")
         for field, all_of_them in _WORKER_FIELDS.items():
             column = {value["service_id"]: value.get(field)} if is_one else _object(value.get(all_of_them))
@@ -2558,8 +2553,8 @@ class Benchmark:
         if message.type == "realtime_server_metrics":
             if not isinstance(value.get("endpoint_summaries"), dict):
                 raise BusError("bad_shape", "server metrics without endpoint_summaries")
-            summaries = _bounded_summaries(value["endpoint_summaries"])
-            return {**_own_scalars(value), "endpoint_summaries": summaries, "snapshot": _scalars(value.get("snapshot"))}
+            summaries, snapshot = _bounded_summaries(value["endpoint_summaries"]), _scalars(value.get("snapshot"))
+            return {**_scalars(value, without=_ENVELOPE), "endpoint_summaries": summaries, "snapshot": snapshot}
         if not isinstance(rows, list):
             raise BusError("bad_shape", "a metrics message without a list of metrics")
         tags = (row.get("tag") for row in rows[:ROWS_MAX] if isinstance(row, dict))
