@@ -2262,11 +2262,11 @@ class Benchmark:
         for phase in self._phases.values():
             if phase.start_ns is not None and phase.end_ns is not None:
                 phase.elapsed_ns = max(0, phase.end_ns - phase.start_ns)
-            elif phase.has_begun and not phase.is_complete:
+            elif not phase.is_complete:
                 begin_ns = phase.first_ns
                 if phase.start_ns is not None and self._skew_ns is not None:
                     begin_ns = phase.start_ns + self._skew_ns
-                phase.elapsed_ns = max(0, self._until_ns(now_ns) - begin_ns)
+                phase.elapsed_ns = max(0, self._until_ns(now_ns) - begin_ns) if phase.has_begun else 0
 
     def is_stale(self, now_ns: int) -> bool:
         last_ns = self.last_message_ns
@@ -2486,7 +2486,14 @@ class Benchmark:
         errors.sort(key=lambda one: -one["count"])
         self._error_summary = {"errors": errors, "more": message.errors_left_out}
         self._aborted = sum(one["count"] for one in errors if one["code"] == 499)
-        self._keep_results(message.value["results"], inner)
+        kept = {**inner, **{part: _list(inner.get(part)) for part in ("records", "error_summary")}}
+        kept = shown_message({"results": {"results": kept}}, self.row_plans.of)["results"]["results"]
+        self._final["metrics"] = display_rows(kept["records"], self.row_plans.of) or self._final.get("metrics", {})
+        for part in (kept, {**_scalars(kept), "records": kept["records"]}, None):  # what is not too large stays
+            self._results = json_bytes({**message.value["results"], "results": part}) if part else b""
+            if len(self._results) <= RESULTS_KEPT_BYTES_MAX:
+                break
+            self._reason = f"results too large: not all of the {len(self._results)} bytes are kept"
         self._reason = _error_text(inner.get("incomplete_reason")) or self._reason
         # After a cancel, or for who came late, results count what no phase message did.
         succeeded, failed = _count(inner.get("successful_request_count")), _count(inner.get("error_request_count"))
@@ -2499,18 +2506,6 @@ class Benchmark:
             times = {"start_ns": inner.get("start_ns"), "requests_end_ns": inner.get("end_ns")}
             phase.update({**figures, **times, **{key: phase.stats[key] for key in times if key in phase.stats}}, now_ns)
 
-    def _keep_results(self, outer: dict[str, Any], inner: dict[str, Any]) -> None:
-        """Keep results as clients see them, without what is too large."""
-        kept = {**inner, **{part: _list(inner.get(part)) for part in ("records", "error_summary")}}
-        kept = shown_message({"results": {"results": kept}}, self.row_plans.of)["results"]["results"]
-        self._final["metrics"] = display_rows(kept["records"], self.row_plans.of) or self._final.get("metrics", {})
-        for part in (kept, {**_scalars(kept), "records": kept["records"]}):
-            self._results = json_bytes({**outer, "results": part})
-            if len(self._results) <= RESULTS_KEPT_BYTES_MAX:
-                return
-            self._reason = f"results too large: not all of the {len(self._results)} bytes are kept"
-        self._results = b""
-
     def _on_server_results(self, message: BusMessage, now_ns: int) -> None:
         """Follow the final server metrics, which cover the profiling alone, and the benchmark's id."""
         results = _object(message.value["server_metrics_result"].get("results"))
@@ -2520,8 +2515,19 @@ class Benchmark:
             self._final["server"] = {**self.figures("server"), "endpoint_summaries": summaries, "final": True}
 
     def _on_telemetry_results(self, message: BusMessage, now_ns: int) -> None:
-        results = _object(message.value["telemetry_result"].get("results"))
-        rows = list(islice(_final_telemetry(results, self.figures("telemetry")), ROWS_MAX))
+        """Follow the final telemetry; its rows get the tags and headers that the real-time messages use."""
+        results, live = _object(message.value["telemetry_result"].get("results")), self.figures("telemetry")
+        rows: list[MetricRow] = []
+        urls = [url for url in _list(_object(results.get("summary")).get("endpoints_configured"))[:256] if _name(url)]
+        for endpoint, found in _objects(results.get("endpoints"), 256):
+            source = re.sub("[^a-zA-Z0-9]", "_", next((url for url in urls if f"//{endpoint}/" in url), endpoint))
+            for _, gpu in _objects(found.get("gpus"), ROWS_MAX):
+                index, uuid = _count(gpu.get("gpu_index")) or 0, text_or(gpu.get("gpu_uuid"), "")
+                place = f"{endpoint} | GPU {index} | {text_or(gpu.get('gpu_name'), '')}"
+                for metric, row in _objects(gpu.get("metrics"), ROWS_MAX - len(rows)):
+                    tag = f"{metric}_dcgm_{source}_gpu{index}_{uuid[:12]}"
+                    header = f"{text_or(row.get('display_name'), metric.replace('_', ' '))} | {place}"
+                    rows.append({**row, "tag": tag, "header": _object(live.get(tag)).get("header", header)})
         self._final["telemetry"] = display_rows(rows, self.row_plans.of) or self._final.get("telemetry", {})
 
     def _on_metrics(self, message: BusMessage, now_ns: int) -> None:
@@ -2782,9 +2788,7 @@ class Benchmark:
     def history(self, tags: Sequence[str] = (), stats: Sequence[str] = (), since_ns: int = 0,
                 points: int = HISTORY_POINTS_DEFAULT) -> dict[str, Any]:  # fmt: skip
         """Return time series of this run, columnar; without tags, what there is. Raises as `History.answer`."""
-        if not tags:
-            return self._history.overview(self.started_ns)
-        return self._history.answer(tags, stats, since_ns, points)
+        return self._history.answer(tags, stats, since_ns, points) if tags else self._history.overview(self.started_ns)
 
     def _brief(self, now_ns: int) -> dict[str, Any]:
         """Return the run as /api/runs has it: of its metrics only what runs are compared by."""
@@ -2829,20 +2833,6 @@ def _server_rows(server_metrics: Mapping[str, Any]) -> MetricRows:
         tag = f"server:{series.endpoint}:{series.name}" + (f"{{{labels}}}" if labels else "")
         rows[tag] = {"unit": "", **series.stats, "header": series.title}
     return rows
-
-
-def _final_telemetry(results: Mapping[str, Any], live: Mapping[str, Mapping[str, Any]]) -> Iterator[MetricRow]:
-    """Yield the rows of the final telemetry with the tags and headers that the real-time messages use."""
-    urls = [url for url in _list(_object(results.get("summary")).get("endpoints_configured"))[:256] if _name(url)]
-    for endpoint, found in _objects(results.get("endpoints"), 256):
-        source = re.sub("[^a-zA-Z0-9]", "_", next((url for url in urls if f"//{endpoint}/" in url), endpoint))
-        for _, gpu in _objects(found.get("gpus"), ROWS_MAX):
-            index, name, uuid = _count(gpu.get("gpu_index")) or 0, gpu.get("gpu_name"), text_or(gpu.get("gpu_uuid"), "")
-            for metric, row in _objects(gpu.get("metrics"), ROWS_MAX):
-                tag = f"{metric}_dcgm_{source}_gpu{index}_{uuid[:12]}"
-                title = text_or(row.get("display_name"), metric.replace("_", " "))
-                header = f"{title} | {endpoint} | GPU {index} | {text_or(name, '')}"
-                yield {**row, "tag": tag, "header": _object(live.get(tag)).get("header", header)}
 
 
 # Message type -> (what follows it, the field without which it cannot be used, that field's type)
