@@ -2536,14 +2536,20 @@ class Benchmark:
         if now_ns - self._sampled_ns[kind] < _SAMPLE_NS:
             self._unread[kind] = BusMessage(message.type, message.payload)  # without a value that is parsed
             return
-        figures = self._figures[kind] = self._read_message(message)
+        rows = figures = self._figures[kind] = self._read_message(message)
         self._unread.pop(kind, None)
         self._sampled_ns[kind] = now_ns
-        self._history.add(now_ns, kind, _server_rows(figures) if kind == "server" else figures)
+        if kind == "server":  # by tags `server:ENDPOINT:METRIC{label="value"}`
+            rows = {}
+            for series in server_series(figures["endpoint_summaries"]):
+                labels = ",".join(f'{name}="{value}"' for name, value in series.labels)
+                tag = f"server:{series.endpoint}:{series.name}" + (f"{{{labels}}}" if labels else "")
+                rows[tag] = {"unit": "", **series.stats, "header": series.title}
+        self._history.add(now_ns, kind, rows)
 
     def figures(self, kind: str) -> dict[str, Any]:
         """Return what the results, else the last good message, said of "metrics", "telemetry" (by tag) or "server"."""
-        message = self._unread.pop(kind, None)
+        message = None if self._final.get(kind) else self._unread.pop(kind, None)
         if message is not None:
             try:
                 self._figures[kind] = self._read_message(message)
@@ -2596,17 +2602,15 @@ class Benchmark:
     def _begins_run(self, message: BusMessage) -> bool:
         """Tell whether a message can only come from another run than the one at hand."""
         value, is_over = message.value, self.end is not None or self._fell_silent
-        if message.type == "system_state_changed":
-            early = value["state"] in ("initializing", "configuring") and (self._has_gone_far() or is_over)
-            return early or (self.end is not None and value["state"] in ("ready", "profiling"))
-        if message.type == "command":
-            if value["command"] == "profile_configure":
-                return is_over or self._has_gone_far()
-            return is_over and value["command"] in ("register_service", "spawn_workers")
         if message.type == "worker_startup_state":
             return is_over and value.get("startup_state") == "starting"
+        word = value.get({"system_state_changed": "state", "command": "command"}.get(message.type, ""))
+        if word in ("initializing", "configuring", "profile_configure"):
+            return is_over or self._has_gone_far()
+        if word in ("ready", "profiling"):
+            return self.end is not None
         if message.type not in _PHASE_CLOCKS:
-            return False
+            return is_over and word in ("register_service", "spawn_workers")
         stats = phase_stats(value)
         known, start_ns = self._phases.get(stats.get("phase_name") or stats["phase"]), _count(stats.get("start_ns"))
         if known is None:
@@ -2823,16 +2827,6 @@ class Benchmark:
         if number == self.run_number and self.started_ns is not None:
             return self._whole(self._brief(now_ns))
         return json_load(self._earlier[number][1]) if number in self._earlier else None
-
-
-def _server_rows(server_metrics: Mapping[str, Any]) -> MetricRows:
-    """Return server metrics as rows by tag: `server:ENDPOINT:METRIC{label="value"}`."""
-    rows = {}
-    for series in server_series(server_metrics.get("endpoint_summaries")):
-        labels = ",".join(f'{name}="{value}"' for name, value in series.labels)
-        tag = f"server:{series.endpoint}:{series.name}" + (f"{{{labels}}}" if labels else "")
-        rows[tag] = {"unit": "", **series.stats, "header": series.title}
-    return rows
 
 
 # Message type -> (what follows it, the field without which it cannot be used, that field's type)

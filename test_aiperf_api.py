@@ -289,7 +289,7 @@ ROOMS = (
     ("Router and static files", 120, 0, ""),
     ("Metrics", 150, 5, "rows are bounded and told"),
     ("Prometheus text", 250, 35, "an exposition is bounded, and says what was left out"),
-    ("Benchmark", 1080, 101, "sweeps, the artifacts beside a run, why a run failed, silence, bounds in every field"),
+    ("Benchmark", 1080, 95, "sweeps, the artifacts beside a run, why a run failed, silence, bounds in every field"),
     ("Bus", 650, 40, "libzmq that gave up is connected anew; output goes to regular files only"),
     ("Hub", 310, 10, "names are bounded over all clients"),
     ("Connection", 350, 5, "the messages of one client have a turn, too"),
