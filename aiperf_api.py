@@ -1595,29 +1595,24 @@ def server_families(summaries: Any, labels: Labels = (), before: FamilySet | Non
 # == 9 == Benchmark ====================================================================================================
 #
 # A reducer: bus messages go in one after the other, answers come out at any moment. Time comes in as an argument, the
-# bus clock at reception, in ns. Benchmark and server may differ in their clocks, so what a message says of its own time
-# is used to find the difference. What a run keeps is bounded, whatever the bus sends.
-# A Benchmark is a Run, which has Phases and a History, with the answers made from it and the runs before it.
+# bus clock at reception, in ns; what a message says of its own time tells how far the benchmark's clock is from that.
+# What a run keeps is bounded, whatever the bus sends.
 
 # AIPerf's states in the order a run goes through them, after `waiting`: nothing was heard yet.
 STATES = ("waiting", "initializing", "configuring", "ready", "profiling", "processing", "stopping", "shutdown")
 ENDS = ("complete", "cancelled", "failed")
-WORKER_STATUSES = ("healthy", "high_load", "error", "idle", "stale")
 
 METRICS_MESSAGE_TYPES = frozenset("realtime_metrics realtime_telemetry_metrics realtime_server_metrics".split())
-RESULT_MESSAGE_TYPES = frozenset(
-    "process_all_results process_records_result process_server_metrics_result process_telemetry_result".split()
-)
+RESULT_MESSAGE_TYPES = frozenset("""process_all_results process_records_result process_server_metrics_result
+    process_telemetry_result""".split())  # fmt: skip
 # Types whose latest message replaces the one before; what is kept per worker or group is not among them.
 STATE_MESSAGE_TYPES = METRICS_MESSAGE_TYPES | {"credit_phase_progress", "processing_stats", "worker_status_summary"}
-BUILTIN_MESSAGE_TYPES = frozenset("""realtime_metrics realtime_telemetry_metrics credit_phase_start
-    credit_phase_progress credit_phase_complete worker_status_summary processing_stats
-    all_records_received""".split())  # fmt: skip
 # What carries figures alone, and is therefore never looked through for secrets.
 FIGURES_MESSAGE_TYPES = METRICS_MESSAGE_TYPES | frozenset("""all_records_received worker_group_stats heartbeat
     credit_phase_complete credit_phase_progress credit_phase_sending_complete credits_complete
     dataset_configured_notification phase_baseline_request processing_stats worker_health worker_pod_state
     worker_startup_state worker_status_summary""".split())  # fmt: skip
+_ENVELOPE = ("message_type", "service_id", "request_ns", "request_id")  # fields that any message may have
 
 
 def _pairs(text: str) -> Mapping[str, str]:
@@ -1636,10 +1631,9 @@ class BusMessage:
     __slots__ = ("errors_left_out", "not_finite", "parsed", "payload", "type")
 
     def __init__(self, type: str, payload: bytes) -> None:  # noqa: A002
-        self.type = type  # from the topic, without target and `$`
-        self.payload = payload
+        self.type, self.payload = type, payload  # the type is from the topic, without target and `$`
         self.errors_left_out = 0  # of results
-        self.not_finite = False  # whether NaN or an infinity was read as null
+        self.not_finite = False  # whether NaN or an infinity became null, in the payload too
         self.parsed: dict[str, Any] | None = None  # what `value` has read
 
     @property
@@ -1656,13 +1650,8 @@ class BusMessage:
             raise BusError("too_deep" if "deep" in str(error) else "not_json", f"not JSON: {error}") from None
         if not isinstance(value, dict):
             raise BusError("not_object", f"a {type(value).__name__} instead of an object")
-        self.parsed = value
+        self.payload, self.parsed = json_bytes(value) if self.not_finite else self.payload, value
         return value
-
-    def replace(self, payload: bytes, value: dict[str, Any]) -> BusMessage:
-        """Put redacted content in the place of what came; return the message."""
-        self.payload, self.parsed = payload, value
-        return self
 
     def cut(self) -> BusMessage:
         """Leave out of final results what is not kept, before the rest is looked through; return the message."""
@@ -1670,14 +1659,13 @@ class BusMessage:
         records, errors = _list(inner.get("records")), _list(inner.get("error_summary"))
         if len(records) > ROWS_MAX or len(errors) > RUNS_MAX:
             counted = [one for one in errors if isinstance(one, dict) and _count(one.get("count"))]
-            ranks = [(_object(one.get("error_details")).get("code") == 499, one["count"]) for one in counted]
-            # 499 first: aborted, and subtracted
-            best = heapq.nlargest(RUNS_MAX, range(len(counted)), ranks.__getitem__)
-            most = [counted[place] for place in best]
+            most = heapq.nlargest(  # 499 first: aborted, and subtracted
+                RUNS_MAX, counted, lambda one: (_object(one.get("error_details")).get("code") == 499, one["count"])
+            )
             self.errors_left_out = len(counted) - len(most)
             inner = {**inner, "records": records[:ROWS_MAX], "error_summary": most}
-            value = {**self.value, "results": {**outer, "results": inner}}
-            self.replace(json_bytes(value), value)
+            self.parsed = {**self.value, "results": {**outer, "results": inner}}
+            self.payload = json_bytes(self.parsed)
         return self
 
 
@@ -1698,8 +1686,7 @@ def _first(*values: Any) -> Any:
 
 def _count(value: Any) -> int | None:
     """Return a number that counts something (also a time in ns), or None; whole floats count too."""
-    is_one = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 2**63
-    return int(value) if is_one else None
+    return int(value) if is_number(value) and 0 <= value < 2**63 else None
 
 
 def _name(value: Any) -> str | None:
@@ -1707,21 +1694,15 @@ def _name(value: Any) -> str | None:
     return value if isinstance(value, str) and value and is_name(value) else None
 
 
-def _scalars(value: Any, limit: int = EXTRAS_MAX) -> dict[str, Any]:
+def _scalars(value: Any, limit: int = EXTRAS_MAX, without: Iterable[str] = ()) -> dict[str, Any]:
     """Return the first scalars of an object that are neither null nor large; lists of a few numbers count as such."""
     found: dict[str, Any] = {}
     for key, inner in islice(_object(value).items(), 4 * limit):
         fits = isinstance(inner, (int, float)) or _name(inner) is not None  # the decoder bounds numbers to 64 bits
         fits = fits or (isinstance(inner, list) and len(inner) <= 8 and all(map(is_number, inner)))
-        if fits and len(found) < limit and len(key) <= 64:
+        if fits and len(found) < limit and len(key) <= 64 and key not in without:
             found[key] = inner
     return found
-
-
-def _own_scalars(message: dict[str, Any]) -> dict[str, Any]:
-    """Return the scalars of a message without those of its envelope."""
-    envelope = {"message_type", "service_id", "request_ns", "request_id"}
-    return {key: value for key, value in _scalars(message).items() if key not in envelope}
 
 
 def _bounded_summaries(summaries: Any) -> dict[str, Any]:
@@ -1740,8 +1721,7 @@ def _bounded_summaries(summaries: Any) -> dict[str, Any]:
 
 def _error_text(error: Any) -> str | None:
     """Return an error field as one line: a text, or AIPerf's {code, type, message}."""
-    if not isinstance(error, dict):
-        return text_or(error, "")[:NAME_BYTES_MAX] or None
+    error = error if isinstance(error, dict) else {"message": error}
     kind, message = text_or(error.get("type"), ""), text_or(error.get("message"), "")
     text = message if message.startswith(kind) else f"{kind}: {message}" if message else kind
     code = _count(error.get("code"))
@@ -1753,13 +1733,11 @@ def _error_text(error: Any) -> str | None:
 # Names of 0.3 -> the names of 0.6 and later.
 _PHASE_FIELDS = _pairs("""sent=requests_sent completed=requests_completed final_request_count=final_requests_completed
     end_ns=requests_end_ns processed=success_records errors=error_records""")  # fmt: skip
-_PHASE_COUNTERS = """requests_sent requests_completed requests_cancelled request_errors completed_sessions
-    success_records error_records"""
 
 
 def phase_stats(message: dict[str, Any]) -> dict[str, Any]:
     """Return the `stats` of a credit_phase_* message, flat in 0.3; raise BusError if it names no phase."""
-    stats = _object(message["stats"]) if "stats" in message else _own_scalars(message)
+    stats = _object(message["stats"]) if "stats" in message else _scalars(message, without=_ENVELOPE)
     if not _name(stats.get("phase_name") or stats.get("phase")):
         raise BusError("bad_shape", "a phase message without the name of a phase")
     return stats
@@ -1769,22 +1747,23 @@ class Phase:
     """One phase of a run: what AIPerf tells of it, and what follows from that."""
 
     def __init__(self, name: str, stats: Mapping[str, Any], now_ns: int) -> None:
-        self.name = name  # as AIPerf's user named it, else its kind
+        self.name = name  # as the user named it, else its kind
         self.kind = _name(stats.get("phase_kind")) or _name(stats.get("phase")) or name  # warmup or profiling
         self.is_warmup = self.kind == "warmup"
         self.first_ns = now_ns  # bus clock: when it was first heard of
-        self.counts = dict.fromkeys(_PHASE_COUNTERS.split(), 0)  # never go back
+        self.counts = dict.fromkeys("""requests_sent requests_completed requests_cancelled request_errors
+            completed_sessions success_records error_records""".split(), 0)  # they never go back  # fmt: skip
         self.stats: dict[str, Any] = {}  # what else AIPerf told, by name; times are of the benchmark's clock
         self.aborted = 0  # records of requests that were cancelled, which AIPerf counts as errors
         self.is_complete = False  # credit_phase_complete was heard
-        self.lasted_ns = 0  # by then
+        self.elapsed_ns = 0  # by the benchmark's clock, as far as that is known
         self.update({}, now_ns)
 
     def update(self, stats: Mapping[str, Any], now_ns: int) -> None:
         self.update_ns, counts = now_ns, self.counts
         for name, value in _scalars(stats).items():
             key = _PHASE_FIELDS.get(name, name)
-            counter = key[6:] if key.startswith("final_") else key
+            counter = key.removeprefix("final_")
             if counter in counts:
                 counts[counter] = max(counts[counter], _count(value) or 0)
             if key in self.stats or len(self.stats) < EXTRAS_MAX:
@@ -1800,66 +1779,63 @@ class Phase:
         self.cancelled = max(counts["requests_cancelled"], self.aborted)
         self.has_begun = self.start_ns is not None or counts["requests_sent"] > 0 or self.done > 0
 
-    def percent(self, elapsed_ns: int) -> float:
+    def percent(self) -> float:
         """Return how far the phase is, 0 to 100: the target that is reached first counts, as in AIPerf."""
         if self.is_complete:
             return 100.0
         duration_sec = self.duration_sec if self.start_ns is not None else None
         targets = self.expected, duration_sec, _count(self.stats.get("expected_num_sessions"))
-        reached = self.done, elapsed_ns / 1e9, self.counts["completed_sessions"]
+        reached = self.done, self.elapsed_ns / 1e9, self.counts["completed_sessions"]
         return min(100.0, 100.0 * max(now / target if target else 0.0 for now, target in zip(reached, targets)))
 
-    def eta_sec(self, elapsed_ns: int) -> float | None:
-        percent = self.percent(elapsed_ns)
-        return elapsed_ns / 1e9 * (100 - percent) / percent if percent > 0 else self.duration_sec
+    def eta_sec(self) -> float | None:
+        percent = self.percent()
+        return self.elapsed_ns / 1e9 * (100 - percent) / percent if percent > 0 else self.duration_sec
 
     def figures(self) -> dict[str, int]:
         """Return what the counters come to, by the names of /api/progress."""
         sent, completed, cancelled = (self.counts[f"requests_{name}"] for name in ("sent", "completed", "cancelled"))
         return {
-            "requests_sent": max(sent, self.done),
-            "requests_completed": self.done,
-            "requests_cancelled": self.cancelled,
-            "request_errors": self.failed,
+            "requests_sent": max(sent, self.done), "requests_completed": self.done,
+            "requests_cancelled": self.cancelled, "request_errors": self.failed,
             "requests_in_flight": 0 if self.is_complete else max(0, sent - completed - cancelled),
-        }
+        }  # fmt: skip
 
-    def answer(self, elapsed_ns: int, eta_sec: float | None) -> dict[str, Any]:
+    def answer(self, eta_sec: float | None) -> dict[str, Any]:
         """Return the phase as /api/progress has it: AIPerf's names, with what can be computed from them."""
-        seconds, target = elapsed_ns / 1e9, self.done + self.aborted if self.is_complete else self.expected
+        seconds, target = self.elapsed_ns / 1e9, self.done + self.aborted if self.is_complete else self.expected
         records_eta = 0.0 if "records_end_ns" in self.stats else None
         if records_eta is None and eta_sec is not None and self.records and target:
             records_eta = max(0.0, seconds * target / self.records - seconds)
         return {
             **dict.fromkeys("start_ns requests_end_ns total_expected_requests expected_duration_sec".split()),
             **self.stats, **self.counts, **self.figures(),
-            "phase": self.kind, "phase_name": self.name, "complete": self.is_complete, "elapsed_ns": elapsed_ns,
-            "percent_complete": self.percent(elapsed_ns), "last_update_ns": self.update_ns,
+            "phase": self.kind, "phase_name": self.name, "complete": self.is_complete,
+            "elapsed_ns": self.elapsed_ns, "percent_complete": self.percent(), "last_update_ns": self.update_ns,
             "eta_sec": eta_sec, "requests_eta_sec": eta_sec, "records_eta_sec": records_eta,
-            "requests_per_second": self.done / seconds if elapsed_ns else None,
-            "records_per_second": self.records / seconds if elapsed_ns else None,
+            "requests_per_second": self.done / seconds if seconds else None,
+            "records_per_second": self.records / seconds if seconds else None,
         }  # fmt: skip
 
 
 # -- History -----------------------------------------------------------------------------------------------------------
 
 _SAMPLE_NS = 750_000_000  # figures are read, and rows begun, no more often; messages of one a second may come early
-# Where a tag cannot have all its statistics, it has the first of these; unknown ones (c) stand behind `current`.
-_STAT_RANKS = _pairs("""avg=a current=b count=d sum=e p50=f p99=g max=h min=i p90=j p95=k std=l p75=m p25=n p10=o
-    p5=p p1=q""")  # fmt: skip
+# Where a tag cannot have all its statistics, it has the first of these; `*` stands for those that are not here.
+_STAT_RANKS = tuple("avg current * count sum p50 p99 max min p90 p95 std p75 p25 p10 p5 p1".split())
 
 
 def _by_rank(stats: Iterable[str]) -> list[str]:
-    return sorted(stats, key=lambda stat: _STAT_RANKS.get(stat, "c"))
+    return sorted(stats, key=lambda stat: _STAT_RANKS.index(stat if stat in _STAT_RANKS else "*"))
 
 
-def _halved(column: array[float]) -> array[float]:
+def _halved(column: array[Any]) -> array[Any]:
     """Return every second figure, the last among them; where none came, the one before it."""
-    rows = array("d", [math.nan]) * (len(column) % 2) + column
-    newer = rows[1::2]
+    newer, older = column[::-2], column[-2::-2]
     if math.isnan(sum(newer)):
-        newer = array("d", [new if new == new else old for new, old in zip(newer, rows[::2])])
-    return newer
+        pairs = itertools.zip_longest(newer, older, fillvalue=math.nan)
+        newer = array("d", [new if new == new else old for new, old in pairs])
+    return newer[::-1]
 
 
 class History:
@@ -1882,17 +1858,15 @@ class History:
             return  # the times must rise
         if not self.times or now_ns - self._row_ns >= self.interval_sec * _SAMPLE_NS:
             self._row_ns = now_ns
-            self._fit(1, 0)
+            self._fit()
             self.times.append(now_ns)
             for column in itertools.chain(*(columns.values() for columns in self.columns.values())):
                 column.append(math.nan)
         self.times[-1] = now_ns
-        left_out = 0
         for tag, row in rows.items():
             columns = self.columns.get(tag)
             if columns is None:
                 if len(self.columns) >= HISTORY_SERIES_MAX or len(tag) > 4 * NAME_BYTES_MAX:
-                    left_out += 1
                     continue
                 columns = self.columns[tag] = {}
                 header = text_or(row.get("header"), tag)[:NAME_BYTES_MAX]
@@ -1902,12 +1876,12 @@ class History:
             for stat, column in columns.items():
                 if is_number(row.get(stat)):
                     column[-1] = row[stat]
-        self._tags_left_out = max(self._tags_left_out, left_out)
+        self._tags_left_out = max(self._tags_left_out, len(rows.keys() - self.columns.keys()))
 
     def _add_columns(self, columns: dict[str, array[float]], row: Mapping[str, Any]) -> None:
         """Add columns to those of a tag, as far as a fair share of all allows."""
         new = [stat for stat in islice(row, 32) if is_number(row[stat]) and stat not in columns and len(stat) <= 64]
-        for stat in _by_rank(new)[: self._stats_max]:
+        for stat in _by_rank(new):
             if self._series >= HISTORY_SERIES_MAX and len(columns) < self._stats_max:
                 self._stats_max = max(1, HISTORY_SERIES_MAX // len(self.columns))
                 for others in self.columns.values():
@@ -1916,19 +1890,18 @@ class History:
                         del others[one]
                 self._series = sum(map(len, self.columns.values()))
             if len(columns) < self._stats_max:
-                self._fit(0, 1)
                 columns[stat] = array("d", [math.nan]) * len(self.times)
                 self._series += 1
+                self._fit()
         if len(self._stats_left_out) < EXTRAS_MAX:
             self._stats_left_out.update(stat for stat in new if stat not in columns)
 
-    def _fit(self, rows: int, series: int) -> None:
-        """Make room for more: join every two rows, of which each series keeps the newer figure."""
-        series += self._series
-        while len(self.times) + rows > HISTORY_POINTS_MAX or (len(self.times) + rows) * series > HISTORY_VALUES_MAX:
+    def _fit(self) -> None:
+        """Make room for another row: join every two, of which each series keeps the newer figure."""
+        while len(self.times) >= HISTORY_POINTS_MAX or (len(self.times) + 1) * self._series > HISTORY_VALUES_MAX:
             pace_sec = (self.times[-1] - self.times[0]) / 1e9 / max(1, len(self.times) - 1)
             self.interval_sec = 2 * (pace_sec if pace_sec > 1.5 * self.interval_sec else self.interval_sec)
-            self.times = self.times[(len(self.times) - 1) % 2 :: 2]
+            self.times = _halved(self.times)
             for columns in self.columns.values():
                 for stat, column in columns.items():
                     columns[stat] = _halved(column)
@@ -1942,18 +1915,16 @@ class History:
         head = {"start_ns": start_ns, "interval_sec": self.interval_sec, "points": len(self.times)}
         return {**head, "tags": tags, **self._truncated()}
 
-    def answer(self, tags: Iterable[str], stats: Sequence[str], since_ns: int | None, points: int) -> dict[str, Any]:
+    def answer(self, tags: Iterable[str], stats: Sequence[str], since_ns: int, points: int) -> dict[str, Any]:
         """Return series of at most `points` joined rows; LookupError for what is not there, ValueError for too much."""
-        chosen = []
-        for tag in dict.fromkeys(tags):
-            found = [stat for stat in self.columns.get(tag, ()) if not stats or stat in stats]
-            if not found:
-                raise LookupError(f"no series of {tag}" + (f" with {', '.join(stats)}" if stats else ""))
-            chosen += [(tag, stat) for stat in found]
-        start = 0 if since_ns is None else bisect_right(self.times, since_ns)
-        times, halvings = self.times[start:], 0
+        found = {tag: [stat for stat in self.columns.get(tag, ()) if not stats or stat in stats] for tag in tags}
+        if not all(found.values()):
+            raise LookupError("no such tag, or without these statistics")
+        chosen = [(tag, stat) for tag, stats in found.items() for stat in stats]
+        start, halvings = bisect_right(self.times, since_ns), 0
+        times = self.times[start:]
         while len(times) > max(1, points):
-            times, halvings = times[(len(times) - 1) % 2 :: 2], halvings + 1
+            times, halvings = _halved(times), halvings + 1
         if len(times) * len(chosen) > HISTORY_ANSWER_VALUES_MAX:
             size = f"{len(chosen)} series of {len(times)} points are more than {HISTORY_ANSWER_VALUES_MAX} values"
             raise ValueError(f"{size}: ask for fewer tags, name statistics, or give points or since")
@@ -1971,25 +1942,12 @@ class History:
 
 # -- Configuration and identity ----------------------------------------------------------------------------------------
 
-_CONFIG_WRAPPERS = ("input_config", "config", "user_config", "benchmark", "benchmark_config", "cfg")
+# Where configurations come from, by rank; those behind the second are of one run.
+_ORIGINS = ("file", "command", "artifacts", "bus", "phases")
 # What AIPerf's run_config.json and export hold beside figures.
 _ARTIFACT_FIELDS = frozenset("""aiperf_version artifact_dir benchmark_id cfg cli_command input_config label multi_run
     sweep sweep_id trial variation""".split())  # fmt: skip
 _IDENTITY_FIELDS = ("benchmark_id", "model", "endpoint_type", "streaming", "concurrency", "request_rate")
-# What a configuration says, how it is read, and where it stands: AIPerf 0.3 to 0.13, and flat as on the command line.
-_FACTS = """\
-benchmark_id    name        benchmarkid
-model           models      endpoint.modelnames endpoint.models endpoint.modelname endpoint.model modelnames models \
-modelname model
-endpoint_type   name        endpoint.type endpoint.endpointtype endpointtype
-streaming       flag        endpoint.streaming streaming
-concurrency     positive    loadgen.concurrency phase.concurrency concurrency
-request_rate    positive    loadgen.requestrate phase.requestrate loadgen.rate phase.rate requestrate rate
-aiperf_version  name        aiperfversion
-artifact_dir    name        output.artifactdir output.artifactdirectory output.dir artifactdir artifactdirectory \
-phase.artifactdir artifacts.artifactdir artifacts.artifactdirectory
-goodput         thresholds  input.goodput input.slos goodput slos
-label           name        variation.label label"""
 
 
 def _plain_keys(value: Any) -> dict[str, Any]:
@@ -2032,28 +1990,36 @@ def _thresholds(value: Any) -> dict[str, float] | None:
     return {tag: limit for tag, limit in limits if limit is not None and _name(tag)} or None
 
 
-_READERS: Mapping[str, Callable[[Any], Any]] = MappingProxyType({
-    "flag": lambda value: {"true": True, "false": False}.get(str(value).lower()),
-    "name": _name, "models": _model_names, "positive": _positive, "thresholds": _thresholds,
-})  # fmt: skip
+# What a configuration says, how it is read, and the keys it has: AIPerf 0.3 to 0.13, and flat as on the command line.
+_FACTS: tuple[tuple[str, Callable[[Any], Any], str], ...] = (
+    ("benchmark_id", _name, "benchmarkid"),
+    ("model", _model_names, "modelnames models modelname model"),
+    ("endpoint_type", _name, "endpoint.type endpointtype"),
+    ("streaming", lambda value: {"true": True, "false": False}.get(str(value).lower()), "streaming"),
+    ("concurrency", lambda value: int(_positive(value) or 0) or None, "concurrency"),
+    ("request_rate", _positive, "requestrate rate"),
+    ("aiperf_version", _name, "aiperfversion"),
+    ("artifact_dir", _name, "artifactdir artifactdirectory output.dir"),
+    ("goodput", _thresholds, "goodput slos"),
+    ("label", _name, "variation.label label"),
+)
 
 
 def identity_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a configuration says of the benchmark, on its own level or in what it is wrapped in."""
     found: dict[str, Any] = {}
-    wrapped = [_object(config.get(key)) for key in _CONFIG_WRAPPERS]
-    for section in map(_plain_keys, (config, *wrapped, *(_object(inner.get("benchmark")) for inner in wrapped))):
-        phases = _phases_of(section)
-        parts = {name: _plain_keys(section.get(name)) for name in "endpoint loadgen input output artifacts".split()}
-        parts.update({"": section, "phase": (*phases, {})[0], "variation": _object(section.get("variation"))})
+    wrappers = "input_config config user_config benchmark benchmark_config cfg".split()
+    wrapped = [_object(config.get(key)) for key in wrappers]
+    for section in map(_plain_keys, (config, *wrapped, *(inner.get("benchmark") for inner in wrapped))):
+        phases, values = _phases_of(section), dict(section)
+        section["phase"] = (*phases, None)[0]
+        for part in "artifacts output input variation phase loadgen endpoint".split():
+            for key, value in _plain_keys(section.get(part)).items():
+                values[key] = values[f"{part}.{key}"] = value
         told = {"phases": len(phases) or None, "runs": _sweep_size(section)}
-        for line in _FACTS.splitlines():
-            fact, reader, *paths = line.split()
-            places = (path.rpartition(".") for path in paths)
-            told[fact] = _first(*(_READERS[reader](parts[part].get(key)) for part, _, key in places))
+        for fact, read, keys in _FACTS:
+            told[fact] = _first(*(read(values.get(key)) for key in keys.split()))
         found = {**{fact: value for fact, value in told.items() if value is not None}, **found}
-    if "concurrency" in found:
-        found["concurrency"] = max(1, int(found["concurrency"]))
     return found
 
 
@@ -2067,7 +2033,7 @@ def _sweep_size(section: Mapping[str, Any]) -> int | None:
     return size if 1 < size < 10**6 else None
 
 
-# -- One run -----------------------------------------------------------------------------------------------------------
+# -- The benchmark -----------------------------------------------------------------------------------------------------
 
 # What the coming of a message says of the end; after `answered` no phase will begin.
 _SIGNS = _pairs("""all_records_received=answered credits_complete=answered benchmark_complete=complete error=error
@@ -2078,16 +2044,20 @@ _WORKER_FIELDS = _pairs("""status=worker_statuses startup_state=worker_startup_s
     task_stats=worker_task_stats health=worker_health""")  # fmt: skip
 _COMMAND_STATES = _pairs("""profile_configure=configuring profile_start=profiling profile_complete=processing
     profile_cancel=stopping shutdown=shutdown""")  # fmt: skip
-OnLateError = Callable[[BusError], None]
+# The rows of a run that matter when runs are compared, and their statistics.
+_SUMMARY_TAGS = """request_throughput output_token_throughput total_token_throughput output_token_throughput_per_user
+    goodput request_latency time_to_first_token inter_token_latency""".split()
+_SUMMARY_FIELDS = ("unit", "header", "avg", "p50", "p99")
 
 
-class Run:
-    """What is known of one benchmark run, and how messages change it: `_on_…` follows what is there and usable."""
+class Benchmark:
+    """The run at hand, its Phases and its History, the answers made from it (to be read, not changed), and the runs
+    before it.  `_on_…` follow messages, `on_late_error` is told of a bad one that had been accepted unread."""
 
-    def __init__(self, on_late_error: OnLateError = lambda error: None) -> None:
-        self._on_late_error = on_late_error  # told of a bad message that had been accepted unread
+    def __init__(self, on_late_error: Callable[[BusError], None] = lambda error: None) -> None:
+        self._on_late_error = on_late_error
         self.version = 0  # grows whenever an answer may have changed
-        self._configs: dict[str, dict[str, Any]] = {}  # given from outside, by origin
+        self._configs: dict[str, dict[str, Any]] = {}  # by origin, one of _ORIGINS
         self._earlier: dict[int, tuple[dict[str, Any], bytes]] = {}  # runs by number: in brief, and whole as JSON
         self._begin(1)
 
@@ -2103,15 +2073,12 @@ class Run:
         self._fell_silent = False  # it was stale: a registration that follows is another run's
         self.end: str | None = None  # one of ENDS
         self._error: str | None = None  # what went wrong, in a line, as it was told
-        self._verdict: str | None = None  # why the run failed, if it did
         self._reason: str | None = None  # why there are no results, or not all
         self._signs: set[str] = set()  # of an end: results, last_results, cancelled, shutdown, stopped_early, _SIGNS
         self._child_exit: str | None = None  # how the child ended; "" when it ended well
         self._benchmark_id: str | None = None  # from the data set's notification, or the server metrics
         self._profile_id: str | None = None  # as messages carry it, if they do
-        self._bus_config: dict[str, Any] = {}  # what profile_configure carried (up to 0.6)
-        self._artifacts: dict[str, Any] = {}  # what AIPerf wrote into its artifact directory
-        self._phase_configs: dict[str, dict[str, Any]] = {}  # credit_phase_start.config by phase
+        self._configs = {origin: self._configs[origin] for origin in _ORIGINS[:2] if origin in self._configs}
         self._facts: dict[str, Any] | None = None  # what all configurations say; None when it must be worked out
         self._phases: dict[str, Phase] = {}  # by name, in order of appearance
         self._phase_name: str | None = None  # of the latest that began
@@ -2122,12 +2089,11 @@ class Run:
         self._group_of: dict[str, str] = {}  # worker -> group
         self._figures: dict[str, dict[str, Any]] = {"metrics": {}, "telemetry": {}, "server": {}}  # as last read
         self._unread: dict[str, BusMessage] = {}  # newer messages of these that nobody has asked for
+        self._final: dict[str, dict[str, Any]] = {}  # what replaces them at the end
         self._sampled_ns = dict.fromkeys((*self._figures, "phase"), -_SAMPLE_NS)  # when they last went into the history
         self._history = History()
-        self._final_rows: MetricRows = {}
-        self._final_telemetry: MetricRows = {}
         self._results = b""  # AIPerf's results object, its records in display units, as JSON
-        self._counts: tuple[int, int] | None = None  # requests that succeeded and that failed, by the results
+        self._counts: tuple[int, int] | None = None  # requests that succeeded and failed, by the results
         self._error_summary: dict[str, Any] = {"errors": [], "more": 0}
         self._aborted = 0  # requests that were cancelled, which AIPerf counts as errors
 
@@ -2139,37 +2105,35 @@ class Run:
         last_ns = now_ns if self.last_message_ns is None else self.last_message_ns
         return self._end_ns if self._end_ns is not None else min(now_ns, last_ns + STALE_AFTER_NS)
 
-    def _elapsed_ns(self, phase: Phase, now_ns: int) -> int:
-        """Return how long a phase has lasted, in the benchmark's clock as far as that is known."""
-        if phase.start_ns is not None and phase.end_ns is not None:
-            return max(0, phase.end_ns - phase.start_ns)
-        if phase.is_complete or not phase.has_begun:
-            return phase.lasted_ns
-        until_ns = self._until_ns(now_ns)
-        if phase.start_ns is not None and self._skew_ns is not None:
-            return max(0, until_ns - self._skew_ns - phase.start_ns)
-        return max(0, until_ns - phase.first_ns)
+    def _look_at_clock(self, now_ns: int) -> None:
+        """Bring up to date how long the phases have lasted."""
+        for phase in self._phases.values():
+            if phase.start_ns is not None and phase.end_ns is not None:
+                phase.elapsed_ns = max(0, phase.end_ns - phase.start_ns)
+            elif not phase.is_complete:
+                begin_ns = phase.first_ns
+                if phase.start_ns is not None and self._skew_ns is not None:
+                    begin_ns = phase.start_ns + self._skew_ns
+                phase.elapsed_ns = max(0, self._until_ns(now_ns) - begin_ns) if phase.has_begun else 0
 
     def is_stale(self, now_ns: int) -> bool:
         last_ns = self.last_message_ns
         return self.end is None and last_ns is not None and now_ns - last_ns >= STALE_AFTER_NS
 
     def _advance(self, state: str) -> None:
-        if self._state in STATES and STATES.index(state) > STATES.index(self._state):
+        if self._state in STATES[: STATES.index(state)]:
             self._state = state
 
     @property
     def _profiling(self) -> list[Phase]:
         return [phase for phase in self._phases.values() if not phase.is_warmup]
 
-    @property
     def _has_gone_far(self) -> bool:  # past its configuration
-        return self.end is not None or self._state not in STATES[: STATES.index("configuring") + 1]
+        return self.end is not None or self._state not in STATES[:3]
 
-    @property
     def _did_anything(self) -> bool:
         counted = any(phase.counts["requests_sent"] or phase.done for phase in self._phases.values())
-        return counted or bool(self.metric_rows())
+        return counted or bool(self.figures("metrics"))
 
     def _requests(self, phases: list[Phase]) -> tuple[int, int, int]:
         """Return how many requests of phases succeeded, failed and were cancelled; of the profiling by the results."""
@@ -2189,30 +2153,31 @@ class Run:
             return "failed"
         if "cancelled" in signs:
             return "cancelled"
-        if child:
+        has_results = signs & {"results", "exported"}
+        if child or (self._error and not has_results):
             return "failed"
-        if signs & {"results", "exported"}:
-            return "complete" if self._did_anything or "exported" in signs or self._reason else "failed"
-        if "not_configured" in signs or self._error:
-            return "failed"
-        if "complete" in signs or child == "":
-            return "complete" if self._did_anything else "failed"
+        if has_results or "complete" in signs or child == "":
+            return "complete" if self._did_anything() or "exported" in signs or self._reason else "failed"
         return "cancelled" if "stopped_early" in signs else "failed"
 
     def _settle(self, now_ns: int) -> None:
-        """Adopt the end that follows from what is known, and say why the run failed."""
-        self.end = self._judge()
-        if self.end is None:
-            return
-        self._end_ns = _first(self._end_ns, now_ns)
-        anything = "ended without results" if self._did_anything else "ended before a request was sent"
-        self._verdict = self._error or self._child_exit or anything
+        """Adopt the end that follows from what is known."""
+        self.version += 1
+        self.started_ns, self.end = _first(self.started_ns, now_ns), self._judge()
+        if self.end is not None:
+            self._end_ns = _first(self._end_ns, now_ns)
+
+    def _verdict(self) -> str:
+        """Return why the run failed."""
+        anything = "ended without results" if self._did_anything() else "ended before a request was sent"
+        cause = self._error or self._child_exit or anything
         succeeded, failed, cancelled = self._requests(self._profiling)
-        if succeeded <= 0 and failed + cancelled > 0:
-            failures = sorted(self._error_summary["errors"], key=lambda one: one["code"] == 499)  # aborted ones last
-            top = next(map(_error_text, failures), None) or self._verdict
-            what = "failed or were aborted" if cancelled else "failed"
-            self._verdict = f"All {failed + cancelled} inference request(s) {what}: {top}"[:NAME_BYTES_MAX]
+        if succeeded > 0 or failed + cancelled <= 0:
+            return cause
+        failures = sorted(self._error_summary["errors"], key=lambda one: one["code"] == 499)  # aborted ones last
+        top = next(map(_error_text, failures), None) or cause
+        what = "failed or were aborted" if cancelled else "failed"
+        return f"All {failed + cancelled} inference request(s) {what}: {top}"[:NAME_BYTES_MAX]
 
     def _on_state(self, message: BusMessage, now_ns: int) -> None:
         self._announces_states, self._state = True, message.value["state"]
@@ -2224,10 +2189,9 @@ class Run:
 
     def _on_command(self, message: BusMessage, now_ns: int) -> None:
         command = message.value["command"]
-        if command in _COMMAND_STATES:
-            self._advance(_COMMAND_STATES[command])
+        self._advance(_COMMAND_STATES.get(command, "waiting"))
         if command == "profile_configure":
-            self._bus_config = self._config_in(message, BUS_TEXT_BYTES_MAX) or self._bus_config
+            self._configs["bus"] = self._config_in(message, BUS_TEXT_BYTES_MAX) or self._configs.get("bus", {})
         elif command in ("profile_cancel", "shutdown"):
             self._signs.add("cancelled" if command == "profile_cancel" else command)
 
@@ -2242,8 +2206,8 @@ class Run:
     def _on_sign(self, message: BusMessage, now_ns: int) -> None:
         """Follow a message whose coming says it all, but for an error or a cancel that it tells of."""
         sign, value = _SIGNS[message.type], message.value
-        is_vital = value.get("command") in ("profile_configure", "profile_start")
-        if message.type == "command_response" and not (is_vital and value.get("status") == "failure"):
+        is_failure = value.get("status") == "failure" and value.get("command") in ("profile_configure", "profile_start")
+        if message.type == "command_response" and not is_failure:
             return
         if sign in ("not_configured", "error"):
             self._error = self._error or _error_text(value.get("error")) or "unknown error"
@@ -2282,10 +2246,11 @@ class Run:
             return
         phase.update(stats, now_ns)
         if config := self._config_in(message, BUS_TEXT_BYTES_MAX // 8):
-            self._phase_configs[phase.name] = config
+            self._configs.setdefault("phases", {"phases": {}})["phases"][phase.name] = config
         self._set_clock(stats.get(_PHASE_CLOCKS[message.type]), now_ns)
         if message.type == "credit_phase_complete":
-            phase.lasted_ns, phase.is_complete = self._elapsed_ns(phase, now_ns), True
+            self._look_at_clock(now_ns)
+            phase.is_complete = True
         else:
             self._phase_name = phase.name
         self._sample_phases(now_ns, at_once=phase.is_complete)
@@ -2329,15 +2294,14 @@ class Run:
         return worker
 
     def _on_workers(self, message: BusMessage, now_ns: int) -> None:
-        value, group_id = message.value, None
-        if message.type == "worker_startup_state":
-            self._set_clock(value.get("request_ns"), now_ns)
-        if message.type == "worker_group_stats":
-            group_id = value["group_id"]
+        value = message.value
+        group_id = value["group_id"] if message.type == "worker_group_stats" else None
+        self._set_clock(value.get("request_ns"), now_ns)
+        if group_id is not None:
             if group_id not in self._groups and len(self._groups) >= 256:  # a group is a node
                 return
             parts = {part: _scalars(value.get(part), 16) for part in ("task_stats", "health")}
-            self._groups[group_id] = {**_own_scalars(value), **parts, "last_update_ns": now_ns}
+            self._groups[group_id] = {**_scalars(value, without=_ENVELOPE), **parts, "last_update_ns": now_ns}
         is_one = message.type in ("worker_health", "worker_startup_state")
         for field, all_of_them in _WORKER_FIELDS.items():
             column = {value["service_id"]: value.get(field)} if is_one else _object(value.get(all_of_them))
@@ -2357,40 +2321,29 @@ class Run:
         is_last = message.type == "process_all_results"
         if "last_results" in self._signs and not is_last:
             return
-        inner = _object(message.cut().value["results"].get("results"))
-        self._keep_errors(_list(inner.get("error_summary")), message.errors_left_out)
-        self._keep_results(message.value["results"], inner)
         self._signs |= {"results", "last_results"} if is_last or not self._announces_states else {"results"}
-        if inner.get("was_cancelled") is True:
-            self._signs.add("cancelled")
-        self._reason = _error_text(inner.get("incomplete_reason")) or self._reason
-        self._count_results(inner, now_ns)
         self._advance("processing")
-
-    def _keep_errors(self, summary: list[Any], left_out: int) -> None:
-        found = [one for one in summary if isinstance(one, dict) and _count(one.get("count"))]
+        inner = _object(message.cut().value["results"].get("results"))
+        self._signs |= {"cancelled"} if inner.get("was_cancelled") is True else set()
         errors: list[dict[str, Any]] = []
-        for one in sorted(found, key=lambda one: -one["count"]):
-            details = _object(one.get("error_details"))
-            texts = {key: text_or(details.get(key), "")[:NAME_BYTES_MAX] for key in ("type", "message")}
-            errors.append({"code": _count(details.get("code")), **texts, "count": int(one["count"])})
-        self._error_summary = {"errors": errors, "more": left_out}
+        for one in _list(inner.get("error_summary")):
+            if count := _count(_object(one).get("count")):
+                details = _object(one.get("error_details"))
+                texts = {key: text_or(details.get(key), "")[:NAME_BYTES_MAX] for key in ("type", "message")}
+                errors.append({"code": _count(details.get("code")), **texts, "count": count})
+        errors.sort(key=lambda one: -one["count"])
+        self._error_summary = {"errors": errors, "more": message.errors_left_out}
         self._aborted = sum(one["count"] for one in errors if one["code"] == 499)
-
-    def _keep_results(self, outer: dict[str, Any], inner: dict[str, Any]) -> None:
-        """Keep results as clients see them, without what is too large."""
         kept = {**inner, **{part: _list(inner.get(part)) for part in ("records", "error_summary")}}
         kept = shown_message({"results": {"results": kept}})["results"]["results"]
-        self._final_rows = display_rows(kept["records"]) or self._final_rows
-        for part in (kept, {**_scalars(kept), "records": kept["records"]}):
-            self._results = json_bytes({**outer, "results": part})
+        self._final["metrics"] = display_rows(kept["records"]) or self._final.get("metrics", {})
+        for part in (kept, {**_scalars(kept), "records": kept["records"]}, None):  # what is not too large stays
+            self._results = json_bytes({**message.value["results"], "results": part}) if part else b""
             if len(self._results) <= RESULTS_KEPT_BYTES_MAX:
-                return
+                break
             self._reason = f"results too large: not all of the {len(self._results)} bytes are kept"
-        self._results = b""
-
-    def _count_results(self, inner: Mapping[str, Any], now_ns: int) -> None:
-        """Complete the profiling: after a cancel, or for who came late, results count what no phase message did."""
+        self._reason = _error_text(inner.get("incomplete_reason")) or self._reason
+        # After a cancel, or for who came late, results count what no phase message did.
         succeeded, failed = _count(inner.get("successful_request_count")), _count(inner.get("error_request_count"))
         if succeeded is not None and failed is not None:
             self._counts = succeeded, failed
@@ -2407,37 +2360,52 @@ class Run:
         self._benchmark_id = self._benchmark_id or _name(results.get("benchmark_id"))
         summaries = _bounded_summaries(results.get("endpoint_summaries"))
         if summaries:
-            self._figures["server"] = {**self._read("server"), "endpoint_summaries": summaries, "final": True}
+            self._final["server"] = {**self.figures("server"), "endpoint_summaries": summaries, "final": True}
 
     def _on_telemetry_results(self, message: BusMessage, now_ns: int) -> None:
-        results = _object(message.value["telemetry_result"].get("results"))
-        rows = list(islice(_final_telemetry(results, self._read("telemetry")), ROWS_MAX))
-        self._final_telemetry = display_rows(rows) or self._final_telemetry
+        """Follow the final telemetry; its rows get the tags and headers that the real-time messages use."""
+        results, live = _object(message.value["telemetry_result"].get("results")), self.figures("telemetry")
+        rows: list[MetricRow] = []
+        urls = [url for url in _list(_object(results.get("summary")).get("endpoints_configured"))[:256] if _name(url)]
+        for endpoint, found in _objects(results.get("endpoints"), 256):
+            source = re.sub("[^a-zA-Z0-9]", "_", next((url for url in urls if f"//{endpoint}/" in url), endpoint))
+            for _, gpu in _objects(found.get("gpus"), ROWS_MAX):
+                index, uuid = _count(gpu.get("gpu_index")) or 0, text_or(gpu.get("gpu_uuid"), "")
+                place = f"{endpoint} | GPU {index} | {text_or(gpu.get('gpu_name'), '')}"
+                for metric, row in _objects(gpu.get("metrics"), ROWS_MAX - len(rows)):
+                    tag = f"{metric}_dcgm_{source}_gpu{index}_{uuid[:12]}"
+                    header = f"{text_or(row.get('display_name'), metric.replace('_', ' '))} | {place}"
+                    rows.append({**row, "tag": tag, "header": _object(live.get(tag)).get("header", header)})
+        self._final["telemetry"] = display_rows(rows) or self._final.get("telemetry", {})
 
     def _on_metrics(self, message: BusMessage, now_ns: int) -> None:
         """Keep a message of metrics; they come often, so most are read only when somebody asks."""
         kind = message.type.split("_")[1]
         if now_ns - self._sampled_ns[kind] < _SAMPLE_NS:
             self._unread[kind] = BusMessage(message.type, message.payload)  # without a value that is parsed
-            self._unread[kind].not_finite = message.not_finite
             return
-        figures = self._figures[kind] = self._read_message(message)
+        rows = figures = self._figures[kind] = self._read_message(message)
         self._unread.pop(kind, None)
         self._sampled_ns[kind] = now_ns
-        self._history.add(now_ns, kind, _server_rows(figures) if kind == "server" else figures)
+        if kind == "server":  # by tags `server:ENDPOINT:METRIC{label="value"}`
+            rows = {}
+            for endpoint, name, _, title, labels, stats in server_series(figures["endpoint_summaries"]):
+                text = ",".join(f'{label}="{value}"' for label, value in labels)
+                tag = f"server:{endpoint}:{name}" + (f"{{{text}}}" if text else "")
+                rows[tag] = {"unit": "", **stats, "header": title}
+        self._history.add(now_ns, kind, rows)
 
-    def _read(self, kind: str) -> dict[str, Any]:
-        """Return what the last good message of "metrics", "telemetry" or "server" said."""
-        message = self._unread.pop(kind, None)
+    def figures(self, kind: str) -> dict[str, Any]:
+        """Return what the results, else the last good message, said of "metrics", "telemetry" (by tag) or "server"."""
+        message = None if self._final.get(kind) else self._unread.pop(kind, None)
         if message is not None:
-            was_told = message.not_finite
             try:
                 self._figures[kind] = self._read_message(message)
-                if message.not_finite and not was_told:
+                if message.not_finite:
                     raise BusError("not_finite", f"NaN or an infinity in {message.type}")
             except BusError as error:
                 self._on_late_error(error)
-        return self._figures[kind]
+        return self._final.get(kind) or self._figures[kind]
 
     def _read_message(self, message: BusMessage) -> dict[str, Any]:
         """Return a message's rows by tag, in display units, or its server metrics; raise BusError if it is bad."""
@@ -2445,8 +2413,8 @@ class Run:
         if message.type == "realtime_server_metrics":
             if not isinstance(value.get("endpoint_summaries"), dict):
                 raise BusError("bad_shape", "server metrics without endpoint_summaries")
-            summaries = _bounded_summaries(value["endpoint_summaries"])
-            return {**_own_scalars(value), "endpoint_summaries": summaries, "snapshot": _scalars(value.get("snapshot"))}
+            summaries, snapshot = _bounded_summaries(value["endpoint_summaries"]), _scalars(value.get("snapshot"))
+            return {**_scalars(value, without=_ENVELOPE), "endpoint_summaries": summaries, "snapshot": snapshot}
         if not isinstance(rows, list):
             raise BusError("bad_shape", "a metrics message without a list of metrics")
         tags = (row.get("tag") for row in rows[:ROWS_MAX] if isinstance(row, dict))
@@ -2454,89 +2422,16 @@ class Run:
             self._on_late_error(BusError("bad_shape", "rows of metrics with tags that are too long, or too many"))
         return display_rows(rows)
 
-    def metric_rows(self) -> MetricRows:
-        return self._final_rows or self._read("metrics")
-
-    def telemetry_rows(self) -> MetricRows:
-        return self._final_telemetry or self._read("telemetry")
-
-
-def _server_rows(server_metrics: Mapping[str, Any]) -> MetricRows:
-    """Return server metrics as rows by tag: `server:ENDPOINT:METRIC{label="value"}`."""
-    rows = {}
-    for endpoint, name, _, title, labels, stats in server_series(server_metrics.get("endpoint_summaries")):
-        text = ",".join(f'{label}="{value}"' for label, value in labels)
-        tag = f"server:{endpoint}:{name}" + (f"{{{text}}}" if text else "")
-        rows[tag] = {"unit": "", **stats, "header": title}
-    return rows
-
-
-def _final_telemetry(results: Mapping[str, Any], live: Mapping[str, Mapping[str, Any]]) -> Iterator[MetricRow]:
-    """Yield the rows of the final telemetry with the tags and headers that the real-time messages use."""
-    urls = [url for url in _list(_object(results.get("summary")).get("endpoints_configured"))[:256] if _name(url)]
-    for endpoint, found in _objects(results.get("endpoints"), 256):
-        source = re.sub("[^a-zA-Z0-9]", "_", next((url for url in urls if f"//{endpoint}/" in url), endpoint))
-        for _, gpu in _objects(found.get("gpus"), ROWS_MAX):
-            index, name, uuid = _count(gpu.get("gpu_index")) or 0, gpu.get("gpu_name"), text_or(gpu.get("gpu_uuid"), "")
-            for metric, row in _objects(gpu.get("metrics"), ROWS_MAX):
-                tag = f"{metric}_dcgm_{source}_gpu{index}_{uuid[:12]}"
-                title = text_or(row.get("display_name"), metric.replace("_", " "))
-                header = f"{title} | {endpoint} | GPU {index} | {text_or(name, '')}"
-                yield {**row, "tag": tag, "header": _object(live.get(tag)).get("header", header)}
-
-
-# Message type -> (what follows it, the field without which it cannot be used, that field's type)
-_HANDLERS: Mapping[str, tuple[Callable[[Any, BusMessage, int], None], str, type]] = MappingProxyType({
-    **dict.fromkeys(_PHASE_CLOCKS, (Run._on_phase, "", object)),
-    **dict.fromkeys(_SIGNS, (Run._on_sign, "", object)),
-    **dict.fromkeys(("process_all_results", "process_records_result"), (Run._on_results, "results", dict)),
-    **dict.fromkeys(("worker_health", "worker_startup_state"), (Run._on_workers, "service_id", str)),
-    "all_records_received": (Run._on_records, "", object),
-    "command": (Run._on_command, "command", str),
-    "command_response": (Run._on_sign, "command", str),
-    "credit_phases_configured": (Run._on_phases_configured, "configs", list),
-    "dataset_configured_notification": (Run._on_dataset, "", object),
-    "process_server_metrics_result": (Run._on_server_results, "server_metrics_result", dict),
-    "process_telemetry_result": (Run._on_telemetry_results, "telemetry_result", dict),
-    "processing_stats": (Run._on_records, "processing_stats", dict),
-    "system_state_changed": (Run._on_state, "state", str),
-    "worker_group_stats": (Run._on_workers, "group_id", str),
-    "worker_status_summary": (Run._on_workers, "worker_statuses", dict),
-})  # fmt: skip
-# What the reducer has to hear, and the topics: also targeted commands, and the controller's responses alone.
-CORE_MESSAGE_TYPES = METRICS_MESSAGE_TYPES | frozenset(_HANDLERS)
-CORE_TOPICS = (b"command.", b"command_response.system_controller$",
-    *sorted(f"{name}$".encode() for name in CORE_MESSAGE_TYPES - {"command_response"}))  # fmt: skip
-# Every type that some AIPerf from 0.3 to 0.13 has; another one is accepted, but may be a typo.
-KNOWN_MESSAGE_TYPES = CORE_MESSAGE_TYPES | frozenset("""connection_probe conversation_request conversation_response
-    conversation_turn_request conversation_turn_response credit_drop credit_return dataset_config_status_request
-    dataset_config_status_response dataset_downloaded_notification dataset_timing_request dataset_timing_response
-    heartbeat inference_results metric_records network_latency_record notification parsed_inference_results
-    phase_baseline_request process_accuracy_result profile_progress profile_results records registration
-    server_metrics_record server_metrics_status status sweep_begin sweep_configure sweep_end sweep_progress
-    telemetry_records telemetry_status worker_pod_state""".split())  # fmt: skip
-
-
-# -- The benchmark -----------------------------------------------------------------------------------------------------
-
-# The rows of a run that matter when runs are compared, and their statistics.
-_SUMMARY_TAGS = """request_throughput output_token_throughput total_token_throughput output_token_throughput_per_user
-    goodput request_latency time_to_first_token inter_token_latency""".split()
-_SUMMARY_FIELDS = ("unit", "header", "avg", "p50", "p99")
-
-
-class Benchmark(Run):
-    """The run at hand, the answers made from it (to be read, not changed), and the runs before it."""
-
     def apply(self, message: BusMessage, now_ns: int) -> None:
         """Follow one bus message; raise BusError if it cannot be used, and then nothing has changed."""
         self._fell_silent = self._fell_silent or self.is_stale(now_ns)
-        if message.type in METRICS_MESSAGE_TYPES:
+        is_metrics = message.type in METRICS_MESSAGE_TYPES
+        if is_metrics:
             self._on_metrics(message, now_ns)
         elif message.type in _HANDLERS:
             handle, field, wanted = _HANDLERS[message.type]
             found = message.value.get(field)
-            if field and (not isinstance(found, wanted) or (wanted is str and not _name(found))):
+            if not isinstance(found, wanted) or (wanted is str and not _name(found)):
                 raise BusError("bad_shape", f"{message.type} without a usable {field}")
             if self._begins_run(message):
                 self._keep_run(now_ns)
@@ -2546,33 +2441,30 @@ class Benchmark(Run):
             if message.type not in FIGURES_MESSAGE_TYPES:
                 self._facts = None
             self._settle(now_ns)
-        if message.type in METRICS_MESSAGE_TYPES or message.type in ("processing_stats", *_PHASE_CLOCKS):
+        if is_metrics or message.type in ("processing_stats", *_PHASE_CLOCKS):
             self._fell_silent = False  # only a benchmark under load sends these
-        self.version += message.type in CORE_MESSAGE_TYPES or self.started_ns is None
+        self.version += is_metrics or self.started_ns is None
         self.last_message_ns, self.started_ns = now_ns, _first(self.started_ns, now_ns)
         self._advance("initializing")
 
     def _begins_run(self, message: BusMessage) -> bool:
         """Tell whether a message can only come from another run than the one at hand."""
         value, is_over = message.value, self.end is not None or self._fell_silent
-        if message.type == "system_state_changed":
-            early = value["state"] in ("initializing", "configuring") and (self._has_gone_far or is_over)
-            return early or (self.end is not None and value["state"] in ("ready", "profiling"))
-        if message.type == "command":
-            if value["command"] == "profile_configure":
-                return is_over or self._has_gone_far
-            return is_over and value["command"] in ("register_service", "spawn_workers")
         if message.type == "worker_startup_state":
             return is_over and value.get("startup_state") == "starting"
+        word = value.get({"system_state_changed": "state", "command": "command"}.get(message.type, ""))
+        if word in ("initializing", "configuring", "profile_configure"):
+            return is_over or self._has_gone_far()
+        if word in ("ready", "profiling"):
+            return self.end is not None
         if message.type not in _PHASE_CLOCKS:
-            return False
+            return is_over and word in ("register_service", "spawn_workers")
         stats = phase_stats(value)
         known, start_ns = self._phases.get(stats.get("phase_name") or stats["phase"]), _count(stats.get("start_ns"))
-        if known is not None and None not in (known.start_ns, start_ns) and start_ns != known.start_ns:
-            return True
-        begins = message.type == "credit_phase_start"
-        again = begins and known is not None and known.is_complete
-        return again or (self.end is not None and (begins or known is None))
+        if known is None:
+            return self.end is not None
+        begins = message.type == "credit_phase_start" and (known.is_complete or self.end is not None)
+        return begins or (None not in (known.start_ns, start_ns) and start_ns != known.start_ns)
 
     def results_too_large(self, message_type: str, now_ns: int) -> None:
         """Follow a result message that is too large to be read: its topic alone ends the run."""
@@ -2581,107 +2473,96 @@ class Benchmark(Run):
             self._signs |= {"results", "last_results"} if is_last else {"results"}
             limits = f"{BUS_RESULT_BYTES_MAX} bytes or {10 * JSON_ITEMS_MAX} items"
             self._reason = f"results too large: a message of more than {limits}"
-            self.last_message_ns, self.started_ns = now_ns, _first(self.started_ns, now_ns)
+            self.last_message_ns = now_ns
             self._settle(now_ns)
-            self.version += 1
 
     def end_child(self, exit_text: str, now_ns: int) -> None:
         """Follow the end of the benchmark's process: how, such as "exit status 1", or "" when it ended well."""
         self._child_exit = exit_text
-        self.started_ns = _first(self.started_ns, now_ns)
         self._settle(now_ns)
-        self.version += 1
 
     def configure(self, config: Mapping[str, Any], origin: str) -> None:
         """Follow a configuration from a "file", a "command", or, for this run alone, AIPerf's "artifacts"."""
         if origin == "artifacts":
-            self._artifacts.update((key, config[key]) for key in config if key in _ARTIFACT_FIELDS)
-        else:
-            self._configs[origin] = dict(config)
+            found = {key: value for key, value in config.items() if key in _ARTIFACT_FIELDS}
+            config = {**self._configs.get(origin, {}), **found}
+        self._configs[origin] = dict(config)
         self._facts = None
         self.version += 1
 
-    def _known_configs(self) -> list[dict[str, Any]]:
-        phases = {"phases": self._phase_configs} if self._phase_configs else {}
-        told = self._configs.get("file"), self._configs.get("command"), self._artifacts, self._bus_config, phases
-        return [config for config in told if config]
-
-    def _known(self) -> dict[str, Any]:
-        """Return what the configurations say, field by field, each from the first origin that tells it."""
+    def _fact(self, name: str) -> Any:
+        """Return what the first configuration that tells it says, None if none does; see _FACTS."""
         if self._facts is None:
             facts: dict[str, Any] = {}
-            for config in reversed(self._known_configs()):
-                facts.update(identity_of(config))
-                if config.get("phases") is self._phase_configs:
-                    facts.pop("phases", None)  # the phases that were heard of are not all
+            for origin in reversed(_ORIGINS):
+                facts.update(identity_of(self._configs.get(origin, {})))
+                if origin == "phases":
+                    facts.pop("phases", None)  # those that were heard of are not all
             if "model" in facts:
                 facts.setdefault("streaming", False)  # AIPerf's default
             if self._benchmark_id:
                 facts["benchmark_id"] = self._benchmark_id
             self._facts = facts
-        return self._facts
+        return self._facts.get(name)
 
     def config(self) -> dict[str, Any]:
         """Return the configuration of the first origin that has one, completed by what AIPerf wrote; {} without."""
-        return {**self._artifacts, **next(iter(self._known_configs()), {})}
+        told = (self._configs[origin] for origin in _ORIGINS if self._configs.get(origin))
+        return {**self._configs.get("artifacts", {}), **next(told, {})}
 
     def artifact_dir(self) -> str:
         """Return where AIPerf writes its export, as the bus or a configuration tells; "" if none does."""
-        told = _first(*(_name(config.get("artifact_dir")) for config in self._phase_configs.values()))
-        return told or text_or(self._known().get("artifact_dir"), "")
+        phases = self._configs.get("phases", {"phases": {}})["phases"].values()
+        return str(_first(*(_name(config.get("artifact_dir")) for config in phases), self._fact("artifact_dir"), ""))
 
     @property
     def runs_expected(self) -> int | None:
-        return self._known().get("runs")
+        return cast("int | None", self._fact("runs"))
 
     @property
     def label(self) -> str:
         """The run's name among others, such as "run 2 of 3: concurrency_4"."""
-        of_all = f" of {self.runs_expected}" if self.runs_expected else ""
-        return f"run {self.run_number}{of_all}" + (f": {self._known()['label']}" if "label" in self._known() else "")
+        of_all, label = self.runs_expected, self._fact("label")
+        return f"run {self.run_number}" + (f" of {of_all}" if of_all else "") + (f": {label}" if label else "")
 
     def labels(self) -> dict[str, str]:
         """Return the identity as labels for Prometheus, as far as it is known, written as AIPerf's exporter does."""
-        shown = {field: self._known()[field] for field in _IDENTITY_FIELDS if field in self._known()}
+        shown = {field: value for field, value in self._identity().items() if value is not None}
         if "request_rate" in shown:
             shown["request_rate"] = float(shown["request_rate"])
         texts = {field: str(value).lower() if isinstance(value, bool) else str(value) for field, value in shown.items()}
         return {field: text.encode("utf-8", "replace")[:128].decode("utf-8", "ignore") for field, text in texts.items()}
 
     def status(self, now_ns: int) -> dict[str, Any]:
-        errors = {None: self._error, "failed": self._verdict, "cancelled": self._reason, "complete": None}
+        error = {None: self._error, "cancelled": self._reason}.get(self.end)
         starts = [phase.start_ns for phase in self._phases.values() if phase.start_ns is not None]
-        begun = [self._elapsed_ns(phase, now_ns) for phase in self._phases.values() if phase.has_begun]
+        self._look_at_clock(now_ns)
+        begun = [phase.elapsed_ns for phase in self._phases.values() if phase.has_begun]
         elapsed_ns = sum(begun) if begun else max(0, self._until_ns(now_ns) - _first(self.started_ns, now_ns))
         return {
             "state": self.end or self._state, "phase": self._phase_name, "run": self.run_number, "label": self.label,
-            "benchmark_id": self._known().get("benchmark_id"), "profile_id": self._profile_id,
-            "error": errors[self.end], "stale": self.is_stale(now_ns),
+            "benchmark_id": self._fact("benchmark_id"), "profile_id": self._profile_id,
+            "error": self._verdict() if self.end == "failed" else error, "stale": self.is_stale(now_ns),
             "started_ns": min(starts, default=self.started_ns),
             "elapsed_sec": None if self.started_ns is None else elapsed_ns / 1e9,
         }  # fmt: skip
 
-    @property
     def _is_open(self) -> bool:
         """Tell whether more phases may follow: they have names of their own, and nothing says how many there are."""
-        is_known = self._are_announced or self._known().get("phases") or self.end or "answered" in self._signs
+        is_known = self._are_announced or self._fact("phases") or self.end or "answered" in self._signs
         return not is_known and any(phase.name != phase.kind for phase in self._profiling)
 
-    def _percent(self, now_ns: int) -> float:
+    def _percent(self) -> float:
         """Return how far the profiling is, 0 to 100: a warm-up at 100 % followed by 0 % would be going back."""
         phases = self._profiling
-        percents = [phase.percent(self._elapsed_ns(phase, now_ns)) for phase in phases]
-        if self.end == "complete":
-            now = 100.0
-        elif self._is_open:  # half the way for the first phase, half of the rest for each that follows
-            now = sum(percent / 2 ** (place + 1) for place, percent in enumerate(percents))
-        else:
-            weights = [1.0] * max(len(phases), self._known().get("phases", 0))
-            if self._are_announced:
-                targets = [phase.expected for phase in phases], [phase.duration_sec for phase in phases]
-                weights = next(([float(one) for one in target if one] for target in targets if all(target)), weights)
-            shares = sum(percent * weight for percent, weight in zip(percents, weights))
-            now = shares / sum(weights) if weights else 0.0
+        weights: Sequence[float] = [1] * max(len(phases), self._fact("phases") or 0)
+        if self._is_open():  # half the way for the first phase, half of the rest for each that follows
+            weights = [0.5**place for place in (*range(1, len(phases) + 1), len(phases))]
+        elif self._are_announced:
+            targets = [phase.expected or 0 for phase in phases], [phase.duration_sec or 0 for phase in phases]
+            weights = next((target for target in targets if all(target)), weights)
+        shares = sum(phase.percent() * weight for phase, weight in zip(phases, weights))
+        now = 100.0 if self.end == "complete" else shares / sum(weights) if weights else 0.0
         # Figures may be corrected downwards, and clocks too: what was once answered is not withdrawn.
         self._percent_floor = min(100.0, max(self._percent_floor, now))
         return self._percent_floor
@@ -2691,7 +2572,7 @@ class Benchmark(Run):
             return 0.0 if phases else None
         if self.end is not None or self.is_stale(now_ns):
             return None
-        left = [0.0 if one.is_complete else one.eta_sec(self._elapsed_ns(one, now_ns)) for one in phases]
+        left = [phase.eta_sec() for phase in phases]
         return None if None in left else sum(filter(None, left))
 
     def progress(self, now_ns: int) -> dict[str, Any]:
@@ -2701,40 +2582,36 @@ class Benchmark(Run):
         main = warmup if is_warmup else self._profiling
         expected = [phase.expected for phase in main]
         begun = [phase for phase in main if phase.has_begun]
-        answers = {}
-        for name, phase in self._phases.items():
-            answers[name] = phase.answer(self._elapsed_ns(phase, now_ns), self._eta_sec([phase], now_ns))
+        self._look_at_clock(now_ns)
+        answers = {name: phase.answer(self._eta_sec([phase], now_ns)) for name, phase in self._phases.items()}
         succeeded, failed, cancelled = self._requests(main)
         return {
-            "total": sum(filter(None, expected)) if expected and None not in expected and not self._is_open else None,
+            "total": sum(filter(None, expected)) if expected and None not in expected and not self._is_open() else None,
             "completed": succeeded + failed, "errors": failed, "cancelled": cancelled, "warmup": is_warmup,
             "start_ns": min((phase.start_ns for phase in main if phase.start_ns is not None), default=None),
-            "elapsed_ns": sum(self._elapsed_ns(phase, now_ns) for phase in main),
-            "percent_complete": self._percent(now_ns),
-            "eta_sec": None if self._is_open and not is_warmup else self._eta_sec(main, now_ns),
+            "elapsed_ns": sum(phase.elapsed_ns for phase in main), "percent_complete": self._percent(),
+            "eta_sec": None if self._is_open() and not is_warmup else self._eta_sec(main, now_ns),
             "phase": begun[-1].name if begun else None, "phase_number": len(begun),
-            "phase_percent": answers[begun[-1].name]["percent_complete"] if begun else 0.0,
-            "phases": answers,
+            "phase_percent": begun[-1].percent() if begun else 0.0, "phases": answers,
             # AIPerf exports before it ends well; the message is often lost.
             "results_exported": "exported" in self._signs or ("results" in self._signs and self._child_exit == ""),
             "system_state": self.end or self._state,
         }  # fmt: skip
 
     def _identity(self) -> dict[str, Any]:
-        return {field: self._known().get(field) for field in _IDENTITY_FIELDS}
+        return {field: self._fact(field) for field in _IDENTITY_FIELDS}
 
     def metrics(self) -> dict[str, Any]:
-        rows, thresholds = self.metric_rows(), self._known().get("goodput")
-        goodput = None
-        if thresholds is not None:  # what makes a request a good one, and the share of those that are
-            good, succeeded = rows.get("good_request_count", {}), rows.get("request_count", {}).get("avg")
-            counted = good["avg"] / succeeded if "avg" in good and succeeded else None
-            share = rows.get("good_request_fraction", {}).get("avg", counted)
-            goodput = {"thresholds": thresholds, "share": share}
+        rows, thresholds = self.figures("metrics"), self._fact("goodput")
+        tags = ("good_request_fraction", "good_request_count", "request_count")
+        share, good, succeeded = (rows.get(tag, {}).get("avg") for tag in tags)
+        share = good / succeeded if share is None and good is not None and succeeded else share
         return {
-            "aiperf_version": self._known().get("aiperf_version"), **self._identity(),
-            "final": bool(self._final_rows), "goodput": goodput,
-            "metrics": rows, "telemetry": self.telemetry_rows(),
+            "aiperf_version": self._fact("aiperf_version"), **self._identity(),
+            "final": bool(self._final.get("metrics")),
+            # what makes a request a good one, and the share of those that are
+            "goodput": None if thresholds is None else {"thresholds": thresholds, "share": share},
+            "metrics": rows, "telemetry": self.figures("telemetry"),
         }  # fmt: skip
 
     def workers(self) -> dict[str, Any]:
@@ -2749,61 +2626,86 @@ class Benchmark(Run):
         }  # fmt: skip
 
     def server_metrics(self) -> dict[str, Any]:
-        return self._read("server") or {"endpoint_summaries": {}, "message": "No server metrics available yet"}
+        return self.figures("server") or {"endpoint_summaries": {}, "message": "No server metrics available yet"}
 
     def results(self, *, whole: bool = True) -> dict[str, Any]:
-        """Return how the run ended, with AIPerf's results if `whole`. "running" while no end is known, also before the
-        start."""
+        """Return how the run ended ("running" until that is known), with AIPerf's results if `whole`."""
         return {
             "status": self.end or "running",
             "results": json_load(self._results) if whole and self._results else None,
-            "reason": self._verdict if self.end == "failed" else self._reason,
+            "reason": self._verdict() if self.end == "failed" else self._reason,
             "error_summary": self._error_summary,
         }
 
-    def history(self, tags: Sequence[str] = (), stats: Sequence[str] = (), since_ns: int | None = None,
+    def history(self, tags: Sequence[str] = (), stats: Sequence[str] = (), since_ns: int = 0,
                 points: int = HISTORY_POINTS_DEFAULT) -> dict[str, Any]:  # fmt: skip
         """Return time series of this run, columnar; without tags, what there is. Raises as `History.answer`."""
-        if not tags:
-            return self._history.overview(self.started_ns)
-        return self._history.answer(tags, stats, since_ns, points)
+        return self._history.answer(tags, stats, since_ns, points) if tags else self._history.overview(self.started_ns)
 
-    def _whole(self, now_ns: int) -> dict[str, Any]:
-        status, progress = self.status(now_ns), self.progress(now_ns)
+    def _brief(self, now_ns: int) -> dict[str, Any]:
+        """Return the run as /api/runs has it: of its metrics only what runs are compared by."""
+        status, progress, rows = self.status(now_ns), self.progress(now_ns), self.figures("metrics")
+        few = {tag: rows[tag] for tag in _SUMMARY_TAGS if tag in rows}
         return {
             "n": self.run_number, "label": self.label, "of": self.runs_expected, **self._identity(),
             **{field: status[field] for field in ("state", "error", "started_ns", "elapsed_sec")},
             "ended_ns": self._end_ns, "requests": progress["completed"], "errors": progress["errors"],
-            "metrics": self.metric_rows(), "telemetry": self.telemetry_rows(), "final": bool(self._final_rows),
-            "error_summary": self._error_summary,
+            "metrics": {tag: {key: row[key] for key in _SUMMARY_FIELDS if key in row} for tag, row in few.items()},
         }  # fmt: skip
 
+    def _whole(self, brief: dict[str, Any]) -> dict[str, Any]:
+        rows = {"metrics": self.figures("metrics"), "telemetry": self.figures("telemetry")}
+        return {**brief, **rows, "final": bool(self._final.get("metrics")), "error_summary": self._error_summary}
+
     def _keep_run(self, now_ns: int) -> None:
-        if not self._has_gone_far:
+        if not self._has_gone_far():
             return
-        whole = self._whole(now_ns)
+        brief = self._brief(now_ns)
         if self.end is None:
-            whole.update(state="failed", error="fell silent: it was killed, or the network was gone")
-        self._earlier[self.run_number] = _in_brief(whole), json_bytes(whole)
+            brief.update(state="failed", error="fell silent: it was killed, or the network was gone")
+        self._earlier[self.run_number] = brief, json_bytes(self._whole(brief))
         while len(self._earlier) >= RUNS_MAX or sum(len(one) for _, one in self._earlier.values()) > RUNS_BYTES_MAX:
             del self._earlier[min(self._earlier)]
 
     def runs(self, now_ns: int) -> list[dict[str, Any]]:
-        at_hand = [_in_brief(self._whole(now_ns))] if self.started_ns is not None else []
+        at_hand = [self._brief(now_ns)] if self.started_ns is not None else []
         return [brief for brief, _ in self._earlier.values()] + at_hand
 
     def run(self, number: int, now_ns: int) -> dict[str, Any] | None:
         if number == self.run_number and self.started_ns is not None:
-            return self._whole(now_ns)
+            return self._whole(self._brief(now_ns))
         return json_load(self._earlier[number][1]) if number in self._earlier else None
 
 
-def _in_brief(whole: dict[str, Any]) -> dict[str, Any]:
-    """Return a run as /api/runs has it: of its metrics only what runs are compared by."""
-    rows = {tag: whole["metrics"][tag] for tag in _SUMMARY_TAGS if tag in whole["metrics"]}
-    few = {tag: {field: row[field] for field in _SUMMARY_FIELDS if field in row} for tag, row in rows.items()}
-    dropped = ("final", "telemetry", "error_summary")
-    return {**{key: value for key, value in whole.items() if key not in dropped}, "metrics": few}
+# Message type -> (what follows it, the field without which it cannot be used, that field's type)
+_HANDLERS: Mapping[str, tuple[Callable[[Any, BusMessage, int], None], str, type]] = MappingProxyType({
+    **dict.fromkeys(_PHASE_CLOCKS, (Benchmark._on_phase, "", object)),
+    **dict.fromkeys(_SIGNS, (Benchmark._on_sign, "", object)),
+    **dict.fromkeys(("process_all_results", "process_records_result"), (Benchmark._on_results, "results", dict)),
+    **dict.fromkeys(("worker_health", "worker_startup_state"), (Benchmark._on_workers, "service_id", str)),
+    "all_records_received": (Benchmark._on_records, "", object),
+    "command": (Benchmark._on_command, "command", str),
+    "credit_phases_configured": (Benchmark._on_phases_configured, "configs", list),
+    "dataset_configured_notification": (Benchmark._on_dataset, "", object),
+    "process_server_metrics_result": (Benchmark._on_server_results, "server_metrics_result", dict),
+    "process_telemetry_result": (Benchmark._on_telemetry_results, "telemetry_result", dict),
+    "processing_stats": (Benchmark._on_records, "processing_stats", dict),
+    "system_state_changed": (Benchmark._on_state, "state", str),
+    "worker_group_stats": (Benchmark._on_workers, "group_id", str),
+    "worker_status_summary": (Benchmark._on_workers, "worker_statuses", dict),
+})  # fmt: skip
+# What the reducer has to hear, and the topics: also targeted commands, and the controller's responses alone.
+CORE_MESSAGE_TYPES = METRICS_MESSAGE_TYPES | frozenset(_HANDLERS)
+CORE_TOPICS = (b"command.", b"command_response.system_controller$",
+    *sorted(f"{name}$".encode() for name in CORE_MESSAGE_TYPES - {"command_response"}))  # fmt: skip
+# Every type that some AIPerf from 0.3 to 0.13 has; another one is accepted, but may be a typo.
+KNOWN_MESSAGE_TYPES = CORE_MESSAGE_TYPES | FIGURES_MESSAGE_TYPES | frozenset("""connection_probe conversation_request
+    conversation_response conversation_turn_request conversation_turn_response credit_drop credit_return
+    dataset_config_status_request dataset_config_status_response dataset_downloaded_notification dataset_timing_request
+    dataset_timing_response inference_results metric_records network_latency_record notification
+    parsed_inference_results process_accuracy_result profile_progress profile_results records registration
+    server_metrics_record server_metrics_status status sweep_begin sweep_configure sweep_end sweep_progress
+    telemetry_records telemetry_status""".split())  # fmt: skip
 
 
 # -- The benchmark as families of samples ------------------------------------------------------------------------------
@@ -2852,10 +2754,10 @@ def state_families(benchmark: Benchmark, now_ns: int) -> list[Family]:
                 value = _object(value).get(field)  # noqa: PLW2901
             own.add((f"aiperf_{name}", kind, text, unit), own_labels, value, "_total" if kind == "counter" else "")
     statuses = collections.Counter(workers["worker_statuses"].values())
-    for state in dict.fromkeys((*WORKER_STATUSES, *statuses)):
+    for state in dict.fromkeys(("healthy", "high_load", "error", "idle", "stale", *statuses)):
         own.add(("aiperf_workers", "gauge", "Workers by status", ""), (*labels, ("status", state)), statuses[state])
-    metrics = metric_families(benchmark.metric_rows(), labels, own)
-    gpus = telemetry_families(benchmark.telemetry_rows(), labels, own)
+    metrics = metric_families(benchmark.figures("metrics"), labels, own)
+    gpus = telemetry_families(benchmark.figures("telemetry"), labels, own)
     servers = server_families(benchmark.server_metrics()["endpoint_summaries"], labels, own)
     families = unique_families((*info.families.values(), *metrics, *own.families.values(), *gpus, *servers))
     text = "Samples that did not fit in this answer"
@@ -4594,7 +4496,8 @@ class APIService:
             if not is_figures:
                 if is_result:
                     message.cut()
-                message.replace(*self.secrets.redact_payload(message.payload, message.value))
+                value = message.value  # may change the payload
+                message.payload, message.parsed = self.secrets.redact_payload(message.payload, value)
             elif is_wanted or self._recorder is not None:
                 message.value  # noqa: B018 - what is no JSON does not go out
         except BusError as error:
@@ -4605,7 +4508,6 @@ class APIService:
         self.benchmark.apply(message, now_ns)
         if message.not_finite:
             self._count_bad(BusError("not_finite", f"NaN or Infinity in {message_type}"))
-            message.replace(json_bytes(message.value), message.value)
         self._on_change()
         self._record(lambda recorder: recorder.write(now_ns, topic.decode(), message.payload))
         self.bus_total += 1
@@ -4616,10 +4518,10 @@ class APIService:
 
     def _shown(self, message: BusMessage) -> bytes:
         """Return a payload as clients get it: one JSON object on one line, rows in display units."""
-        payload, has_rows = message.payload, message.type in METRICS_MESSAGE_TYPES | RESULT_MESSAGE_TYPES
+        has_rows = message.type in METRICS_MESSAGE_TYPES | RESULT_MESSAGE_TYPES
         shown = shown_message(message.value) if has_rows else message.value
-        is_as_it_came = shown is message.value and not message.not_finite and not (b"\n" in payload or b"\r" in payload)
-        return payload if is_as_it_came else json_bytes(shown)
+        is_as_it_came = shown is message.value and b"\n" not in message.payload and b"\r" not in message.payload
+        return message.payload if is_as_it_came else json_bytes(shown)
 
     def _broadcast(self) -> None:
         received, self._received = self._received, []
@@ -4970,7 +4872,7 @@ def _report_histories(benchmark: Benchmark) -> Iterator[JSONValue]:
             if about["group"] != "metrics" or tag in _REPORT_TAGS
         ]  # fmt: skip
         with contextlib.suppress(ValueError):  # very many phases
-            found = benchmark.history(tags[:100], stats, None, points) if tags else {"series": []}
+            found = benchmark.history(tags[:100], stats, 0, points) if tags else {"series": []}
             for series in found["series"]:
                 series["values"] = [value and float(f"{value:.9g}") for value in series["values"]]
             yield found

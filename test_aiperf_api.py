@@ -272,23 +272,23 @@ class Bus:
 
 # The most lines of each room, banner and blank lines included: its budget in the design, and what came after, for what.
 ROOMS = (
-    ("Head", 80, 0, ""),
-    ("Limits", 75, 0, ""),
-    ("Errors", 51, 0, ""),
-    ("JSON and secrets", 247, 0, ""),
-    ("WebSocket frames", 165, 0, ""),
-    ("HTTP", 496, 0, ""),
-    ("Router and static files", 100, 0, ""),
-    ("Metrics", 125, 0, ""),
-    ("Prometheus text", 255, 0, ""),
-    ("Benchmark", 1080, 200, "sweeps, the artifacts beside a run, why a run failed, silence, bounds in every field"),
+    ("Head", 80, 1, "how much asyncio holds for a TLS connection"),
+    ("Limits", 85, 0, ""),
+    ("Errors", 55, 0, ""),
+    ("JSON and secrets", 240, 10, "what a text may hold, as Python and nested JSON show it"),
+    ("WebSocket frames", 175, 0, ""),
+    ("HTTP", 560, 0, ""),
+    ("Router and static files", 120, 0, ""),
+    ("Metrics", 150, 0, ""),
+    ("Prometheus text", 250, 5, "an exposition is bounded, and says what was left out"),
+    ("Benchmark", 1080, 95, "sweeps, the artifacts beside a run, why a run failed, silence, bounds in every field"),
     ("Bus", 650, 40, "libzmq that gave up is connected anew; output goes to regular files only"),
-    ("Hub", 310, 10, "names are bounded over all clients"),
+    ("Hub", 310, 5, "names are bounded over all clients"),
     ("Connection", 350, 5, "the messages of one client have a turn, too"),
-    ("Service", 830, 130, "sweeps and their end, the report, the text screen, answers that are shared"),
+    ("Service", 830, 135, "sweeps and their end, the report, the text screen, answers that are shared"),
     ("Command line", 330, 165, "a benchmark behind --: signals, its output, its last words"),
 )
-MODULE_LINES, MODULE_BYTES = 5970, 334_000  # 5,300 and 240,000 in the design; with what came after
+MODULE_LINES, MODULE_BYTES = 5600, 319_000  # 5,300 and 240,000 in the design; with what came after
 TEST_LINES, README_LINES, FUNCTION_LINES, LIMITS = 5910, 260, 60, 60
 
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
@@ -1998,7 +1998,7 @@ class TestRecordedRuns(unittest.TestCase):
             benchmark, _ = replayed(run)
             results = last.get("process_all_results", {}).get("results", {}).get("results", {})
             for row in results.get("records", ()):
-                found = benchmark.metric_rows()[row["tag"]]
+                found = benchmark.figures("metrics")[row["tag"]]
                 del row["tag"]
                 row.pop("console_group", None)
                 kept = {key: value for key, value in row.items() if value is not None}
@@ -2008,7 +2008,7 @@ class TestRecordedRuns(unittest.TestCase):
                 for gpu in endpoint["gpus"].values():
                     for metric, row in gpu["metrics"].items():
                         tag = f"{metric}_dcgm_http___127_0_0_1_19400_metrics_gpu{gpu['gpu_index']}_GPU-8f1c7a52"
-                        self.assertLessEqual(row.items(), benchmark.telemetry_rows()[tag].items())
+                        self.assertLessEqual(row.items(), benchmark.figures("telemetry")[tag].items())
 
     def test_final_figures_of_old_versions_are_in_display_units(self) -> None:
         for name, tag, value, unit in (
@@ -2017,12 +2017,12 @@ class TestRecordedRuns(unittest.TestCase):
             ("run_0_6_success", "http_req_data_received", 5.0225, "KB"),
         ):
             benchmark, _ = replayed(recorded_run(name))
-            row = benchmark.metric_rows()[tag]
+            row = benchmark.figures("metrics")[tag]
             self.assertEqual((round(row["avg"], 4), row["unit"]), (value, unit))
             records = benchmark.results()["results"]["results"]["records"]
             self.assertIn((tag, unit), {(record["tag"], record["unit"]) for record in records})
             for hidden in ("min_request_timestamp", "credit_drop_latency"):
-                self.assertNotIn(hidden, {**benchmark.metric_rows(), **benchmark.history()["tags"]})
+                self.assertNotIn(hidden, {**benchmark.figures("metrics"), **benchmark.history()["tags"]})
 
     def test_failures_name_what_failed(self) -> None:
         for name, words in (
@@ -2059,7 +2059,7 @@ class TestRecordedRuns(unittest.TestCase):
         self.assertTrue(all(one["started_ns"] < one["ended_ns"] for one in runs))
         self.assertEqual(set(runs[0]["metrics"]["request_latency"]), {"unit", "header", "avg", "p50", "p99"})
         first, last = benchmark.run(1, now_ns) or {}, benchmark.run(3, now_ns) or {}
-        self.assertEqual(last["metrics"], benchmark.metric_rows())
+        self.assertEqual(last["metrics"], benchmark.figures("metrics"))
         self.assertLess(len(runs[0]["metrics"]), len(first["metrics"]))
         self.assertEqual(first.keys() - runs[0].keys(), {"final", "telemetry", "error_summary"})
         self.assertIsNone(benchmark.run(4, now_ns))
@@ -2069,7 +2069,7 @@ class TestRecordedRuns(unittest.TestCase):
         run = recorded_run("run_0_13_gpu_and_server_metrics")
         for kept in (run, [message for message in run if message[0] != "realtime_telemetry_metrics"]):
             benchmark, now_ns = replayed(kept)
-            self.assertEqual(len(benchmark.telemetry_rows()), 22)
+            self.assertEqual(len(benchmark.figures("telemetry")), 22)
         server = benchmark.server_metrics()
         self.assertIn("vllm:num_requests_running", server["endpoint_summaries"]["127.0.0.1:18051"]["metrics"])
         self.assertIn("num_running", server["snapshot"])
@@ -2498,7 +2498,7 @@ class TestHistory(BenchmarkTestCase):
             for now_ns in range(0, 20_000 * pace * SECOND, pace * SECOND):
                 history.add(now_ns, "phase", {"t": {"avg": now_ns / SECOND}})
                 self.assertLessEqual(len(history.times), aiperf_api.HISTORY_POINTS_MAX)
-            answer = history.answer(["t"], [], None, aiperf_api.HISTORY_POINTS_MAX)
+            answer = history.answer(["t"], [], 0, aiperf_api.HISTORY_POINTS_MAX)
             gaps = [after - before for before, after in zip(answer["times"], answer["times"][1:])]
             self.assertLessEqual(max(gaps), 4 * pace * SECOND)
             self.assertGreater(len(gaps), 3500)
@@ -2510,7 +2510,7 @@ class TestHistory(BenchmarkTestCase):
             rows = {tag: {"avg": second} for tag in "tu" if tag == "t" or second in (2, 5)}
             history.add(second * SECOND, "phase", rows)
         for points, wanted in ((4, [[1, 3, 5, 7], [None, 2, 5, None]]), (2, [[3, 7], [2, 5]]), (1, [[7], [5]])):
-            answer = history.answer(["t", "u"], [], None, points)
+            answer = history.answer(["t", "u"], [], 0, points)
             self.assertEqual([one["values"] for one in answer["series"]], wanted)
             self.assertEqual(answer["times"], [(7 - 8 // points * back) * SECOND for back in range(points)][::-1])
 
@@ -2622,7 +2622,7 @@ class TestBadMessages(BenchmarkTestCase):
     def test_metrics_are_read_when_asked_for_and_bad_ones_are_told_once(self) -> None:
         for index in range(100):
             self.send_metrics(BASE_NS + index, {"tag": "t", "avg": index})
-        self.assertEqual(self.benchmark.metric_rows(), {"t": {"avg": 99}})
+        self.assertEqual(self.benchmark.figures("metrics"), {"t": {"avg": 99}})
         message = aiperf_api.BusMessage("realtime_metrics", b'{"metrics":[]}')
         value, count = message.value, sys.getrefcount(message.value)
         self.benchmark.apply(message, BASE_NS + 100)
@@ -2631,7 +2631,7 @@ class TestBadMessages(BenchmarkTestCase):
         self.benchmark.apply(aiperf_api.BusMessage("realtime_metrics", b"{"), BASE_NS + 100)
         self.assertEqual(self.late_errors, [])
         for _ in range(2):
-            self.assertEqual(self.benchmark.metric_rows(), {"t": {"avg": 99}})
+            self.assertEqual(self.benchmark.figures("metrics"), {"t": {"avg": 99}})
         self.assertEqual([error.kind for error in self.late_errors], ["not_json"])
 
     def test_a_nan_costs_its_own_value_alone(self) -> None:
@@ -2639,7 +2639,7 @@ class TestBadMessages(BenchmarkTestCase):
         for now_ns, late in ((BASE_NS, []), (BASE_NS + 1, ["not_finite"])):  # read at once, and when asked for
             message = aiperf_api.BusMessage("realtime_metrics", payload)
             self.benchmark.apply(message, now_ns)
-            self.assertEqual(self.benchmark.metric_rows()["t"], {"max": 3})
+            self.assertEqual(self.benchmark.figures("metrics")["t"], {"max": 3})
             self.assertEqual([error.kind for error in self.late_errors], late)
 
     def test_a_hostile_publisher_cannot_fill_the_memory(self) -> None:
@@ -2663,7 +2663,7 @@ class TestBadMessages(BenchmarkTestCase):
 
     def test_a_message_is_walked_so_far_and_no_further(self) -> None:
         self.send_metrics(BASE_NS, {"tag": "u" * 513, "avg": 1}, *({"tag": f"t{i}", "avg": 1} for i in range(20_000)))
-        self.assertEqual(len(self.benchmark.metric_rows()), aiperf_api.ROWS_MAX - 1)
+        self.assertEqual(len(self.benchmark.figures("metrics")), aiperf_api.ROWS_MAX - 1)
         self.assertEqual([error.kind for error in self.late_errors], ["bad_shape"])
         series = [{"labels": {"a": str(index)}, "stats": {"avg": 1.0}} for index in range(10_000)]
         summaries = {"e": {"metrics": {"m": {"type": "gauge", "series": series}}}}
@@ -2676,7 +2676,7 @@ class TestMessageTypes(unittest.TestCase):
     def test_the_lists_fit_together(self) -> None:
         known = aiperf_api.KNOWN_MESSAGE_TYPES
         parts = (aiperf_api.FIGURES_MESSAGE_TYPES, aiperf_api.STATE_MESSAGE_TYPES, aiperf_api.RESULT_MESSAGE_TYPES)
-        self.assertLessEqual(aiperf_api.BUILTIN_MESSAGE_TYPES.union(*parts), known)
+        self.assertLessEqual(frozenset().union(*parts), known)
         for topic in aiperf_api.CORE_TOPICS:  # a topic is a prefix: it must match no other type
             others = [kind for kind in known if kind.encode() != re.split(b"[.$]", topic)[0]]
             self.assertFalse([kind for kind in others if f"{kind}$".encode().startswith(topic)])
@@ -2684,8 +2684,6 @@ class TestMessageTypes(unittest.TestCase):
     def test_a_message_is_parsed_once(self) -> None:
         message = aiperf_api.BusMessage("t", b'{"a":1}')
         self.assertIs(message.value, message.value)
-        redacted = message.replace(b'{"a":2}', {"a": 2})
-        self.assertEqual((redacted.payload, redacted.value, redacted.type), (b'{"a":2}', {"a": 2}, "t"))
 
 
 class TestStateFamilies(BenchmarkTestCase):
@@ -5827,7 +5825,10 @@ class TestDescriptions(ServiceTestCase):  # made of the routes and types, and he
     def test_asyncapi_names_each_message_type(self) -> None:
         schemas = self.asyncapi["components"]["schemas"].values()
         types = {shape["properties"].get("message_type", {}).get("const") for shape in schemas}
-        self.assertEqual(types - {None}, {*aiperf_api.BUILTIN_MESSAGE_TYPES, "run"})
+        names = self.asyncapi["x-message-types"]
+        self.assertEqual(types - {None}, {*names["builtin"], "run"})
+        self.assertLessEqual(set(names["builtin"]), aiperf_api.KNOWN_MESSAGE_TYPES)
+        self.assertEqual(set(names["known"]), set(aiperf_api.KNOWN_MESSAGE_TYPES))
 
     @needs_recordings
     @unittest.skipUnless(jsonschema, "needs the jsonschema package")
