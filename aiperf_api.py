@@ -121,7 +121,7 @@ BUS_TEXT_BYTES_MAX = 128 * 1024  # of those that are looked through for secrets;
 BUS_RESULT_BYTES_MAX = 32 * 1024 * 1024  # over all frames of a message; a larger one is delivered as its topic alone
 BUS_PARTS_MAX = 64  # frames of a message; the bus sends 2; the same
 BUS_TYPES_MAX = 256  # message types and topics that are told apart; further ones are counted as "other"
-BUS_QUEUE_MESSAGES_MAX = 16  # in libzmq (1000), of any size each; beyond it TCP and the publisher keep them
+BUS_QUEUE_MESSAGES_MAX = 4  # in libzmq (1000), of any size each; beyond it TCP and the publisher keep them
 BUS_TURN_MESSAGES_MAX = 256  # delivered in one turn of the loop, before clients and requests have theirs
 BUS_TURN_BYTES_MAX = 256 * 1024  # the same in bytes; asyncio reads 256 KiB at a time
 BUS_TURN_SEC = 0.02  # the same in time, as far as the cost of the last turn tells
@@ -131,13 +131,13 @@ BUS_RETRY_MIN_SEC = 0.1  # between attempts, and at random up to ...
 BUS_RETRY_MAX_SEC = 0.25  # ... this; AIPerf's proxy is up 0.6 s before it says who it is
 
 # The benchmark: what is kept of a run and walked in a message
-JSON_ITEMS_MAX = 100_000  # `,`, `[` and `{` of a message, of results 10 times as many; AIPerf's have 700; dropped
+JSON_ITEMS_MAX = 60_000  # `,`, `[` and `{` of a message, of final metrics 4 times as many; AIPerf's have 700; dropped
 JSON_DEPTH_MAX = 64  # levels of a JSON text; orjson 1,024, RFC 8259 9 allows a limit; not JSON for us
 NAME_BYTES_MAX = 512  # a tag, id, unit, label; Prometheus label_value_length_limit none; bad_shape
 ROWS_MAX = 2048  # rows of metrics, endpoints or series in a message; AIPerf sends 130; the rest is left out
 EXTRAS_MAX = 64  # further fields of a phase, group or row; Prometheus label_limit none; the rest is left out
 SAMPLES_MAX, SAMPLES_BYTES_MAX = 20_000, 8 * 1024 * 1024  # of /metrics; left out, and how many is a sample itself
-WORKERS_MAX = 4096  # workers of a run; AIPerf caps a node at 32; further ones are not told apart
+WORKERS_MAX = 2048  # workers of a run; AIPerf caps a node at 32; further ones are not told apart
 RESULTS_KEPT_BYTES_MAX = 8 * 1024 * 1024  # of the final results; larger parts go, with a reason
 RUNS_MAX, RUNS_BYTES_MAX = 100, 8 * 1024 * 1024  # earlier runs; then the oldest go, or only their summaries stay
 HISTORY_POINTS_DEFAULT = 1000  # of a series in an answer, unless it is asked for another number
@@ -360,12 +360,12 @@ class Secrets:
 
     def redact(self, value: JSONValue) -> JSONValue:
         """Return a copy with `***` for every secret, or the very same object if there is none; keys never change."""
-        self._left = 4 * BUS_TEXT_BYTES_MAX  # values and characters; only huge results have more, and it takes long
+        self._left = 5 * JSON_ITEMS_MAX  # values and characters; only huge results have more, and it takes long
         redacted = self._redact(value, "")
         if self._met.keys() - self.known:  # it may also stand before its key: once more
             self._remember(self._met)
             self._texts = {text: self._without_known(shown) for text, shown in self._texts.items()}
-            self._left = 4 * BUS_TEXT_BYTES_MAX
+            self._left = 5 * JSON_ITEMS_MAX
             redacted = self._redact(value, "")
         self._met.clear()
         self._texts.clear()
@@ -395,7 +395,7 @@ class Secrets:
 
     def _redact(self, value: JSONValue, role: str) -> JSONValue:
         """Redact what stands under a key of this role; what is not changed is the same object."""
-        self._left -= len(value) if isinstance(value, str) and value not in self._texts else 1
+        self._left -= 6 + (len(value) if isinstance(value, str) and value not in self._texts else 0)
         if self._left < 0:
             return REDACTED
         if isinstance(value, str):
@@ -405,7 +405,7 @@ class Secrets:
             for key, item in value.items():
                 if type(item) not in _PLAIN:
                     named = name if key == "value" and isinstance(name, str) else key  # {"name": …, "value": …}
-                    own = "strong" if role in ("strong", "headers") else self._role_of(str(named))
+                    own = "strong" if role in ("strong", "headers") or self._left < 0 else self._role_of(str(named))
                     own = "" if own == "headers" and "tag" in value else own  # the `header` of a metric is a title
                     new = self._redact(item, own)
                     if new is not item:
@@ -1256,8 +1256,9 @@ def text_or(value: Any, default: str) -> str:
 
 
 def is_name(text: str) -> bool:
-    """Tell whether a tag, a unit, an id or a label is short enough."""
-    return len(text) <= NAME_BYTES_MAX // 4 or len(text.encode("utf-8", "replace")) <= NAME_BYTES_MAX
+    """Tell whether a tag, a unit, an id or a label is short enough, as UTF-8 and in memory (a character has 1 to 4)."""
+    is_short = len(text) <= NAME_BYTES_MAX // 4 or sys.getsizeof(text) <= NAME_BYTES_MAX + 80
+    return is_short and len(text.encode("utf-8", "replace")) <= NAME_BYTES_MAX
 
 
 @functools.lru_cache(maxsize=ROWS_MAX)  # a run has some hundred shapes, and a burst 100,000 rows a second
@@ -1603,8 +1604,7 @@ STATES = ("waiting", "initializing", "configuring", "ready", "profiling", "proce
 ENDS = ("complete", "cancelled", "failed")
 
 METRICS_MESSAGE_TYPES = frozenset("realtime_metrics realtime_telemetry_metrics realtime_server_metrics".split())
-RESULT_MESSAGE_TYPES = frozenset("""process_all_results process_records_result process_server_metrics_result
-    process_telemetry_result""".split())  # fmt: skip
+RESULT_MESSAGE_TYPES = frozenset(("process_all_results", "process_records_result"))  # of 0.12 and later; of all
 # Types whose latest message replaces the one before; what is kept per worker or group is not among them.
 STATE_MESSAGE_TYPES = METRICS_MESSAGE_TYPES | {"credit_phase_progress", "processing_stats", "worker_status_summary"}
 # What carries figures alone, and is therefore never looked through for secrets.
@@ -1628,10 +1628,11 @@ _PHASE_CLOCKS = _pairs("""credit_phase_start=start_ns credit_phase_progress= cre
 class BusMessage:
     """A message of the bus: its type, its bytes, and what they say, parsed once when somebody asks."""
 
-    __slots__ = ("errors_left_out", "not_finite", "parsed", "payload", "type")
+    __slots__ = ("errors_left_out", "is_cut", "not_finite", "parsed", "payload", "type")
 
     def __init__(self, type: str, payload: bytes) -> None:  # noqa: A002
         self.type, self.payload = type, payload  # the type is from the topic, without target and `$`
+        self.is_cut = False  # whether parts of huge results are gone, from the payload too
         self.errors_left_out = 0  # of results
         self.not_finite = False  # whether NaN or an infinity became null, in the payload too
         self.parsed: dict[str, Any] | None = None  # what `value` has read
@@ -1641,8 +1642,9 @@ class BusMessage:
         """The JSON object; raises BusError `too_large`, `not_json`, `not_object` or `too_deep`."""
         if self.parsed is not None:
             return self.parsed
-        most = JSON_ITEMS_MAX * (10 if self.type in RESULT_MESSAGE_TYPES else 1)
-        if len(self.payload) > most and sum(map(self.payload.count, (b",", b"[", b"{"))) > most:
+        items = sum(map(self.payload.count, (b",", b"[", b"{"))) if len(self.payload) > JSON_ITEMS_MAX else 0
+        most = JSON_ITEMS_MAX * (4 if self.type in RESULT_MESSAGE_TYPES else 1)
+        if items > most:
             raise BusError("too_large", f"{self.type} of over {most} items")
         try:
             value, self.not_finite = json_load_lenient(self.payload)
@@ -1650,23 +1652,26 @@ class BusMessage:
             raise BusError("too_deep" if "deep" in str(error) else "not_json", f"not JSON: {error}") from None
         if not isinstance(value, dict):
             raise BusError("not_object", f"a {type(value).__name__} instead of an object")
-        self.payload, self.parsed = json_bytes(value) if self.not_finite else self.payload, value
-        return value
+        self.parsed = self._without_more(value, items) if self.type in RESULT_MESSAGE_TYPES else value
+        self.payload = json_bytes(self.parsed) if self.not_finite or self.parsed is not value else self.payload
+        return self.parsed
 
-    def cut(self) -> BusMessage:
-        """Leave out of final results what is not kept, before the rest is looked through; return the message."""
-        inner = _object((outer := _object(self.value.get("results"))).get("results"))
+    def _without_more(self, value: dict[str, Any], items: int) -> dict[str, Any]:
+        """Return final results without what is not kept: looking through it for secrets would take long."""
+        inner = _object((outer := _object(value.get("results"))).get("results"))
         records, errors = _list(inner.get("records")), _list(inner.get("error_summary"))
-        if len(records) > ROWS_MAX or len(errors) > RUNS_MAX:
-            counted = [one for one in errors if isinstance(one, dict) and _count(one.get("count"))]
-            most = heapq.nlargest(  # 499 first: aborted, and subtracted
-                RUNS_MAX, counted, lambda one: (_object(one.get("error_details")).get("code") == 499, one["count"])
-            )
-            self.errors_left_out = len(counted) - len(most)
-            inner = {**inner, "records": records[:ROWS_MAX], "error_summary": most}
-            self.parsed = {**self.value, "results": {**outer, "results": inner}}
-            self.payload = json_bytes(self.parsed)
-        return self
+        self.is_cut = items > JSON_ITEMS_MAX or len(self.payload) > RESULTS_KEPT_BYTES_MAX
+        if not self.is_cut and len(records) <= ROWS_MAX and len(errors) <= RUNS_MAX:
+            return value
+        counted = [one for one in errors if isinstance(one, dict) and _count(one.get("count"))]
+        most = heapq.nlargest(  # 499 first: aborted, and subtracted
+            RUNS_MAX, counted, lambda one: (_object(one.get("error_details")).get("code") == 499, one["count"])
+        )
+        self.errors_left_out = len(counted) - len(most)
+        if self.is_cut:
+            value, outer, inner = map(_scalars, (value, outer, inner))
+        inner = {**inner, "records": records[:ROWS_MAX], "error_summary": most}
+        return {**value, "results": {**outer, "results": inner}}
 
 
 # -- Reading values: whatever stands in a field, these return something usable and bounded -----------------------------
@@ -1866,7 +1871,7 @@ class History:
         for tag, row in rows.items():
             columns = self.columns.get(tag)
             if columns is None:
-                if len(self.columns) >= HISTORY_SERIES_MAX or len(tag) > 4 * NAME_BYTES_MAX:
+                if len(self.columns) >= HISTORY_SERIES_MAX or len(tag) > 2 * NAME_BYTES_MAX:
                     continue
                 columns = self.columns[tag] = {}
                 header = text_or(row.get("header"), tag)[:NAME_BYTES_MAX]
@@ -2042,6 +2047,7 @@ _SIGNS = _pairs("""all_records_received=answered credits_complete=answered bench
 # The field of one worker, and that of the messages which have it of all.
 _WORKER_FIELDS = _pairs("""status=worker_statuses startup_state=worker_startup_states
     task_stats=worker_task_stats health=worker_health""")  # fmt: skip
+_WORKER_FIGURES_MAX = 12  # of its tasks, and of its health; AIPerf sends 3 and 9
 _COMMAND_STATES = _pairs("""profile_configure=configuring profile_start=profiling profile_complete=processing
     profile_cancel=stopping shutdown=shutdown""")  # fmt: skip
 # The rows of a run that matter when runs are compared, and their statistics.
@@ -2216,7 +2222,7 @@ class Benchmark:
         self._signs |= {sign, "cancelled"} if value.get("was_cancelled") is True else {sign}
 
     def _on_dataset(self, message: BusMessage, now_ns: int) -> None:
-        self._benchmark_id = _name(message.value.get("benchmark_generation")) or self._benchmark_id
+        self._benchmark_id, self._facts = _name(message.value.get("benchmark_generation")) or self._benchmark_id, None
         if not self._announces_states:  # before 0.13 the data set is the last thing to get ready
             self._advance("ready")
 
@@ -2245,7 +2251,8 @@ class Benchmark:
         if phase is None:
             return
         phase.update(stats, now_ns)
-        if config := self._config_in(message, BUS_TEXT_BYTES_MAX // 8):
+        config = self._config_in(message, BUS_TEXT_BYTES_MAX // 8)
+        if config and message.type not in FIGURES_MESSAGE_TYPES:  # which are not looked through for secrets
             self._configs.setdefault("phases", {"phases": {}})["phases"][phase.name] = config
         self._set_clock(stats.get(_PHASE_CLOCKS[message.type]), now_ns)
         if message.type == "credit_phase_complete":
@@ -2300,7 +2307,7 @@ class Benchmark:
         if group_id is not None:
             if group_id not in self._groups and len(self._groups) >= 256:  # a group is a node
                 return
-            parts = {part: _scalars(value.get(part), 16) for part in ("task_stats", "health")}
+            parts = {part: _scalars(value.get(part), _WORKER_FIGURES_MAX) for part in ("task_stats", "health")}
             self._groups[group_id] = {**_scalars(value, without=_ENVELOPE), **parts, "last_update_ns": now_ns}
         is_one = message.type in ("worker_health", "worker_startup_state")
         for field, all_of_them in _WORKER_FIELDS.items():
@@ -2311,8 +2318,9 @@ class Benchmark:
                 if group_id is not None and worker_id in self._workers:
                     self._group_of[worker_id] = group_id
                 if isinstance(told, dict) and field in ("task_stats", "health"):
-                    numbers = {key: one for key, one in _scalars(told, 16).items() if not isinstance(one, str)}
-                    worker[field] = dict(islice({**(worker[field] or {}), **numbers}.items(), 16)) or None
+                    found = {**(worker[field] or {}), **_scalars(told, _WORKER_FIGURES_MAX)}.items()
+                    numbers = ((key, one) for key, one in found if not isinstance(one, str))
+                    worker[field] = dict(islice(numbers, _WORKER_FIGURES_MAX)) or None
                 elif _name(told) and field in ("status", "startup_state"):
                     worker[field] = told
 
@@ -2323,7 +2331,7 @@ class Benchmark:
             return
         self._signs |= {"results", "last_results"} if is_last or not self._announces_states else {"results"}
         self._advance("processing")
-        inner = _object(message.cut().value["results"].get("results"))
+        inner = _object(message.value["results"].get("results"))
         self._signs |= {"cancelled"} if inner.get("was_cancelled") is True else set()
         errors: list[dict[str, Any]] = []
         for one in _list(inner.get("error_summary")):
@@ -2337,16 +2345,16 @@ class Benchmark:
         kept = {**inner, **{part: _list(inner.get(part)) for part in ("records", "error_summary")}}
         kept = shown_message({"results": {"results": kept}})["results"]["results"]
         self._final["metrics"] = display_rows(kept["records"]) or self._final.get("metrics", {})
-        for part in (kept, {**_scalars(kept), "records": kept["records"]}, None):  # what is not too large stays
-            self._results = json_bytes({**message.value["results"], "results": part}) if part else b""
-            if len(self._results) <= RESULTS_KEPT_BYTES_MAX:
-                break
-            self._reason = f"results too large: not all of the {len(self._results)} bytes are kept"
+        self._results = json_bytes({**message.value["results"], "results": kept})
+        if message.is_cut or len(self._results) > RESULTS_KEPT_BYTES_MAX:
+            limits = f"{RESULTS_KEPT_BYTES_MAX} bytes or {JSON_ITEMS_MAX} items"
+            self._reason = f"results too large: of more than {limits}, not all are kept"
+            self._results = self._results if len(self._results) <= RESULTS_KEPT_BYTES_MAX else b""
         self._reason = _error_text(inner.get("incomplete_reason")) or self._reason
         # After a cancel, or for who came late, results count what no phase message did.
         succeeded, failed = _count(inner.get("successful_request_count")), _count(inner.get("error_request_count"))
         if succeeded is not None and failed is not None:
-            self._counts = succeeded, failed
+            self._counts, self._aborted = (succeeded, failed), min(self._aborted, failed)
         phase = self._phase_of({"phase": "profiling"}, now_ns)
         if phase is not None and len(self._profiling) == 1:
             phase.aborted = min(self._aborted, max(failed or 0, phase.counts["error_records"]))
@@ -2468,10 +2476,10 @@ class Benchmark:
 
     def results_too_large(self, message_type: str, now_ns: int) -> None:
         """Follow a result message that is too large to be read: its topic alone ends the run."""
-        if message_type in ("process_all_results", "process_records_result"):
+        if message_type in RESULT_MESSAGE_TYPES:
             is_last = message_type == "process_all_results" or not self._announces_states
             self._signs |= {"results", "last_results"} if is_last else {"results"}
-            limits = f"{BUS_RESULT_BYTES_MAX} bytes or {10 * JSON_ITEMS_MAX} items"
+            limits = f"{BUS_RESULT_BYTES_MAX} bytes or {4 * JSON_ITEMS_MAX} items"
             self._reason = f"results too large: a message of more than {limits}"
             self.last_message_ns = now_ns
             self._settle(now_ns)
@@ -2681,7 +2689,7 @@ class Benchmark:
 _HANDLERS: Mapping[str, tuple[Callable[[Any, BusMessage, int], None], str, type]] = MappingProxyType({
     **dict.fromkeys(_PHASE_CLOCKS, (Benchmark._on_phase, "", object)),
     **dict.fromkeys(_SIGNS, (Benchmark._on_sign, "", object)),
-    **dict.fromkeys(("process_all_results", "process_records_result"), (Benchmark._on_results, "results", dict)),
+    **dict.fromkeys(RESULT_MESSAGE_TYPES, (Benchmark._on_results, "results", dict)),
     **dict.fromkeys(("worker_health", "worker_startup_state"), (Benchmark._on_workers, "service_id", str)),
     "all_records_received": (Benchmark._on_records, "", object),
     "command": (Benchmark._on_command, "command", str),
@@ -2915,6 +2923,9 @@ class PyzmqBusSource(Source):
 
     def start(self, deliver: Deliver, notify: Notify) -> None:
         super().start(deliver, notify)
+        path = parse_endpoint(self.address, bind=self._bind)[2]
+        if self._bind and os.path.lexists(path) and not S_ISSOCK(os.lstat(path).st_mode):  # libzmq would unlink it
+            raise StartError(f"{printable(path)} is there and is not a socket")
         self._socket = zmq.Context(io_threads=1).socket(zmq.SUB)
         self._socket.linger, self._socket.ipv6 = 0, True
         self._socket.maxmsgsize = BUS_RESULT_BYTES_MAX  # of a frame; past it libzmq drops the connection
@@ -4487,15 +4498,14 @@ class APIService:
         topic = frames[0]
         message_type = message_type_of(topic)
         is_result, is_figures = message_type in RESULT_MESSAGE_TYPES, message_type in FIGURES_MESSAGE_TYPES
-        limit = BUS_RESULT_BYTES_MAX if is_result else BUS_MESSAGE_BYTES_MAX if is_figures else BUS_TEXT_BYTES_MAX
+        limit = BUS_MESSAGE_BYTES_MAX if is_figures or message_type.startswith("process_") else BUS_TEXT_BYTES_MAX
+        limit = BUS_RESULT_BYTES_MAX if is_result else limit
         is_wanted = self.hub.wants(message_type)
         try:
             if len(frames) == 1 or len(frames[1]) > limit:
                 raise BusError("too_large", f"{message_type} of over {limit} bytes")
             message = BusMessage(message_type, frames[1])
             if not is_figures:
-                if is_result:
-                    message.cut()
                 value = message.value  # may change the payload
                 message.payload, message.parsed = self.secrets.redact_payload(message.payload, value)
             elif is_wanted or self._recorder is not None:
