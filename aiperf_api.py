@@ -289,8 +289,10 @@ _WORD = re.compile("(?i:(?:basic|bearer|digest|token) )?[A-Z]{1,15}")  # a place
 _PROSE = re.compile("[A-Z]{1,15}|[A-Za-z][a-z]{1,14}")  # "Basic authentication", "the bearer of bad news"
 _PLACEHOLDER = r"""(?:(?:none|null|true|false)\.?|\*\*\*|(?:[Bb]earer[ ])?(?:\$\{?(?-i:[A-Z_]+)\}?|<[\w -]{1,64}>))
     (?:[\s"',;&)\]}\\]|$)"""
-# Of what stands behind a name and its sign, perhaps as Python or nested JSON shows it: SecretStr('x'), b'x', \\\"x
-_BEGIN = rf"""\s{{0,32}}(?:\w{{1,16}}\(?(?=["']))?\\{{0,7}}(?:["']|(?=[^\s"'\\]))(?!{_PLACEHOLDER})"""
+_PYTHON = r"""(?:secret\w{0,9}\(|[burf]{1,2})(?=["'])"""  # of SecretStr('x') and b'x'
+_BEGIN = (  # of what stands behind a name and its sign; nested JSON has several backslashes before its quotes
+    rf"""\s{{0,32}}(?:{_PYTHON}|(?!{_PYTHON}))\\{{0,7}}(?:["']|(?=[^\s"'\\]))(?!{_PLACEHOLDER})"""
+)
 _SECRET_IN_TEXT = re.compile(  # all but `likely` is hidden, and that if it looks random; each ends the match
     r"""(?xi)(?=[:abcjkprst])(?: ://(?![\w.-]+:\d+,)(?P<user>[^/\s"']+)(?=@)
       | (?<!\w)(?:bearer|basic)(?:[ \t:]+|%20)["']?(?P<scheme>[\w.~+/=-]+)
