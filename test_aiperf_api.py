@@ -275,7 +275,7 @@ ROOMS = (
     ("Head", 80, 1, "how much asyncio holds for a TLS connection"),
     ("Limits", 85, 0, ""),
     ("Errors", 55, 0, ""),
-    ("JSON and secrets", 240, 10, "what a text may hold, as Python and nested JSON show it"),
+    ("JSON and secrets", 240, 11, "what a text may hold, as Python and nested JSON show it"),
     ("WebSocket frames", 175, 0, ""),
     ("HTTP", 560, 0, ""),
     ("Router and static files", 120, 0, ""),
