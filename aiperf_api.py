@@ -5040,7 +5040,8 @@ def top_text(service: APIService) -> str:
         time_to_first_token inter_token_latency request_latency"""
     for tag in tags.split():
         row = metrics["metrics"].get(tag, {})
-        lines.append(_top_row(tag.replace("_", " "), map(row.get, ("avg", "p50", "p99"))))
+        name = tag.replace("_throughput", "s/s").replace("_", " ") + (", ms" if row.get("unit") == "ms" else "")
+        lines.append(_top_row(name, map(row.get, ("avg", "p50", "p99"))))
     active = f"workers: {workers['active_workers']} of {workers['total_workers']} active"
     lines += ["", _top_row(active, ("status", "done", "failed", "cpu %"))]
     for name, worker in sorted(workers["workers"].items())[:16]:

@@ -4593,7 +4593,7 @@ class TestServiceAnswers(ServiceTestCase):
         for words in ("complete", "100.0 %", "1300/1300 requests, 23 errors", "request latency", "active", "GPU"):
             self.assertIn(words, text)
         self.assertNotIn("no bus", text)  # which is gone when a run is over
-        row = re.search(r"request latency +([\d.]+) +([\d.]+) +([\d.]+)", text)
+        row = re.search(r"request latency, ms +([\d.]+) +([\d.]+) +([\d.]+)", text)
         metrics = service.benchmark.metrics()["metrics"]["request_latency"]
         assert row is not None
         self.assertEqual([float(cell) for cell in row.groups()], [round(metrics[s], 2) for s in ("avg", "p50", "p99")])
@@ -5392,13 +5392,15 @@ class TestChild(unittest.TestCase):  # `-- COMMAND`; the commands are small scri
                 self.assertEqual(process.returncode, 0)
 
     def test_signals_end_the_child_and_its_directory(self) -> None:
-        for name, code in (("SIGTERM", 143), ("SIGQUIT", 131), ("SIGHUP", 129)):
-            with self.subTest(name):
+        for number, code in ((signal.SIGTERM, 143), (signal.SIGQUIT, 131), (signal.SIGHUP, 129)):
+            with self.subTest(number):
+                if signal.getsignal(number) == signal.SIG_IGN:  # under nohup, and so for the server
+                    continue
                 script = 'echo "$AIPERF_API_ZMQ_ADDRESS $$"; exec sleep 60'
                 process = self.start("--linger", "60", "--", "sh", "-c", script)
                 assert process.stdout is not None
                 address, pid = process.stdout.readline().split()
-                process.send_signal(getattr(signal, name))
+                process.send_signal(number)
                 self.assertEqual(process.wait(20), code)
                 self.assertFalse(os.path.exists(os.path.dirname(address[len("ipc://") :])))
                 with self.assertRaises(ProcessLookupError):
