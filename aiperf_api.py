@@ -81,7 +81,7 @@ __all__ = ["APIService", "__version__", "main"]
 
 # == 1 == Limits =======================================================================================================
 #
-# Each: its unit in the name, a precedent, and what the peer sees past it.
+# Each: its unit in the name, a precedent if any, what the peer sees past it.  Pauses and caches are in their rooms.
 
 # HTTP requests
 HTTP_HEAD_BYTES_MAX = 16 * 1024  # request line and headers; nginx 8-32 KiB, Apache 8 KiB a line, node 16 KiB; 431
@@ -101,7 +101,7 @@ HTTP_UNSENT_BYTES_MAX = 16 * 1024 * 1024  # of large answers that wait for slow 
 # WebSockets and streams
 WS_CONNECTIONS_MAX = 1000  # unless --ws-max-connections says otherwise; 503 before the upgrade
 WS_MESSAGE_BYTES_MAX = 64 * 1024  # one message over all its fragments; websockets 1 MiB, websocat 64 KiB; Close 1009
-WS_FRAGMENT_BYTES_MEAN = 64  # one fragment for each that a message may have; an empty one costs 6 bytes; Close 1008
+WS_FRAGMENT_BYTES_MEAN = 64  # a message may have 64 KiB / 64 fragments: empty ones cost a client 6 bytes; Close 1008
 WS_PING_INTERVAL_SEC = 20  # keepalive; websockets 20; a peer silent for two of them is evicted
 WS_PINGS_PER_READ_MAX = 10  # answered one by one (Autobahn's case 2.10 sends ten); of more, only the last
 CLIENT_TYPES_MAX = 100  # message types of one client (AIPerf has 70); an error reply
@@ -116,9 +116,9 @@ RETAINED_BYTES_MAX = 16 * 1024 * 1024  # of the last messages kept for snapshots
 STREAM_COMMENT_INTERVAL_SEC = 15  # ": keepalive" to an event stream; HTML standard, 9.2.7: "every 15 seconds or so"
 
 # The bus.  libzmq is the precedent where nothing else is said; it bounds neither messages nor frames.
-BUS_MESSAGE_BYTES_MAX = 4 * 1024 * 1024  # of all types but results; AIPerf's longest are 0.3 MB; dropped and counted
-BUS_TEXT_BYTES_MAX = 128 * 1024  # of those that are looked through for secrets; AIPerf's longest are 3 KB; the same
-BUS_RESULT_BYTES_MAX = 32 * 1024 * 1024  # over all frames of a message; a larger one is delivered as its topic alone
+BUS_MESSAGE_BYTES_MAX = 4 * 1024 * 1024  # of figures and `process_*`; AIPerf's longest are 0.3 MB; dropped and counted
+BUS_TEXT_BYTES_MAX = 128 * 1024  # of all other types but results; AIPerf's longest are 3 KB; the same
+BUS_RESULT_BYTES_MAX = 32 * 1024 * 1024  # of final results; past it the topic comes alone, or pyzmq's connection ends
 BUS_PARTS_MAX = 64  # frames of a message; the bus sends 2; the same
 BUS_TYPES_MAX = 256  # message types and topics that are told apart; further ones are counted as "other"
 BUS_QUEUE_MESSAGES_MAX = 4  # in libzmq (1000), of any size each; beyond it TCP and the publisher keep them
@@ -139,11 +139,11 @@ EXTRAS_MAX = 64  # further fields of a phase, group or row; Prometheus label_lim
 SAMPLES_MAX, SAMPLES_BYTES_MAX = 20_000, 8 * 1024 * 1024  # of /metrics; left out, and how many is a sample itself
 WORKERS_MAX = 2048  # workers of a run; AIPerf caps a node at 32; further ones are not told apart
 RESULTS_KEPT_BYTES_MAX = 8 * 1024 * 1024  # of the final results; larger parts go, with a reason
-RUNS_MAX, RUNS_BYTES_MAX = 100, 8 * 1024 * 1024  # earlier runs; then the oldest go, or only their summaries stay
+RUNS_MAX, RUNS_BYTES_MAX = 100, 8 * 1024 * 1024  # runs with the one at hand; then the oldest go.  Errors kept of a run
 HISTORY_POINTS_DEFAULT = 1000  # of a series in an answer, unless it is asked for another number
-HISTORY_POINTS_MAX = 7200  # of a series; two hours at one a second, then every second goes
+HISTORY_POINTS_MAX = 7200  # of a series; two hours at one a second, then every other point goes
 HISTORY_SERIES_MAX = 4096  # of a run; shared fairly among tags, the answer says what was left out
-HISTORY_VALUES_MAX = 2 * 1024 * 1024  # of all series, 8 bytes each; then every second point goes
+HISTORY_VALUES_MAX = 2 * 1024 * 1024  # of all series, 8 bytes each; then every other point goes
 HISTORY_ANSWER_VALUES_MAX = 200_000  # of one answer; 400
 SECRETS_MAX = 16  # literals of a run that are redacted wherever they turn up; older ones only where they stand
 STALE_AFTER_NS = 10_000_000_000  # silence after which a running benchmark counts as gone; AIPerf's STALE_TIME
@@ -188,11 +188,11 @@ class ClientMessageError(Exception):
 
 
 class HTTPError(Exception):
-    """A request that gets `{"error": message}` with this status; `close` ends the connection behind the answer."""
+    """A request that gets `{"error": message}` with this status; a fault of its head also ends the connection."""
 
-    def __init__(self, status: int, message: str, headers: Sequence[tuple[str, str]] = (), close: bool = False) -> None:
+    def __init__(self, status: int, message: str, headers: Sequence[tuple[str, str]] = ()) -> None:
         super().__init__(message)
-        self.status, self.message, self.headers, self.close = status, message, headers, close
+        self.status, self.message, self.headers = status, message, headers
 
 
 class WebSocketError(Exception):
@@ -293,7 +293,7 @@ _PYTHON = r"""(?:secret\w{0,9}\(|[burf]{1,2})(?=["'])"""  # of SecretStr('x') an
 _BEGIN = (  # of what stands behind a name and its sign; nested JSON has several backslashes before its quotes
     rf"""\s{{0,32}}(?:{_PYTHON}|(?!{_PYTHON}))\\{{0,7}}(?:["']|(?=[^\s"'\\]))(?!{_PLACEHOLDER})"""
 )
-_SECRET_IN_TEXT = re.compile(  # all but `likely` is hidden, and that if it looks random; each ends the match
+_SECRET_IN_TEXT = re.compile(  # a match ends in what is hidden, its last group (`likely`: only if it looks random)
     r"""(?xi)(?=[:abcjkprst])(?: ://(?![\w.-]+:\d+,)(?P<user>[^/\s"']+)(?=@)
       | (?<!\w)(?:bearer|basic)(?:[ \t:]+|%20)["']?(?P<scheme>[\w.~+/=-]+)
       | (?:authorization|cookie)\\{0,7}["']?\s{0,32}:BEGIN
@@ -332,7 +332,7 @@ def _hide(match: re.Match[str]) -> str:
     """Return a match with `***` for its secret; prose and placeholders are none."""
     form, found = match.lastgroup, match[match.lastgroup or 0]
     is_word = (_PROSE if form == "scheme" else _WORD).fullmatch(found)
-    if not _KEYLIKE.fullmatch(found) if form == "likely" else is_word and match["sign"] != "=":
+    if (not _KEYLIKE.fullmatch(found)) if form == "likely" else (is_word and match["sign"] != "="):
         return match[0]
     return match[0].removesuffix(found) + REDACTED
 
@@ -343,14 +343,14 @@ class Secrets:
 
     def __init__(self, known: Iterable[str] = ()) -> None:
         self._for_ever = frozenset(filter(_RANDOM.fullmatch, (one.rpartition(" ")[2] for one in known)))
-        self._met: dict[str, None] = {}  # while a value is looked through; an ordered set
+        self._met = self._last = dict[str, None]()  # in the value that is looked through, and in the last; ordered sets
         self._texts: dict[str, str] = {}  # looked through in it, and what is shown
         self._role_of = functools.lru_cache(maxsize=None)(key_role)  # of its keys, the same ones again and again
         self.forget_run()
 
     def forget_run(self) -> None:
-        """Forget what was met in a run."""
-        self._of_run: list[str] = []
+        """Forget what was met in a run, but not in the last value: its message may have begun the next run."""
+        self._of_run = [*self._last]
         self._remember(())
 
     def _remember(self, words: Iterable[str]) -> None:
@@ -369,7 +369,7 @@ class Secrets:
             self._texts = {text: self._without_known(shown) for text, shown in self._texts.items()}
             self._left = 5 * JSON_ITEMS_MAX
             redacted = self._redact(value, "")
-        self._met.clear()
+        self._last, self._met = self._met, {}
         self._texts.clear()
         self._role_of.cache_clear()
         return redacted
@@ -427,7 +427,7 @@ class Secrets:
             if text not in self._texts:
                 shown = _SECRET_IN_TEXT.sub(_hide, self._without_known(text))
                 self._texts[text] = _SECRET_FLAG.sub(self._hide_flag, shown)
-            return text if self._texts[text] == text else self._texts[text]
+            return text if self._texts[text] == text else self._texts[text]  # unchanged: the very same object
         if content.strip() in ("", REDACTED):
             return text
         form = content.rpartition(" ")[2]
@@ -532,7 +532,7 @@ class FrameParser:
 
     def __init__(self, max_message: int = WS_MESSAGE_BYTES_MAX) -> None:
         self._buffer = bytearray()  # not read yet
-        # None behind the last one.  It does not know the parser: a client that is gone leaves no cycle behind.
+        # None once they have ended.  The generator holds the buffer, not the parser: so there is no reference cycle.
         self._events: Iterator[Event | None] | None = _read_events(self._buffer, max_message)
 
     def feed(self, data: bytes) -> list[Event]:
@@ -689,7 +689,7 @@ class Request(NamedTuple):
 
 def _bad(message: str, status: int = 400) -> HTTPError:
     """Return a fault of the head."""
-    return HTTPError(status, message, close=True)
+    return HTTPError(status, message)
 
 
 def _percent_decode(raw: bytes) -> str:
@@ -909,7 +909,7 @@ def check_upgrade(request: Request) -> str:
         hint = "a WebSocket is spoken here: websocat ws://HOST:PORT/ws; for curl there is curl -N .../api/stream"
         raise HTTPError(426, hint, (("Upgrade", "websocket"), ("Connection", "Upgrade")))
     if request.headers.get("sec-websocket-version") != "13":  # 4.4
-        raise HTTPError(426, "only WebSocket version 13", (("Sec-WebSocket-Version", "13"),), close=True)
+        raise HTTPError(426, "only WebSocket version 13", (("Sec-WebSocket-Version", "13"),))
     key = request.headers.get("sec-websocket-key", "")
     if not _WEBSOCKET_KEY.fullmatch(key):
         raise _bad("Sec-WebSocket-Key is not the base64 of 16 bytes")
@@ -974,7 +974,7 @@ def _weighted(header: str) -> list[tuple[str, dict[str, str], float]]:
     return members
 
 
-@functools.lru_cache(maxsize=64)  # else a quarter of a scrape
+@functools.lru_cache(maxsize=64)  # without it, this took a quarter of the time of a scrape
 def accepts(header: str | None, offered: tuple[str, ...]) -> str:
     """Return the offered media type that an Accept header likes best, the earlier of equals (RFC 9110 12.5.1)."""
     ranges = _weighted(header or "*/*")
@@ -1435,7 +1435,7 @@ def unique_families(families: Iterable[Family]) -> list[Family]:
 
 
 class FamilySet:
-    """Families under construction, of two alike series the first; `room`: samples and bytes left, samples left out."""
+    """Families under construction; of equal series the first wins. `room`: samples and bytes left, samples left out."""
 
     def __init__(self, before: FamilySet | None = None) -> None:
         self.families: dict[str, Family] = {}
@@ -1443,13 +1443,13 @@ class FamilySet:
         self._rows: set[tuple[str, str]] = set()  # names and labels that are in
 
     def add(self, head: tuple[str, str, str, str], labels: Labels, value: Any, suffix: str = "") -> None:
-        """Add a sample to the family (name, kind, help, unit); not what is no number, and no negative count."""
+        """Add a sample to the family (name, kind, help, unit), unless it is not a number, or a negative count."""
         key = f"{suffix}{{{_labels_text(labels)}}}" if labels else suffix
         if is_number(value) and self._admits(1, head[0], key):
             self._put(*head, key, value)
 
     def _admits(self, samples: int, name: str, labels: str) -> bool:
-        """Tell whether such a row is new, as the figures of two would be mixed, and has room, which is booked."""
+        """Tell whether a row is new (figures of two equal ones would mix) and fits; if so, take its room."""
         if (name, labels) in self._rows:
             return False
         self._rows.add((name, labels))
@@ -1641,7 +1641,7 @@ class BusMessage:
 
     @property
     def value(self) -> dict[str, Any]:
-        """The JSON object; raises BusError `too_large`, `not_json`, `not_object` or `too_deep`."""
+        """The JSON object; reading it may rewrite `payload`.  BusError too_large, not_json, not_object or too_deep."""
         if self.parsed is not None:
             return self.parsed
         items = sum(map(self.payload.count, (b",", b"[", b"{"))) if len(self.payload) > JSON_ITEMS_MAX else 0
@@ -1837,7 +1837,7 @@ def _by_rank(stats: Iterable[str]) -> list[str]:
 
 
 def _halved(column: array[Any]) -> array[Any]:
-    """Return every second figure, the last among them; where none came, the one before it."""
+    """Return every other figure, the last among them; where that is NaN, the one before it."""
     newer, older = column[::-2], column[-2::-2]
     if math.isnan(sum(newer)):
         pairs = itertools.zip_longest(newer, older, fillvalue=math.nan)
@@ -1949,7 +1949,7 @@ class History:
 
 # -- Configuration and identity ----------------------------------------------------------------------------------------
 
-# Where configurations come from, by rank; those behind the second are of one run.
+# Where configurations come from: the first that tells a fact wins; from the third on they are of one run.
 _ORIGINS = ("file", "command", "artifacts", "bus", "phases")
 # What AIPerf's run_config.json and export hold beside figures.
 _ARTIFACT_FIELDS = frozenset("""aiperf_version artifact_dir benchmark_id cfg cli_command input_config label multi_run
@@ -2042,7 +2042,7 @@ def _sweep_size(section: Mapping[str, Any]) -> int | None:
 
 # -- The benchmark -----------------------------------------------------------------------------------------------------
 
-# What the coming of a message says of the end; after `answered` no phase will begin.
+# What the arrival of a message says about the end; after `answered` no phase will begin.
 _SIGNS = _pairs("""all_records_received=answered credits_complete=answered benchmark_complete=complete error=error
     service_error=error results_exported=exported command_response=not_configured
     dataset_configuration_failed=not_configured""")  # fmt: skip
@@ -2390,7 +2390,7 @@ class Benchmark:
 
     def _on_metrics(self, message: BusMessage, now_ns: int) -> None:
         """Keep a message of metrics; they come often, so most are read only when somebody asks."""
-        kind = message.type.split("_")[1]
+        kind = message.type.split("_")[1]  # metrics, telemetry or server
         if now_ns - self._sampled_ns[kind] < _SAMPLE_NS:
             self._unread[kind] = BusMessage(message.type, message.payload)  # without a value that is parsed
             return
@@ -2687,7 +2687,7 @@ class Benchmark:
         return json_load(self._earlier[number][1]) if number in self._earlier else None
 
 
-# Message type -> (what follows it, the field without which it cannot be used, that field's type)
+# Message type -> (what follows it, the field without which it cannot be used, that field's type); "", object: none
 _HANDLERS: Mapping[str, tuple[Callable[[Any, BusMessage, int], None], str, type]] = MappingProxyType({
     **dict.fromkeys(_PHASE_CLOCKS, (Benchmark._on_phase, "", object)),
     **dict.fromkeys(_SIGNS, (Benchmark._on_sign, "", object)),
@@ -2744,7 +2744,7 @@ def state_families(benchmark: Benchmark, now_ns: int) -> list[Family]:
     status, progress, workers = benchmark.status(now_ns), benchmark.progress(now_ns), benchmark.workers()
     version = benchmark.metrics()["aiperf_version"]
     about: Labels = (*labels, ("version", version)) if version else labels
-    own = FamilySet(info := FamilySet())
+    own = FamilySet(info := FamilySet())  # with one room
     if about:
         info.add(("aiperf", "info", "AIPerf benchmark information", ""), about, 1, "_info")
     head = ("aiperf_benchmark_state", "gauge", "State of the benchmark: 1 for the one it is in", "")
@@ -2807,7 +2807,7 @@ class Source:
         self.backend = backend  # pyzmq | builtin | "" where no ZMQ is involved
         self.connected = not backend  # a bus is at the other end, or the replay goes on
         self.ended = False  # a replay has come to its end and will not go on
-        self._clock = time.time_ns(), time.monotonic_ns(), 1.0  # of the bus, when that was, and its pace since
+        self._clock = time.time_ns(), time.monotonic_ns(), 1.0  # bus time, our monotonic time then, its pace since
         self._prefixes: dict[bytes, None] = {}  # of topics; in the order of their subscription
         self._turn_messages = BUS_TURN_MESSAGES_MAX  # of the next turn
         self._told: set[str] = set()  # kinds of line that are not repeated
@@ -2848,7 +2848,7 @@ class Source:
         """Tell the bus of a prefix that is new, or not wanted any more."""
 
     def _deliver_turn(self, batch: Batch) -> None:
-        """Deliver a batch; what it cost bounds the next: a turn takes about BUS_TURN_SEC, or a write to each client."""
+        """Deliver a batch; what it cost sizes the next: about BUS_TURN_SEC, but at least what fits in one write."""
         began_sec, size = time.monotonic(), sum([len(frames[-1]) for frames in batch]) + 1
         self._deliver(batch)
         fitting = int(len(batch) * BUS_TURN_SEC / max(time.monotonic() - began_sec, 1e-6))
@@ -2969,7 +2969,7 @@ class PyzmqBusSource(Source):
         readable, no_block = int(zmq.POLLIN), zmq.NOBLOCK  # an enum's & is slow
         batch: Batch = []
         parts, room = self._parts, self._room
-        frames_left, bytes_left = 2 * self._turn_messages, BUS_TURN_BYTES_MAX
+        frames_left, bytes_left = 2 * self._turn_messages, BUS_TURN_BYTES_MAX  # topic and payload
         while frames_left > 0 and bytes_left > 0:
             if not parts and not getsockopt(zmq.EVENTS) & readable:  # cheaper than zmq.Again; 0 rearms the descriptor
                 break
@@ -2985,7 +2985,7 @@ class PyzmqBusSource(Source):
             if not frame.more:
                 batch.append(parts)
                 parts, room = [], BUS_RESULT_BYTES_MAX
-        else:
+        else:  # the budget is used up: there may be more
             self._go_on()
         self._parts, self._room = parts, room
         if batch:
@@ -3235,7 +3235,7 @@ class BuiltinBusSource(Source, asyncio.Protocol):
                 sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), seconds)
         if not self._endpoint[2] and sock.getsockname() == sock.getpeername():  # it would keep the port from the bus
             self._give_up("down", "the connection met itself (TCP self-connect)")
-        self.data_received()
+        self.data_received()  # writes our greeting
 
     def data_received(self, data: bytes = b"") -> None:
         """Have one turn: with what has come, or with what is pending."""
@@ -3574,9 +3574,9 @@ class Outlet:
 
     def has_stalled(self) -> bool:
         """Return whether bytes wait and none has left in CLIENT_STALL_SEC sweeps; to be called once a sweep."""
-        waiting = self.transport.get_write_buffer_size()  # over TLS perhaps more than was written: records have heads
-        before, self._left = self._left, self.written - waiting
-        self.still = 0 if self._left > before or not waiting else self.still + 1
+        buffered = self.transport.get_write_buffer_size()  # over TLS perhaps more than was written: records have heads
+        before, self._left = self._left, self.written - buffered
+        self.still = 0 if self._left > before or not buffered else self.still + 1
         return self.still > CLIENT_STALL_SEC
 
 
@@ -3593,7 +3593,7 @@ class Subscriber:
         self.fault = ""  # why it was evicted
         self.sent = self.skipped = 0  # messages written, and dropped
         self._untold: collections.Counter[str] = collections.Counter()  # type -> dropped since the last notice
-        # Oldest first.  The key is the chunk or, of a slow client's state message, the type: the next one replaces it.
+        # Oldest first.  Keys: the chunk; of a slow client the frame or, for state, its type: the next replaces it.
         self.backlog: collections.OrderedDict[object, Chunk | Frame] = collections.OrderedDict()
         self.backlog_bytes = 0
         self.slow = False  # from the soft mark until it has caught up
@@ -3714,7 +3714,7 @@ class Hub:
         old, new = (frozenset("*") if names is None else names for names in (before, types))
         for name in (*(new - old), *(old - new)):  # first in, then out: the bus loses nothing between
             self._wanted[name] += 1 if name in new else -1
-            if self._wanted[name] == (name in new):
+            if self._wanted[name] == (1 if name in new else 0):  # its first client came, or its last one went
                 self._on_wanted(name, name in new)
             if not self._wanted[name]:
                 del self._wanted[name]
@@ -3757,7 +3757,7 @@ class Hub:
                 chunk.data = b""  # for those that wait the frames are there, which all groups share
 
     def _relieve(self) -> None:
-        """Evict, past HUB_BYTES_MAX, those whose bytes have not moved for longest; of equals who is behind most."""
+        """Past HUB_BYTES_MAX, evict those whose bytes have stood still longest; of equals who is furthest behind."""
         if self.unsent.total > HUB_BYTES_MAX:
             for subscriber in sorted(self.subscribers, key=lambda s: (-s.outlet.still, -s.outstanding)):
                 if self.unsent.total > HUB_BYTES_MAX:
@@ -3966,16 +3966,16 @@ class Connection(asyncio.BufferedProtocol):
             if response is not None:
                 self.send(response, request)
         except HTTPError as error:
-            self.send(error_response(error, request.wants_pretty), request, close=error.close)
+            self.send(error_response(error, request.wants_pretty), request)
 
-    def send(self, response: Response, request: Request, *, close: bool = False) -> None:
+    def send(self, response: Response, request: Request) -> None:
         """Write an answer, a large body by reference; end the connection behind it when request or answer say so."""
         gzip = response.is_compressible and accepts_gzip(request.headers.get("accept-encoding"))
         body = b"" if request.method == "HEAD" else response.payload(gzip)
         is_large, unsent = len(body) > 2 * CLIENT_WRITE_BYTES_MAX, self.app.unsent
         if is_large and unsent.total > HTTP_UNSENT_BYTES_MAX and id(body) not in unsent.frames:
             raise HTTPError(503, "too many large answers wait for slow readers", (("Retry-After", "5"),))
-        close = close or not request.keep_alive or response.body is None
+        close = not request.keep_alive or response.body is None
         head_only, extra = is_large or request.method == "HEAD", self.app.headers_for(request)
         self.outlet.write(response.encode(date=self.app.date, head_only=head_only, close=close, gzip=gzip, extra=extra))
         if is_large:
@@ -4306,7 +4306,7 @@ class APIService:
         self.connections_max = HTTP_CONNECTIONS_MAX + self.settings.ws_max_connections  # fewer if the system says so
         # The bus
         self.secrets = Secrets((*self.settings.secrets, *([self.settings.token] if self.settings.token else [])))
-        self.unsent = Unsent()  # bytes that wait for slow clients
+        self.unsent = Unsent()  # large answers that wait for slow readers (Application); the hub has its own
         self.hub = Hub(self._on_wanted)
         self.bus_messages: dict[str, int] = {}  # message type -> good ones
         self.bus_errors: dict[str, int] = {}  # kind -> bad ones
@@ -4436,7 +4436,7 @@ class APIService:
             is_over = self._complete.is_set()  # else a new run has begun meanwhile
 
     def _judge_complete(self, passed_sec: float) -> None:
-        """Set `_complete` at the end of the last run; each run of a sweep has a new bus, 6 to 43 s after the last."""
+        """Set `_complete` at the end of the last run: in a sweep the next bus comes within 43 s, so 60 mean the end."""
         source, benchmark = self.source, self.benchmark
         self._gone_sec = 0.0 if source.connected else self._gone_sec + passed_sec
         is_told = (benchmark.artifact_dir(), "run_config.json") in self._artifacts
@@ -4446,7 +4446,7 @@ class APIService:
             self._complete.set()
 
     def _sweep(self) -> None:
-        """Once a second: the Date header, deadlines, stalled clients, artifacts, the report, the recording."""
+        """Once a second: the Date header, deadlines, stalled clients, artifacts, completion, report, recording."""
         self._sweep_timer = asyncio.get_running_loop().call_later(1.0, self._sweep)  # whatever fails below
         day, month, date, clock, year = time.asctime(time.gmtime()).split()  # in English, whatever the locale
         self.date = f"{day}, {date:0>2} {month} {year} {clock} GMT".encode()  # RFC 9110 5.6.7
@@ -4454,7 +4454,7 @@ class APIService:
             connection.check()
         self._read_artifacts()
         self._judge_complete(1.0)
-        if time.monotonic() >= (self._report_due_sec or 0.0):
+        if self._report_due_sec and time.monotonic() >= self._report_due_sec:
             self._write_report()
         self._record(Recorder.flush)
 
@@ -4555,7 +4555,7 @@ class APIService:
             value = {"message_type": "run", "run": number, "label": label, "of": of}
             self._received.append(Message("run", json_bytes(value), True))
         if benchmark.end is not None and self._report_due_sec is None:
-            self._report_due_sec = time.monotonic() + 1.0  # what is said after the end belongs into it
+            self._report_due_sec = time.monotonic() + 1.0  # what is said after the end belongs in it
             self._judge_complete(0.0)
 
     def _count_bad(self, error: BusError, fault: Exception | None = None) -> None:
@@ -4578,7 +4578,7 @@ class APIService:
                     recorder.close()
 
     def configure(self, config: Mapping[str, Any], origin: str) -> None:
-        """Give the benchmark's configuration, redacted here; `origin` is "file", "command" or "artifacts"."""
+        """Set the benchmark's configuration, redacted here; `origin` is "file", "command" or "artifacts"."""
         self.benchmark.configure(self.secrets.redact(dict(config)), origin)
 
     def _read_artifacts(self) -> None:
@@ -4638,7 +4638,7 @@ class APIService:
     def respond(self, connection: Connection, request: Request) -> Response | None:
         """Answer, count, log at level debug; None is a switch to a WebSocket or an endless answer."""
         name, response = self._respond(connection, request)
-        status = response.status if response is not None else 101 if request.wants_upgrade else 200
+        status = response.status if response is not None else 101 if name == "websocket" else 200
         self.requests[name, status] = self.requests.get((name, status), 0) + 1
         if log.isEnabledFor(logging.DEBUG):
             fields = (request.method[:16], request.target, request.headers.get("user-agent", "-"))
@@ -4669,7 +4669,7 @@ class APIService:
         except HTTPError as error:
             response = error_response(error, request.wants_pretty)
             if error.status == 401 and request.path in PAGES and "token.html" in self.static:
-                response = Response(401, self.static["token.html"].body, "text/html; charset=utf-8")
+                response = Response(401, self.static["token.html"].body, "text/html; charset=utf-8", error.headers)
         return name, response and with_preconditions(request, response)
 
     def _route(self, request: Request) -> tuple[Route, str]:
@@ -4798,7 +4798,7 @@ class APIService:
     # -- What the endpoints need
 
     def file(self, name: str) -> Response:
-        """Return a file of static/; HTTPError 404 if there is none, with a word on what is missing."""
+        """Return a file of static/, or the names in a folder of it; HTTPError 404 if there is neither."""
         file = self.static.get(name)
         if file is not None:
             return file
@@ -5277,8 +5277,8 @@ def _choose_source(flags: set[str], given: Mapping[str, Any], has_command: bool)
         data, config = files.get(DEMO_RECORDING), json_load(files.get("demo.config.json", b"null"))
         if data is None:
             raise UsageError("--demo: the recording is not here; copy the folder static/ beside aiperf_api.py")
-        # half way
-        return ReplaySource(DEMO_RECORDING, "demo", speed=speed, loop=True, data=data, start_at=20.5), config
+        half_sec = 20.5  # of the recording: there is something to see at once
+        return ReplaySource(DEMO_RECORDING, "demo", speed=speed, loop=True, data=data, start_at=half_sec), config
     kind = {"--zmq-host": "tcp", "--zmq-ipc-path": "ipc", "--zmq-bind": "bind"}.get(flag, "zmq")
     address = backend_address(value.strip("[]")) if kind == "tcp" else ipc_address(value) if kind == "ipc" else value
     named, backend = "child" if has_command else kind, given["--zmq-backend"]

@@ -86,7 +86,6 @@ def http_results(parts: list[bytes], memo: dict[bytes, aiperf_api.Request]) -> l
         try:
             results.extend(iter(parser.next_request, None))
         except aiperf_api.HTTPError as error:
-            assert error.close
             results.append(error.status)
         if not results or (isinstance(results[-1], aiperf_api.Request) and results[-1].keep_alive):
             assert len(parser._buffer) < aiperf_api.HTTP_HEAD_BYTES_MAX
@@ -113,7 +112,7 @@ def check_request(request: aiperf_api.Request) -> None:
             check()
         except aiperf_api.HTTPError as error:
             aiperf_api.error_response(error).encode(date=b"")
-    aiperf_api.accepts(headers.get("accept"), ["text/plain; version=0.0.4", "application/json"])
+    aiperf_api.accepts(headers.get("accept"), ("text/plain; version=0.0.4", "application/json"))
     aiperf_api.accepts_gzip(headers.get("accept-encoding"))
     assert aiperf_api.printable(request.target).isascii()
 
