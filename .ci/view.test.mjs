@@ -329,6 +329,7 @@ test("a spell of errors is told by itself, not with the few that fail all the ti
   for (const every of [1, 5]) {
     const run = made({ seconds: 3600, errors: spike, every });
     assert.deepEqual(spells(run), ["360 requests failed within 1 min 0 s"]);
+    assert.match(view(run).verdict.at(-1).text, /^360 requests failed within 1 min 0 s, from \d+:\d\d on\.$/);
   }
   for (const often of [1, 3]) {
     assert.deepEqual(spells(made({ seconds: 600, errors: (second) => Number(second % often === 0) })), []);
@@ -394,6 +395,7 @@ test("a report read back draws the same figures, and is a baseline for the next 
   const seen = view(snapshotOf(read));
   assert.equal(seen.cards.find(({ id }) => id === "latency").figure.text, "270");
   assert.match(seen.verdict[0].text, /^The run is complete: 2,400 requests in 1 min 0 s/);
+  assert.match(seen.verdict[1].text, /^Measured: /);
   const next = made({ latency: () => 297, baselines: [baselineOf(read, "before")] });
   const { change, ...said } = card(next, "latency").change;
   assert.deepEqual(said, { text: "+10 %", verdict: "worse", name: "before" });

@@ -7,7 +7,7 @@
 import { COMPARED, comparedRuns, tradeoff } from "./compare.js";
 import { eventsOf } from "./events.js";
 import { axis, cards, charts, gpuParts, levels, wanted } from "./figures.js";
-import { count, known, percent, phrase, spoken } from "./format.js";
+import { clock, count, known, percent, phrase, spoken } from "./format.js";
 import { absentWords, bars, connectionWords, emptyWords, errorText, facts } from "./situation.js";
 import { noticeWords, originWords, overlayOf, situation, stateWords, sumOf } from "./situation.js";
 
@@ -119,6 +119,9 @@ function verdictOf(s) {
     failed: ["bad", "The run failed"],
   }[s.state] ?? ["warn", "The run was not over when this was written"];
   say(ending[0], `${ending[1]}${reason}${completed ? `: ${count(completed)} requests${took}` : ""}.`);
+  const measured = facts(s).filter(([label]) => ["Model", "Endpoint", "Load"].includes(label));
+  const told = measured.map(([label, text]) => `${label.toLowerCase()} ${text}`);
+  if (told.length) say("", `Measured: ${told.join("; ")}.`);
   if (completed) {
     const value = (tag, stat) => s.rows.get(tag)?.[stat];
     const rates = [["output_token_throughput", "output tokens/s"], ["request_throughput", "requests/s"]]
@@ -135,6 +138,8 @@ function verdictOf(s) {
     const [top] = s.run.results?.error_summary?.errors ?? [];
     const most = top ? `; most often ${[top.code, top.type].filter(Boolean).join(" ")} (${count(top.count)})` : "";
     say("bad", `${count(errors)} of ${count(completed)} requests failed${most}.`);
+    for (const { what, at, text } of eventsOf(s).reverse())
+      if (what === "errors") say("bad", `${text}, from ${clock(at / 1000 - s.zero)} on.`);
   } else if (completed) say("good", "No request failed.");
   return out;
 }
