@@ -2930,6 +2930,7 @@ class PyzmqBusSource(Source):
             raise StartError(f"{printable(path)} is there and is not a socket")
         self._socket = zmq.Context(io_threads=1).socket(zmq.SUB)
         self._socket.linger, self._socket.ipv6 = 0, True
+        self._socket.immediate = True  # else subscriptions pile up for a bus that is not there
         self._socket.maxmsgsize = BUS_RESULT_BYTES_MAX  # of a frame; past it libzmq drops the connection
         self._socket.rcvhwm = BUS_QUEUE_MESSAGES_MAX  # before connecting, both: they have no effect afterwards
         self._socket.sndhwm = 0  # of subscriptions: past 1000 it drops them, without a word
@@ -4311,6 +4312,7 @@ class APIService:
         self.bus_messages: dict[str, int] = {}  # message type -> good ones
         self.bus_errors: dict[str, int] = {}  # kind -> bad ones
         self.bus_total = 0  # good ones
+        self._unwanted: set[str] = set()  # message types whose last client has gone since the last sweep
         self._received: list[Message] = []  # of the batch at hand, for the hub
         # The benchmark
         self.benchmark = Benchmark(self._count_bad)
@@ -4453,6 +4455,9 @@ class APIService:
         for connection in list(self.connections):
             connection.check()
         self._read_artifacts()
+        for prefix in itertools.chain(*map(self._prefixes_of, self._unwanted)):
+            self.source.unsubscribe(prefix)
+        self._unwanted.clear()
         self._judge_complete(1.0)
         if self._report_due_sec and time.monotonic() >= self._report_due_sec:
             self._write_report()
@@ -4601,15 +4606,21 @@ class APIService:
         self._broadcast()
 
     def _on_wanted(self, message_type: str, wanted: bool) -> None:
-        """Keep the upstream subscriptions: what clients want, besides what the state always needs."""
-        change = self.source.subscribe if wanted else self.source.unsubscribe
-        if self.settings.record:
-            return  # everything is subscribed to, also when a full disk has ended the recording
-        if message_type == "*":
-            change(b"")
-        elif message_type not in CORE_MESSAGE_TYPES - {"command_response"}:  # of which the state needs but a few
-            change(message_type.encode() + b"$")
-            change(message_type.encode() + b".")
+        """Keep the upstream subscriptions: what clients want, besides what the state always needs.  They end with the
+        next sweep: who toggles one costs the bus nothing."""
+        if not wanted:
+            self._unwanted.add(message_type)
+            return
+        self._unwanted.discard(message_type)
+        for prefix in self._prefixes_of(message_type):
+            self.source.subscribe(prefix)
+
+    def _prefixes_of(self, message_type: str) -> tuple[bytes, ...]:
+        """Return the topics to subscribe to for a client; of command_response the state needs but a few."""
+        name = message_type.encode()
+        if self.settings.record or message_type in CORE_MESSAGE_TYPES - {"command_response"}:
+            return ()  # they are subscribed to for good, also when a full disk has ended the recording
+        return (b"",) if message_type == "*" else (name + b"$", name + b".")
 
     def _notify(self, line: str) -> None:
         log.info("%s", printable(line, _LINE_CHARS_MAX))
