@@ -282,6 +282,7 @@ _STRONG = (  # a dot: what may stand between two words
 )
 _STRONG_KEY = re.compile(_STRONG.replace(".", "") + "|^(?:jwt|auth)$")
 _PLAIN = frozenset((int, float, bool, type(None)))  # types of values that no secret is
+_WALK_MAX = 5 * JSON_ITEMS_MAX  # 6 a value and 1 a character; only huge results have more, and it takes long
 _RANDOM = re.compile(r"(?=[^0-9]*[0-9])(?=[^a-zA-Z]*[a-zA-Z])(?!\w*://)\S{16,}")
 # Not of words and versions, either, as time_to_first_token_p99 and meta-llama/Llama-3.1-8B are
 _KEYLIKE = re.compile(r"(?=\S*?(?<![a-zA-Z0-9])(?=[a-zA-Z]*[0-9])(?=[0-9]*[a-zA-Z])[a-zA-Z0-9]{8})" + _RANDOM.pattern)
@@ -290,9 +291,8 @@ _PROSE = re.compile("[A-Z]{1,15}|[A-Za-z][a-z]{1,14}")  # "Basic authentication"
 _PLACEHOLDER = r"""(?:(?:none|null|true|false)\.?|\*\*\*|(?:[Bb]earer[ ])?(?:\$\{?(?-i:[A-Z_]+)\}?|<[\w -]{1,64}>))
     (?:[\s"',;&)\]}\\]|$)"""
 _PYTHON = r"""(?:secret\w{0,9}\(|[burf]{1,2})(?=["'])"""  # of SecretStr('x') and b'x'
-_BEGIN = (  # of what stands behind a name and its sign; nested JSON has several backslashes before its quotes
-    rf"""\s{{0,32}}(?:{_PYTHON}|(?!{_PYTHON}))\\{{0,7}}(?:["']|(?=[^\s"'\\]))(?!{_PLACEHOLDER})"""
-)
+# Of what stands behind a name and its sign; nested JSON has several backslashes before its quotes
+_BEGIN = rf"""\s{{0,32}}(?:{_PYTHON}|(?!{_PYTHON}))\\{{0,7}}(?:["']|(?=[^\s"'\\]))(?!{_PLACEHOLDER})"""
 _SECRET_IN_TEXT = re.compile(  # a match ends in what is hidden, its last group (`likely`: only if it looks random)
     r"""(?xi)(?=[:abcjkprst])(?: ://(?![\w.-]+:\d+,)(?P<user>[^/\s"']+)(?=@)
       | (?<!\w)(?:bearer|basic)(?:[ \t:]+|%20)["']?(?P<scheme>[\w.~+/=-]+)
@@ -362,12 +362,12 @@ class Secrets:
 
     def redact(self, value: JSONValue) -> JSONValue:
         """Return a copy with `***` for every secret, or the very same object if there is none; keys never change."""
-        self._left = 5 * JSON_ITEMS_MAX  # values and characters; only huge results have more, and it takes long
+        self._left = _WALK_MAX
         redacted = self._redact(value, "")
         if self._met.keys() - self.known:  # it may also stand before its key: once more
             self._remember(self._met)
             self._texts = {text: self._without_known(shown) for text, shown in self._texts.items()}
-            self._left = 5 * JSON_ITEMS_MAX
+            self._left = _WALK_MAX
             redacted = self._redact(value, "")
         self._last, self._met = self._met, {}
         self._texts.clear()
@@ -687,25 +687,20 @@ class Request(NamedTuple):
         return value is not None and value.lower() not in ("0", "no", "false", "off")
 
 
-def _bad(message: str, status: int = 400) -> HTTPError:
-    """Return a fault of the head."""
-    return HTTPError(status, message)
-
-
 def _percent_decode(raw: bytes) -> str:
     """Decode once, strictly: "%zz", bytes that are not UTF-8, and NUL are 400."""
     with contextlib.suppress(UnicodeDecodeError):
         text = unquote_to_bytes(raw).decode("utf-8")
         if "\0" not in text and not _BAD_PERCENT.search(raw):
             return text
-    raise _bad("the target is not percent-encoded UTF-8")
+    raise HTTPError(400, "the target is not percent-encoded UTF-8")
 
 
 def host_name(host: str) -> str:
     """Return name or address of a Host header, in lower case and without the port: of `[::1]:8080`, `::1`."""
     match = _HOST.fullmatch(host)
     if match is None:
-        raise _bad("malformed Host")
+        raise HTTPError(400, "malformed Host")
     return (match[1] or match[2] or "").lower()
 
 
@@ -718,15 +713,15 @@ def _parse_request_line(line: bytes) -> Request:
     """Return what the first line tells of a request; of the headers only the Host of an absolute target (3.2.2)."""
     match = _REQUEST_LINE.fullmatch(line)
     if match is None:
-        raise _bad("malformed request line")
+        raise HTTPError(400, "malformed request line")
     method, target, major, minor = match.groups()
     if major != b"1":  # "PRI * HTTP/2.0", the preface of HTTP/2, too (RFC 9113 3.4)
-        raise _bad("HTTP/1.1 is spoken here", 505)
+        raise HTTPError(505, "HTTP/1.1 is spoken here")
     if len(target) > _TARGET_BYTES_MAX:
-        raise _bad(f"target over {_TARGET_BYTES_MAX} bytes", 414)
+        raise HTTPError(414, f"target over {_TARGET_BYTES_MAX} bytes")
     match = _TARGET.fullmatch(b"/" if (method, target) == (b"OPTIONS", b"*") else target)  # RFC 9112 3.2.4
     if match is None or not (match[1] or match[2]):  # 3.2.3: authority-form is for proxies
-        raise _bad("the target must be a path or an http(s) URL")
+        raise HTTPError(400, "the target must be a path or an http(s) URL")
     headers = {"host": match[1].decode("ascii")} if match[1] else {}
     host_name(headers.get("host", ""))
     # ".." and "//" stay: a path is only ever looked up.  So does an encoded slash: it separates nothing (RFC 3986 2.2).
@@ -734,7 +729,7 @@ def _parse_request_line(line: bytes) -> Request:
     # Only "&" separates, never ";": proxies that cache know only "&" (CVE-2020-28473).
     fields = (match[3] or b"").split(b"&", HTTP_FIELDS_MAX)
     if len(fields) > HTTP_FIELDS_MAX:
-        raise _bad(f"over {HTTP_FIELDS_MAX} query arguments")
+        raise HTTPError(400, f"over {HTTP_FIELDS_MAX} query arguments")
     pairs = (field.replace(b"+", b" ").partition(b"=") for field in fields if field)
     query = tuple((_percent_decode(name), _percent_decode(value)) for name, _, value in pairs)
     version = (1, 0) if minor == b"0" else (1, 1)  # RFC 9110 2.5: a higher minor version is answered as 1.1
@@ -745,13 +740,13 @@ def _body_refusal(headers: Mapping[str, str], version: tuple[int, int]) -> HTTPE
     """Decide on the body (RFC 9112 6.3), here alone: there is none, it is refused, or its end cannot be told."""
     lengths = {part.strip(" \t") for part in headers.get("content-length", "0").split(",")}
     if len(lengths) > 1 or not all(map(_CONTENT_LENGTH.fullmatch, lengths)):
-        raise _bad("malformed Content-Length")
+        raise HTTPError(400, "malformed Content-Length")
     if "transfer-encoding" in headers:
         # 6.1: both "ought to be handled as an error": they are smuggling.
         if "content-length" in headers or version == (1, 0):
-            raise _bad("Transfer-Encoding beside Content-Length or in HTTP/1.0")
-        return _bad("request bodies are not read here", 501)
-    return _bad("request bodies are not read here", 413) if any(map(int, lengths)) else None
+            raise HTTPError(400, "Transfer-Encoding beside Content-Length or in HTTP/1.0")
+        return HTTPError(501, "request bodies are not read here")
+    return HTTPError(413, "request bodies are not read here") if any(map(int, lengths)) else None
 
 
 def _build_request(line: Request, fields: Iterable[tuple[str, str]]) -> Request:
@@ -759,11 +754,11 @@ def _build_request(line: Request, fields: Iterable[tuple[str, str]]) -> Request:
     headers: dict[str, str] = {}
     for name, value in fields:  # RFC 9110 5.3
         if name in headers and name in _SINGLE_HEADERS:
-            raise _bad(f"two {name} headers")
+            raise HTTPError(400, f"two {name} headers")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
     is_1_1 = line.version == (1, 1)
     if "host" not in headers and is_1_1:  # RFC 9112 3.2
-        raise _bad("no Host header")
+        raise HTTPError(400, "no Host header")
     host_name(headers.get("host", ""))
     refusal = _body_refusal(headers, line.version)
     connection = _members(headers.get("connection", "").lower())
@@ -830,17 +825,18 @@ class RequestParser:
             self.is_head = buffer.startswith(b"HEAD ")
             if buffer and buffer[0] != 0x0D and not 0x21 <= buffer[0] <= 0x7E:
                 # 0x16 is a TLS handshake (RFC 8446 5.1).  Neither can become a request line: say so at once.
-                raise _bad("this port speaks plain HTTP, not TLS" if buffer[0] == 0x16 else "malformed request line")
+                is_tls = buffer[0] == 0x16
+                raise HTTPError(400, "this port speaks plain HTTP, not TLS" if is_tls else "malformed request line")
         while line := self._read_line():
             if self._line is None:
                 self._line = _parse_request_line(line)
                 continue
             if len(self._fields) >= HTTP_FIELDS_MAX:
-                raise _bad(f"over {HTTP_FIELDS_MAX} headers", 431)
+                raise HTTPError(431, f"over {HTTP_FIELDS_MAX} headers")
             # No control characters, no space before the colon (5.1), no obs-fold (5.2): each is a way to smuggle.
             match = _FIELD_LINE.fullmatch(line)
             if match is None:
-                raise _bad("malformed header line")
+                raise HTTPError(400, "malformed header line")
             self._fields.append((match[1].decode("ascii").lower(), match[2].strip(b" \t").decode("latin-1")))
         if line is None or self._line is None:
             return None
@@ -858,14 +854,14 @@ class RequestParser:
         lf = self._buffer.find(b"\n", self._at)
         end = lf if lf >= 0 else len(self._buffer)
         if self._line is None and end > _TARGET_BYTES_MAX + 65:  # a method, " HTTP/1.1" and CR beside the target
-            raise _bad("request line too long", 414)
+            raise HTTPError(414, "request line too long")
         if end >= HTTP_HEAD_BYTES_MAX:
-            raise _bad(f"request head over {HTTP_HEAD_BYTES_MAX} bytes", 431)
+            raise HTTPError(431, f"request head over {HTTP_HEAD_BYTES_MAX} bytes")
         if lf < 0:
             return None
         # RFC 9112 2.2 lets a bare LF end a line; those that differ about it can be played against each other.
         if not self._buffer.startswith(b"\r", max(lf - 1, self._at), lf):
-            raise _bad("line ends without CR")
+            raise HTTPError(400, "line ends without CR")
         line = bytes(self._buffer[self._at : lf - 1])
         self._at = lf + 1
         return line
@@ -912,7 +908,7 @@ def check_upgrade(request: Request) -> str:
         raise HTTPError(426, "only WebSocket version 13", (("Sec-WebSocket-Version", "13"),))
     key = request.headers.get("sec-websocket-key", "")
     if not _WEBSOCKET_KEY.fullmatch(key):
-        raise _bad("Sec-WebSocket-Key is not the base64 of 16 bytes")
+        raise HTTPError(400, "Sec-WebSocket-Key is not the base64 of 16 bytes")
     return key
 
 
@@ -920,7 +916,7 @@ def subprotocols(request: Request) -> list[str]:
     """Return the subprotocols that the client offers, in order; raise HTTPError for one that is no token."""
     names = _members(request.headers.get("sec-websocket-protocol", ""))
     if not all(_TOKEN.fullmatch(name.encode("latin-1")) for name in names):
-        raise _bad("malformed Sec-WebSocket-Protocol")
+        raise HTTPError(400, "malformed Sec-WebSocket-Protocol")
     return names
 
 
@@ -1607,6 +1603,7 @@ ENDS = ("complete", "cancelled", "failed")
 
 METRICS_MESSAGE_TYPES = frozenset("realtime_metrics realtime_telemetry_metrics realtime_server_metrics".split())
 RESULT_MESSAGE_TYPES = frozenset(("process_all_results", "process_records_result"))  # of 0.12 and later; of all
+_RESULT_ITEMS_MAX = 4 * JSON_ITEMS_MAX
 # Types whose latest message replaces the one before; what is kept per worker or group is not among them.
 STATE_MESSAGE_TYPES = METRICS_MESSAGE_TYPES | {"credit_phase_progress", "processing_stats", "worker_status_summary"}
 # What carries figures alone, and is therefore never looked through for secrets.
@@ -1645,7 +1642,7 @@ class BusMessage:
         if self.parsed is not None:
             return self.parsed
         items = sum(map(self.payload.count, (b",", b"[", b"{"))) if len(self.payload) > JSON_ITEMS_MAX else 0
-        most = JSON_ITEMS_MAX * (4 if self.type in RESULT_MESSAGE_TYPES else 1)
+        most = _RESULT_ITEMS_MAX if self.type in RESULT_MESSAGE_TYPES else JSON_ITEMS_MAX
         if items > most:
             raise BusError("too_large", f"{self.type} of over {most} items")
         try:
@@ -2481,7 +2478,7 @@ class Benchmark:
         if message_type in RESULT_MESSAGE_TYPES:
             is_last = message_type == "process_all_results" or not self._announces_states
             self._signs |= {"results", "last_results"} if is_last else {"results"}
-            limits = f"{BUS_RESULT_BYTES_MAX} bytes or {4 * JSON_ITEMS_MAX} items"
+            limits = f"{BUS_RESULT_BYTES_MAX} bytes or {_RESULT_ITEMS_MAX} items"
             self._reason = f"results too large: a message of more than {limits}"
             self.last_message_ns = now_ns
             self._settle(now_ns)
@@ -2706,8 +2703,9 @@ _HANDLERS: Mapping[str, tuple[Callable[[Any, BusMessage, int], None], str, type]
 })  # fmt: skip
 # What the reducer has to hear, and the topics: also targeted commands, and the controller's responses alone.
 CORE_MESSAGE_TYPES = METRICS_MESSAGE_TYPES | frozenset(_HANDLERS)
+ALWAYS_SUBSCRIBED = CORE_MESSAGE_TYPES - {"command_response"}
 CORE_TOPICS = (b"command.", b"command_response.system_controller$",
-    *sorted(f"{name}$".encode() for name in CORE_MESSAGE_TYPES - {"command_response"}))  # fmt: skip
+    *sorted(f"{name}$".encode() for name in ALWAYS_SUBSCRIBED))  # fmt: skip
 # Every type that some AIPerf from 0.3 to 0.13 has; another one is accepted, but may be a typo.
 KNOWN_MESSAGE_TYPES = CORE_MESSAGE_TYPES | FIGURES_MESSAGE_TYPES | frozenset("""connection_probe conversation_request
     conversation_response conversation_turn_request conversation_turn_response credit_drop credit_return
@@ -2792,6 +2790,7 @@ _IPC_PATH_BYTES_MAX = 107 if sys.platform.startswith("linux") else 103  # sun_pa
 _TCP_ENDPOINT = re.compile(r"tcp://(?:\[([0-9A-Fa-f:.]+(?:%[\w.-]+)?)\]|([^\[\]\s:/;@]+)):([0-9]{1,5}|\*)", re.ASCII)
 _CONNECT_SEC = 10.0  # for the name and the connection: the kernel's own attempts come up to 64 s apart
 _ANEW_SEC = 1.0  # until libzmq, which connects again in a fifth of that, counts as having given up
+_TURN_MESSAGES_LEAST = 8  # that a turn delivers if they fit in one write to a client: fewer would cost as much
 _UNREAD_BYTES_MAX = 1024 * 1024  # written and not read by the bus, beside one full set of subscriptions; reconnect
 _PINGS_MAX = 3  # in a row without an answer, then the connection is made anew
 _PROVEN_SEC = 2.0  # a connection that lasted so long is news again when it is lost
@@ -2852,7 +2851,7 @@ class Source:
         began_sec, size = time.monotonic(), sum([len(frames[-1]) for frames in batch]) + 1
         self._deliver(batch)
         fitting = int(len(batch) * BUS_TURN_SEC / max(time.monotonic() - began_sec, 1e-6))
-        least = min(len(batch) * CLIENT_WRITE_BYTES_MAX // size, BUS_QUEUE_MESSAGES_MAX)  # fewer would cost as much
+        least = min(len(batch) * CLIENT_WRITE_BYTES_MAX // size, _TURN_MESSAGES_LEAST)
         self._turn_messages = max(1, least, min(fitting, 2 * len(batch) + 16, BUS_TURN_MESSAGES_MAX))
 
     def _report(self, kind: str, line: str) -> None:
@@ -4142,6 +4141,7 @@ PAGES = frozenset(("/", "/dashboard", "/report.html"))  # what a person opens: w
 PAGES_MISSING = "the pages are not here: copy the folder static/ beside aiperf_api.py; the API works without"
 _CLIENT_MESSAGE_TYPE = re.compile(r"[A-Za-z0-9_:-]{1,128}|\*")  # what a client may ask for
 _KNOWN_TYPES = KNOWN_MESSAGE_TYPES | {"run", "*"}  # "run" is said by this server
+_ROW_TYPES = METRICS_MESSAGE_TYPES | RESULT_MESSAGE_TYPES  # whose rows clients get in display units
 ENCODERS: Mapping[str, Encoder] = MappingProxyType({  # how each kind of client gets a message
     "websocket": lambda message: encode_frame(OP_TEXT, message.payload),
     "sse": lambda message: b"event: %s\ndata: %s\n\n" % (message.type.encode(), message.payload),  # HTML 9.2
@@ -4535,8 +4535,7 @@ class APIService:
 
     def _shown(self, message: BusMessage) -> bytes:
         """Return a payload as clients get it: one JSON object on one line, rows in display units."""
-        has_rows = message.type in METRICS_MESSAGE_TYPES | RESULT_MESSAGE_TYPES
-        shown = shown_message(message.value) if has_rows else message.value
+        shown = shown_message(message.value) if message.type in _ROW_TYPES else message.value
         is_as_it_came = shown is message.value and b"\n" not in message.payload and b"\r" not in message.payload
         return message.payload if is_as_it_came else json_bytes(shown)
 
@@ -4616,9 +4615,9 @@ class APIService:
             self.source.subscribe(prefix)
 
     def _prefixes_of(self, message_type: str) -> tuple[bytes, ...]:
-        """Return the topics to subscribe to for a client; of command_response the state needs but a few."""
+        """Return the topics to subscribe to for a client."""
         name = message_type.encode()
-        if self.settings.record or message_type in CORE_MESSAGE_TYPES - {"command_response"}:
+        if self.settings.record or message_type in ALWAYS_SUBSCRIBED:
             return ()  # they are subscribed to for good, also when a full disk has ended the recording
         return (b"",) if message_type == "*" else (name + b"$", name + b".")
 
