@@ -446,9 +446,12 @@ class RealAIPerf(unittest.TestCase):
         for name in ("state", "phase", "benchmark_id", "stale", "error"):
             self.assertEqual(status[name], reference[name], name)
         for path in ("metrics", "progress", "workers", "config", "server-metrics", "results"):
-            for _ in until(lambda path=path: f"the same /api/{path}", seconds=10):  # artifacts are read now and then
-                texts = [one.get_text(f"/api/{path}") for one in (program, builtin)]
-                if len({re.sub(r'"last_update_ns":\d+', "", text) for text in texts}) == 1:
+            texts: list[str] = []
+            for _ in until(lambda path=path, texts=texts: f"the same /api/{path}: {texts}", seconds=10):
+                texts[:] = [
+                    re.sub(r'"last_update_ns":\d+', "", one.get_text(f"/api/{path}")) for one in (program, builtin)
+                ]
+                if len(set(texts)) == 1:
                     break
 
     def stop_while_profiling(self, program: Program) -> None:
