@@ -43,14 +43,12 @@ import math
 import os
 import random
 import re
-import shutil
 import signal
 import socket
 import ssl
 import struct
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import weakref
@@ -2790,7 +2788,7 @@ _IPC_PATH_BYTES_MAX = 107 if sys.platform.startswith("linux") else 103  # sun_pa
 _TCP_ENDPOINT = re.compile(r"tcp://(?:\[([0-9A-Fa-f:.]+(?:%[\w.-]+)?)\]|([^\[\]\s:/;@]+)):([0-9]{1,5}|\*)", re.ASCII)
 _CONNECT_SEC = 10.0  # for the name and the connection: the kernel's own attempts come up to 64 s apart
 _ANEW_SEC = 1.0  # until libzmq, which connects again in a fifth of that, counts as having given up
-_TURN_MESSAGES_LEAST = 8  # that a turn delivers if they fit in one write to a client: fewer would cost as much
+_TURN_MESSAGES_LEAST = 16  # that a turn delivers if they fit in one write to a client: fewer would cost as much
 _UNREAD_BYTES_MAX = 1024 * 1024  # written and not read by the bus, beside one full set of subscriptions; reconnect
 _PINGS_MAX = 3  # in a row without an answer, then the connection is made anew
 _PROVEN_SEC = 2.0  # a connection that lasted so long is news again when it is lost
@@ -5471,6 +5469,9 @@ class Child:
 @contextlib.contextmanager
 def ipc_directory() -> Iterator[str]:
     """Hold a directory that only this user can enter, with a path short enough for a Unix socket."""
+    import shutil  # only here: they import half of the compressors
+    import tempfile
+
     try:
         is_short = len(os.fsencode(tempfile.gettempdir())) + len(BUS_IPC_NAME) < 72
         directory = tempfile.mkdtemp(prefix="aiperf-api-", dir=None if is_short else "/tmp")
