@@ -86,7 +86,6 @@ __all__ = ["APIService", "__version__", "main"]
 # HTTP requests
 HTTP_HEAD_BYTES_MAX = 16 * 1024  # request line and headers; nginx 8-32 KiB, Apache 8 KiB a line, node 16 KiB; 431
 HTTP_FIELDS_MAX = 64  # header lines; Apache 100, websockets 128; 431.  Query arguments; 400.  Parts of Accept; ignored
-HTTP_PIPELINED_MAX = 32  # requests of one connection that are answered before others have their turn
 HTTP_HEAD_TIMEOUT_SEC = 10  # for a whole head, from its first byte; nginx 60, Apache 20-40; 408
 HTTP_IDLE_TIMEOUT_SEC = 75  # of a kept-alive connection; nginx 75, uvicorn 5; closed
 
@@ -3465,12 +3464,12 @@ def resident_bytes() -> int | None:
 
 # == 11 == Hub =========================================================================================================
 #
-# Who subscribes to what, and what becomes of a client that does not keep up.  A broadcast never waits: a message is
-# encoded once for each kind of client, and a batch is joined once for all that subscribe to the same types.
+# Who subscribes to what, and what becomes of a client that does not keep up.  A message is encoded once for each kind
+# of client, and a batch is joined once for all that subscribe to the same types.
 #
 # While a client's transport is full, its messages wait in its backlog, by reference: what many wait for is there once.
 # Past the soft mark state messages are conflated and events bounded, and the client is told what was dropped.  Past the
-# hard mark, or when no byte leaves for a while, or when all backlogs together hold too much, a client is evicted.
+# hard mark, when no byte leaves for a while, or when all backlogs together hold too much, a client is evicted.
 
 Encoder = Callable[["Message"], bytes]
 
@@ -3495,11 +3494,11 @@ class Unsent:
 class Frame:
     """Bytes that wait for any number of peers, counted while it is alive."""
 
-    __slots__ = ("_unsent", "data", "is_state", "received_sec", "size", "type")
+    __slots__ = ("_unsent", "data", "is_state", "received_sec", "type")
 
     def __init__(self, unsent: Unsent, data: bytes, at_sec: float, name: str = "", is_state: bool = False) -> None:
         self.type = name  # of the message; "": of none, never dropped
-        self._unsent, self.data, self.size, self.is_state, self.received_sec = unsent, data, len(data), is_state, at_sec
+        self._unsent, self.data, self.is_state, self.received_sec = unsent, data, is_state, at_sec
         unsent.total += 0 if unsent.frames[id(data)] else len(data)
         unsent.frames[id(data)] += 1
 
@@ -3508,11 +3507,7 @@ class Frame:
         frames[key] -= 1
         if not frames[key]:
             del frames[key]
-            self._unsent.total -= self.size
-
-    @property
-    def frames(self) -> tuple[Frame]:  # as a Chunk
-        return (self,)
+            self._unsent.total -= len(self.data)
 
 
 class Chunk:
@@ -3521,7 +3516,7 @@ class Chunk:
     __slots__ = ("data", "frames", "size")
 
     def __init__(self, frame: Frame) -> None:
-        self.frames, self.size = [frame], frame.size
+        self.frames, self.size = [frame], len(frame.data)
         self.data = b""  # the frames joined: for the clients of one broadcast that need not wait
 
 
@@ -3535,10 +3530,9 @@ class Outlet:
     def __init__(self, transport: asyncio.WriteTransport) -> None:
         self.transport = transport
         self.paused = False  # the transport is full
-        self.closed = False  # our side has ended, or will behind what is pending
         self.pending: collections.deque[tuple[memoryview, Frame | None]] = collections.deque()
         self.written = 0  # bytes given to the transport, ever
-        self._left = 0  # of these, what had left it at the last look
+        self._left = 0  # of these, what had left it at the last sweep
         self.still = 0  # sweeps in a row in which bytes waited and none left
 
     @property
@@ -3546,8 +3540,8 @@ class Outlet:
         return self.transport.get_write_buffer_size() + sum([len(view) for view, _ in self.pending])
 
     def write(self, data: bytes, frame: Frame | None = None) -> None:
-        """Write, unless our side has ended or the peer has gone; `frame` is held until the transport has all of it."""
-        if self.closed or self.transport.is_closing():
+        """Write, unless the peer has gone; `frame` is held until the transport has all of it."""
+        if self.transport.is_closing():
             return
         if (len(data) <= CLIENT_WRITE_BYTES_MAX or frame is None) and not self.pending:
             self.written += len(data)
@@ -3568,7 +3562,6 @@ class Outlet:
 
     def abort(self) -> None:
         """End at once and free all that waits; close() would wait for the peer to read it."""
-        self.closed = True
         self.pending.clear()
         self.transport.abort()
 
@@ -3590,11 +3583,12 @@ class Subscriber:
         self.share = 1.0  # of the soft mark: hundreds that stall together must not be conflated in one turn
         self.asked: set[str] = set()  # message types as it named them, "*" among them
         self.types: frozenset[str] | None = frozenset()  # what it gets; None: everything
+        self.closed = False  # it gets nothing more
         self.fault = ""  # why it was evicted
         self.sent = self.skipped = 0  # messages written, and dropped
         self._untold: collections.Counter[str] = collections.Counter()  # type -> dropped since the last notice
-        # Oldest first.  Keys: the chunk; of a slow client the frame or, for state, its type: the next replaces it.
-        self.backlog: collections.OrderedDict[object, Chunk | Frame] = collections.OrderedDict()
+        # Oldest first.  Of a slow client a chunk is one frame, and of state its key is the type: the next replaces it.
+        self.backlog: collections.OrderedDict[object, Chunk] = collections.OrderedDict()
         self.backlog_bytes = 0
         self.slow = False  # from the soft mark until it has caught up
 
@@ -3604,7 +3598,7 @@ class Subscriber:
 
     def send(self, chunk: Chunk, now_sec: float) -> None:
         """Write, or queue while the transport is full or others wait."""
-        if self.outlet.closed:
+        if self.closed:
             return
         if self.outlet.paused or self.backlog:
             self._queue(chunk, now_sec)
@@ -3618,7 +3612,7 @@ class Subscriber:
         self.send(Chunk(Frame(self.unsent, data, now_sec)), now_sec)
 
     def _queue(self, chunk: Chunk, now_sec: float) -> None:
-        chunks: list[Chunk | Frame] = [chunk]
+        chunks = [chunk]
         if not self.slow:
             self.backlog[chunk] = chunk
             self.backlog_bytes += chunk.size
@@ -3630,11 +3624,11 @@ class Subscriber:
             self.backlog_bytes, self.slow = 0, True
         for frame in [frame for each in chunks for frame in each.frames]:
             older = self.backlog.pop(frame.type, None) if frame.is_state else None
-            size = self.backlog_bytes + frame.size - (older.size if older else 0)
+            size = self.backlog_bytes + len(frame.data) - (older.size if older else 0)
             fits = size <= CLIENT_SOFT_MARK_BYTES and len(self.backlog) < CLIENT_QUEUE_EVENTS_MAX
             is_kept = fits or frame.is_state or frame.type == ""
             if is_kept:
-                self.backlog[frame.type if frame.is_state else frame] = frame
+                self.backlog[frame.type if frame.is_state else frame] = Chunk(frame)
                 self.backlog_bytes = size
             if older or not is_kept:  # conflated, or an event too many
                 self.skipped += 1
@@ -3661,12 +3655,13 @@ class Subscriber:
 
     def leave(self) -> None:
         """Get nothing more: what waits here is forgotten, what the outlet has still goes out."""
-        self.outlet.closed = True
+        self.closed = True
         self.backlog.clear()
+        self._untold.clear()
         self.backlog_bytes, self.slow = 0, False
 
     def evict(self, fault: str) -> None:
-        """End the connection at once, because it does not keep up; `fault` is for the log."""
+        """End the connection at once; `fault` is for the log."""
         self.fault = self.fault or fault
         self.leave()
         self.outlet.abort()
@@ -3682,7 +3677,7 @@ class Hub:
         self._wanted: collections.Counter[str] = collections.Counter()  # type -> clients
         self.retained: dict[str, Message] = {}  # the last message of each type of this run, in bus order
         self.unsent = Unsent()  # of all backlogs
-        self._sent_before = self._skipped_before = 0  # by clients that have left
+        self._totals = (0, 0)  # of clients that have left
         self.evicted_total = 0
         self.changes = 0  # grows whenever a client comes, goes or subscribes
 
@@ -3696,10 +3691,9 @@ class Hub:
         """Forget a client, if it is here."""
         if subscriber in self.subscribers:
             self.subscribe(subscriber, frozenset())
+            self._totals = self._totals[0] + subscriber.sent, self._totals[1] + subscriber.skipped
             del self.subscribers[subscriber]
             subscriber.leave()
-            self._sent_before += subscriber.sent
-            self._skipped_before += subscriber.skipped
             self.evicted_total += bool(subscriber.fault)
 
     def subscribe(self, subscriber: Subscriber, types: frozenset[str] | None) -> None:
@@ -3714,14 +3708,14 @@ class Hub:
         old, new = (frozenset("*") if names is None else names for names in (before, types))
         for name in (*(new - old), *(old - new)):  # first in, then out: the bus loses nothing between
             self._wanted[name] += 1 if name in new else -1
-            if self._wanted[name] == (1 if name in new else 0):  # its first client came, or its last one went
+            if self._wanted[name] == (name in new):  # its first client came, or its last one went
                 self._on_wanted(name, name in new)
             if not self._wanted[name]:
                 del self._wanted[name]
         self.changes += 1
 
     def has_room(self, invented: set[str]) -> bool:
-        """Return whether clients may ask for these names, which no AIPerf has: each is a subscription upstream."""
+        """Return whether clients may ask for these names that no AIPerf has: each is a subscription upstream."""
         new = invented - self._wanted.keys()
         return not new or len(self._wanted) + len(new) <= 10 * CLIENT_TYPES_MAX
 
@@ -3746,9 +3740,9 @@ class Hub:
                     if frame is None:
                         frame = Frame(self.unsent, encode(message), now_sec, message.type, message.is_state)
                         encoded[encode, at] = frame
-                    if chunks and chunks[-1].size + frame.size <= CLIENT_WRITE_BYTES_MAX:
+                    if chunks and chunks[-1].size + len(frame.data) <= CLIENT_WRITE_BYTES_MAX:
                         chunks[-1].frames.append(frame)
-                        chunks[-1].size += frame.size
+                        chunks[-1].size += len(frame.data)
                     else:
                         chunks.append(Chunk(frame))
             for chunk in chunks:
@@ -3774,50 +3768,52 @@ class Hub:
 
     def totals(self) -> tuple[int, int]:
         """Return (messages sent, messages dropped) over all clients, present and past."""
-        sent, skipped = (sum([getattr(s, name) for s in self.subscribers]) for name in ("sent", "skipped"))
-        return self._sent_before + sent, self._skipped_before + skipped
+        sent, skipped = map(sum, zip(self._totals, *[(one.sent, one.skipped) for one in self.subscribers]))
+        return sent, skipped
 
 
 # == 12 == Connection ==================================================================================================
 #
 # One TCP (or Unix) connection: deadline -> parse -> route -> respond -> keep alive, or -> upgrade -> frames.
 #
-# An asyncio protocol, not a coroutine: no handler ever waits, so a request is answered within the callback that brought
-# its last byte.  That gives order to pipelined requests, no task per connection, and nothing to cancel at the end.
+# An asyncio protocol, not a coroutine: no handler ever waits, so pipelined requests are answered in order, without a
+# task per connection or anything to cancel at the end.
 #
 # Deadlines are counted in sweeps, one a second, not on a clock: while this process is stopped (SIGSTOP, a paused
 # container) no time goes by in which a peer could have done its part.
 
-_TURN_SEC = 0.02  # of the loop for the requests or messages that one connection sent, before others have theirs
+_TURN_SEC = 0.02  # of the loop for the messages of one read, before other connections have theirs
 UNIX_PEER = "unix"  # stands for the address of a peer on a Unix socket, which has none
 
 
 class Application(Protocol):
     """What a connection needs of the program behind it."""
 
-    memo: dict[bytes, Request]  # heads already parsed, shared by all connections
-    date: bytes  # the Date header, kept up to date by the sweep
+    memo: dict[bytes, Request]  # heads already parsed, of all connections
+    date: bytes  # of the Date header
     read_buffer: memoryview  # CONNECTION_READ_BYTES, shared by all connections
     message_bytes_max: int  # of a WebSocket message from a client
     unsent: Unsent  # large answers that wait for slow readers
 
-    def opened(self, connection: Connection) -> Response | None: ...  # accept it; a response refuses it
-    def closed(self, connection: Connection) -> None: ...  # forget it: it is gone, whatever the reason
+    def opened(self, connection: Connection) -> Response | None: ...  # a response refuses it
+    def closed(self, connection: Connection) -> None: ...
     def respond(self, connection: Connection, request: Request) -> Response | None: ...  # None: it has switched modes
     def headers_for(self, request: Request) -> HeaderList: ...  # of the answer, by what the request says of itself
     def received(self, connection: Connection, data: str | bytes) -> None: ...  # a WebSocket message
-    def failed(self, connection: Connection, error: Exception) -> None: ...  # one of these raised: log it
+    def failed(self, connection: Connection, error: Exception) -> None: ...  # one of these raised
 
 
 class Connection(asyncio.BufferedProtocol):
     """One client, from accept to the last byte."""
+
+    _frames: FrameParser  # of a WebSocket
 
     def __init__(self, app: Application, writer: asyncio.StreamWriter) -> None:
         self.app = app
         self._writer = writer  # kept: its finaliser closes the transport on newer Pythons
         self.transport: asyncio.Transport = writer.transport  # type: ignore[assignment]
         self._stream_protocol = self.transport.get_protocol()  # replaced; told of the end, which breaks its cycle
-        peer, self._socket = map(self.transport.get_extra_info, ("peername", "socket"))
+        peer, sock = map(self.transport.get_extra_info, ("peername", "socket"))
         self.address = UNIX_PEER
         if isinstance(peer, tuple):
             self.address = f"[{peer[0]}]:{peer[1]}" if ":" in peer[0] else f"{peer[0]}:{peer[1]}"
@@ -3826,47 +3822,44 @@ class Connection(asyncio.BufferedProtocol):
         self.subscriber: Subscriber | None = None  # of a WebSocket or stream
         self.checked: tuple[Request, Any, str] | None = None  # the last request that passed all checks, with its route
         self._requests = RequestParser(app.memo)
-        self._frames: FrameParser | None = None
         self._events: collections.deque[Event] = collections.deque()  # read, and not yet handled
-        self._owed_pong: bytes | None = None  # the data of the last ping that came while the transport was full
+        self._owed_pong = b""  # for the last ping that came while the transport was full
         self._eof = False  # the peer has half-closed
-        self._ending = False  # the server stops: goodbye when the backlog is out
-        self._silent = 0  # sweeps since the peer last sent anything
-        self._waited = 0  # sweeps since the head began, the last answer, the end of our side, or the last keepalive
-        self._limit_sec = HTTP_HEAD_TIMEOUT_SEC  # of `_waited`; for a head that has begun never more than this
+        self._silent = 0  # sweeps since the peer did its part: sent something (a head counts once), or read
+        self._limit_sec = HTTP_HEAD_TIMEOUT_SEC  # of that silence; within a head never more than this
         self.transport.set_write_buffer_limits(high=CONNECTION_BUFFER_BYTES, low=CONNECTION_BUFFER_BYTES // 4)
         # The kernel would buffer megabytes, and wake us when a third has gone: one that reads a KiB a second would look
         # like one that reads nothing.  Only TCP finds out that the peer of a silent stream has vanished.
-        if self._socket is not None and self.address != UNIX_PEER:
+        if sock is not None and self.address != UNIX_PEER:
             with contextlib.suppress(OSError, AttributeError):  # it is gone already; not every system has LOWAT
-                self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # large answers are several writes
-                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-                self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, CONNECTION_UNSENT_BYTES)
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # large answers are several writes
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, CONNECTION_UNSENT_BYTES)
 
     @property
-    def paused(self) -> bool:  # the transport is full
+    def paused(self) -> bool:
         return self.outlet.paused
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        """Return the one small buffer, which is filled and emptied in one call of the loop: a plain Protocol would get
-        new bytes of 256 KiB for each read, and could hold 40,000 tiny frames while nobody else is served."""
+        """Return the one small buffer, which is emptied at once: a plain Protocol would get 256 KiB for each read, and
+        could hold 40,000 tiny frames while nobody else is served."""
         return self.app.read_buffer
 
     def buffer_updated(self, nbytes: int) -> None:
         self._receive(bytes(self.app.read_buffer[:nbytes]))
 
     def _receive(self, data: bytes) -> None:
-        self._silent = 0
         try:
             if self.mode == "http":
                 known = self._requests.recall(data) if not self.paused else None
                 if known is None:
-                    self._waited = self._waited if self._requests.started else 0  # one deadline for a whole head
+                    self._silent = self._silent if self._requests.started else 0  # one deadline for a whole head
                     self._requests.feed(data)
                     self._serve()
                 else:
                     self._answer(known)
             elif self.mode == "websocket":
+                self._silent = 0
                 self._read_frames(data)
         except Exception as error:  # a fault of ours: the client is not left hanging, and told no detail
             self.app.failed(self, error)
@@ -3878,13 +3871,11 @@ class Connection(asyncio.BufferedProtocol):
                 self.outlet.abort()
 
     def eof_received(self) -> bool:
-        """Note that the peer sends no more; return True to keep the connection for what it is still owed."""
+        """Return whether to keep the connection: for answers that a peer which has half-closed is still owed."""
         self._eof = True
-        if self.mode == "websocket" and self.subscriber is not None:
-            self.subscriber.leave()  # without a Close: the peer is gone
-        # curl and nc may half-close and read on; one that is gone answers the next keepalive with a reset.
-        self._waited = STREAM_COMMENT_INTERVAL_SEC if self.mode == "stream" else self._waited
-        owed = self.mode == "stream" or (self.mode != "websocket" and (self.paused or bool(self.outlet.pending)))
+        if self.subscriber is not None:
+            self.subscriber.leave()  # the peer is gone
+        owed = self.mode in ("http", "closing") and (self.paused or bool(self.outlet.pending))
         return owed and self.transport.can_write_eof()  # TLS cannot half-close
 
     def pause_writing(self) -> None:
@@ -3900,25 +3891,21 @@ class Connection(asyncio.BufferedProtocol):
     def _resume(self) -> None:
         """Go on with what waits, oldest first: pending slices, a pong, the backlog, further requests."""
         self.outlet.write_pending()
-        if self._owed_pong is not None and self.mode == "websocket" and not self.paused:
-            self.outlet.write(encode_frame(OP_PONG, self._owed_pong))
-            self._owed_pong = None
+        if self._owed_pong and self.mode == "websocket" and not self.paused:
+            self.outlet.write(self._owed_pong)
+            self._owed_pong = b""
         if self.subscriber is not None and not self.paused:
             self.subscriber.flush()
         if self.paused or self._has_backlog():
             return
         if self.mode == "closing":
             self._end_our_side()
-            return
-        self._set_reading(True)
-        if self._ending:
-            self.end()
-        elif self.mode != "stream":
+        else:
+            self._set_reading(True)
             self._receive(b"")
 
     def connection_lost(self, error: Exception | None) -> None:
         self.mode = "closing"
-        self.outlet.closed = True
         self.outlet.pending.clear()
         if isinstance(self._stream_protocol, asyncio.Protocol):
             self._stream_protocol.connection_lost(None)
@@ -3935,24 +3922,20 @@ class Connection(asyncio.BufferedProtocol):
     # -- HTTP ----------------------------------------------------------------------------------------------------------
 
     def _serve(self) -> None:
-        """Answer the requests that are complete, in order, while the answers find room."""
-        until_sec = time.monotonic() + _TURN_SEC
-        for _ in range(HTTP_PIPELINED_MAX):
-            if self.mode != "http" or self.paused:
-                return
-            try:
-                request = self._requests.next_request()
-            except HTTPError as error:
-                self.refuse(error_response(error), head_only=self._requests.is_head)
-                return
-            if request is None:
-                if self._eof:
-                    self.transport.close()
-                return
+        """Answer the next request, if it is complete and the answer finds room."""
+        if self.mode != "http" or self.paused:
+            return
+        try:
+            request = self._requests.next_request()
+        except HTTPError as error:
+            self.refuse(error_response(error), head_only=self._requests.is_head)
+            return
+        if request is not None:
             self._answer(request)
-            if time.monotonic() > until_sec:
-                break
-        self._let_others()
+            if self._requests.started or self._eof:
+                self._let_others()
+        elif self._eof:
+            self.transport.close()
 
     def _let_others(self) -> None:
         """Go on when others have had their turn."""
@@ -3960,7 +3943,7 @@ class Connection(asyncio.BufferedProtocol):
         asyncio.get_running_loop().call_soon(self._resume)
 
     def _answer(self, request: Request) -> None:
-        self._waited, self._limit_sec = 0, HTTP_IDLE_TIMEOUT_SEC
+        self._silent, self._limit_sec = 0, HTTP_IDLE_TIMEOUT_SEC
         try:
             response = self.app.respond(self, request)
             if response is not None:
@@ -3989,12 +3972,11 @@ class Connection(asyncio.BufferedProtocol):
         self._linger()
 
     def _linger(self) -> None:
-        """End our side behind what is pending, and wait a moment for the peer to end its own: closing with unread bytes
-        would reset the connection, and the peer would lose our last words (RFC 9112 9.6)."""
+        """End our side behind what waits, and give the peer a moment to end its own: closing with unread bytes would
+        reset the connection, and the peer would lose our last words (RFC 9112 9.6)."""
         self.mode = "closing"
-        self.outlet.closed = True
-        self._waited, self._limit_sec = 0, LINGER_TIMEOUT_SEC
-        if not self.outlet.pending:
+        self._silent, self._limit_sec = 0, LINGER_TIMEOUT_SEC
+        if not self._has_backlog():
             self._end_our_side()
 
     def _end_our_side(self) -> None:
@@ -4013,7 +3995,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def open_websocket(self, key: str, subprotocol: str | None) -> None:
         """Switch protocols; frames that came right behind the request are read, too."""
-        self.mode, self._waited, self._frames = "websocket", 0, FrameParser(self.app.message_bytes_max)
+        self.mode, self._frames = "websocket", FrameParser(self.app.message_bytes_max)
         self.outlet.write(upgrade_response(key, subprotocol))
         early = self._requests.take_rest()
         if early:
@@ -4021,11 +4003,11 @@ class Connection(asyncio.BufferedProtocol):
 
     def open_stream(self, head: bytes) -> None:
         """Switch to an endless body."""
-        self.mode, self._waited = "stream", 0
+        self.mode = "stream"
         self.outlet.write(head)
 
     def _read_frames(self, data: bytes) -> None:
-        events = self._frames.feed(data) if self._frames is not None else []
+        events = self._frames.feed(data)
         pings = [event for event in events if event.kind == "ping"]
         # RFC 6455 5.5.3: of several pings a peer "MAY elect to send a Pong frame for only the most recently processed".
         if len(pings) > WS_PINGS_PER_READ_MAX:
@@ -4041,19 +4023,18 @@ class Connection(asyncio.BufferedProtocol):
             if event.kind in ("text", "binary"):
                 self.app.received(self, event.data)
             elif event.kind == "ping" and self.paused:
-                self._owed_pong = event.data
+                self._owed_pong = encode_frame(OP_PONG, event.data)
             elif event.kind == "ping":
                 self.outlet.write(encode_frame(OP_PONG, event.data))
             elif event.kind in ("close", "failure"):  # 5.5.1: answered by a Close; 7.1.1: then the server closes first
                 self.close_websocket(event.code, event.reason)
 
     def close_websocket(self, code: int | None, reason: str = "") -> None:
-        """Send a Close and end; the peer's own is not waited for (some never send it)."""
-        if self.mode == "websocket":
-            self.outlet.write(encode_frame(OP_CLOSE, b"") if code is None else encode_close(code, reason))
-            if self.subscriber is not None:
-                self.subscriber.leave()
-            self._linger()
+        """Send a Close and end, without what waits; the peer's own is not waited for (some never send it)."""
+        self.outlet.write(encode_frame(OP_CLOSE, b"") if code is None else encode_close(code, reason))
+        if self.subscriber is not None:
+            self.subscriber.leave()
+        self._linger()
 
     def send_frame(self, frame: bytes) -> None:
         """Write a frame to this client alone, behind what waits for it."""
@@ -4066,21 +4047,15 @@ class Connection(asyncio.BufferedProtocol):
 
     def check(self) -> None:
         """Keep the deadlines; to be called once a second."""
-        self._silent += 1
-        self._waited += 1
-        has_stalled = self.outlet.has_stalled()
-        # While bytes wait, those that leave are a sign of life, too.
-        silent = min(self._silent, self.outlet.still) if self.outlet.waiting else self._silent
         in_head = self._requests.started
-        if has_stalled:
+        self._silent += 1
+        if self.outlet.has_stalled():
             self._evict(f"no byte has left for {CLIENT_STALL_SEC} s")
-        elif self.mode == "websocket" and silent > 2 * WS_PING_INTERVAL_SEC:
-            self._evict("it was silent, and did not answer pings")
+        elif self.outlet.waiting:
+            self._silent = 0  # bytes that leave are a sign of life, too
         elif self.mode in ("websocket", "stream"):
             self._keep_alive()
-        elif self.outlet.waiting:
-            self._waited = 0
-        elif self._waited <= (min(self._limit_sec, HTTP_HEAD_TIMEOUT_SEC) if in_head else self._limit_sec):
+        elif self._silent <= (min(self._limit_sec, HTTP_HEAD_TIMEOUT_SEC) if in_head else self._limit_sec):
             return
         elif self.mode == "closing":
             self.transport.abort()
@@ -4089,32 +4064,32 @@ class Connection(asyncio.BufferedProtocol):
         else:
             self.transport.close()
 
+    def _keep_alive(self) -> None:
+        kind = self.subscriber.kind if self.subscriber is not None else self.mode
+        if kind == "websocket" and self._silent > 2 * WS_PING_INTERVAL_SEC:
+            self._evict("it was silent, and did not answer pings")
+        elif kind == "websocket" and not self._silent % WS_PING_INTERVAL_SEC:
+            self.outlet.write(encode_frame(OP_PING, b""))
+        elif kind == "sse" and not self._silent % STREAM_COMMENT_INTERVAL_SEC:
+            self.outlet.write(b": keepalive\n\n")  # HTML standard 9.2.6
+
     def _evict(self, fault: str) -> None:
         if self.subscriber is not None:
             self.subscriber.evict(fault)
         else:
             self.outlet.abort()
 
-    def _keep_alive(self) -> None:
-        """Ping a WebSocket, comment to a stream."""
-        if self._eof and self._socket is not None and self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
-            self.outlet.abort()  # behind an EOF, asyncio finds a reset only when it writes
-        elif self._waited >= (WS_PING_INTERVAL_SEC if self.mode == "websocket" else STREAM_COMMENT_INTERVAL_SEC):
-            self._waited = 0
-            kind = self.subscriber.kind if self.subscriber is not None else self.mode
-            if not self.paused and kind == "websocket":
-                self.outlet.write(encode_frame(OP_PING, b""))
-            elif not self.paused and (kind == "sse" or self._eof):  # a comment (HTML standard 9.2.6), or an empty line
-                self.outlet.write(b": keepalive\n\n" if kind == "sse" else b"\n")
-
     def end(self) -> None:
         """Say goodbye as the mode has it, behind what waits, without waiting for an answer: the server stops."""
-        self._ending = True
-        if self._has_backlog():
-            return  # _resume() comes back here
+        if self.mode == "closing":
+            return
         if self.mode == "websocket":
-            self.close_websocket(CLOSE_GOING_AWAY, "the server stops")
-        elif self.mode != "closing":
+            self.send_frame(encode_close(CLOSE_GOING_AWAY, "the server stops"))
+        if self.subscriber is not None:
+            self.subscriber.closed = True
+        if self.mode == "websocket" or self._has_backlog():
+            self._linger()
+        else:
             self.transport.close()
 
 
