@@ -2773,9 +2773,9 @@ def state_families(benchmark: Benchmark, now_ns: int) -> list[Family]:
 
 # == 10 == Bus =========================================================================================================
 #
-# Where bus messages come from.  A source delivers batches: what one turn of the loop found, each message a list of
-# frames: [topic, payload], or [topic] alone where it was too large to keep.  It knows nothing of state, HTTP or
-# clients, and never holds the bus back: AIPerf's proxy queues without a limit, in the benchmark's own process.
+# Where bus messages come from.  A source delivers what one turn of the loop found, each message a list of frames:
+# [topic, payload], or [topic] alone where it was too large.  It never holds the bus back: AIPerf's proxy queues without
+# a limit, in the benchmark's own process.
 
 log = logging.getLogger("aiperf_api")
 
@@ -2783,15 +2783,15 @@ Batch = list[list[bytes]]
 Deliver = Callable[[Batch], None]
 Notify = Callable[[str], None]
 
-BUS_BACKEND_PORT = 5664  # AIPerf's event bus proxy: where subscribers connect
+BUS_BACKEND_PORT = 5664  # of AIPerf's event bus proxy
 BUS_IPC_NAME = "event_bus_proxy_backend.ipc"
 _IPC_PATH_BYTES_MAX = 107 if sys.platform.startswith("linux") else 103  # sun_path less its NUL
 _TCP_ENDPOINT = re.compile(r"tcp://(?:\[([0-9A-Fa-f:.]+(?:%[\w.-]+)?)\]|([^\[\]\s:/;@]+)):([0-9]{1,5}|\*)", re.ASCII)
-_CONNECT_SEC = 10.0  # for the name and the connection: the kernel's own attempts come up to 64 s apart
-_ANEW_SEC = 1.0  # until libzmq, which connects again in a fifth of that, counts as having given up
+_CONNECT_SEC = 10.0  # for name and connection: the kernel's own attempts come up to 64 s apart
+_ANEW_SEC = 1.0  # until libzmq, which connects again in a fifth of that, has given up
 _TURN_MESSAGES_LEAST = 8  # that a turn delivers if they fit in one write to a client: fewer would cost as much
-_UNREAD_BYTES_MAX = 1024 * 1024  # written and not read by the bus, beside one full set of subscriptions; reconnect
-_PINGS_MAX = 3  # in a row without an answer, then the connection is made anew
+_UNREAD_BYTES_MAX = 1024 * 1024  # written and not read by the bus (all subscriptions have a third); reconnect
+_PINGS_MAX = 3  # in a row without an answer; reconnect
 _PROVEN_SEC = 2.0  # a connection that lasted so long is news again when it is lost
 _BUS_GONE = "the bus at {} is gone; trying until it is back"
 
@@ -2803,10 +2803,10 @@ class Source:
         self.kind = kind  # tcp | ipc | zmq | bind | replay | demo | child | none
         self.address = address  # endpoint, or the name of a file
         self.backend = backend  # pyzmq | builtin | "" where no ZMQ is involved
-        self.connected = not backend  # a bus is at the other end, or the replay goes on
-        self.ended = False  # a replay has come to its end and will not go on
+        self.connected = not backend
+        self.ended = False  # of a replay
         self._clock = time.time_ns(), time.monotonic_ns(), 1.0  # bus time, our monotonic time then, its pace since
-        self._prefixes: dict[bytes, None] = {}  # of topics; in the order of their subscription
+        self._prefixes: dict[bytes, None] = {}  # an ordered set
         self._turn_messages = BUS_TURN_MESSAGES_MAX  # of the next turn
         self._told: set[str] = set()  # kinds of line that are not repeated
         self._since_sec = 0.0  # when the connection was made, or lost
@@ -2814,8 +2814,12 @@ class Source:
         self._stopped = False
 
     def start(self, deliver: Deliver, notify: Notify) -> None:
-        """Begin to deliver, within the running loop; `notify` gets lines that are worth a place in the log."""
+        """Begin to deliver; `notify` gets lines for the log."""
         self._deliver, self._notify, self._loop = deliver, notify, asyncio.get_running_loop()
+        self._task = self._loop.create_task(self._run())
+
+    async def _run(self) -> None:
+        pass
 
     async def stop(self) -> None:
         """Free sockets, files and timers; nothing is delivered afterwards."""
@@ -2826,24 +2830,22 @@ class Source:
             await asyncio.sleep(0)  # a transport closes its socket
 
     def now_ns(self) -> int:
-        """Return the time of the bus in ns since the epoch; no step of the wall clock moves it."""
+        """Return the time of the bus; no step of the wall clock moves it."""
         bus_ns, at_ns, pace = self._clock
         return bus_ns + int((time.monotonic_ns() - at_ns) * pace)
 
     def subscribe(self, prefix: bytes) -> None:
-        """Ask for the topics that begin with `prefix`."""
         if prefix not in self._prefixes:
             self._prefixes[prefix] = None
             self._tell_bus(prefix, True)
 
     def unsubscribe(self, prefix: bytes) -> None:
-        """End a subscription; one that is not there is ignored."""
         if prefix in self._prefixes:
             del self._prefixes[prefix]
             self._tell_bus(prefix, False)
 
     def _tell_bus(self, prefix: bytes, wanted: bool) -> None:
-        """Tell the bus of a prefix that is new, or not wanted any more."""
+        pass
 
     def _deliver_turn(self, batch: Batch) -> None:
         """Deliver a batch; what it cost sizes the next: about BUS_TURN_SEC, but at least what fits in one write."""
@@ -2854,35 +2856,29 @@ class Source:
         self._turn_messages = max(1, least, min(fitting, 2 * len(batch) + 16, BUS_TURN_MESSAGES_MAX))
 
     def _report(self, kind: str, line: str) -> None:
-        """Note that the bus is there (kind `up`), is not (`down`), or what is wrong with it; log each kind once.
-
-        A connection that lasted makes all of it news again; the loss of one that did not is none.
-        """
-        if self._stopped:
-            return
+        """Note that the bus is there (`up`), is not (`down`), or what is wrong with it; log each kind once, until a
+        connection lasts.  The loss of one that did not last is no news."""
         was, now_sec = self.connected, time.monotonic()
         lasted = was and now_sec - self._since_sec > _PROVEN_SEC
         self.connected, self._since_sec = kind == "up", now_sec
         if lasted:
             self._told.clear()
         if kind not in self._told and (kind != "down" or lasted or not was):
-            self._told -= {"up", "down"} if kind in ("up", "down") else set()  # the one makes the other news
+            self._told -= {"up": {"down"}, "down": {"up"}}.get(kind, set())  # the one makes the other news
             self._told.add(kind)
             self._notify(line)
 
 
 def backend_address(host: str) -> str:
-    """Return the subscriber endpoint of AIPerf's event bus on a host."""
     return f"tcp://[{host}]:{BUS_BACKEND_PORT}" if ":" in host else f"tcp://{host}:{BUS_BACKEND_PORT}"
 
 
 def ipc_address(folder: str) -> str:
-    """Return the subscriber endpoint of AIPerf's event bus in an IPC directory."""
     return "ipc://" + os.path.join(folder, BUS_IPC_NAME)
 
 
 def parse_endpoint(text: str, *, bind: bool = False) -> tuple[str, int, str]:
-    """Return (host, port, path) of a bus address, else UsageError; to bind, HOST and PORT may be `*`."""
+    """Return (host, port, path), else UsageError; to bind, HOST and PORT may be `*`."""
     path = text[len("ipc://") :] if text.startswith("ipc://") else ""
     if path not in ("", "@", "*") and "\0" not in path and len(os.fsencode(path)) <= _IPC_PATH_BYTES_MAX:
         return "", 0, "\0" + path[1:] if path[0] == "@" else path  # @NAME: an abstract socket
@@ -2895,8 +2891,8 @@ def parse_endpoint(text: str, *, bind: bool = False) -> tuple[str, int, str]:
 
 
 def bus_source(address: str, kind: str, *, bind: bool = False, backend: str = "auto") -> Source:
-    """Return the source for a ZMQ endpoint, or raise UsageError; `kind` is how the user named it (Source.kind)."""
-    parse_endpoint(address, bind=bind)  # says now what is wrong with it, whichever backend it is for
+    """Return the source for a ZMQ endpoint, else UsageError; `kind` is how the user named it."""
+    parse_endpoint(address, bind=bind)
     if (bind or backend == "pyzmq") and (zmq is None or backend == "builtin"):
         raise UsageError("--zmq-bind and --zmq-backend pyzmq need pyzmq (pip install pyzmq); builtin only connects")
     if zmq is None or backend == "builtin":
@@ -2908,47 +2904,47 @@ def bus_source(address: str, kind: str, *, bind: bool = False, backend: str = "a
 
 
 class PyzmqBusSource(Source):
-    """A SUB socket, polled through its file descriptor by the event loop.
+    """A SUB socket, polled by the event loop through its file descriptor.
 
-    The descriptor tells of a change once (it is edge-triggered): a turn drains the socket, or schedules the next turn.
+    That tells of a change once (it is edge-triggered): a turn drains the socket, or schedules the next turn.
     """
 
     def __init__(self, address: str, kind: str = "zmq", *, bind: bool = False) -> None:
         super().__init__(kind, address, "pyzmq")
         self._bind = bind  # publishers connect to us
-        self._peers = 0  # connections whose handshake is done
-        self._parts: list[bytes] = []  # of the message under way, where a turn ended within one
+        self._peers = 0  # whose handshake is done
+        self._parts: list[bytes] = []  # of the message within which a turn ended
         self._room = BUS_RESULT_BYTES_MAX  # bytes that its further frames may have; -1: none is kept
-        self._socket: Any = None  # zmq SUB; None before start and after stop
+        self._socket: Any = None  # None before start and after stop
 
     def start(self, deliver: Deliver, notify: Notify) -> None:
         super().start(deliver, notify)
         path = parse_endpoint(self.address, bind=self._bind)[2]
         if self._bind and os.path.lexists(path) and not S_ISSOCK(os.lstat(path).st_mode):  # libzmq would unlink it
             raise StartError(f"{printable(path)} is there and is not a socket")
-        self._socket = zmq.Context(io_threads=1).socket(zmq.SUB)
-        self._socket.linger, self._socket.ipv6 = 0, True
-        self._socket.immediate = True  # else subscriptions pile up for a bus that is not there
-        self._socket.maxmsgsize = BUS_RESULT_BYTES_MAX  # of a frame; past it libzmq drops the connection
-        self._socket.rcvhwm = BUS_QUEUE_MESSAGES_MAX  # before connecting, both: they have no effect afterwards
-        self._socket.sndhwm = 0  # of subscriptions: past 1000 it drops them, without a word
-        self._socket.connect_timeout = round(_CONNECT_SEC * 1000)
-        self._socket.reconnect_ivl = round(BUS_RETRY_MIN_SEC * 1000)  # libzmq adds up to as much again
-        self._socket.heartbeat_ivl = round(BUS_HEARTBEAT_SEC * 1000)
-        self._socket.heartbeat_timeout = self._socket.tcp_maxrt = self._socket.heartbeat_ivl * _PINGS_MAX
-        failed = zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
-        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | failed)
+        sub: Any = zmq.Context(io_threads=1).socket(zmq.SUB)
+        self._socket = sub
+        sub.linger, sub.ipv6 = 0, True
+        sub.immediate = True  # else subscriptions pile up for a bus that is not there
+        sub.maxmsgsize = BUS_RESULT_BYTES_MAX  # of a frame; past it libzmq ends the connection
+        sub.rcvhwm = BUS_QUEUE_MESSAGES_MAX  # before connecting, both: they have no effect afterwards
+        sub.sndhwm = 0  # of subscriptions: past 1000 it drops them without a word
+        sub.connect_timeout = round(_CONNECT_SEC * 1000)
+        sub.reconnect_ivl = round(BUS_RETRY_MIN_SEC * 1000)  # libzmq adds up to as much again
+        sub.heartbeat_ivl = round(BUS_HEARTBEAT_SEC * 1000)
+        sub.heartbeat_timeout = sub.tcp_maxrt = sub.heartbeat_ivl * _PINGS_MAX
+        self._monitor = sub.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
         try:
-            (self._socket.bind if self._bind else self._socket.connect)(self.address)
+            (sub.bind if self._bind else sub.connect)(self.address)
         except zmq.ZMQError as error:
             raise StartError(f"cannot {'bind' if self._bind else 'connect to'} {self.address}: {error}") from None
         if self._bind:
-            self.address = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+            self.address = sub.getsockopt_string(zmq.LAST_ENDPOINT)
         for prefix in self._prefixes:
-            self._socket.setsockopt(zmq.SUBSCRIBE, prefix)
+            sub.setsockopt(zmq.SUBSCRIBE, prefix)
         self._next_turn = self._loop.call_soon(self._drain)  # what came before we watched
         self._loop.call_soon(self._drain_monitor)
-        self._loop.add_reader(self._socket.getsockopt(zmq.FD), self._drain)
+        self._loop.add_reader(sub.getsockopt(zmq.FD), self._drain)
         self._loop.add_reader(self._monitor.getsockopt(zmq.FD), self._drain_monitor)
 
     def _tell_bus(self, prefix: bytes, wanted: bool) -> None:
@@ -2993,23 +2989,24 @@ class PyzmqBusSource(Source):
     def _drain_monitor(self) -> None:
         while self._socket is not None and self._monitor.getsockopt(zmq.EVENTS) & zmq.POLLIN:
             event = struct.unpack_from("=H", self._monitor.recv_multipart(zmq.NOBLOCK)[0])[0]
-            if event != zmq.EVENT_HANDSHAKE_SUCCEEDED and not self._bind:
-                self._loop.call_later(_ANEW_SEC, self._connect_anew)
-            if event not in (zmq.EVENT_HANDSHAKE_SUCCEEDED, zmq.EVENT_DISCONNECTED):
+            if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                self._peers += 1
                 if not self.connected:
-                    self._report("handshake", f"the peer at {self.address} is no ZMTP 3 publisher; connecting again")
+                    what = "a publisher connected to" if self._bind else "connected to the bus at"
+                    self._report("up", f"{what} {self.address}")
                 continue
-            self._peers = max(0, self._peers + (1 if event == zmq.EVENT_HANDSHAKE_SUCCEEDED else -1))
-            if self._peers and not self.connected:
-                what = "a publisher connected to" if self._bind else "connected to the bus at"
-                self._report("up", f"{what} {self.address}")
-            elif self.connected and not self._peers:
+            if not self._bind:
+                self._loop.call_later(_ANEW_SEC, self._connect_anew)
+            self._peers = max(0, self._peers - 1)
+            if not self.connected:  # its handshake failed
+                self._report("handshake", f"the peer at {self.address} is no ZMTP 3 publisher; connecting again")
+            elif not self._peers:
                 what = "the last publisher at {} left; waiting for the next" if self._bind else _BUS_GONE
                 cause = "" if self._bind else f" (a frame of over {BUS_RESULT_BYTES_MAX:,} bytes does that, too)"
                 self._report("down", what.format(self.address) + cause)
 
     def _connect_anew(self) -> None:
-        """Connect where libzmq gives up for good: after a fault of the peer, or a frame over maxmsgsize."""
+        """Connect where libzmq gives up: after a fault of the peer, or a frame over maxmsgsize."""
         self._drain_monitor()  # it may be connected, and we not told yet
         if self._socket is None or self.connected:
             return
@@ -3028,7 +3025,7 @@ class PyzmqBusSource(Source):
             self._loop.remove_reader(self._monitor.getsockopt(zmq.FD))
             self._socket.disable_monitor()
             context, self._socket = self._socket.context, None
-            # It closes both sockets, and waits for libzmq, which may be looking up a name; no exit waits for a daemon.
+            # It waits for libzmq, which may be looking up a name; no exit waits for a daemon.
             ending = threading.Thread(target=context.destroy, args=(0,), daemon=True)
             ending.start()
             while ending.is_alive():  # noqa: ASYNC110 - as long as the caller of stop() waits
@@ -3036,11 +3033,9 @@ class PyzmqBusSource(Source):
 
 
 # -- The bus without pyzmq ---------------------------------------------------------------------------------------------
-# A SUB socket in the standard library: https://rfc.zeromq.org/spec/23/ (ZMTP 3.0) and 37 (ZMTP 3.1; ZMTP 1 and 2 are
-# refused), and where those leave a choice, what libzmq does on the wire:
-# - A peer of 3.1 (libzmq 4.3.3 and later) gets SUBSCRIBE, CANCEL and PING commands; one of 3.0 gets messages that begin
-#   with 1 or 0, and no PING: 4.1 hands it on as a message.  A PING gets its PONG from us in any case.
-# - A command may stand between the frames of a message: libzmq sends its PING when the timer says so.
+# A SUB socket: https://rfc.zeromq.org/spec/23/ (ZMTP 3.0) and 37 (3.1; 1 and 2 are refused).  A peer of 3.1 (libzmq
+# 4.3.3) gets SUBSCRIBE, CANCEL and PING commands; one of 3.0 gets messages that begin with 1 or 0, and no PING: 4.1
+# hands it on as a message.  A command may stand between the frames of a message: libzmq sends PINGs by a timer.
 
 _MORE, _LONG, _COMMAND = 1, 2, 4  # the bits of a frame's first byte (23/ZMTP "Framing"); the others must be zero
 _GREETING = b"\xff" + bytes(8) + b"\x7f\3\1" + b"NULL".ljust(20, b"\0") + bytes(32)  # signature, 3.1, NULL
@@ -3050,21 +3045,20 @@ _READ_LENGTH = struct.Struct(">Q").unpack_from
 
 
 def _encode_zmtp(body: bytes, command: bytes = b"") -> bytes:
-    """Return a message of one frame, or a command with this name."""
     flags, body = (_COMMAND, bytes((len(command),)) + command + body) if command else (0, body)
     size = bytes((flags, len(body))) if len(body) < 256 else struct.pack(">BQ", flags | _LONG, len(body))
     return size + body
 
 
 class ZMTPSubscriber:
-    """The subscriber's side of one ZMTP connection: bytes in, messages and bytes to send out (sans-IO)."""
+    """The subscriber's side of one ZMTP connection (sans-IO)."""
 
     def __init__(self) -> None:
-        self.minor: int | None = None  # of the version that both sides speak: 0 or 1; None before the greeting
-        self.socket_type = ""  # of the peer, PUB or XPUB; "" before READY, which is too early to subscribe
+        self.minor: int | None = None  # of the version that both speak; None before the greeting
+        self.socket_type = ""  # of the peer; "" before READY, which is too early to subscribe
         self.error: BusError | None = None  # why nothing more will come out
-        self.output = _GREETING  # what is to be written to the peer now; the caller clears it
-        self._held = bytearray()  # what is not read yet; it grows with what really arrives
+        self.output = _GREETING  # to be written to the peer now; the caller clears it
+        self._held = bytearray()  # not read yet
         self._need = 0  # bytes that _held must reach before reading on is of use
         self._skip = 0  # bytes still to come of a frame that is not kept
         self._parts: list[bytes] = []  # of the message under way
@@ -3072,11 +3066,10 @@ class ZMTPSubscriber:
 
     @property
     def pending(self) -> bool:
-        """Whether feed(b"") has more to give."""
         return bool(self._held) and not self._need
 
     def feed(self, data: bytes, frames_max: int = sys.maxsize) -> Batch:
-        """Return the messages that `data` completes, in `frames_max` frames; a fault sets `error`, and ends them."""
+        """Return the messages that `data` completes; a fault sets `error`, and ends them."""
         messages: Batch = []
         data, self._skip = data[self._skip :], max(0, self._skip - len(data))
         if self._skip or self.error is not None or len(self._held) + len(data) < self._need:
@@ -3095,13 +3088,12 @@ class ZMTPSubscriber:
         return messages
 
     def encode_subscription(self, prefix: bytes, wanted: bool = True) -> bytes:
-        """Return a subscription, or its end, in the form that this peer reads."""
         if not self.minor:
             return _encode_zmtp(bytes((wanted,)) + prefix)
         return _encode_zmtp(prefix, b"SUBSCRIBE" if wanted else b"CANCEL")
 
     def _read_greeting(self, data: bytes) -> int:
-        """Check a greeting as far as it has come; return where the frames begin, or hold what there is."""
+        """Check a greeting as far as it has come, and hold it until it is whole; return where the frames begin."""
         if data[:1] not in (b"", b"\xff") or (len(data) > 9 and not data[9] & 1) or (len(data) > 10 and data[10] < 3):
             raise BusError("not_zmtp", f"it does not speak ZMTP 3, as libzmq 4 does: it began with {data[:20]!r}")
         mechanism = data[12:32]
@@ -3115,7 +3107,7 @@ class ZMTPSubscriber:
         return len(_GREETING)
 
     def _read_frames(self, data: bytes, pos: int, frames_max: int, messages: Batch) -> None:
-        """Read frames from `pos` on, and hold the rest.  The loop that the speed of the source hangs on."""
+        """Read frames, and hold the rest.  The loop that the speed of the source hangs on."""
         size, parts, room = len(data), self._parts, self._room
         for _ in range(frames_max):
             if pos >= size:
@@ -3134,7 +3126,7 @@ class ZMTPSubscriber:
                 if flags > 3 or not self.socket_type or length >> 63:  # 23/ZMTP: a frame has up to 2^63-1 bytes
                     what = f"a {'command' if flags > 3 else 'frame'}{'' if self.socket_type else ' before READY'}"
                     raise BusError("malformed", f"{what} of {length:,} bytes")
-                parts, room = parts[:1] or [b""], -1  # the topic is kept; the bytes are dropped as they come
+                parts, room = parts[:1] or [b""], -1  # the bytes are dropped as they come
             elif end > size:
                 self._need = end - pos
                 break
@@ -3157,7 +3149,7 @@ class ZMTPSubscriber:
             self._held += memoryview(data)[pos:]
 
     def _read_command(self, body: bytes) -> None:
-        """Follow a command; those that are not known are ignored, and a PONG has done its work by arriving."""
+        """Follow READY and PING; others are ignored, and a PONG has done its work by arriving."""
         name = body[1 : 1 + body[0]] if body else b""
         data = body[1 + len(name) :]
         is_whole = name and len(name) == body[0] and (name != b"PING" or len(data) > 1)
@@ -3172,32 +3164,22 @@ class ZMTPSubscriber:
 
 
 class BuiltinBusSource(Source, asyncio.Protocol):
-    """A SUB socket in the standard library; it connects again for ever, and is the protocol of its one connection.
+    """A SUB socket in the standard library, and the protocol of its one connection.
 
     Nothing is queued beyond one read: while more is pending, reading is paused, and TCP slows the publisher down.
     """
 
     def __init__(self, address: str, kind: str = "zmq") -> None:
         super().__init__(kind, address, "builtin")
-        self._endpoint = parse_endpoint(address)
-        self._transport: Any = None  # of the connection at hand, or the last one
-        self._wanted_bytes = 0  # of the subscriptions, as they are told
+        self._transport: Any = None  # of this connection, or the last
 
-    def start(self, deliver: Deliver, notify: Notify) -> None:
-        super().start(deliver, notify)
-        self._task = self._loop.create_task(self._keep_connected())
-
-    async def _keep_connected(self) -> None:
-        host, port, path = self._endpoint
+    async def _run(self) -> None:
+        *address, path = parse_endpoint(self.address)
+        connect: Any = self._loop.create_unix_connection if path else self._loop.create_connection
         while not self._stopped:  # wait_for() before Python 3.12 may swallow a cancellation (bpo-37658)
-            self._end: asyncio.Future[BusError | None] = self._loop.create_future()  # of the connection
+            self._end: asyncio.Future[BusError | None] = self._loop.create_future()
             try:
-                if path:
-                    connecting: Any = self._loop.create_unix_connection(lambda: self, path)
-                else:
-                    delay = 0.25 if re.search("[G-Zg-z]", host) else None  # RFC 8305: `localhost` may mean ::1 as well
-                    connecting = self._loop.create_connection(lambda: self, host, port, happy_eyeballs_delay=delay)
-                await asyncio.wait_for(connecting, _CONNECT_SEC)
+                await asyncio.wait_for(connect(lambda: self, *([path] if path else address)), _CONNECT_SEC)
                 if self._stopped:
                     return
                 error = await self._end
@@ -3212,14 +3194,13 @@ class BuiltinBusSource(Source, asyncio.Protocol):
             await asyncio.sleep(random.uniform(BUS_RETRY_MIN_SEC, BUS_RETRY_MAX_SEC))
 
     def _tell_bus(self, prefix: bytes, wanted: bool) -> None:
-        self._wanted_bytes += len(prefix) + 20 if wanted else -len(prefix) - 20
         if self.connected:
             self._write(self._codec.encode_subscription(prefix, wanted))
 
     def _write(self, data: bytes) -> None:
         if not self._transport.is_closing():
             self._transport.write(data)
-            if self._transport.get_write_buffer_size() > self._wanted_bytes + _UNREAD_BYTES_MAX:
+            if self._transport.get_write_buffer_size() > _UNREAD_BYTES_MAX:
                 self._give_up("not_reading", "it does not read what it is sent")
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -3227,27 +3208,21 @@ class BuiltinBusSource(Source, asyncio.Protocol):
         self._silent_beats = 0  # since something came
         late = ("silent", "it did not finish the handshake")
         self._timer = self._loop.call_later(BUS_HANDSHAKE_SEC, self._give_up, *late)
-        sock = transport.get_extra_info("socket")
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # a peer of ZMTP 3.0 gets no PINGs
-        for name, seconds in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10)):  # the system's own are hours
-            if sock.family != getattr(socket, "AF_UNIX", None) and hasattr(socket, name):
-                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), seconds)
-        if not self._endpoint[2] and sock.getsockname() == sock.getpeername():  # it would keep the port from the bus
-            self._give_up("down", "the connection met itself (TCP self-connect)")
+        keepalive = (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # a peer of ZMTP 3.0 gets no PINGs
+        transport.get_extra_info("socket").setsockopt(*keepalive)
         self.data_received()  # writes our greeting
 
     def data_received(self, data: bytes = b"") -> None:
-        """Have one turn: with what has come, or with what is pending."""
+        """Have one turn with what has come, or is pending."""
         codec, transport, self._silent_beats = self._codec, self._transport, 0
         if self._stopped or codec.error is not None:  # not where the peer ended it: what came before is still read
             transport.abort()
             return
-        was_ready = codec.socket_type
         messages = codec.feed(data, 2 * self._turn_messages)
         if codec.output:
             self._write(codec.output)
             codec.output = b""
-        if codec.socket_type and not was_ready:
+        if codec.socket_type and not self.connected:
             self._timer.cancel()
             self._timer = self._loop.call_later(BUS_HEARTBEAT_SEC, self._beat)
             self._report("up", f"connected to the bus at {self.address} (ZMTP 3.{codec.minor}, {codec.socket_type})")
@@ -3270,45 +3245,41 @@ class BuiltinBusSource(Source, asyncio.Protocol):
             self._end.set_result(self._codec.error)
 
     def _give_up(self, kind: str, reason: str) -> None:
-        """End the connection because of the peer; the first reason counts, and nothing more is read."""
+        """End the connection because of the peer; the first reason counts."""
         self._codec.error = self._codec.error or BusError(kind, reason)
         self._transport.abort()
 
     def _beat(self) -> None:
-        """Send a PING when nothing came; counted in beats, not on the clock, so that our own pauses harm nobody."""
+        """Send a PING when nothing came; beats are counted, not time, so that our own pauses harm nobody."""
         self._timer = self._loop.call_later(BUS_HEARTBEAT_SEC, self._beat)
         if self._silent_beats > _PINGS_MAX:
             self._give_up("silent", f"it left {_PINGS_MAX} PINGs without an answer")
         elif self._silent_beats:
-            self._write(_encode_zmtp(b"\0\0", b"PING"))  # it names no time to live
+            self._write(_encode_zmtp(b"\0\0", b"PING"))  # no time to live
         self._silent_beats += self._codec.minor or 0  # a peer of ZMTP 3.0 knows no PING
 
 
 # -- Recordings and files ----------------------------------------------------------------------------------------------
 
-# One JSON object a line: {"t": ns of the epoch, "topic": "realtime_metrics$", "payload": "{...}"}, plain or gzip.
+# A JSON object a line: {"t": ns of the epoch, "topic": "realtime_metrics$", "payload": "{...}"}, plain or gzip.
 _RECORDING_LINE_BYTES_MAX = BUS_RESULT_BYTES_MAX + 1024  # less its backslashes: a quotation mark takes two bytes
-_REPLAY_PAUSE_SEC = 5.0  # between two rounds of a loop, so that the end can be looked at
-
-
-def open_recording(path: str) -> IO[bytes]:
-    """Open a recording, gzip or not, whatever its name; UsageError where that cannot be."""
-    try:
-        if os.path.exists(path) and not os.path.isfile(path):  # a FIFO would block
-            raise UsageError(f"{printable(path)}: not a regular file")
-        with open(path, "rb") as file:
-            is_gzip = file.read(2) == b"\x1f\x8b"
-        return cast(IO[bytes], gzip.open(path)) if is_gzip else open(path, "rb")
-    except OSError as error:
-        raise UsageError(f"{printable(path)}: {error.strerror}") from None
+_REPLAY_PAUSE_SEC = 5.0  # between two rounds of a loop
 
 
 def _read_recording(path: str, data: bytes | None = None) -> Generator[tuple[int, list[bytes]], None, None]:
-    """Yield (time in ns, frames) of each line of a file, or of gzip `data`; UsageError at the first that is none."""
+    """Yield (time in ns, frames) of each line of a file, or of `data`; UsageError at what is none."""
     number, name = 1, printable(path)
-    with open_recording(path) if data is None else gzip.open(io.BytesIO(data)) as file:
+    try:
+        if data is None and os.path.exists(path) and not os.path.isfile(path):
+            raise OSError(0, "not a regular file")  # a FIFO would block
+        file: IO[bytes] = open(path, "rb") if data is None else io.BytesIO(data)  # noqa: SIM115 - closed below
+    except OSError as error:
+        raise UsageError(f"{name}: {error.strerror}") from None
+    with file:
         try:
-            while line := file.readline(2 * _RECORDING_LINE_BYTES_MAX):
+            lines = gzip.open(file) if file.read(2) == b"\x1f\x8b" else file  # noqa: SIM115
+            file.seek(0)
+            while line := lines.readline(2 * _RECORDING_LINE_BYTES_MAX):
                 if len(line) - line.count(b"\\") > _RECORDING_LINE_BYTES_MAX:  # decoded, it may take four times that
                     raise ValueError(f"longer than {_RECORDING_LINE_BYTES_MAX:,} bytes")
                 record = json_load(line)
@@ -3323,14 +3294,13 @@ def _read_recording(path: str, data: bytes | None = None) -> Generator[tuple[int
 
 
 def check_recording(path: str) -> None:
-    """Raise UsageError unless a file begins like a recording."""
     next(_read_recording(path))
 
 
 class ReplaySource(Source):
-    """Plays a recording at its own pace, `speed` times as fast, or (speed 0, and the first `start_at` seconds) at once.
+    """Plays a recording `speed` times as fast; speed 0, and the first `start_at` seconds of any, at once.
 
-    Each message sets the clock of the bus to its own time, from which it runs on at the pace of the replay.
+    Each message sets the clock of the bus, which runs on at the pace of the replay.
     """
 
     def __init__(
@@ -3340,13 +3310,7 @@ class ReplaySource(Source):
         super().__init__(kind, os.path.basename(path))
         self._path, self._data, self._speed, self._repeat, self._start_at = path, data, speed, loop, start_at
 
-    def start(self, deliver: Deliver, notify: Notify) -> None:
-        if self._data is None:
-            check_recording(self._path)
-        super().start(deliver, notify)
-        self._task = self._loop.create_task(self._play())
-
-    async def _play(self) -> None:
+    async def _run(self) -> None:
         reason = ""
         try:
             await self._play_round()
@@ -3359,7 +3323,7 @@ class ReplaySource(Source):
         self._notify(f"the replay of {self.address} has ended{reason}")
 
     async def _play_round(self) -> None:
-        start_ns, began_ns, rate = 0, 0, 0.0  # bus and monotonic time from which the pace is kept, and that pace
+        start_ns, began_ns, rate = 0, 0, 0.0  # bus and monotonic time from which this pace is kept
         stop_sec, size = 0.0, 0  # of this turn
         with contextlib.closing(_read_recording(self._path, self._data)) as lines:
             for due_ns, frames in lines:
@@ -3374,29 +3338,55 @@ class ReplaySource(Source):
                 self._clock = due_ns, time.monotonic_ns(), rate
                 self._deliver([frames])
                 size += len(frames[1])
-        self._clock = self.now_ns(), time.monotonic_ns(), 1.0  # from here on time passes as it does
+        self._clock = self.now_ns(), time.monotonic_ns(), 1.0
+
+
+def check_output(path: str, option: str) -> str:
+    """Return the file to write, behind links; UsageError where anything else is there, or no folder for it."""
+    real = os.path.realpath(path)
+    is_other = (os.path.exists(path) or os.path.lexists(real)) and not os.path.isfile(path)  # a FIFO would block
+    if is_other or not os.path.isdir(os.path.dirname(real)):
+        raise UsageError(f"{option} {printable(path)}: {'not a regular file' if is_other else 'no such folder'}")
+    return real
+
+
+def open_output(path: str, option: str, buffering: int = -1) -> IO[bytes]:
+    """Open a new file; an older one that is not empty becomes PATH.1, .2, …; UsageError where that cannot be."""
+    real = check_output(path, option)
+    try:
+        if os.path.isfile(real) and os.path.getsize(real):
+            older = next(name for name in (f"{real}.{n}" for n in itertools.count(1)) if not os.path.lexists(name))
+            os.rename(real, older)
+            log.info("%s was there: kept as %s", printable(real), printable(older))
+        return open(real, "ab", buffering)
+    except OSError as error:
+        raise UsageError(f"{option} {printable(path)}: {error.strerror}") from None
+
+
+def write_file(path: str, data: bytes) -> None:
+    """Write a file, and keep an older one; OSError."""
+    try:
+        with open_output(path, "output") as file:
+            file.write(data)
+    except UsageError as error:
+        raise OSError(str(error)) from None
 
 
 class Recorder:
     """Writes a new recording; each flush appends whole lines (`.gz`: a whole gzip member), or nothing: OSError."""
 
     def __init__(self, path: str) -> None:
-        try:
-            keep_older(real := check_output(path, "--record"))
-            self._file = open(real, "ab", buffering=0)  # noqa: SIM115 - close() closes it
-        except OSError as error:
-            raise UsageError(f"--record {printable(path)}: {error.strerror}") from None
+        self._file = open_output(path, "--record", buffering=0)
         self._is_gzip = path.endswith(".gz")
         self._lines = bytearray()  # since the last flush
 
     def write(self, t_ns: int, topic: str, payload: bytes) -> None:
-        """Add one message; UnicodeDecodeError where its payload is no text."""
+        """Add a message; UnicodeDecodeError where its payload is no text."""
         self._lines += json_bytes({"t": t_ns, "topic": topic, "payload": payload.decode()}) + b"\n"
         if len(self._lines) >= BUS_TURN_BYTES_MAX:
             self.flush()
 
     def flush(self) -> None:
-        """Write what has come since the last flush; where the disk refuses, that is lost."""
         lines, self._lines = self._lines, bytearray()
         left = memoryview(gzip.compress(lines, 1, mtime=0) if self._is_gzip and lines else lines)
         end = self._file.seek(0, os.SEEK_END)
@@ -3408,44 +3398,15 @@ class Recorder:
             raise
 
     def close(self) -> None:
-        """Flush, and close whatever happens."""
         with self._file:
             self.flush()
-
-
-def check_output(path: str, option: str = "output") -> str:
-    """Return the file to write, behind links; UsageError where anything else is there, or no folder for it."""
-    real = os.path.realpath(path)
-    is_other = (os.path.exists(path) or os.path.lexists(real)) and not os.path.isfile(path)  # a FIFO would block
-    if is_other or not os.path.isdir(os.path.dirname(real)):
-        raise UsageError(f"{option} {printable(path)}: {'not a regular file' if is_other else 'no such folder'}")
-    return real
-
-
-def keep_older(path: str) -> None:
-    """Rename a file that is there and not empty to PATH.1, .2, …"""
-    if os.path.isfile(path) and os.path.getsize(path):
-        older = next(name for name in (f"{path}.{n}" for n in itertools.count(1)) if not os.path.lexists(name))
-        os.rename(path, older)
-        log.info("%s was there: kept as %s", printable(path), printable(older))
-
-
-def write_file(path: str, data: bytes) -> None:
-    """Write a file, and keep an older one (keep_older); OSError where the disk refuses, or check_output()."""
-    try:
-        keep_older(real := check_output(path))
-        with open(real, "wb") as file:
-            file.write(data)
-    except UsageError as error:
-        raise OSError(str(error)) from None
 
 
 def read_artifact(directory: str, name: str, since_sec: float = 0.0) -> dict[str, Any]:
     """Return the JSON object in a file of AIPerf's; {} if it has none, is over 4 MiB, or older than `since_sec`."""
     path = os.path.join(directory, name)
     with contextlib.suppress(OSError, ValueError, JSONError):  # ValueError: a NUL in the path
-        was_set_back = since_sec > time.time()  # the clock, which then tells no file's age
-        is_new = os.path.isfile(path) and (was_set_back or os.path.getmtime(path) >= since_sec)
+        is_new = os.path.isfile(path) and os.path.getmtime(path) >= since_sec
         if is_new and os.path.getsize(path) <= BUS_MESSAGE_BYTES_MAX:
             with open(path, "rb") as file:
                 value = json_load(file.read(BUS_MESSAGE_BYTES_MAX))
@@ -3454,7 +3415,6 @@ def read_artifact(directory: str, name: str, since_sec: float = 0.0) -> dict[str
 
 
 def resident_bytes() -> int | None:
-    """Return the resident memory of this process; None where /proc does not tell."""
     try:
         with open("/proc/self/statm", "rb") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -3464,35 +3424,33 @@ def resident_bytes() -> int | None:
 
 # == 11 == Hub =========================================================================================================
 #
-# Who subscribes to what, and what becomes of a client that does not keep up.  A message is encoded once for each kind
-# of client, and a batch is joined once for all that subscribe to the same types.
+# Who subscribes to what.  A message is encoded once for each kind of client, and a batch is joined once for all that
+# subscribe to the same types.
 #
 # While a client's transport is full, its messages wait in its backlog, by reference: what many wait for is there once.
-# Past the soft mark state messages are conflated and events bounded, and the client is told what was dropped.  Past the
-# hard mark, when no byte leaves for a while, or when all backlogs together hold too much, a client is evicted.
+# Past the soft mark state messages are conflated and events bounded, and it is told what was dropped.  Past the hard
+# mark, when no byte leaves for a while, or when all backlogs together hold too much, a client is evicted.
 
 Encoder = Callable[["Message"], bytes]
 
 
 class Message(NamedTuple):
-    """A bus message on its way to the clients."""
-
     type: str
-    payload: bytes  # one JSON text, one line
+    payload: bytes  # JSON on one line
     is_state: bool  # the next of its type makes it obsolete
-    is_shown: bool = True  # else nobody wanted it yet: the payload is as the bus brought it
+    is_shown: bool = True  # else the payload is as the bus brought it: nobody wanted it
 
 
 class Unsent:
-    """How many bytes wait to be sent; what many wait for is one object, and counts once."""
+    """How many bytes wait to be sent; what many wait for counts once."""
 
     def __init__(self) -> None:
         self.total = 0
-        self.frames: collections.Counter[int] = collections.Counter()  # id() of the bytes -> frames that hold them
+        self.frames: collections.Counter[int] = collections.Counter()  # id() of bytes -> frames that hold them
 
 
 class Frame:
-    """Bytes that wait for any number of peers, counted while it is alive."""
+    """Bytes that wait for any number of peers, counted while alive."""
 
     __slots__ = ("_unsent", "data", "is_state", "received_sec", "type")
 
@@ -3517,14 +3475,14 @@ class Chunk:
 
     def __init__(self, frame: Frame) -> None:
         self.frames, self.size = [frame], len(frame.data)
-        self.data = b""  # the frames joined: for the clients of one broadcast that need not wait
+        self.data = b""  # the frames joined, for the clients of one broadcast that need not wait
 
 
 class Outlet:
     """The way out to one peer.
 
     A transport copies what it cannot send at once (up to 3.11): large writes are pending here, by reference, and are
-    handed over in slices.  Nor does its buffer tell a slow peer from a dead one: whether bytes leave does.
+    handed over in slices.  Whether bytes leave it tells a slow peer from a dead one.
     """
 
     def __init__(self, transport: asyncio.WriteTransport) -> None:
@@ -3536,7 +3494,7 @@ class Outlet:
         self.still = 0  # sweeps in a row in which bytes waited and none left
 
     @property
-    def waiting(self) -> int:  # bytes, here and in the transport
+    def waiting(self) -> int:  # bytes
         return self.transport.get_write_buffer_size() + sum([len(view) for view, _ in self.pending])
 
     def write(self, data: bytes, frame: Frame | None = None) -> None:
@@ -3551,7 +3509,6 @@ class Outlet:
             self.write_pending()
 
     def write_pending(self) -> None:
-        """Hand over slices while the transport has room."""
         while self.pending and not self.paused and not self.transport.is_closing():
             view, frame = self.pending.popleft()
             view, rest = view[:CLIENT_WRITE_BYTES_MAX], view[CLIENT_WRITE_BYTES_MAX:]
@@ -3561,33 +3518,31 @@ class Outlet:
             self.transport.write(view)
 
     def abort(self) -> None:
-        """End at once and free all that waits; close() would wait for the peer to read it."""
+        """End at once; close() would wait for the peer to read what is buffered."""
         self.pending.clear()
         self.transport.abort()
 
     def has_stalled(self) -> bool:
-        """Return whether bytes wait and none has left in CLIENT_STALL_SEC sweeps; to be called once a sweep."""
-        buffered = self.transport.get_write_buffer_size()  # over TLS perhaps more than was written: records have heads
+        """Return whether bytes wait and none has left in CLIENT_STALL_SEC sweeps; called once a sweep."""
+        buffered = self.transport.get_write_buffer_size()  # over TLS perhaps more than was written
         before, self._left = self._left, self.written - buffered
         self.still = 0 if self._left > before or not buffered else self.still + 1
         return self.still > CLIENT_STALL_SEC
 
 
 class Subscriber:
-    """One client that gets bus messages: a WebSocket or a stream."""
-
     def __init__(self, outlet: Outlet, kind: str, address: str, encode: Encoder, connected_ns: int = 0) -> None:
         self.outlet, self.address, self.encode, self.connected_ns = outlet, address, encode, connected_ns
         self.kind = kind  # websocket | sse | ndjson
         self.unsent = Unsent()  # the hub's, once it is there
         self.share = 1.0  # of the soft mark: hundreds that stall together must not be conflated in one turn
-        self.asked: set[str] = set()  # message types as it named them, "*" among them
-        self.types: frozenset[str] | None = frozenset()  # what it gets; None: everything
+        self.asked: set[str] = set()  # message types as it named them
+        self.types: frozenset[str] | None = frozenset()  # None: everything
         self.closed = False  # it gets nothing more
         self.fault = ""  # why it was evicted
-        self.sent = self.skipped = 0  # messages written, and dropped
+        self.sent = self.skipped = 0  # messages
         self._untold: collections.Counter[str] = collections.Counter()  # type -> dropped since the last notice
-        # Oldest first.  Of a slow client a chunk is one frame, and of state its key is the type: the next replaces it.
+        # Of a slow client each chunk is one frame, and the key of state is its type: the next replaces it.
         self.backlog: collections.OrderedDict[object, Chunk] = collections.OrderedDict()
         self.backlog_bytes = 0
         self.slow = False  # from the soft mark until it has caught up
@@ -3608,7 +3563,7 @@ class Subscriber:
             self.sent += len(chunk.frames) if chunk.frames[0].type else 0
 
     def reply(self, data: bytes, now_sec: float) -> None:
-        """Send an answer to this client alone, behind what waits for it; it is never dropped."""
+        """Send to this client alone, behind what waits for it; never dropped."""
         self.send(Chunk(Frame(self.unsent, data, now_sec)), now_sec)
 
     def _queue(self, chunk: Chunk, now_sec: float) -> None:
@@ -3637,7 +3592,7 @@ class Subscriber:
             self.evict(f"{self.outstanding} bytes waited for it")
 
     def flush(self) -> None:
-        """Tell what was dropped, then send what waits, oldest first, while the transport has room."""
+        """Tell what was dropped, then send what waits while the transport has room."""
         if self._untold:
             notice = {"type": "skipped", "counts": self._untold}
             self.outlet.write(self.encode(Message("skipped", json_bytes(notice), False)))
@@ -3654,41 +3609,36 @@ class Subscriber:
         self.slow = self.slow and bool(self.backlog)
 
     def leave(self) -> None:
-        """Get nothing more: what waits here is forgotten, what the outlet has still goes out."""
+        """Get nothing more; what the outlet has still goes out."""
         self.closed = True
         self.backlog.clear()
         self._untold.clear()
         self.backlog_bytes, self.slow = 0, False
 
     def evict(self, fault: str) -> None:
-        """End the connection at once; `fault` is for the log."""
         self.fault = self.fault or fault
         self.leave()
         self.outlet.abort()
 
 
 class Hub:
-    """All subscribers, what they get, and the last message of each type."""
-
     def __init__(self, on_wanted: Callable[[str, bool], None]) -> None:
         self._on_wanted = on_wanted  # hears (type, True) with its first client, (type, False) after the last; "*" too
         self.subscribers: dict[Subscriber, None] = {}  # in the order they came
         self._groups: dict[tuple[Encoder, frozenset[str] | None], dict[Subscriber, None]] = {}  # that get the same
         self._wanted: collections.Counter[str] = collections.Counter()  # type -> clients
-        self.retained: dict[str, Message] = {}  # the last message of each type of this run, in bus order
+        self.retained: dict[str, Message] = {}  # the last of each type of this run, in bus order
         self.unsent = Unsent()  # of all backlogs
         self._totals = (0, 0)  # of clients that have left
         self.evicted_total = 0
         self.changes = 0  # grows whenever a client comes, goes or subscribes
 
     def add(self, subscriber: Subscriber) -> None:
-        """Add a client that gets nothing yet."""
         subscriber.unsent, subscriber.share = self.unsent, 1 - len(self.subscribers) % 64 / 128
         self.subscribers[subscriber] = None
         self.changes += 1
 
     def remove(self, subscriber: Subscriber) -> None:
-        """Forget a client, if it is here."""
         if subscriber in self.subscribers:
             self.subscribe(subscriber, frozenset())
             self._totals = self._totals[0] + subscriber.sent, self._totals[1] + subscriber.skipped
@@ -3697,7 +3647,7 @@ class Hub:
             self.evicted_total += bool(subscriber.fault)
 
     def subscribe(self, subscriber: Subscriber, types: frozenset[str] | None) -> None:
-        """Set what a client gets from now on; None is everything."""
+        """Set what a client gets from now on."""
         before, subscriber.types = subscriber.types, types
         group = self._groups.get((subscriber.encode, before), {})
         group.pop(subscriber, None)
@@ -3715,16 +3665,15 @@ class Hub:
         self.changes += 1
 
     def has_room(self, invented: set[str]) -> bool:
-        """Return whether clients may ask for these names that no AIPerf has: each is a subscription upstream."""
+        """Return whether clients may ask for names that no AIPerf has: each is a subscription upstream."""
         new = invented - self._wanted.keys()
         return not new or len(self._wanted) + len(new) <= 10 * CLIENT_TYPES_MAX
 
     def wants(self, message_type: str) -> bool:
-        """Return whether any client gets this type."""
         return message_type in self._wanted or "*" in self._wanted
 
     def broadcast(self, messages: Sequence[Message], now_sec: float) -> None:
-        """Send messages to whoever subscribes to them, in order, without ever waiting."""
+        """Send messages to whoever subscribes to them, without ever waiting."""
         self._relieve()
         for message in messages:
             self.retained.pop(message.type, None)
@@ -3733,7 +3682,7 @@ class Hub:
                 self.retained[message.type] = message
         encoded: dict[tuple[Encoder, int], Frame] = {}  # once for all clients, however they group
         for (encode, types), group in self._groups.items():
-            chunks: list[Chunk] = []  # of at most CLIENT_WRITE_BYTES_MAX, but a larger frame is one by itself
+            chunks: list[Chunk] = []  # up to CLIENT_WRITE_BYTES_MAX; a larger frame is one by itself
             for at, message in enumerate(messages):
                 if types is None or message.type in types:
                     frame = encoded.get((encode, at))
@@ -3748,21 +3697,20 @@ class Hub:
             for chunk in chunks:
                 for subscriber in group:
                     subscriber.send(chunk, now_sec)
-                chunk.data = b""  # for those that wait the frames are there, which all groups share
+                chunk.data = b""  # for those that wait there are the frames, which groups share
 
     def _relieve(self) -> None:
-        """Past HUB_BYTES_MAX, evict those whose bytes have stood still longest; of equals who is furthest behind."""
+        """Past HUB_BYTES_MAX, evict those whose bytes have stood still longest, then who is furthest behind."""
         if self.unsent.total > HUB_BYTES_MAX:
             for subscriber in sorted(self.subscribers, key=lambda s: (-s.outlet.still, -s.outstanding)):
                 if self.unsent.total > HUB_BYTES_MAX:
                     subscriber.evict(f"{self.unsent.total} bytes waited for all, {subscriber.outstanding} for it")
 
     def forget_run(self) -> None:
-        """Forget the retained messages: a new run begins."""
         self.retained.clear()
 
     def snapshot(self, types: frozenset[str] | None) -> list[Message]:
-        """Return the last message of each of these types, in bus order; to be sent as replies."""
+        """Return the last message of each of these types, to be sent as replies."""
         self._relieve()
         return [message for message in self.retained.values() if types is None or message.type in types]
 
@@ -3776,31 +3724,28 @@ class Hub:
 #
 # One TCP (or Unix) connection: deadline -> parse -> route -> respond -> keep alive, or -> upgrade -> frames.
 #
-# An asyncio protocol, not a coroutine: no handler ever waits, so pipelined requests are answered in order, without a
-# task per connection or anything to cancel at the end.
-#
-# Deadlines are counted in sweeps, one a second, not on a clock: while this process is stopped (SIGSTOP, a paused
-# container) no time goes by in which a peer could have done its part.
+# An asyncio protocol, not a coroutine: no handler ever waits, so there is no task to cancel.  Deadlines are counted in
+# sweeps, one a second, not on a clock: no peer can do its part while this process is stopped (SIGSTOP).
 
-_TURN_SEC = 0.02  # of the loop for the messages of one read, before other connections have theirs
-UNIX_PEER = "unix"  # stands for the address of a peer on a Unix socket, which has none
+_TURN_SEC = 0.02  # of the loop for the messages of one read
+UNIX_PEER = "unix"  # the address of a peer on a Unix socket
 
 
 class Application(Protocol):
     """What a connection needs of the program behind it."""
 
-    memo: dict[bytes, Request]  # heads already parsed, of all connections
+    memo: dict[bytes, Request]  # heads already parsed
     date: bytes  # of the Date header
-    read_buffer: memoryview  # CONNECTION_READ_BYTES, shared by all connections
+    read_buffer: memoryview  # shared by all connections
     message_bytes_max: int  # of a WebSocket message from a client
     unsent: Unsent  # large answers that wait for slow readers
 
     def opened(self, connection: Connection) -> Response | None: ...  # a response refuses it
     def closed(self, connection: Connection) -> None: ...
     def respond(self, connection: Connection, request: Request) -> Response | None: ...  # None: it has switched modes
-    def headers_for(self, request: Request) -> HeaderList: ...  # of the answer, by what the request says of itself
+    def headers_for(self, request: Request) -> HeaderList: ...
     def received(self, connection: Connection, data: str | bytes) -> None: ...  # a WebSocket message
-    def failed(self, connection: Connection, error: Exception) -> None: ...  # one of these raised
+    def failed(self, connection: Connection, error: Exception) -> None: ...
 
 
 class Connection(asyncio.BufferedProtocol):
@@ -3810,9 +3755,9 @@ class Connection(asyncio.BufferedProtocol):
 
     def __init__(self, app: Application, writer: asyncio.StreamWriter) -> None:
         self.app = app
-        self._writer = writer  # kept: its finaliser closes the transport on newer Pythons
+        self._writer = writer  # its finaliser closes the transport on newer Pythons
         self.transport: asyncio.Transport = writer.transport  # type: ignore[assignment]
-        self._stream_protocol = self.transport.get_protocol()  # replaced; told of the end, which breaks its cycle
+        self._stream_protocol = self.transport.get_protocol()  # told of the end, which breaks its cycle
         peer, sock = map(self.transport.get_extra_info, ("peername", "socket"))
         self.address = UNIX_PEER
         if isinstance(peer, tuple):
@@ -3822,18 +3767,17 @@ class Connection(asyncio.BufferedProtocol):
         self.subscriber: Subscriber | None = None  # of a WebSocket or stream
         self.checked: tuple[Request, Any, str] | None = None  # the last request that passed all checks, with its route
         self._requests = RequestParser(app.memo)
-        self._events: collections.deque[Event] = collections.deque()  # read, and not yet handled
+        self._events: collections.deque[Event] = collections.deque()  # not yet handled
         self._owed_pong = b""  # for the last ping that came while the transport was full
         self._eof = False  # the peer has half-closed
-        self._silent = 0  # sweeps since the peer did its part: sent something (a head counts once), or read
-        self._limit_sec = HTTP_HEAD_TIMEOUT_SEC  # of that silence; within a head never more than this
+        self._silent = 0  # sweeps since the peer read, or sent something (a head counts once)
+        self._limit_sec = HTTP_HEAD_TIMEOUT_SEC  # of silence; within a head never more than this
         self.transport.set_write_buffer_limits(high=CONNECTION_BUFFER_BYTES, low=CONNECTION_BUFFER_BYTES // 4)
-        # The kernel would buffer megabytes, and wake us when a third has gone: one that reads a KiB a second would look
-        # like one that reads nothing.  Only TCP finds out that the peer of a silent stream has vanished.
         if sock is not None and self.address != UNIX_PEER:
             with contextlib.suppress(OSError, AttributeError):  # it is gone already; not every system has LOWAT
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # large answers are several writes
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # a stream's peer may vanish silently
+                # The kernel would buffer megabytes, and wake us when a third has gone: a slow reader would seem stalled
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, CONNECTION_UNSENT_BYTES)
 
     @property
@@ -3841,8 +3785,7 @@ class Connection(asyncio.BufferedProtocol):
         return self.outlet.paused
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        """Return the one small buffer, which is emptied at once: a plain Protocol would get 256 KiB for each read, and
-        could hold 40,000 tiny frames while nobody else is served."""
+        """Return the one small buffer: a plain Protocol gets 256 KiB a read, which may hold 40,000 tiny frames."""
         return self.app.read_buffer
 
     def buffer_updated(self, nbytes: int) -> None:
@@ -3871,7 +3814,7 @@ class Connection(asyncio.BufferedProtocol):
                 self.outlet.abort()
 
     def eof_received(self) -> bool:
-        """Return whether to keep the connection: for answers that a peer which has half-closed is still owed."""
+        """Return whether to keep the connection, for answers that the peer is still owed."""
         self._eof = True
         if self.subscriber is not None:
             self.subscriber.leave()  # the peer is gone
@@ -3889,7 +3832,7 @@ class Connection(asyncio.BufferedProtocol):
         asyncio.get_running_loop().call_soon(self._resume)
 
     def _resume(self) -> None:
-        """Go on with what waits, oldest first: pending slices, a pong, the backlog, further requests."""
+        """Go on with what waits: pending slices, a pong, the backlog, further requests."""
         self.outlet.write_pending()
         if self._owed_pong and self.mode == "websocket" and not self.paused:
             self.outlet.write(self._owed_pong)
@@ -3922,7 +3865,6 @@ class Connection(asyncio.BufferedProtocol):
     # -- HTTP ----------------------------------------------------------------------------------------------------------
 
     def _serve(self) -> None:
-        """Answer the next request, if it is complete and the answer finds room."""
         if self.mode != "http" or self.paused:
             return
         try:
@@ -3938,7 +3880,6 @@ class Connection(asyncio.BufferedProtocol):
             self.transport.close()
 
     def _let_others(self) -> None:
-        """Go on when others have had their turn."""
         self._set_reading(False)  # also its end: that comes behind what was asked before it
         asyncio.get_running_loop().call_soon(self._resume)
 
@@ -3972,8 +3913,8 @@ class Connection(asyncio.BufferedProtocol):
         self._linger()
 
     def _linger(self) -> None:
-        """End our side behind what waits, and give the peer a moment to end its own: closing with unread bytes would
-        reset the connection, and the peer would lose our last words (RFC 9112 9.6)."""
+        """End our side behind what waits, and give the peer a moment to end its own: closing with unread bytes resets
+        the connection, and the peer loses our last words (RFC 9112 9.6)."""
         self.mode = "closing"
         self._silent, self._limit_sec = 0, LINGER_TIMEOUT_SEC
         if not self._has_backlog():
@@ -3994,7 +3935,7 @@ class Connection(asyncio.BufferedProtocol):
     # -- WebSocket and streams -----------------------------------------------------------------------------------------
 
     def open_websocket(self, key: str, subprotocol: str | None) -> None:
-        """Switch protocols; frames that came right behind the request are read, too."""
+        """Switch protocols; frames may have come right behind the request."""
         self.mode, self._frames = "websocket", FrameParser(self.app.message_bytes_max)
         self.outlet.write(upgrade_response(key, subprotocol))
         early = self._requests.take_rest()
@@ -4002,7 +3943,6 @@ class Connection(asyncio.BufferedProtocol):
             asyncio.get_running_loop().call_soon(self._receive, early)
 
     def open_stream(self, head: bytes) -> None:
-        """Switch to an endless body."""
         self.mode = "stream"
         self.outlet.write(head)
 
@@ -4030,14 +3970,14 @@ class Connection(asyncio.BufferedProtocol):
                 self.close_websocket(event.code, event.reason)
 
     def close_websocket(self, code: int | None, reason: str = "") -> None:
-        """Send a Close and end, without what waits; the peer's own is not waited for (some never send it)."""
+        """Send a Close, drop what waits, and end; some peers never send their own."""
         self.outlet.write(encode_frame(OP_CLOSE, b"") if code is None else encode_close(code, reason))
         if self.subscriber is not None:
             self.subscriber.leave()
         self._linger()
 
     def send_frame(self, frame: bytes) -> None:
-        """Write a frame to this client alone, behind what waits for it."""
+        """Write a frame behind what waits for this client."""
         if self.subscriber is None:
             self.outlet.write(frame)
             return
@@ -4046,7 +3986,7 @@ class Connection(asyncio.BufferedProtocol):
             self._set_reading(False)  # who does not read our replies is not asked for further questions
 
     def check(self) -> None:
-        """Keep the deadlines; to be called once a second."""
+        """Keep the deadlines, once a second."""
         in_head = self._requests.started
         self._silent += 1
         if self.outlet.has_stalled():
@@ -4080,7 +4020,7 @@ class Connection(asyncio.BufferedProtocol):
             self.outlet.abort()
 
     def end(self) -> None:
-        """Say goodbye as the mode has it, behind what waits, without waiting for an answer: the server stops."""
+        """Say goodbye behind what waits: the server stops."""
         if self.mode == "closing":
             return
         if self.mode == "websocket":
@@ -4094,7 +4034,7 @@ class Connection(asyncio.BufferedProtocol):
 
 
 def connection_factory(app: Application) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], None]:
-    """Return the callback for asyncio.start_server: no coroutine, so that it costs no task."""
+    """Return the callback for asyncio.start_server; no coroutine, which would cost a task."""
 
     def accept(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         connection = Connection(app, writer)

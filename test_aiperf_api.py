@@ -3168,7 +3168,7 @@ class TestBuiltinBusSource(BusTestCase):  # against peers of literal bytes
 
     async def test_a_peer_that_does_not_read_gets_all_subscriptions_and_is_left_when_they_change_for_ever(self):
         self.patch(BUS_RETRY_MIN_SEC=0.001, BUS_RETRY_MAX_SEC=0.002)
-        prefixes = [b"%0500d" % number for number in range(20_000)]
+        prefixes = [b"%0128d" % number for number in range(2_000)]
         publisher, inbox = await self.meet(*prefixes)
         for _ in range(2):
             (await publisher.accept(HELLO))[0]._transport.pause_reading()
@@ -3179,7 +3179,7 @@ class TestBuiltinBusSource(BusTestCase):  # against peers of literal bytes
                 for change in (inbox.source.subscribe, inbox.source.unsubscribe) * 50:
                     change(b"x" * 60_000)
                 await asyncio.sleep(0)
-            self.assertLess(buffered, 20_000 * 520 + (2 << 20))
+            self.assertLess(buffered, 2 << 20)
             await inbox.until(lambda: not inbox.source.connected)
         await inbox.tells("does not read what it is sent; connecting again")
 
@@ -3225,7 +3225,7 @@ class TestBuiltinBusSource(BusTestCase):  # against peers of literal bytes
         meet = functools.partial(loop.create_connection, local_addr=("127.0.0.1", port))
         with mock.patch.object(loop, "create_connection", meet):
             inbox = self.open(f"tcp://127.0.0.1:{port}")
-            await inbox.tells("met itself")
+            await inbox.tells("no PUB or XPUB socket")
         self.assertFalse(inbox.source.connected)
 
 
@@ -3519,8 +3519,7 @@ class TestReplayAndRecord(BusTestCase):  # whole lines, and nothing that was the
                 recorder.flush()
             recorder._file = file
             recorder.close()
-            with aiperf_api.open_recording(path) as lines:
-                self.assertEqual([json.loads(line)["t"] for line in lines], [1])
+            self.assertEqual([t_ns for t_ns, _ in aiperf_api._read_recording(path)], [1])
 
     def test_artifacts_are_read_up_to_their_limit_and_not_from_before_the_run(self):
         read = functools.partial(aiperf_api.read_artifact, os.path.dirname(self.path))
