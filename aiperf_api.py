@@ -2773,9 +2773,8 @@ def state_families(benchmark: Benchmark, now_ns: int) -> list[Family]:
 
 # == 10 == Bus =========================================================================================================
 #
-# Where bus messages come from.  A source delivers what one turn of the loop found, each message a list of frames:
-# [topic, payload], or [topic] alone where it was too large.  It never holds the bus back: AIPerf's proxy queues without
-# a limit, in the benchmark's own process.
+# A source delivers what one turn of the loop found, each message a list of frames: [topic, payload], or [topic] alone
+# where it was too large.  It never holds the bus back: AIPerf's proxy queues without a limit.
 
 log = logging.getLogger("aiperf_api")
 
@@ -2864,8 +2863,9 @@ class Source:
         if lasted:
             self._told.clear()
         if kind not in self._told and (kind != "down" or lasted or not was):
-            self._told -= {"up": {"down"}, "down": {"up"}}.get(kind, set())  # the one makes the other news
             self._told.add(kind)
+            if kind == "down":
+                self._told.discard("up")  # which then is news again
             self._notify(line)
 
 
@@ -2900,14 +2900,8 @@ def bus_source(address: str, kind: str, *, bind: bool = False, backend: str = "a
     return PyzmqBusSource(address, kind, bind=bind)
 
 
-# -- The bus through pyzmq ---------------------------------------------------------------------------------------------
-
-
 class PyzmqBusSource(Source):
-    """A SUB socket, polled by the event loop through its file descriptor.
-
-    That tells of a change once (it is edge-triggered): a turn drains the socket, or schedules the next turn.
-    """
+    """A SUB socket.  Its descriptor tells of a change once: a turn drains the socket, or schedules the next turn."""
 
     def __init__(self, address: str, kind: str = "zmq", *, bind: bool = False) -> None:
         super().__init__(kind, address, "pyzmq")
@@ -2915,14 +2909,14 @@ class PyzmqBusSource(Source):
         self._peers = 0  # whose handshake is done
         self._parts: list[bytes] = []  # of the message within which a turn ended
         self._room = BUS_RESULT_BYTES_MAX  # bytes that its further frames may have; -1: none is kept
-        self._socket: Any = None  # None before start and after stop
+        self._socket: Any = None  # from start to stop
 
     def start(self, deliver: Deliver, notify: Notify) -> None:
         super().start(deliver, notify)
         path = parse_endpoint(self.address, bind=self._bind)[2]
         if self._bind and os.path.lexists(path) and not S_ISSOCK(os.lstat(path).st_mode):  # libzmq would unlink it
             raise StartError(f"{printable(path)} is there and is not a socket")
-        sub: Any = zmq.Context(io_threads=1).socket(zmq.SUB)
+        sub: Any = zmq.Context().socket(zmq.SUB)
         self._socket = sub
         sub.linger, sub.ipv6 = 0, True
         sub.immediate = True  # else subscriptions pile up for a bus that is not there
@@ -3123,7 +3117,7 @@ class ZMTPSubscriber:
             end = start + length
             most = _COMMAND_BYTES_MAX if flags > 3 else room if parts else min(room, NAME_BYTES_MAX)  # a topic is short
             if length > most:
-                if flags > 3 or not self.socket_type or length >> 63:  # 23/ZMTP: a frame has up to 2^63-1 bytes
+                if flags > 3 or not self.socket_type or length >> 63:  # 23/ZMTP: up to 2^63-1
                     what = f"a {'command' if flags > 3 else 'frame'}{'' if self.socket_type else ' before READY'}"
                     raise BusError("malformed", f"{what} of {length:,} bytes")
                 parts, room = parts[:1] or [b""], -1  # the bytes are dropped as they come
@@ -3164,10 +3158,7 @@ class ZMTPSubscriber:
 
 
 class BuiltinBusSource(Source, asyncio.Protocol):
-    """A SUB socket in the standard library, and the protocol of its one connection.
-
-    Nothing is queued beyond one read: while more is pending, reading is paused, and TCP slows the publisher down.
-    """
+    """A SUB socket in the standard library, and the protocol of its one connection; it queues one read at most."""
 
     def __init__(self, address: str, kind: str = "zmq") -> None:
         super().__init__(kind, address, "builtin")
@@ -3206,16 +3197,14 @@ class BuiltinBusSource(Source, asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport, self._codec = transport, ZMTPSubscriber()
         self._silent_beats = 0  # since something came
-        late = ("silent", "it did not finish the handshake")
-        self._timer = self._loop.call_later(BUS_HANDSHAKE_SEC, self._give_up, *late)
-        keepalive = (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # a peer of ZMTP 3.0 gets no PINGs
-        transport.get_extra_info("socket").setsockopt(*keepalive)
+        late = "it did not finish the handshake"
+        self._timer = self._loop.call_later(BUS_HANDSHAKE_SEC, self._give_up, "silent", late)
         self.data_received()  # writes our greeting
 
     def data_received(self, data: bytes = b"") -> None:
         """Have one turn with what has come, or is pending."""
         codec, transport, self._silent_beats = self._codec, self._transport, 0
-        if self._stopped or codec.error is not None:  # not where the peer ended it: what came before is still read
+        if self._stopped or codec.error is not None:  # where the peer ended it, what came before is still read
             transport.abort()
             return
         messages = codec.feed(data, 2 * self._turn_messages)
@@ -3239,7 +3228,7 @@ class BuiltinBusSource(Source, asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._timer.cancel()
-        if not self._codec.socket_type:  # libzmq hangs up without a word where a type or a mechanism does not suit it
+        if not self._codec.socket_type:  # as libzmq does where a type or a mechanism does not suit it
             self._give_up("hung_up", "it hung up during the handshake; is it a PUB or XPUB socket without security?")
         if not self._end.done():
             self._end.set_result(self._codec.error)
@@ -3250,7 +3239,7 @@ class BuiltinBusSource(Source, asyncio.Protocol):
         self._transport.abort()
 
     def _beat(self) -> None:
-        """Send a PING when nothing came; beats are counted, not time, so that our own pauses harm nobody."""
+        """Send a PING when nothing came; beats count, not time, so that our own pauses harm nobody."""
         self._timer = self._loop.call_later(BUS_HEARTBEAT_SEC, self._beat)
         if self._silent_beats > _PINGS_MAX:
             self._give_up("silent", f"it left {_PINGS_MAX} PINGs without an answer")
@@ -3298,10 +3287,8 @@ def check_recording(path: str) -> None:
 
 
 class ReplaySource(Source):
-    """Plays a recording `speed` times as fast; speed 0, and the first `start_at` seconds of any, at once.
-
-    Each message sets the clock of the bus, which runs on at the pace of the replay.
-    """
+    """Plays a recording `speed` times as fast; with speed 0, and its first `start_at` seconds, at once.  Each message
+    sets the clock of the bus, which runs on at this pace."""
 
     def __init__(
         self, path: str, kind: str = "replay", *,
@@ -3406,8 +3393,8 @@ def read_artifact(directory: str, name: str, since_sec: float = 0.0) -> dict[str
     """Return the JSON object in a file of AIPerf's; {} if it has none, is over 4 MiB, or older than `since_sec`."""
     path = os.path.join(directory, name)
     with contextlib.suppress(OSError, ValueError, JSONError):  # ValueError: a NUL in the path
-        is_new = os.path.isfile(path) and os.path.getmtime(path) >= since_sec
-        if is_new and os.path.getsize(path) <= BUS_MESSAGE_BYTES_MAX:
+        size = os.path.getsize(path) if os.path.isfile(path) else 0
+        if 0 < size <= BUS_MESSAGE_BYTES_MAX and os.path.getmtime(path) >= since_sec:
             with open(path, "rb") as file:
                 value = json_load(file.read(BUS_MESSAGE_BYTES_MAX))
             return value if isinstance(value, dict) else {}
@@ -3446,7 +3433,7 @@ class Unsent:
 
     def __init__(self) -> None:
         self.total = 0
-        self.frames: collections.Counter[int] = collections.Counter()  # id() of bytes -> frames that hold them
+        self.frames = collections.Counter[int]()  # id() of bytes -> frames that hold them
 
 
 class Frame:
@@ -3541,9 +3528,9 @@ class Subscriber:
         self.closed = False  # it gets nothing more
         self.fault = ""  # why it was evicted
         self.sent = self.skipped = 0  # messages
-        self._untold: collections.Counter[str] = collections.Counter()  # type -> dropped since the last notice
+        self._untold = collections.Counter[str]()  # type -> dropped since the last notice
         # Of a slow client each chunk is one frame, and the key of state is its type: the next replaces it.
-        self.backlog: collections.OrderedDict[object, Chunk] = collections.OrderedDict()
+        self.backlog = collections.OrderedDict[object, Chunk]()
         self.backlog_bytes = 0
         self.slow = False  # from the soft mark until it has caught up
 
@@ -3626,7 +3613,7 @@ class Hub:
         self._on_wanted = on_wanted  # hears (type, True) with its first client, (type, False) after the last; "*" too
         self.subscribers: dict[Subscriber, None] = {}  # in the order they came
         self._groups: dict[tuple[Encoder, frozenset[str] | None], dict[Subscriber, None]] = {}  # that get the same
-        self._wanted: collections.Counter[str] = collections.Counter()  # type -> clients
+        self._wanted = collections.Counter[str]()  # type -> clients
         self.retained: dict[str, Message] = {}  # the last of each type of this run, in bus order
         self.unsent = Unsent()  # of all backlogs
         self._totals = (0, 0)  # of clients that have left
@@ -3736,7 +3723,6 @@ class Application(Protocol):
 
     memo: dict[bytes, Request]  # heads already parsed
     date: bytes  # of the Date header
-    read_buffer: memoryview  # shared by all connections
     message_bytes_max: int  # of a WebSocket message from a client
     unsent: Unsent  # large answers that wait for slow readers
 
@@ -3748,7 +3734,7 @@ class Application(Protocol):
     def failed(self, connection: Connection, error: Exception) -> None: ...
 
 
-class Connection(asyncio.BufferedProtocol):
+class Connection(asyncio.Protocol):
     """One client, from accept to the last byte."""
 
     _frames: FrameParser  # of a WebSocket
@@ -3767,40 +3753,32 @@ class Connection(asyncio.BufferedProtocol):
         self.subscriber: Subscriber | None = None  # of a WebSocket or stream
         self.checked: tuple[Request, Any, str] | None = None  # the last request that passed all checks, with its route
         self._requests = RequestParser(app.memo)
-        self._events: collections.deque[Event] = collections.deque()  # not yet handled
+        self._events = collections.deque[Event]()  # not yet handled
         self._owed_pong = b""  # for the last ping that came while the transport was full
         self._eof = False  # the peer has half-closed
         self._silent = 0  # sweeps since the peer read, or sent something (a head counts once)
         self._limit_sec = HTTP_HEAD_TIMEOUT_SEC  # of silence; within a head never more than this
         self.transport.set_write_buffer_limits(high=CONNECTION_BUFFER_BYTES, low=CONNECTION_BUFFER_BYTES // 4)
+        self.transport.max_size = CONNECTION_READ_BYTES  # type: ignore[attr-defined]  # 256 KiB are 40,000 tiny frames
         if sock is not None and self.address != UNIX_PEER:
             with contextlib.suppress(OSError, AttributeError):  # it is gone already; not every system has LOWAT
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # large answers are several writes
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # a stream's peer may vanish silently
                 # The kernel would buffer megabytes, and wake us when a third has gone: a slow reader would seem stalled
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, CONNECTION_UNSENT_BYTES)
+        self.transport.set_protocol(self)
+        refusal = app.opened(self)
+        if refusal is not None:
+            self.refuse(refusal)
 
     @property
     def paused(self) -> bool:
         return self.outlet.paused
 
-    def get_buffer(self, sizehint: int) -> memoryview:
-        """Return the one small buffer: a plain Protocol gets 256 KiB a read, which may hold 40,000 tiny frames."""
-        return self.app.read_buffer
-
-    def buffer_updated(self, nbytes: int) -> None:
-        self._receive(bytes(self.app.read_buffer[:nbytes]))
-
-    def _receive(self, data: bytes) -> None:
+    def data_received(self, data: bytes) -> None:
         try:
             if self.mode == "http":
-                known = self._requests.recall(data) if not self.paused else None
-                if known is None:
-                    self._silent = self._silent if self._requests.started else 0  # one deadline for a whole head
-                    self._requests.feed(data)
-                    self._serve()
-                else:
-                    self._answer(known)
+                self._serve(data)
             elif self.mode == "websocket":
                 self._silent = 0
                 self._read_frames(data)
@@ -3845,7 +3823,7 @@ class Connection(asyncio.BufferedProtocol):
             self._end_our_side()
         else:
             self._set_reading(True)
-            self._receive(b"")
+            self.data_received(b"")
 
     def connection_lost(self, error: Exception | None) -> None:
         self.mode = "closing"
@@ -3862,19 +3840,25 @@ class Connection(asyncio.BufferedProtocol):
             self._silent = 0  # while we do not read, its silence is ours
             (self.transport.resume_reading if on else self.transport.pause_reading)()
 
-    # -- HTTP ----------------------------------------------------------------------------------------------------------
+    # -- HTTP
 
-    def _serve(self) -> None:
-        if self.mode != "http" or self.paused:
-            return
-        try:
-            request = self._requests.next_request()
-        except HTTPError as error:
-            self.refuse(error_response(error), head_only=self._requests.is_head)
-            return
+    def _serve(self, data: bytes) -> None:
+        """Answer the next request, if it is complete and the answer finds room."""
+        requests = self._requests
+        request = None if self.paused else requests.recall(data)
+        if request is None:
+            self._silent = self._silent if requests.started else 0  # one deadline for a whole head
+            requests.feed(data)
+            if self.paused:
+                return
+            try:
+                request = requests.next_request()
+            except HTTPError as error:
+                self.refuse(error_response(error), head_only=requests.is_head)
+                return
         if request is not None:
             self._answer(request)
-            if self._requests.started or self._eof:
+            if requests.started or self._eof:
                 self._let_others()
         elif self._eof:
             self.transport.close()
@@ -3921,18 +3905,16 @@ class Connection(asyncio.BufferedProtocol):
             self._end_our_side()
 
     def _end_our_side(self) -> None:
-        if self.transport.is_closing():
-            return
         if self._eof or not self.transport.can_write_eof():  # TLS cannot half-close
             self.transport.close()
-            return
-        try:
-            self.transport.write_eof()
-            self._set_reading(True)
-        except OSError:  # the peer has reset the connection, and the loop has not seen it yet
-            self.transport.abort()
+        elif not self.transport.is_closing():
+            try:
+                self.transport.write_eof()
+                self._set_reading(True)
+            except OSError:  # the peer has reset the connection, and the loop has not seen it yet
+                self.transport.abort()
 
-    # -- WebSocket and streams -----------------------------------------------------------------------------------------
+    # -- WebSocket and streams
 
     def open_websocket(self, key: str, subprotocol: str | None) -> None:
         """Switch protocols; frames may have come right behind the request."""
@@ -3940,7 +3922,7 @@ class Connection(asyncio.BufferedProtocol):
         self.outlet.write(upgrade_response(key, subprotocol))
         early = self._requests.take_rest()
         if early:
-            asyncio.get_running_loop().call_soon(self._receive, early)
+            asyncio.get_running_loop().call_soon(self.data_received, early)
 
     def open_stream(self, head: bytes) -> None:
         self.mode = "stream"
@@ -3949,11 +3931,11 @@ class Connection(asyncio.BufferedProtocol):
     def _read_frames(self, data: bytes) -> None:
         events = self._frames.feed(data)
         pings = [event for event in events if event.kind == "ping"]
-        # RFC 6455 5.5.3: of several pings a peer "MAY elect to send a Pong frame for only the most recently processed".
+        # RFC 6455 5.5.3: of several pings only the last has to be answered
         if len(pings) > WS_PINGS_PER_READ_MAX:
             events = [event for event in events if event.kind != "ping" or event is pings[-1]]
         self._events += events
-        # One read may hold hundreds of subscriptions to everything: who does not read the replies waits with the rest.
+        # One read may hold hundreds of subscriptions to everything
         until_sec = time.monotonic() + _TURN_SEC
         while self._events and self.mode == "websocket" and self.transport.is_reading():
             if time.monotonic() > until_sec:
@@ -4033,17 +4015,9 @@ class Connection(asyncio.BufferedProtocol):
             self.transport.close()
 
 
-def connection_factory(app: Application) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], None]:
+def connection_factory(app: Application) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], Any]:
     """Return the callback for asyncio.start_server; no coroutine, which would cost a task."""
-
-    def accept(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        connection = Connection(app, writer)
-        writer.transport.set_protocol(connection)
-        refusal = app.opened(connection)
-        if refusal is not None:
-            connection.refuse(refusal)
-
-    return accept
+    return lambda _, writer: Connection(app, writer)
 
 
 # == 13 == Service =====================================================================================================
@@ -4216,7 +4190,6 @@ class APIService:
         # What the connections share (Application)
         self.memo: dict[bytes, Request] = {}
         self.date = b""  # IMF-fixdate of this second
-        self.read_buffer = memoryview(bytearray(CONNECTION_READ_BYTES))
         self.message_bytes_max = WS_MESSAGE_BYTES_MAX
         self.connections: set[Connection] = set()
         self.connections_max = HTTP_CONNECTIONS_MAX + self.settings.ws_max_connections  # fewer if the system says so

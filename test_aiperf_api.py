@@ -3846,7 +3846,6 @@ class EchoServer:
     def __init__(self) -> None:
         self.memo: dict[bytes, aiperf_api.Request] = {}
         self.date = b"Mon, 23 Nov 2026 00:00:00 GMT"
-        self.read_buffer = memoryview(bytearray(aiperf_api.CONNECTION_READ_BYTES))
         self.message_bytes_max = 32 << 20
         self.unsent = aiperf_api.Unsent()
         self.hub = aiperf_api.Hub(lambda name, wanted: None)
