@@ -62,7 +62,7 @@ from http import HTTPStatus
 from itertools import islice
 from stat import S_ISSOCK
 from types import MappingProxyType
-from typing import IO, Any, NamedTuple, NoReturn, Protocol, cast
+from typing import IO, Any, NamedTuple, NoReturn, cast
 from urllib.parse import unquote_to_bytes, urlsplit
 
 try:
@@ -2773,8 +2773,8 @@ def state_families(benchmark: Benchmark, now_ns: int) -> list[Family]:
 
 # == 10 == Bus =========================================================================================================
 #
-# A source delivers what one turn of the loop found, each message a list of frames: [topic, payload], or [topic] alone
-# where it was too large.  It never holds the bus back: AIPerf's proxy queues without a limit.
+# A source delivers what one turn found, each message as [topic, payload], or [topic] alone where it was too large.  It
+# never holds the bus back: AIPerf's proxy queues without a limit.
 
 log = logging.getLogger("aiperf_api")
 
@@ -2786,22 +2786,22 @@ BUS_BACKEND_PORT = 5664  # of AIPerf's event bus proxy
 BUS_IPC_NAME = "event_bus_proxy_backend.ipc"
 _IPC_PATH_BYTES_MAX = 107 if sys.platform.startswith("linux") else 103  # sun_path less its NUL
 _TCP_ENDPOINT = re.compile(r"tcp://(?:\[([0-9A-Fa-f:.]+(?:%[\w.-]+)?)\]|([^\[\]\s:/;@]+)):([0-9]{1,5}|\*)", re.ASCII)
-_CONNECT_SEC = 10.0  # for name and connection: the kernel's own attempts come up to 64 s apart
+_CONNECT_SEC = 10.0  # for name and connection; the kernel's attempts come up to 64 s apart
 _ANEW_SEC = 1.0  # until libzmq, which connects again in a fifth of that, has given up
 _TURN_MESSAGES_LEAST = 8  # that a turn delivers if they fit in one write to a client: fewer would cost as much
-_UNREAD_BYTES_MAX = 1024 * 1024  # written and not read by the bus (all subscriptions have a third); reconnect
+_UNREAD_BYTES_MAX = 1024 * 1024  # not read by the bus (all subscriptions have a third); reconnect
 _PINGS_MAX = 3  # in a row without an answer; reconnect
-_PROVEN_SEC = 2.0  # a connection that lasted so long is news again when it is lost
+_PROVEN_SEC = 2.0  # a connection that lasted so long is news when it is lost
 _BUS_GONE = "the bus at {} is gone; trying until it is back"
 
 
 class Source:
-    """One place where bus messages come from; the base is the source of a server that only `publish()` feeds."""
+    """Where bus messages come from; the base brings none, for a server that only `publish()` feeds."""
 
     def __init__(self, kind: str = "none", address: str = "", backend: str = "") -> None:
         self.kind = kind  # tcp | ipc | zmq | bind | replay | demo | child | none
         self.address = address  # endpoint, or the name of a file
-        self.backend = backend  # pyzmq | builtin | "" where no ZMQ is involved
+        self.backend = backend  # pyzmq | builtin | ""
         self.connected = not backend
         self.ended = False  # of a replay
         self._clock = time.time_ns(), time.monotonic_ns(), 1.0  # bus time, our monotonic time then, its pace since
@@ -2855,8 +2855,8 @@ class Source:
         self._turn_messages = max(1, least, min(fitting, 2 * len(batch) + 16, BUS_TURN_MESSAGES_MAX))
 
     def _report(self, kind: str, line: str) -> None:
-        """Note that the bus is there (`up`), is not (`down`), or what is wrong with it; log each kind once, until a
-        connection lasts.  The loss of one that did not last is no news."""
+        """Note that the bus is there (`up`), is not (`down`), or what is wrong; log each kind once, until a connection
+        lasts.  The loss of one that did not is no news."""
         was, now_sec = self.connected, time.monotonic()
         lasted = was and now_sec - self._since_sec > _PROVEN_SEC
         self.connected, self._since_sec = kind == "up", now_sec
@@ -2893,11 +2893,10 @@ def parse_endpoint(text: str, *, bind: bool = False) -> tuple[str, int, str]:
 def bus_source(address: str, kind: str, *, bind: bool = False, backend: str = "auto") -> Source:
     """Return the source for a ZMQ endpoint, else UsageError; `kind` is how the user named it."""
     parse_endpoint(address, bind=bind)
-    if (bind or backend == "pyzmq") and (zmq is None or backend == "builtin"):
+    is_builtin = zmq is None or backend == "builtin"
+    if is_builtin and (bind or backend == "pyzmq"):
         raise UsageError("--zmq-bind and --zmq-backend pyzmq need pyzmq (pip install pyzmq); builtin only connects")
-    if zmq is None or backend == "builtin":
-        return BuiltinBusSource(address, kind)
-    return PyzmqBusSource(address, kind, bind=bind)
+    return BuiltinBusSource(address, kind) if is_builtin else PyzmqBusSource(address, kind, bind=bind)
 
 
 class PyzmqBusSource(Source):
@@ -3026,8 +3025,7 @@ class PyzmqBusSource(Source):
                 await asyncio.sleep(0.005)
 
 
-# -- The bus without pyzmq ---------------------------------------------------------------------------------------------
-# A SUB socket: https://rfc.zeromq.org/spec/23/ (ZMTP 3.0) and 37 (3.1; 1 and 2 are refused).  A peer of 3.1 (libzmq
+# Without pyzmq: https://rfc.zeromq.org/spec/23/ (ZMTP 3.0) and 37 (3.1; 1 and 2 are refused).  A peer of 3.1 (libzmq
 # 4.3.3) gets SUBSCRIBE, CANCEL and PING commands; one of 3.0 gets messages that begin with 1 or 0, and no PING: 4.1
 # hands it on as a message.  A command may stand between the frames of a message: libzmq sends PINGs by a timer.
 
@@ -3055,8 +3053,8 @@ class ZMTPSubscriber:
         self._held = bytearray()  # not read yet
         self._need = 0  # bytes that _held must reach before reading on is of use
         self._skip = 0  # bytes still to come of a frame that is not kept
-        self._parts: list[bytes] = []  # of the message under way
-        self._room = -1  # bytes that its further frames may have; -1: none is kept
+        self._parts: list[bytes] = []
+        self._room = -1  # as in PyzmqBusSource
 
     @property
     def pending(self) -> bool:
@@ -3071,7 +3069,7 @@ class ZMTPSubscriber:
             return messages
         if self._held:
             data = b"".join((self._held, data))
-            self._held = bytearray()  # the old one is freed before a large frame is cut out of `data`
+            self._held = bytearray()  # frees the old one before a large frame is cut out of `data`
         self._need = 0
         try:
             pos = 0 if self.minor is not None else self._read_greeting(data)
@@ -3213,7 +3211,7 @@ class BuiltinBusSource(Source, asyncio.Protocol):
             codec.output = b""
         if codec.socket_type and not self.connected:
             self._timer.cancel()
-            self._timer = self._loop.call_later(BUS_HEARTBEAT_SEC, self._beat)
+            self._beat()
             self._report("up", f"connected to the bus at {self.address} (ZMTP 3.{codec.minor}, {codec.socket_type})")
             self._write(b"".join(map(codec.encode_subscription, self._prefixes)))
         if messages:
@@ -3248,9 +3246,7 @@ class BuiltinBusSource(Source, asyncio.Protocol):
         self._silent_beats += self._codec.minor or 0  # a peer of ZMTP 3.0 knows no PING
 
 
-# -- Recordings and files ----------------------------------------------------------------------------------------------
-
-# A JSON object a line: {"t": ns of the epoch, "topic": "realtime_metrics$", "payload": "{...}"}, plain or gzip.
+# A recording, plain or gzip: {"t": ns of the epoch, "topic": "realtime_metrics$", "payload": "{...}"} in each line
 _RECORDING_LINE_BYTES_MAX = BUS_RESULT_BYTES_MAX + 1024  # less its backslashes: a quotation mark takes two bytes
 _REPLAY_PAUSE_SEC = 5.0  # between two rounds of a loop
 
@@ -3320,7 +3316,7 @@ class ReplaySource(Source):
                     self._clock = start_ns, began_ns, rate
                 wait_sec = (began_ns - time.monotonic_ns() + (due_ns - start_ns) / rate) / 1e9 if rate else 0.0
                 if wait_sec > 0 or size >= BUS_TURN_BYTES_MAX or time.monotonic() > stop_sec:
-                    await asyncio.sleep(max(0.0, wait_sec))  # others have their turn
+                    await asyncio.sleep(max(0.0, wait_sec))
                     stop_sec, size = time.monotonic() + BUS_TURN_SEC, 0
                 self._clock = due_ns, time.monotonic_ns(), rate
                 self._deliver([frames])
@@ -3351,7 +3347,6 @@ def open_output(path: str, option: str, buffering: int = -1) -> IO[bytes]:
 
 
 def write_file(path: str, data: bytes) -> None:
-    """Write a file, and keep an older one; OSError."""
     try:
         with open_output(path, "output") as file:
             file.write(data)
@@ -3360,7 +3355,7 @@ def write_file(path: str, data: bytes) -> None:
 
 
 class Recorder:
-    """Writes a new recording; each flush appends whole lines (`.gz`: a whole gzip member), or nothing: OSError."""
+    """Writes a new recording; a flush appends whole lines (`.gz`: a whole gzip member), or nothing: OSError."""
 
     def __init__(self, path: str) -> None:
         self._file = open_output(path, "--record", buffering=0)
@@ -3411,12 +3406,10 @@ def resident_bytes() -> int | None:
 
 # == 11 == Hub =========================================================================================================
 #
-# Who subscribes to what.  A message is encoded once for each kind of client, and a batch is joined once for all that
-# subscribe to the same types.
-#
-# While a client's transport is full, its messages wait in its backlog, by reference: what many wait for is there once.
-# Past the soft mark state messages are conflated and events bounded, and it is told what was dropped.  Past the hard
-# mark, when no byte leaves for a while, or when all backlogs together hold too much, a client is evicted.
+# A message is encoded once for each kind of client, a batch is joined once for all that subscribe to the same types.
+# While a client's transport is full, they wait in its backlog, by reference.  Past the soft mark state messages are
+# conflated and events bounded, and it is told what was dropped.  Past the hard mark, when no byte leaves for a while,
+# or when all backlogs together hold too much, it is evicted.
 
 Encoder = Callable[["Message"], bytes]
 
@@ -3466,11 +3459,8 @@ class Chunk:
 
 
 class Outlet:
-    """The way out to one peer.
-
-    A transport copies what it cannot send at once (up to 3.11): large writes are pending here, by reference, and are
-    handed over in slices.  Whether bytes leave it tells a slow peer from a dead one.
-    """
+    """The way out to one peer.  A transport copies what it cannot send at once (up to 3.11): large writes are pending
+    here, by reference, and are handed over in slices."""
 
     def __init__(self, transport: asyncio.WriteTransport) -> None:
         self.transport = transport
@@ -3521,7 +3511,7 @@ class Subscriber:
     def __init__(self, outlet: Outlet, kind: str, address: str, encode: Encoder, connected_ns: int = 0) -> None:
         self.outlet, self.address, self.encode, self.connected_ns = outlet, address, encode, connected_ns
         self.kind = kind  # websocket | sse | ndjson
-        self.unsent = Unsent()  # the hub's, once it is there
+        self.unsent = Unsent()  # the hub's
         self.share = 1.0  # of the soft mark: hundreds that stall together must not be conflated in one turn
         self.asked: set[str] = set()  # message types as it named them
         self.types: frozenset[str] | None = frozenset()  # None: everything
@@ -3579,7 +3569,7 @@ class Subscriber:
             self.evict(f"{self.outstanding} bytes waited for it")
 
     def flush(self) -> None:
-        """Tell what was dropped, then send what waits while the transport has room."""
+        """Tell what was dropped, and send what waits while there is room."""
         if self._untold:
             notice = {"type": "skipped", "counts": self._untold}
             self.outlet.write(self.encode(Message("skipped", json_bytes(notice), False)))
@@ -3626,15 +3616,13 @@ class Hub:
         self.changes += 1
 
     def remove(self, subscriber: Subscriber) -> None:
-        if subscriber in self.subscribers:
-            self.subscribe(subscriber, frozenset())
-            self._totals = self._totals[0] + subscriber.sent, self._totals[1] + subscriber.skipped
-            del self.subscribers[subscriber]
-            subscriber.leave()
-            self.evicted_total += bool(subscriber.fault)
+        self.subscribe(subscriber, frozenset())
+        self._totals = self._totals[0] + subscriber.sent, self._totals[1] + subscriber.skipped
+        del self.subscribers[subscriber]
+        subscriber.leave()
+        self.evicted_total += bool(subscriber.fault)
 
     def subscribe(self, subscriber: Subscriber, types: frozenset[str] | None) -> None:
-        """Set what a client gets from now on."""
         before, subscriber.types = subscriber.types, types
         group = self._groups.get((subscriber.encode, before), {})
         group.pop(subscriber, None)
@@ -3643,7 +3631,7 @@ class Hub:
         if types is None or types:
             self._groups.setdefault((subscriber.encode, types), {})[subscriber] = None
         old, new = (frozenset("*") if names is None else names for names in (before, types))
-        for name in (*(new - old), *(old - new)):  # first in, then out: the bus loses nothing between
+        for name in (*(new - old), *(old - new)):  # first in, then out: nothing is lost between
             self._wanted[name] += 1 if name in new else -1
             if self._wanted[name] == (name in new):  # its first client came, or its last one went
                 self._on_wanted(name, name in new)
@@ -3660,7 +3648,7 @@ class Hub:
         return message_type in self._wanted or "*" in self._wanted
 
     def broadcast(self, messages: Sequence[Message], now_sec: float) -> None:
-        """Send messages to whoever subscribes to them, without ever waiting."""
+        """Send messages to all who subscribe to them, without ever waiting."""
         self._relieve()
         for message in messages:
             self.retained.pop(message.type, None)
@@ -3669,13 +3657,13 @@ class Hub:
                 self.retained[message.type] = message
         encoded: dict[tuple[Encoder, int], Frame] = {}  # once for all clients, however they group
         for (encode, types), group in self._groups.items():
-            chunks: list[Chunk] = []  # up to CLIENT_WRITE_BYTES_MAX; a larger frame is one by itself
+            chunks: list[Chunk] = []  # a frame over CLIENT_WRITE_BYTES_MAX is one by itself
             for at, message in enumerate(messages):
                 if types is None or message.type in types:
                     frame = encoded.get((encode, at))
                     if frame is None:
-                        frame = Frame(self.unsent, encode(message), now_sec, message.type, message.is_state)
-                        encoded[encode, at] = frame
+                        data = encode(message)
+                        frame = encoded[encode, at] = Frame(self.unsent, data, now_sec, message.type, message.is_state)
                     if chunks and chunks[-1].size + len(frame.data) <= CLIENT_WRITE_BYTES_MAX:
                         chunks[-1].frames.append(frame)
                         chunks[-1].size += len(frame.data)
@@ -3684,7 +3672,7 @@ class Hub:
             for chunk in chunks:
                 for subscriber in group:
                     subscriber.send(chunk, now_sec)
-                chunk.data = b""  # for those that wait there are the frames, which groups share
+                chunk.data = b""  # who waits has the frames, which groups share
 
     def _relieve(self) -> None:
         """Past HUB_BYTES_MAX, evict those whose bytes have stood still longest, then who is furthest behind."""
@@ -3697,12 +3685,11 @@ class Hub:
         self.retained.clear()
 
     def snapshot(self, types: frozenset[str] | None) -> list[Message]:
-        """Return the last message of each of these types, to be sent as replies."""
         self._relieve()
         return [message for message in self.retained.values() if types is None or message.type in types]
 
     def totals(self) -> tuple[int, int]:
-        """Return (messages sent, messages dropped) over all clients, present and past."""
+        """Return (messages sent, dropped) over all clients, present and past."""
         sent, skipped = map(sum, zip(self._totals, *[(one.sent, one.skipped) for one in self.subscribers]))
         return sent, skipped
 
@@ -3718,28 +3705,16 @@ _TURN_SEC = 0.02  # of the loop for the messages of one read
 UNIX_PEER = "unix"  # the address of a peer on a Unix socket
 
 
-class Application(Protocol):
-    """What a connection needs of the program behind it."""
-
-    memo: dict[bytes, Request]  # heads already parsed
-    date: bytes  # of the Date header
-    message_bytes_max: int  # of a WebSocket message from a client
-    unsent: Unsent  # large answers that wait for slow readers
-
-    def opened(self, connection: Connection) -> Response | None: ...  # a response refuses it
-    def closed(self, connection: Connection) -> None: ...
-    def respond(self, connection: Connection, request: Request) -> Response | None: ...  # None: it has switched modes
-    def headers_for(self, request: Request) -> HeaderList: ...
-    def received(self, connection: Connection, data: str | bytes) -> None: ...  # a WebSocket message
-    def failed(self, connection: Connection, error: Exception) -> None: ...
-
-
 class Connection(asyncio.Protocol):
-    """One client, from accept to the last byte."""
+    """One client, from accept to the last byte.
+
+    Of `app`, the program behind it, it knows memo, date, unsent and message_bytes_max, opened(), closed(), respond()
+    (None: the connection has switched modes), headers_for(), received() and failed().
+    """
 
     _frames: FrameParser  # of a WebSocket
 
-    def __init__(self, app: Application, writer: asyncio.StreamWriter) -> None:
+    def __init__(self, app: Any, writer: asyncio.StreamWriter) -> None:
         self.app = app
         self._writer = writer  # its finaliser closes the transport on newer Pythons
         self.transport: asyncio.Transport = writer.transport  # type: ignore[assignment]
@@ -3760,12 +3735,11 @@ class Connection(asyncio.Protocol):
         self._limit_sec = HTTP_HEAD_TIMEOUT_SEC  # of silence; within a head never more than this
         self.transport.set_write_buffer_limits(high=CONNECTION_BUFFER_BYTES, low=CONNECTION_BUFFER_BYTES // 4)
         self.transport.max_size = CONNECTION_READ_BYTES  # type: ignore[attr-defined]  # 256 KiB are 40,000 tiny frames
-        if sock is not None and self.address != UNIX_PEER:
-            with contextlib.suppress(OSError, AttributeError):  # it is gone already; not every system has LOWAT
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # large answers are several writes
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # a stream's peer may vanish silently
-                # The kernel would buffer megabytes, and wake us when a third has gone: a slow reader would seem stalled
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, CONNECTION_UNSENT_BYTES)
+        with contextlib.suppress(OSError, AttributeError):  # a Unix socket, or gone already; not all have LOWAT
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # large answers are several writes
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # a stream's peer may vanish silently
+            # The kernel would buffer megabytes, and wake us when a third has gone: a slow reader would look stalled
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, CONNECTION_UNSENT_BYTES)
         self.transport.set_protocol(self)
         refusal = app.opened(self)
         if refusal is not None:
@@ -3796,8 +3770,8 @@ class Connection(asyncio.Protocol):
         self._eof = True
         if self.subscriber is not None:
             self.subscriber.leave()  # the peer is gone
-        owed = self.mode in ("http", "closing") and (self.paused or bool(self.outlet.pending))
-        return owed and self.transport.can_write_eof()  # TLS cannot half-close
+        is_owed = self.mode in ("http", "closing") and (self.paused or self._has_backlog())
+        return is_owed and self.transport.can_write_eof()  # TLS cannot half-close
 
     def pause_writing(self) -> None:
         self.outlet.paused = True
@@ -3810,7 +3784,7 @@ class Connection(asyncio.Protocol):
         asyncio.get_running_loop().call_soon(self._resume)
 
     def _resume(self) -> None:
-        """Go on with what waits: pending slices, a pong, the backlog, further requests."""
+        """Go on with what waits."""
         self.outlet.write_pending()
         if self._owed_pong and self.mode == "websocket" and not self.paused:
             self.outlet.write(self._owed_pong)
@@ -3828,12 +3802,11 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         self.mode = "closing"
         self.outlet.pending.clear()
-        if isinstance(self._stream_protocol, asyncio.Protocol):
-            self._stream_protocol.connection_lost(None)
+        self._stream_protocol.connection_lost(None)
         self.app.closed(self)
 
     def _has_backlog(self) -> bool:
-        return bool(self.outlet.pending) or (self.subscriber is not None and bool(self.subscriber.backlog))
+        return bool(self.outlet.pending or (self.subscriber and self.subscriber.backlog))
 
     def _set_reading(self, on: bool) -> None:
         if not self._eof and not self.transport.is_closing() and self.transport.is_reading() != on:
@@ -3843,7 +3816,6 @@ class Connection(asyncio.Protocol):
     # -- HTTP
 
     def _serve(self, data: bytes) -> None:
-        """Answer the next request, if it is complete and the answer finds room."""
         requests = self._requests
         request = None if self.paused else requests.recall(data)
         if request is None:
@@ -3959,7 +3931,6 @@ class Connection(asyncio.Protocol):
         self._linger()
 
     def send_frame(self, frame: bytes) -> None:
-        """Write a frame behind what waits for this client."""
         if self.subscriber is None:
             self.outlet.write(frame)
             return
@@ -3998,8 +3969,7 @@ class Connection(asyncio.Protocol):
     def _evict(self, fault: str) -> None:
         if self.subscriber is not None:
             self.subscriber.evict(fault)
-        else:
-            self.outlet.abort()
+        self.outlet.abort()
 
     def end(self) -> None:
         """Say goodbye behind what waits: the server stops."""
@@ -4015,7 +3985,7 @@ class Connection(asyncio.Protocol):
             self.transport.close()
 
 
-def connection_factory(app: Application) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], Any]:
+def connection_factory(app: Any) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], Any]:
     """Return the callback for asyncio.start_server; no coroutine, which would cost a task."""
     return lambda _, writer: Connection(app, writer)
 

@@ -3634,7 +3634,7 @@ class TestHub(HubTestCase):
     def test_the_bus_is_asked_for_a_type_with_the_first_client_and_no_more_behind_the_last(self) -> None:
         first, second = self.client({"a"}).subscriber, self.client({"a", "b"}).subscriber
         self.hub.subscribe(second, frozenset({"a"}))
-        for subscriber in (first, second, second):
+        for subscriber in (first, second):
             self.hub.remove(subscriber)
         self.assertEqual(self.wanted, [("a", True), ("b", True), ("b", False), ("a", False)])
         self.assertFalse(self.hub.wants("a"))
