@@ -60,7 +60,7 @@ from http import HTTPStatus
 from itertools import islice
 from stat import S_ISSOCK
 from types import MappingProxyType
-from typing import IO, Any, NamedTuple, NoReturn, Protocol, cast
+from typing import IO, Any, NamedTuple, NoReturn, cast
 from urllib.parse import unquote_to_bytes, urlsplit
 
 try:
@@ -84,7 +84,6 @@ __all__ = ["APIService", "__version__", "main"]
 # HTTP requests
 HTTP_HEAD_BYTES_MAX = 16 * 1024  # request line and headers; nginx 8-32 KiB, Apache 8 KiB a line, node 16 KiB; 431
 HTTP_FIELDS_MAX = 64  # header lines; Apache 100, websockets 128; 431.  Query arguments; 400.  Parts of Accept; ignored
-HTTP_PIPELINED_MAX = 32  # requests of one connection that are answered before others have their turn
 HTTP_HEAD_TIMEOUT_SEC = 10  # for a whole head, from its first byte; nginx 60, Apache 20-40; 408
 HTTP_IDLE_TIMEOUT_SEC = 75  # of a kept-alive connection; nginx 75, uvicorn 5; closed
 
@@ -2772,9 +2771,8 @@ def state_families(benchmark: Benchmark, now_ns: int) -> list[Family]:
 
 # == 10 == Bus =========================================================================================================
 #
-# Where bus messages come from.  A source delivers batches: what one turn of the loop found, each message a list of
-# frames: [topic, payload], or [topic] alone where it was too large to keep.  It knows nothing of state, HTTP or
-# clients, and never holds the bus back: AIPerf's proxy queues without a limit, in the benchmark's own process.
+# A source delivers what one turn found, each message as [topic, payload], or [topic] alone where it was too large.  It
+# never holds the bus back: AIPerf's proxy queues without a limit.
 
 log = logging.getLogger("aiperf_api")
 
@@ -2782,30 +2780,30 @@ Batch = list[list[bytes]]
 Deliver = Callable[[Batch], None]
 Notify = Callable[[str], None]
 
-BUS_BACKEND_PORT = 5664  # AIPerf's event bus proxy: where subscribers connect
+BUS_BACKEND_PORT = 5664  # of AIPerf's event bus proxy
 BUS_IPC_NAME = "event_bus_proxy_backend.ipc"
 _IPC_PATH_BYTES_MAX = 107 if sys.platform.startswith("linux") else 103  # sun_path less its NUL
 _TCP_ENDPOINT = re.compile(r"tcp://(?:\[([0-9A-Fa-f:.]+(?:%[\w.-]+)?)\]|([^\[\]\s:/;@]+)):([0-9]{1,5}|\*)", re.ASCII)
-_CONNECT_SEC = 10.0  # for the name and the connection: the kernel's own attempts come up to 64 s apart
-_ANEW_SEC = 1.0  # until libzmq, which connects again in a fifth of that, counts as having given up
+_CONNECT_SEC = 10.0  # for name and connection; the kernel's attempts come up to 64 s apart
+_ANEW_SEC = 1.0  # until libzmq, which connects again in a fifth of that, has given up
 _TURN_MESSAGES_LEAST = 16  # that a turn delivers if they fit in one write to a client: fewer would cost as much
-_UNREAD_BYTES_MAX = 1024 * 1024  # written and not read by the bus, beside one full set of subscriptions; reconnect
-_PINGS_MAX = 3  # in a row without an answer, then the connection is made anew
-_PROVEN_SEC = 2.0  # a connection that lasted so long is news again when it is lost
+_UNREAD_BYTES_MAX = 1024 * 1024  # not read by the bus (all subscriptions have a third); reconnect
+_PINGS_MAX = 3  # in a row without an answer; reconnect
+_PROVEN_SEC = 2.0  # a connection that lasted so long is news when it is lost
 _BUS_GONE = "the bus at {} is gone; trying until it is back"
 
 
 class Source:
-    """One place where bus messages come from; the base is the source of a server that only `publish()` feeds."""
+    """Where bus messages come from; the base brings none, for a server that only `publish()` feeds."""
 
     def __init__(self, kind: str = "none", address: str = "", backend: str = "") -> None:
         self.kind = kind  # tcp | ipc | zmq | bind | replay | demo | child | none
         self.address = address  # endpoint, or the name of a file
-        self.backend = backend  # pyzmq | builtin | "" where no ZMQ is involved
-        self.connected = not backend  # a bus is at the other end, or the replay goes on
-        self.ended = False  # a replay has come to its end and will not go on
+        self.backend = backend  # pyzmq | builtin | ""
+        self.connected = not backend
+        self.ended = False  # of a replay
         self._clock = time.time_ns(), time.monotonic_ns(), 1.0  # bus time, our monotonic time then, its pace since
-        self._prefixes: dict[bytes, None] = {}  # of topics; in the order of their subscription
+        self._prefixes: dict[bytes, None] = {}  # an ordered set
         self._turn_messages = BUS_TURN_MESSAGES_MAX  # of the next turn
         self._told: set[str] = set()  # kinds of line that are not repeated
         self._since_sec = 0.0  # when the connection was made, or lost
@@ -2813,8 +2811,12 @@ class Source:
         self._stopped = False
 
     def start(self, deliver: Deliver, notify: Notify) -> None:
-        """Begin to deliver, within the running loop; `notify` gets lines that are worth a place in the log."""
+        """Begin to deliver; `notify` gets lines for the log."""
         self._deliver, self._notify, self._loop = deliver, notify, asyncio.get_running_loop()
+        self._task = self._loop.create_task(self._run())
+
+    async def _run(self) -> None:
+        pass
 
     async def stop(self) -> None:
         """Free sockets, files and timers; nothing is delivered afterwards."""
@@ -2825,24 +2827,22 @@ class Source:
             await asyncio.sleep(0)  # a transport closes its socket
 
     def now_ns(self) -> int:
-        """Return the time of the bus in ns since the epoch; no step of the wall clock moves it."""
+        """Return the time of the bus; no step of the wall clock moves it."""
         bus_ns, at_ns, pace = self._clock
         return bus_ns + int((time.monotonic_ns() - at_ns) * pace)
 
     def subscribe(self, prefix: bytes) -> None:
-        """Ask for the topics that begin with `prefix`."""
         if prefix not in self._prefixes:
             self._prefixes[prefix] = None
             self._tell_bus(prefix, True)
 
     def unsubscribe(self, prefix: bytes) -> None:
-        """End a subscription; one that is not there is ignored."""
         if prefix in self._prefixes:
             del self._prefixes[prefix]
             self._tell_bus(prefix, False)
 
     def _tell_bus(self, prefix: bytes, wanted: bool) -> None:
-        """Tell the bus of a prefix that is new, or not wanted any more."""
+        pass
 
     def _deliver_turn(self, batch: Batch) -> None:
         """Deliver a batch; what it cost sizes the next: about BUS_TURN_SEC, but at least what fits in one write."""
@@ -2853,35 +2853,30 @@ class Source:
         self._turn_messages = max(1, least, min(fitting, 2 * len(batch) + 16, BUS_TURN_MESSAGES_MAX))
 
     def _report(self, kind: str, line: str) -> None:
-        """Note that the bus is there (kind `up`), is not (`down`), or what is wrong with it; log each kind once.
-
-        A connection that lasted makes all of it news again; the loss of one that did not is none.
-        """
-        if self._stopped:
-            return
+        """Note that the bus is there (`up`), is not (`down`), or what is wrong; log each kind once, until a connection
+        lasts.  The loss of one that did not is no news."""
         was, now_sec = self.connected, time.monotonic()
         lasted = was and now_sec - self._since_sec > _PROVEN_SEC
         self.connected, self._since_sec = kind == "up", now_sec
         if lasted:
             self._told.clear()
         if kind not in self._told and (kind != "down" or lasted or not was):
-            self._told -= {"up", "down"} if kind in ("up", "down") else set()  # the one makes the other news
             self._told.add(kind)
+            if kind == "down":
+                self._told.discard("up")  # which then is news again
             self._notify(line)
 
 
 def backend_address(host: str) -> str:
-    """Return the subscriber endpoint of AIPerf's event bus on a host."""
     return f"tcp://[{host}]:{BUS_BACKEND_PORT}" if ":" in host else f"tcp://{host}:{BUS_BACKEND_PORT}"
 
 
 def ipc_address(folder: str) -> str:
-    """Return the subscriber endpoint of AIPerf's event bus in an IPC directory."""
     return "ipc://" + os.path.join(folder, BUS_IPC_NAME)
 
 
 def parse_endpoint(text: str, *, bind: bool = False) -> tuple[str, int, str]:
-    """Return (host, port, path) of a bus address, else UsageError; to bind, HOST and PORT may be `*`."""
+    """Return (host, port, path), else UsageError; to bind, HOST and PORT may be `*`."""
     path = text[len("ipc://") :] if text.startswith("ipc://") else ""
     if path not in ("", "@", "*") and "\0" not in path and len(os.fsencode(path)) <= _IPC_PATH_BYTES_MAX:
         return "", 0, "\0" + path[1:] if path[0] == "@" else path  # @NAME: an abstract socket
@@ -2894,60 +2889,53 @@ def parse_endpoint(text: str, *, bind: bool = False) -> tuple[str, int, str]:
 
 
 def bus_source(address: str, kind: str, *, bind: bool = False, backend: str = "auto") -> Source:
-    """Return the source for a ZMQ endpoint, or raise UsageError; `kind` is how the user named it (Source.kind)."""
-    parse_endpoint(address, bind=bind)  # says now what is wrong with it, whichever backend it is for
-    if (bind or backend == "pyzmq") and (zmq is None or backend == "builtin"):
+    """Return the source for a ZMQ endpoint, else UsageError; `kind` is how the user named it."""
+    parse_endpoint(address, bind=bind)
+    is_builtin = zmq is None or backend == "builtin"
+    if is_builtin and (bind or backend == "pyzmq"):
         raise UsageError("--zmq-bind and --zmq-backend pyzmq need pyzmq (pip install pyzmq); builtin only connects")
-    if zmq is None or backend == "builtin":
-        return BuiltinBusSource(address, kind)
-    return PyzmqBusSource(address, kind, bind=bind)
-
-
-# -- The bus through pyzmq ---------------------------------------------------------------------------------------------
+    return BuiltinBusSource(address, kind) if is_builtin else PyzmqBusSource(address, kind, bind=bind)
 
 
 class PyzmqBusSource(Source):
-    """A SUB socket, polled through its file descriptor by the event loop.
-
-    The descriptor tells of a change once (it is edge-triggered): a turn drains the socket, or schedules the next turn.
-    """
+    """A SUB socket.  Its descriptor tells of a change once: a turn drains the socket, or schedules the next turn."""
 
     def __init__(self, address: str, kind: str = "zmq", *, bind: bool = False) -> None:
         super().__init__(kind, address, "pyzmq")
         self._bind = bind  # publishers connect to us
-        self._peers = 0  # connections whose handshake is done
-        self._parts: list[bytes] = []  # of the message under way, where a turn ended within one
+        self._peers = 0  # whose handshake is done
+        self._parts: list[bytes] = []  # of the message within which a turn ended
         self._room = BUS_RESULT_BYTES_MAX  # bytes that its further frames may have; -1: none is kept
-        self._socket: Any = None  # zmq SUB; None before start and after stop
+        self._socket: Any = None  # from start to stop
 
     def start(self, deliver: Deliver, notify: Notify) -> None:
         super().start(deliver, notify)
         path = parse_endpoint(self.address, bind=self._bind)[2]
         if self._bind and os.path.lexists(path) and not S_ISSOCK(os.lstat(path).st_mode):  # libzmq would unlink it
             raise StartError(f"{printable(path)} is there and is not a socket")
-        self._socket = zmq.Context(io_threads=1).socket(zmq.SUB)
-        self._socket.linger, self._socket.ipv6 = 0, True
-        self._socket.immediate = True  # else subscriptions pile up for a bus that is not there
-        self._socket.maxmsgsize = BUS_RESULT_BYTES_MAX  # of a frame; past it libzmq drops the connection
-        self._socket.rcvhwm = BUS_QUEUE_MESSAGES_MAX  # before connecting, both: they have no effect afterwards
-        self._socket.sndhwm = 0  # of subscriptions: past 1000 it drops them, without a word
-        self._socket.connect_timeout = round(_CONNECT_SEC * 1000)
-        self._socket.reconnect_ivl = round(BUS_RETRY_MIN_SEC * 1000)  # libzmq adds up to as much again
-        self._socket.heartbeat_ivl = round(BUS_HEARTBEAT_SEC * 1000)
-        self._socket.heartbeat_timeout = self._socket.tcp_maxrt = self._socket.heartbeat_ivl * _PINGS_MAX
-        failed = zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
-        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | failed)
+        sub: Any = zmq.Context().socket(zmq.SUB)
+        self._socket = sub
+        sub.linger, sub.ipv6 = 0, True
+        sub.immediate = True  # else subscriptions pile up for a bus that is not there
+        sub.maxmsgsize = BUS_RESULT_BYTES_MAX  # of a frame; past it libzmq ends the connection
+        sub.rcvhwm = BUS_QUEUE_MESSAGES_MAX  # before connecting, both: they have no effect afterwards
+        sub.sndhwm = 0  # of subscriptions: past 1000 it drops them without a word
+        sub.connect_timeout = round(_CONNECT_SEC * 1000)
+        sub.reconnect_ivl = round(BUS_RETRY_MIN_SEC * 1000)  # libzmq adds up to as much again
+        sub.heartbeat_ivl = round(BUS_HEARTBEAT_SEC * 1000)
+        sub.heartbeat_timeout = sub.tcp_maxrt = sub.heartbeat_ivl * _PINGS_MAX
+        self._monitor = sub.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
         try:
-            (self._socket.bind if self._bind else self._socket.connect)(self.address)
+            (sub.bind if self._bind else sub.connect)(self.address)
         except zmq.ZMQError as error:
             raise StartError(f"cannot {'bind' if self._bind else 'connect to'} {self.address}: {error}") from None
         if self._bind:
-            self.address = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+            self.address = sub.getsockopt_string(zmq.LAST_ENDPOINT)
         for prefix in self._prefixes:
-            self._socket.setsockopt(zmq.SUBSCRIBE, prefix)
+            sub.setsockopt(zmq.SUBSCRIBE, prefix)
         self._next_turn = self._loop.call_soon(self._drain)  # what came before we watched
         self._loop.call_soon(self._drain_monitor)
-        self._loop.add_reader(self._socket.getsockopt(zmq.FD), self._drain)
+        self._loop.add_reader(sub.getsockopt(zmq.FD), self._drain)
         self._loop.add_reader(self._monitor.getsockopt(zmq.FD), self._drain_monitor)
 
     def _tell_bus(self, prefix: bytes, wanted: bool) -> None:
@@ -2992,23 +2980,24 @@ class PyzmqBusSource(Source):
     def _drain_monitor(self) -> None:
         while self._socket is not None and self._monitor.getsockopt(zmq.EVENTS) & zmq.POLLIN:
             event = struct.unpack_from("=H", self._monitor.recv_multipart(zmq.NOBLOCK)[0])[0]
-            if event != zmq.EVENT_HANDSHAKE_SUCCEEDED and not self._bind:
-                self._loop.call_later(_ANEW_SEC, self._connect_anew)
-            if event not in (zmq.EVENT_HANDSHAKE_SUCCEEDED, zmq.EVENT_DISCONNECTED):
+            if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                self._peers += 1
                 if not self.connected:
-                    self._report("handshake", f"the peer at {self.address} is no ZMTP 3 publisher; connecting again")
+                    what = "a publisher connected to" if self._bind else "connected to the bus at"
+                    self._report("up", f"{what} {self.address}")
                 continue
-            self._peers = max(0, self._peers + (1 if event == zmq.EVENT_HANDSHAKE_SUCCEEDED else -1))
-            if self._peers and not self.connected:
-                what = "a publisher connected to" if self._bind else "connected to the bus at"
-                self._report("up", f"{what} {self.address}")
-            elif self.connected and not self._peers:
+            if not self._bind:
+                self._loop.call_later(_ANEW_SEC, self._connect_anew)
+            self._peers = max(0, self._peers - 1)
+            if not self.connected:  # its handshake failed
+                self._report("handshake", f"the peer at {self.address} is no ZMTP 3 publisher; connecting again")
+            elif not self._peers:
                 what = "the last publisher at {} left; waiting for the next" if self._bind else _BUS_GONE
                 cause = "" if self._bind else f" (a frame of over {BUS_RESULT_BYTES_MAX:,} bytes does that, too)"
                 self._report("down", what.format(self.address) + cause)
 
     def _connect_anew(self) -> None:
-        """Connect where libzmq gives up for good: after a fault of the peer, or a frame over maxmsgsize."""
+        """Connect where libzmq gives up: after a fault of the peer, or a frame over maxmsgsize."""
         self._drain_monitor()  # it may be connected, and we not told yet
         if self._socket is None or self.connected:
             return
@@ -3027,19 +3016,16 @@ class PyzmqBusSource(Source):
             self._loop.remove_reader(self._monitor.getsockopt(zmq.FD))
             self._socket.disable_monitor()
             context, self._socket = self._socket.context, None
-            # It closes both sockets, and waits for libzmq, which may be looking up a name; no exit waits for a daemon.
+            # It waits for libzmq, which may be looking up a name; no exit waits for a daemon.
             ending = threading.Thread(target=context.destroy, args=(0,), daemon=True)
             ending.start()
             while ending.is_alive():  # noqa: ASYNC110 - as long as the caller of stop() waits
                 await asyncio.sleep(0.005)
 
 
-# -- The bus without pyzmq ---------------------------------------------------------------------------------------------
-# A SUB socket in the standard library: https://rfc.zeromq.org/spec/23/ (ZMTP 3.0) and 37 (ZMTP 3.1; ZMTP 1 and 2 are
-# refused), and where those leave a choice, what libzmq does on the wire:
-# - A peer of 3.1 (libzmq 4.3.3 and later) gets SUBSCRIBE, CANCEL and PING commands; one of 3.0 gets messages that begin
-#   with 1 or 0, and no PING: 4.1 hands it on as a message.  A PING gets its PONG from us in any case.
-# - A command may stand between the frames of a message: libzmq sends its PING when the timer says so.
+# Without pyzmq: https://rfc.zeromq.org/spec/23/ (ZMTP 3.0) and 37 (3.1; 1 and 2 are refused).  A peer of 3.1 (libzmq
+# 4.3.3) gets SUBSCRIBE, CANCEL and PING commands; one of 3.0 gets messages that begin with 1 or 0, and no PING: 4.1
+# hands it on as a message.  A command may stand between the frames of a message: libzmq sends PINGs by a timer.
 
 _MORE, _LONG, _COMMAND = 1, 2, 4  # the bits of a frame's first byte (23/ZMTP "Framing"); the others must be zero
 _GREETING = b"\xff" + bytes(8) + b"\x7f\3\1" + b"NULL".ljust(20, b"\0") + bytes(32)  # signature, 3.1, NULL
@@ -3049,33 +3035,31 @@ _READ_LENGTH = struct.Struct(">Q").unpack_from
 
 
 def _encode_zmtp(body: bytes, command: bytes = b"") -> bytes:
-    """Return a message of one frame, or a command with this name."""
     flags, body = (_COMMAND, bytes((len(command),)) + command + body) if command else (0, body)
     size = bytes((flags, len(body))) if len(body) < 256 else struct.pack(">BQ", flags | _LONG, len(body))
     return size + body
 
 
 class ZMTPSubscriber:
-    """The subscriber's side of one ZMTP connection: bytes in, messages and bytes to send out (sans-IO)."""
+    """The subscriber's side of one ZMTP connection (sans-IO)."""
 
     def __init__(self) -> None:
-        self.minor: int | None = None  # of the version that both sides speak: 0 or 1; None before the greeting
-        self.socket_type = ""  # of the peer, PUB or XPUB; "" before READY, which is too early to subscribe
+        self.minor: int | None = None  # of the version that both speak; None before the greeting
+        self.socket_type = ""  # of the peer; "" before READY, which is too early to subscribe
         self.error: BusError | None = None  # why nothing more will come out
-        self.output = _GREETING  # what is to be written to the peer now; the caller clears it
-        self._held = bytearray()  # what is not read yet; it grows with what really arrives
+        self.output = _GREETING  # to be written to the peer now; the caller clears it
+        self._held = bytearray()  # not read yet
         self._need = 0  # bytes that _held must reach before reading on is of use
         self._skip = 0  # bytes still to come of a frame that is not kept
-        self._parts: list[bytes] = []  # of the message under way
-        self._room = -1  # bytes that its further frames may have; -1: none is kept
+        self._parts: list[bytes] = []
+        self._room = -1  # as in PyzmqBusSource
 
     @property
     def pending(self) -> bool:
-        """Whether feed(b"") has more to give."""
         return bool(self._held) and not self._need
 
     def feed(self, data: bytes, frames_max: int = sys.maxsize) -> Batch:
-        """Return the messages that `data` completes, in `frames_max` frames; a fault sets `error`, and ends them."""
+        """Return the messages that `data` completes; a fault sets `error`, and ends them."""
         messages: Batch = []
         data, self._skip = data[self._skip :], max(0, self._skip - len(data))
         if self._skip or self.error is not None or len(self._held) + len(data) < self._need:
@@ -3083,7 +3067,7 @@ class ZMTPSubscriber:
             return messages
         if self._held:
             data = b"".join((self._held, data))
-            self._held = bytearray()  # the old one is freed before a large frame is cut out of `data`
+            self._held = bytearray()  # frees the old one before a large frame is cut out of `data`
         self._need = 0
         try:
             pos = 0 if self.minor is not None else self._read_greeting(data)
@@ -3094,13 +3078,12 @@ class ZMTPSubscriber:
         return messages
 
     def encode_subscription(self, prefix: bytes, wanted: bool = True) -> bytes:
-        """Return a subscription, or its end, in the form that this peer reads."""
         if not self.minor:
             return _encode_zmtp(bytes((wanted,)) + prefix)
         return _encode_zmtp(prefix, b"SUBSCRIBE" if wanted else b"CANCEL")
 
     def _read_greeting(self, data: bytes) -> int:
-        """Check a greeting as far as it has come; return where the frames begin, or hold what there is."""
+        """Check a greeting as far as it has come, and hold it until it is whole; return where the frames begin."""
         if data[:1] not in (b"", b"\xff") or (len(data) > 9 and not data[9] & 1) or (len(data) > 10 and data[10] < 3):
             raise BusError("not_zmtp", f"it does not speak ZMTP 3, as libzmq 4 does: it began with {data[:20]!r}")
         mechanism = data[12:32]
@@ -3114,7 +3097,7 @@ class ZMTPSubscriber:
         return len(_GREETING)
 
     def _read_frames(self, data: bytes, pos: int, frames_max: int, messages: Batch) -> None:
-        """Read frames from `pos` on, and hold the rest.  The loop that the speed of the source hangs on."""
+        """Read frames, and hold the rest.  The loop that the speed of the source hangs on."""
         size, parts, room = len(data), self._parts, self._room
         for _ in range(frames_max):
             if pos >= size:
@@ -3130,10 +3113,10 @@ class ZMTPSubscriber:
             end = start + length
             most = _COMMAND_BYTES_MAX if flags > 3 else room if parts else min(room, NAME_BYTES_MAX)  # a topic is short
             if length > most:
-                if flags > 3 or not self.socket_type or length >> 63:  # 23/ZMTP: a frame has up to 2^63-1 bytes
+                if flags > 3 or not self.socket_type or length >> 63:  # 23/ZMTP: up to 2^63-1
                     what = f"a {'command' if flags > 3 else 'frame'}{'' if self.socket_type else ' before READY'}"
                     raise BusError("malformed", f"{what} of {length:,} bytes")
-                parts, room = parts[:1] or [b""], -1  # the topic is kept; the bytes are dropped as they come
+                parts, room = parts[:1] or [b""], -1  # the bytes are dropped as they come
             elif end > size:
                 self._need = end - pos
                 break
@@ -3156,7 +3139,7 @@ class ZMTPSubscriber:
             self._held += memoryview(data)[pos:]
 
     def _read_command(self, body: bytes) -> None:
-        """Follow a command; those that are not known are ignored, and a PONG has done its work by arriving."""
+        """Follow READY and PING; others are ignored, and a PONG has done its work by arriving."""
         name = body[1 : 1 + body[0]] if body else b""
         data = body[1 + len(name) :]
         is_whole = name and len(name) == body[0] and (name != b"PING" or len(data) > 1)
@@ -3171,32 +3154,19 @@ class ZMTPSubscriber:
 
 
 class BuiltinBusSource(Source, asyncio.Protocol):
-    """A SUB socket in the standard library; it connects again for ever, and is the protocol of its one connection.
-
-    Nothing is queued beyond one read: while more is pending, reading is paused, and TCP slows the publisher down.
-    """
+    """A SUB socket in the standard library, and the protocol of its one connection; it queues one read at most."""
 
     def __init__(self, address: str, kind: str = "zmq") -> None:
         super().__init__(kind, address, "builtin")
-        self._endpoint = parse_endpoint(address)
-        self._transport: Any = None  # of the connection at hand, or the last one
-        self._wanted_bytes = 0  # of the subscriptions, as they are told
+        self._transport: Any = None  # of this connection, or the last
 
-    def start(self, deliver: Deliver, notify: Notify) -> None:
-        super().start(deliver, notify)
-        self._task = self._loop.create_task(self._keep_connected())
-
-    async def _keep_connected(self) -> None:
-        host, port, path = self._endpoint
+    async def _run(self) -> None:
+        *address, path = parse_endpoint(self.address)
+        connect: Any = self._loop.create_unix_connection if path else self._loop.create_connection
         while not self._stopped:  # wait_for() before Python 3.12 may swallow a cancellation (bpo-37658)
-            self._end: asyncio.Future[BusError | None] = self._loop.create_future()  # of the connection
+            self._end: asyncio.Future[BusError | None] = self._loop.create_future()
             try:
-                if path:
-                    connecting: Any = self._loop.create_unix_connection(lambda: self, path)
-                else:
-                    delay = 0.25 if re.search("[G-Zg-z]", host) else None  # RFC 8305: `localhost` may mean ::1 as well
-                    connecting = self._loop.create_connection(lambda: self, host, port, happy_eyeballs_delay=delay)
-                await asyncio.wait_for(connecting, _CONNECT_SEC)
+                await asyncio.wait_for(connect(lambda: self, *([path] if path else address)), _CONNECT_SEC)
                 if self._stopped:
                     return
                 error = await self._end
@@ -3211,44 +3181,35 @@ class BuiltinBusSource(Source, asyncio.Protocol):
             await asyncio.sleep(random.uniform(BUS_RETRY_MIN_SEC, BUS_RETRY_MAX_SEC))
 
     def _tell_bus(self, prefix: bytes, wanted: bool) -> None:
-        self._wanted_bytes += len(prefix) + 20 if wanted else -len(prefix) - 20
         if self.connected:
             self._write(self._codec.encode_subscription(prefix, wanted))
 
     def _write(self, data: bytes) -> None:
         if not self._transport.is_closing():
             self._transport.write(data)
-            if self._transport.get_write_buffer_size() > self._wanted_bytes + _UNREAD_BYTES_MAX:
+            if self._transport.get_write_buffer_size() > _UNREAD_BYTES_MAX:
                 self._give_up("not_reading", "it does not read what it is sent")
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport, self._codec = transport, ZMTPSubscriber()
         self._silent_beats = 0  # since something came
-        late = ("silent", "it did not finish the handshake")
-        self._timer = self._loop.call_later(BUS_HANDSHAKE_SEC, self._give_up, *late)
-        sock = transport.get_extra_info("socket")
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # a peer of ZMTP 3.0 gets no PINGs
-        for name, seconds in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10)):  # the system's own are hours
-            if sock.family != getattr(socket, "AF_UNIX", None) and hasattr(socket, name):
-                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), seconds)
-        if not self._endpoint[2] and sock.getsockname() == sock.getpeername():  # it would keep the port from the bus
-            self._give_up("down", "the connection met itself (TCP self-connect)")
+        late = "it did not finish the handshake"
+        self._timer = self._loop.call_later(BUS_HANDSHAKE_SEC, self._give_up, "silent", late)
         self.data_received()  # writes our greeting
 
     def data_received(self, data: bytes = b"") -> None:
-        """Have one turn: with what has come, or with what is pending."""
+        """Have one turn with what has come, or is pending."""
         codec, transport, self._silent_beats = self._codec, self._transport, 0
-        if self._stopped or codec.error is not None:  # not where the peer ended it: what came before is still read
+        if self._stopped or codec.error is not None:  # where the peer ended it, what came before is still read
             transport.abort()
             return
-        was_ready = codec.socket_type
         messages = codec.feed(data, 2 * self._turn_messages)
         if codec.output:
             self._write(codec.output)
             codec.output = b""
-        if codec.socket_type and not was_ready:
+        if codec.socket_type and not self.connected:
             self._timer.cancel()
-            self._timer = self._loop.call_later(BUS_HEARTBEAT_SEC, self._beat)
+            self._beat()
             self._report("up", f"connected to the bus at {self.address} (ZMTP 3.{codec.minor}, {codec.socket_type})")
             self._write(b"".join(map(codec.encode_subscription, self._prefixes)))
         if messages:
@@ -3263,51 +3224,45 @@ class BuiltinBusSource(Source, asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._timer.cancel()
-        if not self._codec.socket_type:  # libzmq hangs up without a word where a type or a mechanism does not suit it
+        if not self._codec.socket_type:  # as libzmq does where a type or a mechanism does not suit it
             self._give_up("hung_up", "it hung up during the handshake; is it a PUB or XPUB socket without security?")
         if not self._end.done():
             self._end.set_result(self._codec.error)
 
     def _give_up(self, kind: str, reason: str) -> None:
-        """End the connection because of the peer; the first reason counts, and nothing more is read."""
+        """End the connection because of the peer; the first reason counts."""
         self._codec.error = self._codec.error or BusError(kind, reason)
         self._transport.abort()
 
     def _beat(self) -> None:
-        """Send a PING when nothing came; counted in beats, not on the clock, so that our own pauses harm nobody."""
+        """Send a PING when nothing came; beats count, not time, so that our own pauses harm nobody."""
         self._timer = self._loop.call_later(BUS_HEARTBEAT_SEC, self._beat)
         if self._silent_beats > _PINGS_MAX:
             self._give_up("silent", f"it left {_PINGS_MAX} PINGs without an answer")
         elif self._silent_beats:
-            self._write(_encode_zmtp(b"\0\0", b"PING"))  # it names no time to live
+            self._write(_encode_zmtp(b"\0\0", b"PING"))  # no time to live
         self._silent_beats += self._codec.minor or 0  # a peer of ZMTP 3.0 knows no PING
 
 
-# -- Recordings and files ----------------------------------------------------------------------------------------------
-
-# One JSON object a line: {"t": ns of the epoch, "topic": "realtime_metrics$", "payload": "{...}"}, plain or gzip.
+# A recording, plain or gzip: {"t": ns of the epoch, "topic": "realtime_metrics$", "payload": "{...}"} in each line
 _RECORDING_LINE_BYTES_MAX = BUS_RESULT_BYTES_MAX + 1024  # less its backslashes: a quotation mark takes two bytes
-_REPLAY_PAUSE_SEC = 5.0  # between two rounds of a loop, so that the end can be looked at
-
-
-def open_recording(path: str) -> IO[bytes]:
-    """Open a recording, gzip or not, whatever its name; UsageError where that cannot be."""
-    try:
-        if os.path.exists(path) and not os.path.isfile(path):  # a FIFO would block
-            raise UsageError(f"{printable(path)}: not a regular file")
-        with open(path, "rb") as file:
-            is_gzip = file.read(2) == b"\x1f\x8b"
-        return cast(IO[bytes], gzip.open(path)) if is_gzip else open(path, "rb")
-    except OSError as error:
-        raise UsageError(f"{printable(path)}: {error.strerror}") from None
+_REPLAY_PAUSE_SEC = 5.0  # between two rounds of a loop
 
 
 def _read_recording(path: str, data: bytes | None = None) -> Generator[tuple[int, list[bytes]], None, None]:
-    """Yield (time in ns, frames) of each line of a file, or of gzip `data`; UsageError at the first that is none."""
+    """Yield (time in ns, frames) of each line of a file, or of `data`; UsageError at what is none."""
     number, name = 1, printable(path)
-    with open_recording(path) if data is None else gzip.open(io.BytesIO(data)) as file:
+    try:
+        if data is None and os.path.exists(path) and not os.path.isfile(path):
+            raise OSError(0, "not a regular file")  # a FIFO would block
+        file: IO[bytes] = open(path, "rb") if data is None else io.BytesIO(data)  # noqa: SIM115 - closed below
+    except OSError as error:
+        raise UsageError(f"{name}: {error.strerror}") from None
+    with file:
         try:
-            while line := file.readline(2 * _RECORDING_LINE_BYTES_MAX):
+            lines = gzip.open(file) if file.read(2) == b"\x1f\x8b" else file  # noqa: SIM115
+            file.seek(0)
+            while line := lines.readline(2 * _RECORDING_LINE_BYTES_MAX):
                 if len(line) - line.count(b"\\") > _RECORDING_LINE_BYTES_MAX:  # decoded, it may take four times that
                     raise ValueError(f"longer than {_RECORDING_LINE_BYTES_MAX:,} bytes")
                 record = json_load(line)
@@ -3322,15 +3277,12 @@ def _read_recording(path: str, data: bytes | None = None) -> Generator[tuple[int
 
 
 def check_recording(path: str) -> None:
-    """Raise UsageError unless a file begins like a recording."""
     next(_read_recording(path))
 
 
 class ReplaySource(Source):
-    """Plays a recording at its own pace, `speed` times as fast, or (speed 0, and the first `start_at` seconds) at once.
-
-    Each message sets the clock of the bus to its own time, from which it runs on at the pace of the replay.
-    """
+    """Plays a recording `speed` times as fast; with speed 0, and its first `start_at` seconds, at once.  Each message
+    sets the clock of the bus, which runs on at this pace."""
 
     def __init__(
         self, path: str, kind: str = "replay", *,
@@ -3339,13 +3291,7 @@ class ReplaySource(Source):
         super().__init__(kind, os.path.basename(path))
         self._path, self._data, self._speed, self._repeat, self._start_at = path, data, speed, loop, start_at
 
-    def start(self, deliver: Deliver, notify: Notify) -> None:
-        if self._data is None:
-            check_recording(self._path)
-        super().start(deliver, notify)
-        self._task = self._loop.create_task(self._play())
-
-    async def _play(self) -> None:
+    async def _run(self) -> None:
         reason = ""
         try:
             await self._play_round()
@@ -3358,7 +3304,7 @@ class ReplaySource(Source):
         self._notify(f"the replay of {self.address} has ended{reason}")
 
     async def _play_round(self) -> None:
-        start_ns, began_ns, rate = 0, 0, 0.0  # bus and monotonic time from which the pace is kept, and that pace
+        start_ns, began_ns, rate = 0, 0, 0.0  # bus and monotonic time from which this pace is kept
         stop_sec, size = 0.0, 0  # of this turn
         with contextlib.closing(_read_recording(self._path, self._data)) as lines:
             for due_ns, frames in lines:
@@ -3368,34 +3314,59 @@ class ReplaySource(Source):
                     self._clock = start_ns, began_ns, rate
                 wait_sec = (began_ns - time.monotonic_ns() + (due_ns - start_ns) / rate) / 1e9 if rate else 0.0
                 if wait_sec > 0 or size >= BUS_TURN_BYTES_MAX or time.monotonic() > stop_sec:
-                    await asyncio.sleep(max(0.0, wait_sec))  # others have their turn
+                    await asyncio.sleep(max(0.0, wait_sec))
                     stop_sec, size = time.monotonic() + BUS_TURN_SEC, 0
                 self._clock = due_ns, time.monotonic_ns(), rate
                 self._deliver([frames])
                 size += len(frames[1])
-        self._clock = self.now_ns(), time.monotonic_ns(), 1.0  # from here on time passes as it does
+        self._clock = self.now_ns(), time.monotonic_ns(), 1.0
+
+
+def check_output(path: str, option: str) -> str:
+    """Return the file to write, behind links; UsageError where anything else is there, or no folder for it."""
+    real = os.path.realpath(path)
+    is_other = (os.path.exists(path) or os.path.lexists(real)) and not os.path.isfile(path)  # a FIFO would block
+    if is_other or not os.path.isdir(os.path.dirname(real)):
+        raise UsageError(f"{option} {printable(path)}: {'not a regular file' if is_other else 'no such folder'}")
+    return real
+
+
+def open_output(path: str, option: str, buffering: int = -1) -> IO[bytes]:
+    """Open a new file; an older one that is not empty becomes PATH.1, .2, …; UsageError where that cannot be."""
+    real = check_output(path, option)
+    try:
+        if os.path.isfile(real) and os.path.getsize(real):
+            older = next(name for name in (f"{real}.{n}" for n in itertools.count(1)) if not os.path.lexists(name))
+            os.rename(real, older)
+            log.info("%s was there: kept as %s", printable(real), printable(older))
+        return open(real, "ab", buffering)
+    except OSError as error:
+        raise UsageError(f"{option} {printable(path)}: {error.strerror}") from None
+
+
+def write_file(path: str, data: bytes) -> None:
+    try:
+        with open_output(path, "output") as file:
+            file.write(data)
+    except UsageError as error:
+        raise OSError(str(error)) from None
 
 
 class Recorder:
-    """Writes a new recording; each flush appends whole lines (`.gz`: a whole gzip member), or nothing: OSError."""
+    """Writes a new recording; a flush appends whole lines (`.gz`: a whole gzip member), or nothing: OSError."""
 
     def __init__(self, path: str) -> None:
-        try:
-            keep_older(real := check_output(path, "--record"))
-            self._file = open(real, "ab", buffering=0)  # noqa: SIM115 - close() closes it
-        except OSError as error:
-            raise UsageError(f"--record {printable(path)}: {error.strerror}") from None
+        self._file = open_output(path, "--record", buffering=0)
         self._is_gzip = path.endswith(".gz")
         self._lines = bytearray()  # since the last flush
 
     def write(self, t_ns: int, topic: str, payload: bytes) -> None:
-        """Add one message; UnicodeDecodeError where its payload is no text."""
+        """Add a message; UnicodeDecodeError where its payload is no text."""
         self._lines += json_bytes({"t": t_ns, "topic": topic, "payload": payload.decode()}) + b"\n"
         if len(self._lines) >= BUS_TURN_BYTES_MAX:
             self.flush()
 
     def flush(self) -> None:
-        """Write what has come since the last flush; where the disk refuses, that is lost."""
         lines, self._lines = self._lines, bytearray()
         left = memoryview(gzip.compress(lines, 1, mtime=0) if self._is_gzip and lines else lines)
         end = self._file.seek(0, os.SEEK_END)
@@ -3407,45 +3378,16 @@ class Recorder:
             raise
 
     def close(self) -> None:
-        """Flush, and close whatever happens."""
         with self._file:
             self.flush()
-
-
-def check_output(path: str, option: str = "output") -> str:
-    """Return the file to write, behind links; UsageError where anything else is there, or no folder for it."""
-    real = os.path.realpath(path)
-    is_other = (os.path.exists(path) or os.path.lexists(real)) and not os.path.isfile(path)  # a FIFO would block
-    if is_other or not os.path.isdir(os.path.dirname(real)):
-        raise UsageError(f"{option} {printable(path)}: {'not a regular file' if is_other else 'no such folder'}")
-    return real
-
-
-def keep_older(path: str) -> None:
-    """Rename a file that is there and not empty to PATH.1, .2, …"""
-    if os.path.isfile(path) and os.path.getsize(path):
-        older = next(name for name in (f"{path}.{n}" for n in itertools.count(1)) if not os.path.lexists(name))
-        os.rename(path, older)
-        log.info("%s was there: kept as %s", printable(path), printable(older))
-
-
-def write_file(path: str, data: bytes) -> None:
-    """Write a file, and keep an older one (keep_older); OSError where the disk refuses, or check_output()."""
-    try:
-        keep_older(real := check_output(path))
-        with open(real, "wb") as file:
-            file.write(data)
-    except UsageError as error:
-        raise OSError(str(error)) from None
 
 
 def read_artifact(directory: str, name: str, since_sec: float = 0.0) -> dict[str, Any]:
     """Return the JSON object in a file of AIPerf's; {} if it has none, is over 4 MiB, or older than `since_sec`."""
     path = os.path.join(directory, name)
     with contextlib.suppress(OSError, ValueError, JSONError):  # ValueError: a NUL in the path
-        was_set_back = since_sec > time.time()  # the clock, which then tells no file's age
-        is_new = os.path.isfile(path) and (was_set_back or os.path.getmtime(path) >= since_sec)
-        if is_new and os.path.getsize(path) <= BUS_MESSAGE_BYTES_MAX:
+        size = os.path.getsize(path) if os.path.isfile(path) else 0
+        if 0 < size <= BUS_MESSAGE_BYTES_MAX and os.path.getmtime(path) >= since_sec:
             with open(path, "rb") as file:
                 value = json_load(file.read(BUS_MESSAGE_BYTES_MAX))
             return value if isinstance(value, dict) else {}
@@ -3453,7 +3395,6 @@ def read_artifact(directory: str, name: str, since_sec: float = 0.0) -> dict[str
 
 
 def resident_bytes() -> int | None:
-    """Return the resident memory of this process; None where /proc does not tell."""
     try:
         with open("/proc/self/statm", "rb") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -3463,41 +3404,37 @@ def resident_bytes() -> int | None:
 
 # == 11 == Hub =========================================================================================================
 #
-# Who subscribes to what, and what becomes of a client that does not keep up.  A broadcast never waits: a message is
-# encoded once for each kind of client, and a batch is joined once for all that subscribe to the same types.
-#
-# While a client's transport is full, its messages wait in its backlog, by reference: what many wait for is there once.
-# Past the soft mark state messages are conflated and events bounded, and the client is told what was dropped.  Past the
-# hard mark, or when no byte leaves for a while, or when all backlogs together hold too much, a client is evicted.
+# A message is encoded once for each kind of client, a batch is joined once for all that subscribe to the same types.
+# While a client's transport is full, they wait in its backlog, by reference.  Past the soft mark state messages are
+# conflated and events bounded, and it is told what was dropped.  Past the hard mark, when no byte leaves for a while,
+# or when all backlogs together hold too much, it is evicted.
 
 Encoder = Callable[["Message"], bytes]
 
 
 class Message(NamedTuple):
-    """A bus message on its way to the clients."""
-
     type: str
-    payload: bytes  # one JSON text, one line
+    payload: bytes  # JSON on one line
     is_state: bool  # the next of its type makes it obsolete
-    is_shown: bool = True  # else nobody wanted it yet: the payload is as the bus brought it
+    is_shown: bool = True  # else the payload is as the bus brought it: nobody wanted it
 
 
 class Unsent:
-    """How many bytes wait to be sent; what many wait for is one object, and counts once."""
+    """How many bytes wait to be sent; what many wait for counts once."""
 
     def __init__(self) -> None:
         self.total = 0
-        self.frames: collections.Counter[int] = collections.Counter()  # id() of the bytes -> frames that hold them
+        self.frames = collections.Counter[int]()  # id() of bytes -> frames that hold them
 
 
 class Frame:
-    """Bytes that wait for any number of peers, counted while it is alive."""
+    """Bytes that wait for any number of peers, counted while alive."""
 
-    __slots__ = ("_unsent", "data", "is_state", "received_sec", "size", "type")
+    __slots__ = ("_unsent", "data", "is_state", "received_sec", "type")
 
     def __init__(self, unsent: Unsent, data: bytes, at_sec: float, name: str = "", is_state: bool = False) -> None:
         self.type = name  # of the message; "": of none, never dropped
-        self._unsent, self.data, self.size, self.is_state, self.received_sec = unsent, data, len(data), is_state, at_sec
+        self._unsent, self.data, self.is_state, self.received_sec = unsent, data, is_state, at_sec
         unsent.total += 0 if unsent.frames[id(data)] else len(data)
         unsent.frames[id(data)] += 1
 
@@ -3506,11 +3443,7 @@ class Frame:
         frames[key] -= 1
         if not frames[key]:
             del frames[key]
-            self._unsent.total -= self.size
-
-    @property
-    def frames(self) -> tuple[Frame]:  # as a Chunk
-        return (self,)
+            self._unsent.total -= len(self.data)
 
 
 class Chunk:
@@ -3519,33 +3452,29 @@ class Chunk:
     __slots__ = ("data", "frames", "size")
 
     def __init__(self, frame: Frame) -> None:
-        self.frames, self.size = [frame], frame.size
-        self.data = b""  # the frames joined: for the clients of one broadcast that need not wait
+        self.frames, self.size = [frame], len(frame.data)
+        self.data = b""  # the frames joined, for the clients of one broadcast that need not wait
 
 
 class Outlet:
-    """The way out to one peer.
-
-    A transport copies what it cannot send at once (up to 3.11): large writes are pending here, by reference, and are
-    handed over in slices.  Nor does its buffer tell a slow peer from a dead one: whether bytes leave does.
-    """
+    """The way out to one peer.  A transport copies what it cannot send at once (up to 3.11): large writes are pending
+    here, by reference, and are handed over in slices."""
 
     def __init__(self, transport: asyncio.WriteTransport) -> None:
         self.transport = transport
         self.paused = False  # the transport is full
-        self.closed = False  # our side has ended, or will behind what is pending
         self.pending: collections.deque[tuple[memoryview, Frame | None]] = collections.deque()
         self.written = 0  # bytes given to the transport, ever
-        self._left = 0  # of these, what had left it at the last look
+        self._left = 0  # of these, what had left it at the last sweep
         self.still = 0  # sweeps in a row in which bytes waited and none left
 
     @property
-    def waiting(self) -> int:  # bytes, here and in the transport
+    def waiting(self) -> int:  # bytes
         return self.transport.get_write_buffer_size() + sum([len(view) for view, _ in self.pending])
 
     def write(self, data: bytes, frame: Frame | None = None) -> None:
-        """Write, unless our side has ended or the peer has gone; `frame` is held until the transport has all of it."""
-        if self.closed or self.transport.is_closing():
+        """Write, unless the peer has gone; `frame` is held until the transport has all of it."""
+        if self.transport.is_closing():
             return
         if (len(data) <= CLIENT_WRITE_BYTES_MAX or frame is None) and not self.pending:
             self.written += len(data)
@@ -3555,7 +3484,6 @@ class Outlet:
             self.write_pending()
 
     def write_pending(self) -> None:
-        """Hand over slices while the transport has room."""
         while self.pending and not self.paused and not self.transport.is_closing():
             view, frame = self.pending.popleft()
             view, rest = view[:CLIENT_WRITE_BYTES_MAX], view[CLIENT_WRITE_BYTES_MAX:]
@@ -3565,34 +3493,32 @@ class Outlet:
             self.transport.write(view)
 
     def abort(self) -> None:
-        """End at once and free all that waits; close() would wait for the peer to read it."""
-        self.closed = True
+        """End at once; close() would wait for the peer to read what is buffered."""
         self.pending.clear()
         self.transport.abort()
 
     def has_stalled(self) -> bool:
-        """Return whether bytes wait and none has left in CLIENT_STALL_SEC sweeps; to be called once a sweep."""
-        buffered = self.transport.get_write_buffer_size()  # over TLS perhaps more than was written: records have heads
+        """Return whether bytes wait and none has left in CLIENT_STALL_SEC sweeps; called once a sweep."""
+        buffered = self.transport.get_write_buffer_size()  # over TLS perhaps more than was written
         before, self._left = self._left, self.written - buffered
         self.still = 0 if self._left > before or not buffered else self.still + 1
         return self.still > CLIENT_STALL_SEC
 
 
 class Subscriber:
-    """One client that gets bus messages: a WebSocket or a stream."""
-
     def __init__(self, outlet: Outlet, kind: str, address: str, encode: Encoder, connected_ns: int = 0) -> None:
         self.outlet, self.address, self.encode, self.connected_ns = outlet, address, encode, connected_ns
         self.kind = kind  # websocket | sse | ndjson
-        self.unsent = Unsent()  # the hub's, once it is there
+        self.unsent = Unsent()  # the hub's
         self.share = 1.0  # of the soft mark: hundreds that stall together must not be conflated in one turn
-        self.asked: set[str] = set()  # message types as it named them, "*" among them
-        self.types: frozenset[str] | None = frozenset()  # what it gets; None: everything
+        self.asked: set[str] = set()  # message types as it named them
+        self.types: frozenset[str] | None = frozenset()  # None: everything
+        self.closed = False  # it gets nothing more
         self.fault = ""  # why it was evicted
-        self.sent = self.skipped = 0  # messages written, and dropped
-        self._untold: collections.Counter[str] = collections.Counter()  # type -> dropped since the last notice
-        # Oldest first.  Keys: the chunk; of a slow client the frame or, for state, its type: the next replaces it.
-        self.backlog: collections.OrderedDict[object, Chunk | Frame] = collections.OrderedDict()
+        self.sent = self.skipped = 0  # messages
+        self._untold = collections.Counter[str]()  # type -> dropped since the last notice
+        # Of a slow client each chunk is one frame, and the key of state is its type: the next replaces it.
+        self.backlog = collections.OrderedDict[object, Chunk]()
         self.backlog_bytes = 0
         self.slow = False  # from the soft mark until it has caught up
 
@@ -3602,7 +3528,7 @@ class Subscriber:
 
     def send(self, chunk: Chunk, now_sec: float) -> None:
         """Write, or queue while the transport is full or others wait."""
-        if self.outlet.closed:
+        if self.closed:
             return
         if self.outlet.paused or self.backlog:
             self._queue(chunk, now_sec)
@@ -3612,11 +3538,11 @@ class Subscriber:
             self.sent += len(chunk.frames) if chunk.frames[0].type else 0
 
     def reply(self, data: bytes, now_sec: float) -> None:
-        """Send an answer to this client alone, behind what waits for it; it is never dropped."""
+        """Send to this client alone, behind what waits for it; never dropped."""
         self.send(Chunk(Frame(self.unsent, data, now_sec)), now_sec)
 
     def _queue(self, chunk: Chunk, now_sec: float) -> None:
-        chunks: list[Chunk | Frame] = [chunk]
+        chunks = [chunk]
         if not self.slow:
             self.backlog[chunk] = chunk
             self.backlog_bytes += chunk.size
@@ -3628,11 +3554,11 @@ class Subscriber:
             self.backlog_bytes, self.slow = 0, True
         for frame in [frame for each in chunks for frame in each.frames]:
             older = self.backlog.pop(frame.type, None) if frame.is_state else None
-            size = self.backlog_bytes + frame.size - (older.size if older else 0)
+            size = self.backlog_bytes + len(frame.data) - (older.size if older else 0)
             fits = size <= CLIENT_SOFT_MARK_BYTES and len(self.backlog) < CLIENT_QUEUE_EVENTS_MAX
             is_kept = fits or frame.is_state or frame.type == ""
             if is_kept:
-                self.backlog[frame.type if frame.is_state else frame] = frame
+                self.backlog[frame.type if frame.is_state else frame] = Chunk(frame)
                 self.backlog_bytes = size
             if older or not is_kept:  # conflated, or an event too many
                 self.skipped += 1
@@ -3641,7 +3567,7 @@ class Subscriber:
             self.evict(f"{self.outstanding} bytes waited for it")
 
     def flush(self) -> None:
-        """Tell what was dropped, then send what waits, oldest first, while the transport has room."""
+        """Tell what was dropped, and send what waits while there is room."""
         if self._untold:
             notice = {"type": "skipped", "counts": self._untold}
             self.outlet.write(self.encode(Message("skipped", json_bytes(notice), False)))
@@ -3658,50 +3584,43 @@ class Subscriber:
         self.slow = self.slow and bool(self.backlog)
 
     def leave(self) -> None:
-        """Get nothing more: what waits here is forgotten, what the outlet has still goes out."""
-        self.outlet.closed = True
+        """Get nothing more; what the outlet has still goes out."""
+        self.closed = True
         self.backlog.clear()
+        self._untold.clear()
         self.backlog_bytes, self.slow = 0, False
 
     def evict(self, fault: str) -> None:
-        """End the connection at once, because it does not keep up; `fault` is for the log."""
         self.fault = self.fault or fault
         self.leave()
         self.outlet.abort()
 
 
 class Hub:
-    """All subscribers, what they get, and the last message of each type."""
-
     def __init__(self, on_wanted: Callable[[str, bool], None]) -> None:
         self._on_wanted = on_wanted  # hears (type, True) with its first client, (type, False) after the last; "*" too
         self.subscribers: dict[Subscriber, None] = {}  # in the order they came
         self._groups: dict[tuple[Encoder, frozenset[str] | None], dict[Subscriber, None]] = {}  # that get the same
-        self._wanted: collections.Counter[str] = collections.Counter()  # type -> clients
-        self.retained: dict[str, Message] = {}  # the last message of each type of this run, in bus order
+        self._wanted = collections.Counter[str]()  # type -> clients
+        self.retained: dict[str, Message] = {}  # the last of each type of this run, in bus order
         self.unsent = Unsent()  # of all backlogs
-        self._sent_before = self._skipped_before = 0  # by clients that have left
+        self._totals = (0, 0)  # of clients that have left
         self.evicted_total = 0
         self.changes = 0  # grows whenever a client comes, goes or subscribes
 
     def add(self, subscriber: Subscriber) -> None:
-        """Add a client that gets nothing yet."""
         subscriber.unsent, subscriber.share = self.unsent, 1 - len(self.subscribers) % 64 / 128
         self.subscribers[subscriber] = None
         self.changes += 1
 
     def remove(self, subscriber: Subscriber) -> None:
-        """Forget a client, if it is here."""
-        if subscriber in self.subscribers:
-            self.subscribe(subscriber, frozenset())
-            del self.subscribers[subscriber]
-            subscriber.leave()
-            self._sent_before += subscriber.sent
-            self._skipped_before += subscriber.skipped
-            self.evicted_total += bool(subscriber.fault)
+        self.subscribe(subscriber, frozenset())
+        self._totals = self._totals[0] + subscriber.sent, self._totals[1] + subscriber.skipped
+        del self.subscribers[subscriber]
+        subscriber.leave()
+        self.evicted_total += bool(subscriber.fault)
 
     def subscribe(self, subscriber: Subscriber, types: frozenset[str] | None) -> None:
-        """Set what a client gets from now on; None is everything."""
         before, subscriber.types = subscriber.types, types
         group = self._groups.get((subscriber.encode, before), {})
         group.pop(subscriber, None)
@@ -3710,25 +3629,24 @@ class Hub:
         if types is None or types:
             self._groups.setdefault((subscriber.encode, types), {})[subscriber] = None
         old, new = (frozenset("*") if names is None else names for names in (before, types))
-        for name in (*(new - old), *(old - new)):  # first in, then out: the bus loses nothing between
+        for name in (*(new - old), *(old - new)):  # first in, then out: nothing is lost between
             self._wanted[name] += 1 if name in new else -1
-            if self._wanted[name] == (1 if name in new else 0):  # its first client came, or its last one went
+            if self._wanted[name] == (name in new):  # its first client came, or its last one went
                 self._on_wanted(name, name in new)
             if not self._wanted[name]:
                 del self._wanted[name]
         self.changes += 1
 
     def has_room(self, invented: set[str]) -> bool:
-        """Return whether clients may ask for these names, which no AIPerf has: each is a subscription upstream."""
+        """Return whether clients may ask for names that no AIPerf has: each is a subscription upstream."""
         new = invented - self._wanted.keys()
         return not new or len(self._wanted) + len(new) <= 10 * CLIENT_TYPES_MAX
 
     def wants(self, message_type: str) -> bool:
-        """Return whether any client gets this type."""
         return message_type in self._wanted or "*" in self._wanted
 
     def broadcast(self, messages: Sequence[Message], now_sec: float) -> None:
-        """Send messages to whoever subscribes to them, in order, without ever waiting."""
+        """Send messages to all who subscribe to them, without ever waiting."""
         self._relieve()
         for message in messages:
             self.retained.pop(message.type, None)
@@ -3737,85 +3655,69 @@ class Hub:
                 self.retained[message.type] = message
         encoded: dict[tuple[Encoder, int], Frame] = {}  # once for all clients, however they group
         for (encode, types), group in self._groups.items():
-            chunks: list[Chunk] = []  # of at most CLIENT_WRITE_BYTES_MAX, but a larger frame is one by itself
+            chunks: list[Chunk] = []  # a frame over CLIENT_WRITE_BYTES_MAX is one by itself
             for at, message in enumerate(messages):
                 if types is None or message.type in types:
                     frame = encoded.get((encode, at))
                     if frame is None:
-                        frame = Frame(self.unsent, encode(message), now_sec, message.type, message.is_state)
-                        encoded[encode, at] = frame
-                    if chunks and chunks[-1].size + frame.size <= CLIENT_WRITE_BYTES_MAX:
+                        data = encode(message)
+                        frame = encoded[encode, at] = Frame(self.unsent, data, now_sec, message.type, message.is_state)
+                    if chunks and chunks[-1].size + len(frame.data) <= CLIENT_WRITE_BYTES_MAX:
                         chunks[-1].frames.append(frame)
-                        chunks[-1].size += frame.size
+                        chunks[-1].size += len(frame.data)
                     else:
                         chunks.append(Chunk(frame))
             for chunk in chunks:
                 for subscriber in group:
                     subscriber.send(chunk, now_sec)
-                chunk.data = b""  # for those that wait the frames are there, which all groups share
+                chunk.data = b""  # who waits has the frames, which groups share
 
     def _relieve(self) -> None:
-        """Past HUB_BYTES_MAX, evict those whose bytes have stood still longest; of equals who is furthest behind."""
+        """Past HUB_BYTES_MAX, evict those whose bytes have stood still longest, then who is furthest behind."""
         if self.unsent.total > HUB_BYTES_MAX:
             for subscriber in sorted(self.subscribers, key=lambda s: (-s.outlet.still, -s.outstanding)):
                 if self.unsent.total > HUB_BYTES_MAX:
                     subscriber.evict(f"{self.unsent.total} bytes waited for all, {subscriber.outstanding} for it")
 
     def forget_run(self) -> None:
-        """Forget the retained messages: a new run begins."""
         self.retained.clear()
 
     def snapshot(self, types: frozenset[str] | None) -> list[Message]:
-        """Return the last message of each of these types, in bus order; to be sent as replies."""
         self._relieve()
         return [message for message in self.retained.values() if types is None or message.type in types]
 
     def totals(self) -> tuple[int, int]:
-        """Return (messages sent, messages dropped) over all clients, present and past."""
-        sent, skipped = (sum([getattr(s, name) for s in self.subscribers]) for name in ("sent", "skipped"))
-        return self._sent_before + sent, self._skipped_before + skipped
+        """Return (messages sent, dropped) over all clients, present and past."""
+        sent, skipped = map(sum, zip(self._totals, *[(one.sent, one.skipped) for one in self.subscribers]))
+        return sent, skipped
 
 
 # == 12 == Connection ==================================================================================================
 #
 # One TCP (or Unix) connection: deadline -> parse -> route -> respond -> keep alive, or -> upgrade -> frames.
 #
-# An asyncio protocol, not a coroutine: no handler ever waits, so a request is answered within the callback that brought
-# its last byte.  That gives order to pipelined requests, no task per connection, and nothing to cancel at the end.
-#
-# Deadlines are counted in sweeps, one a second, not on a clock: while this process is stopped (SIGSTOP, a paused
-# container) no time goes by in which a peer could have done its part.
+# An asyncio protocol, not a coroutine: no handler ever waits, so there is no task to cancel.  Deadlines are counted in
+# sweeps, one a second, not on a clock: no peer can do its part while this process is stopped (SIGSTOP).
 
-_TURN_SEC = 0.02  # of the loop for the requests or messages that one connection sent, before others have theirs
-UNIX_PEER = "unix"  # stands for the address of a peer on a Unix socket, which has none
+_TURN_SEC = 0.02  # of the loop for the messages of one read
+UNIX_PEER = "unix"  # the address of a peer on a Unix socket
 
 
-class Application(Protocol):
-    """What a connection needs of the program behind it."""
+class Connection(asyncio.Protocol):
+    """One client, from accept to the last byte.
 
-    memo: dict[bytes, Request]  # heads already parsed, shared by all connections
-    date: bytes  # the Date header, kept up to date by the sweep
-    read_buffer: memoryview  # CONNECTION_READ_BYTES, shared by all connections
-    message_bytes_max: int  # of a WebSocket message from a client
-    unsent: Unsent  # large answers that wait for slow readers
+    Of `app`, the program behind it, it knows memo, date, unsent and message_bytes_max, opened(), closed(), respond()
+    (None: the connection has switched modes), headers_for(), received() and failed().
+    """
 
-    def opened(self, connection: Connection) -> Response | None: ...  # accept it; a response refuses it
-    def closed(self, connection: Connection) -> None: ...  # forget it: it is gone, whatever the reason
-    def respond(self, connection: Connection, request: Request) -> Response | None: ...  # None: it has switched modes
-    def headers_for(self, request: Request) -> HeaderList: ...  # of the answer, by what the request says of itself
-    def received(self, connection: Connection, data: str | bytes) -> None: ...  # a WebSocket message
-    def failed(self, connection: Connection, error: Exception) -> None: ...  # one of these raised: log it
+    _frames: FrameParser  # of a WebSocket
 
-
-class Connection(asyncio.BufferedProtocol):
-    """One client, from accept to the last byte."""
-
-    def __init__(self, app: Application, writer: asyncio.StreamWriter) -> None:
+    def __init__(self, app: Any, writer: asyncio.StreamWriter) -> None:
         self.app = app
-        self._writer = writer  # kept: its finaliser closes the transport on newer Pythons
+        self._writer = writer  # its finaliser closes the transport on newer Pythons
         self.transport: asyncio.Transport = writer.transport  # type: ignore[assignment]
-        self._stream_protocol = self.transport.get_protocol()  # replaced; told of the end, which breaks its cycle
-        peer, self._socket = map(self.transport.get_extra_info, ("peername", "socket"))
+        self._stream_protocol = self.transport.get_protocol()  # told of the end, which breaks its cycle
+        peer, sock = map(self.transport.get_extra_info, ("peername", "socket"))
         self.address = UNIX_PEER
         if isinstance(peer, tuple):
             self.address = f"[{peer[0]}]:{peer[1]}" if ":" in peer[0] else f"{peer[0]}:{peer[1]}"
@@ -3824,47 +3726,33 @@ class Connection(asyncio.BufferedProtocol):
         self.subscriber: Subscriber | None = None  # of a WebSocket or stream
         self.checked: tuple[Request, Any, str] | None = None  # the last request that passed all checks, with its route
         self._requests = RequestParser(app.memo)
-        self._frames: FrameParser | None = None
-        self._events: collections.deque[Event] = collections.deque()  # read, and not yet handled
-        self._owed_pong: bytes | None = None  # the data of the last ping that came while the transport was full
+        self._events = collections.deque[Event]()  # not yet handled
+        self._owed_pong = b""  # for the last ping that came while the transport was full
         self._eof = False  # the peer has half-closed
-        self._ending = False  # the server stops: goodbye when the backlog is out
-        self._silent = 0  # sweeps since the peer last sent anything
-        self._waited = 0  # sweeps since the head began, the last answer, the end of our side, or the last keepalive
-        self._limit_sec = HTTP_HEAD_TIMEOUT_SEC  # of `_waited`; for a head that has begun never more than this
+        self._silent = 0  # sweeps since the peer read, or sent something (a head counts once)
+        self._limit_sec = HTTP_HEAD_TIMEOUT_SEC  # of silence; within a head never more than this
         self.transport.set_write_buffer_limits(high=CONNECTION_BUFFER_BYTES, low=CONNECTION_BUFFER_BYTES // 4)
-        # The kernel would buffer megabytes, and wake us when a third has gone: one that reads a KiB a second would look
-        # like one that reads nothing.  Only TCP finds out that the peer of a silent stream has vanished.
-        if self._socket is not None and self.address != UNIX_PEER:
-            with contextlib.suppress(OSError, AttributeError):  # it is gone already; not every system has LOWAT
-                self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # large answers are several writes
-                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-                self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, CONNECTION_UNSENT_BYTES)
+        self.transport.max_size = CONNECTION_READ_BYTES  # type: ignore[attr-defined]  # 256 KiB are 40,000 tiny frames
+        with contextlib.suppress(OSError, AttributeError):  # a Unix socket, or gone already; not all have LOWAT
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # large answers are several writes
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # a stream's peer may vanish silently
+            # The kernel would buffer megabytes, and wake us when a third has gone: a slow reader would look stalled
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, CONNECTION_UNSENT_BYTES)
+        self.transport.set_protocol(self)
+        refusal = app.opened(self)
+        if refusal is not None:
+            self.refuse(refusal)
 
     @property
-    def paused(self) -> bool:  # the transport is full
+    def paused(self) -> bool:
         return self.outlet.paused
 
-    def get_buffer(self, sizehint: int) -> memoryview:
-        """Return the one small buffer, which is filled and emptied in one call of the loop: a plain Protocol would get
-        new bytes of 256 KiB for each read, and could hold 40,000 tiny frames while nobody else is served."""
-        return self.app.read_buffer
-
-    def buffer_updated(self, nbytes: int) -> None:
-        self._receive(bytes(self.app.read_buffer[:nbytes]))
-
-    def _receive(self, data: bytes) -> None:
-        self._silent = 0
+    def data_received(self, data: bytes) -> None:
         try:
             if self.mode == "http":
-                known = self._requests.recall(data) if not self.paused else None
-                if known is None:
-                    self._waited = self._waited if self._requests.started else 0  # one deadline for a whole head
-                    self._requests.feed(data)
-                    self._serve()
-                else:
-                    self._answer(known)
+                self._serve(data)
             elif self.mode == "websocket":
+                self._silent = 0
                 self._read_frames(data)
         except Exception as error:  # a fault of ours: the client is not left hanging, and told no detail
             self.app.failed(self, error)
@@ -3876,14 +3764,12 @@ class Connection(asyncio.BufferedProtocol):
                 self.outlet.abort()
 
     def eof_received(self) -> bool:
-        """Note that the peer sends no more; return True to keep the connection for what it is still owed."""
+        """Return whether to keep the connection, for answers that the peer is still owed."""
         self._eof = True
-        if self.mode == "websocket" and self.subscriber is not None:
-            self.subscriber.leave()  # without a Close: the peer is gone
-        # curl and nc may half-close and read on; one that is gone answers the next keepalive with a reset.
-        self._waited = STREAM_COMMENT_INTERVAL_SEC if self.mode == "stream" else self._waited
-        owed = self.mode == "stream" or (self.mode != "websocket" and (self.paused or bool(self.outlet.pending)))
-        return owed and self.transport.can_write_eof()  # TLS cannot half-close
+        if self.subscriber is not None:
+            self.subscriber.leave()  # the peer is gone
+        is_owed = self.mode in ("http", "closing") and (self.paused or self._has_backlog())
+        return is_owed and self.transport.can_write_eof()  # TLS cannot half-close
 
     def pause_writing(self) -> None:
         self.outlet.paused = True
@@ -3896,69 +3782,63 @@ class Connection(asyncio.BufferedProtocol):
         asyncio.get_running_loop().call_soon(self._resume)
 
     def _resume(self) -> None:
-        """Go on with what waits, oldest first: pending slices, a pong, the backlog, further requests."""
+        """Go on with what waits."""
         self.outlet.write_pending()
-        if self._owed_pong is not None and self.mode == "websocket" and not self.paused:
-            self.outlet.write(encode_frame(OP_PONG, self._owed_pong))
-            self._owed_pong = None
+        if self._owed_pong and self.mode == "websocket" and not self.paused:
+            self.outlet.write(self._owed_pong)
+            self._owed_pong = b""
         if self.subscriber is not None and not self.paused:
             self.subscriber.flush()
         if self.paused or self._has_backlog():
             return
         if self.mode == "closing":
             self._end_our_side()
-            return
-        self._set_reading(True)
-        if self._ending:
-            self.end()
-        elif self.mode != "stream":
-            self._receive(b"")
+        else:
+            self._set_reading(True)
+            self.data_received(b"")
 
     def connection_lost(self, error: Exception | None) -> None:
         self.mode = "closing"
-        self.outlet.closed = True
         self.outlet.pending.clear()
-        if isinstance(self._stream_protocol, asyncio.Protocol):
-            self._stream_protocol.connection_lost(None)
+        self._stream_protocol.connection_lost(None)
         self.app.closed(self)
 
     def _has_backlog(self) -> bool:
-        return bool(self.outlet.pending) or (self.subscriber is not None and bool(self.subscriber.backlog))
+        return bool(self.outlet.pending or (self.subscriber and self.subscriber.backlog))
 
     def _set_reading(self, on: bool) -> None:
         if not self._eof and not self.transport.is_closing() and self.transport.is_reading() != on:
             self._silent = 0  # while we do not read, its silence is ours
             (self.transport.resume_reading if on else self.transport.pause_reading)()
 
-    # -- HTTP ----------------------------------------------------------------------------------------------------------
+    # -- HTTP
 
-    def _serve(self) -> None:
-        """Answer the requests that are complete, in order, while the answers find room."""
-        until_sec = time.monotonic() + _TURN_SEC
-        for _ in range(HTTP_PIPELINED_MAX):
-            if self.mode != "http" or self.paused:
+    def _serve(self, data: bytes) -> None:
+        requests = self._requests
+        request = None if self.paused else requests.recall(data)
+        if request is None:
+            self._silent = self._silent if requests.started else 0  # one deadline for a whole head
+            requests.feed(data)
+            if self.paused:
                 return
             try:
-                request = self._requests.next_request()
+                request = requests.next_request()
             except HTTPError as error:
-                self.refuse(error_response(error), head_only=self._requests.is_head)
+                self.refuse(error_response(error), head_only=requests.is_head)
                 return
-            if request is None:
-                if self._eof:
-                    self.transport.close()
-                return
+        if request is not None:
             self._answer(request)
-            if time.monotonic() > until_sec:
-                break
-        self._let_others()
+            if requests.started or self._eof:
+                self._let_others()
+        elif self._eof:
+            self.transport.close()
 
     def _let_others(self) -> None:
-        """Go on when others have had their turn."""
         self._set_reading(False)  # also its end: that comes behind what was asked before it
         asyncio.get_running_loop().call_soon(self._resume)
 
     def _answer(self, request: Request) -> None:
-        self._waited, self._limit_sec = 0, HTTP_IDLE_TIMEOUT_SEC
+        self._silent, self._limit_sec = 0, HTTP_IDLE_TIMEOUT_SEC
         try:
             response = self.app.respond(self, request)
             if response is not None:
@@ -3987,49 +3867,45 @@ class Connection(asyncio.BufferedProtocol):
         self._linger()
 
     def _linger(self) -> None:
-        """End our side behind what is pending, and wait a moment for the peer to end its own: closing with unread bytes
-        would reset the connection, and the peer would lose our last words (RFC 9112 9.6)."""
+        """End our side behind what waits, and give the peer a moment to end its own: closing with unread bytes resets
+        the connection, and the peer loses our last words (RFC 9112 9.6)."""
         self.mode = "closing"
-        self.outlet.closed = True
-        self._waited, self._limit_sec = 0, LINGER_TIMEOUT_SEC
-        if not self.outlet.pending:
+        self._silent, self._limit_sec = 0, LINGER_TIMEOUT_SEC
+        if not self._has_backlog():
             self._end_our_side()
 
     def _end_our_side(self) -> None:
-        if self.transport.is_closing():
-            return
         if self._eof or not self.transport.can_write_eof():  # TLS cannot half-close
             self.transport.close()
-            return
-        try:
-            self.transport.write_eof()
-            self._set_reading(True)
-        except OSError:  # the peer has reset the connection, and the loop has not seen it yet
-            self.transport.abort()
+        elif not self.transport.is_closing():
+            try:
+                self.transport.write_eof()
+                self._set_reading(True)
+            except OSError:  # the peer has reset the connection, and the loop has not seen it yet
+                self.transport.abort()
 
-    # -- WebSocket and streams -----------------------------------------------------------------------------------------
+    # -- WebSocket and streams
 
     def open_websocket(self, key: str, subprotocol: str | None) -> None:
-        """Switch protocols; frames that came right behind the request are read, too."""
-        self.mode, self._waited, self._frames = "websocket", 0, FrameParser(self.app.message_bytes_max)
+        """Switch protocols; frames may have come right behind the request."""
+        self.mode, self._frames = "websocket", FrameParser(self.app.message_bytes_max)
         self.outlet.write(upgrade_response(key, subprotocol))
         early = self._requests.take_rest()
         if early:
-            asyncio.get_running_loop().call_soon(self._receive, early)
+            asyncio.get_running_loop().call_soon(self.data_received, early)
 
     def open_stream(self, head: bytes) -> None:
-        """Switch to an endless body."""
-        self.mode, self._waited = "stream", 0
+        self.mode = "stream"
         self.outlet.write(head)
 
     def _read_frames(self, data: bytes) -> None:
-        events = self._frames.feed(data) if self._frames is not None else []
+        events = self._frames.feed(data)
         pings = [event for event in events if event.kind == "ping"]
-        # RFC 6455 5.5.3: of several pings a peer "MAY elect to send a Pong frame for only the most recently processed".
+        # RFC 6455 5.5.3: of several pings only the last has to be answered
         if len(pings) > WS_PINGS_PER_READ_MAX:
             events = [event for event in events if event.kind != "ping" or event is pings[-1]]
         self._events += events
-        # One read may hold hundreds of subscriptions to everything: who does not read the replies waits with the rest.
+        # One read may hold hundreds of subscriptions to everything
         until_sec = time.monotonic() + _TURN_SEC
         while self._events and self.mode == "websocket" and self.transport.is_reading():
             if time.monotonic() > until_sec:
@@ -4039,22 +3915,20 @@ class Connection(asyncio.BufferedProtocol):
             if event.kind in ("text", "binary"):
                 self.app.received(self, event.data)
             elif event.kind == "ping" and self.paused:
-                self._owed_pong = event.data
+                self._owed_pong = encode_frame(OP_PONG, event.data)
             elif event.kind == "ping":
                 self.outlet.write(encode_frame(OP_PONG, event.data))
             elif event.kind in ("close", "failure"):  # 5.5.1: answered by a Close; 7.1.1: then the server closes first
                 self.close_websocket(event.code, event.reason)
 
     def close_websocket(self, code: int | None, reason: str = "") -> None:
-        """Send a Close and end; the peer's own is not waited for (some never send it)."""
-        if self.mode == "websocket":
-            self.outlet.write(encode_frame(OP_CLOSE, b"") if code is None else encode_close(code, reason))
-            if self.subscriber is not None:
-                self.subscriber.leave()
-            self._linger()
+        """Send a Close, drop what waits, and end; some peers never send their own."""
+        self.outlet.write(encode_frame(OP_CLOSE, b"") if code is None else encode_close(code, reason))
+        if self.subscriber is not None:
+            self.subscriber.leave()
+        self._linger()
 
     def send_frame(self, frame: bytes) -> None:
-        """Write a frame to this client alone, behind what waits for it."""
         if self.subscriber is None:
             self.outlet.write(frame)
             return
@@ -4063,22 +3937,16 @@ class Connection(asyncio.BufferedProtocol):
             self._set_reading(False)  # who does not read our replies is not asked for further questions
 
     def check(self) -> None:
-        """Keep the deadlines; to be called once a second."""
-        self._silent += 1
-        self._waited += 1
-        has_stalled = self.outlet.has_stalled()
-        # While bytes wait, those that leave are a sign of life, too.
-        silent = min(self._silent, self.outlet.still) if self.outlet.waiting else self._silent
+        """Keep the deadlines, once a second."""
         in_head = self._requests.started
-        if has_stalled:
+        self._silent += 1
+        if self.outlet.has_stalled():
             self._evict(f"no byte has left for {CLIENT_STALL_SEC} s")
-        elif self.mode == "websocket" and silent > 2 * WS_PING_INTERVAL_SEC:
-            self._evict("it was silent, and did not answer pings")
+        elif self.outlet.waiting:
+            self._silent = 0  # bytes that leave are a sign of life, too
         elif self.mode in ("websocket", "stream"):
             self._keep_alive()
-        elif self.outlet.waiting:
-            self._waited = 0
-        elif self._waited <= (min(self._limit_sec, HTTP_HEAD_TIMEOUT_SEC) if in_head else self._limit_sec):
+        elif self._silent <= (min(self._limit_sec, HTTP_HEAD_TIMEOUT_SEC) if in_head else self._limit_sec):
             return
         elif self.mode == "closing":
             self.transport.abort()
@@ -4087,46 +3955,37 @@ class Connection(asyncio.BufferedProtocol):
         else:
             self.transport.close()
 
+    def _keep_alive(self) -> None:
+        kind = self.subscriber.kind if self.subscriber is not None else self.mode
+        if kind == "websocket" and self._silent > 2 * WS_PING_INTERVAL_SEC:
+            self._evict("it was silent, and did not answer pings")
+        elif kind == "websocket" and not self._silent % WS_PING_INTERVAL_SEC:
+            self.outlet.write(encode_frame(OP_PING, b""))
+        elif kind == "sse" and not self._silent % STREAM_COMMENT_INTERVAL_SEC:
+            self.outlet.write(b": keepalive\n\n")  # HTML standard 9.2.6
+
     def _evict(self, fault: str) -> None:
         if self.subscriber is not None:
             self.subscriber.evict(fault)
-        else:
-            self.outlet.abort()
-
-    def _keep_alive(self) -> None:
-        """Ping a WebSocket, comment to a stream."""
-        if self._eof and self._socket is not None and self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
-            self.outlet.abort()  # behind an EOF, asyncio finds a reset only when it writes
-        elif self._waited >= (WS_PING_INTERVAL_SEC if self.mode == "websocket" else STREAM_COMMENT_INTERVAL_SEC):
-            self._waited = 0
-            kind = self.subscriber.kind if self.subscriber is not None else self.mode
-            if not self.paused and kind == "websocket":
-                self.outlet.write(encode_frame(OP_PING, b""))
-            elif not self.paused and (kind == "sse" or self._eof):  # a comment (HTML standard 9.2.6), or an empty line
-                self.outlet.write(b": keepalive\n\n" if kind == "sse" else b"\n")
+        self.outlet.abort()
 
     def end(self) -> None:
-        """Say goodbye as the mode has it, behind what waits, without waiting for an answer: the server stops."""
-        self._ending = True
-        if self._has_backlog():
-            return  # _resume() comes back here
+        """Say goodbye behind what waits: the server stops."""
+        if self.mode == "closing":
+            return
         if self.mode == "websocket":
-            self.close_websocket(CLOSE_GOING_AWAY, "the server stops")
-        elif self.mode != "closing":
+            self.send_frame(encode_close(CLOSE_GOING_AWAY, "the server stops"))
+        if self.subscriber is not None:
+            self.subscriber.closed = True
+        if self.mode == "websocket" or self._has_backlog():
+            self._linger()
+        else:
             self.transport.close()
 
 
-def connection_factory(app: Application) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], None]:
-    """Return the callback for asyncio.start_server: no coroutine, so that it costs no task."""
-
-    def accept(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        connection = Connection(app, writer)
-        writer.transport.set_protocol(connection)
-        refusal = app.opened(connection)
-        if refusal is not None:
-            connection.refuse(refusal)
-
-    return accept
+def connection_factory(app: Any) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], Any]:
+    """Return the callback for asyncio.start_server; no coroutine, which would cost a task."""
+    return lambda _, writer: Connection(app, writer)
 
 
 # == 13 == Service =====================================================================================================
@@ -4299,7 +4158,6 @@ class APIService:
         # What the connections share (Application)
         self.memo: dict[bytes, Request] = {}
         self.date = b""  # IMF-fixdate of this second
-        self.read_buffer = memoryview(bytearray(CONNECTION_READ_BYTES))
         self.message_bytes_max = WS_MESSAGE_BYTES_MAX
         self.connections: set[Connection] = set()
         self.connections_max = HTTP_CONNECTIONS_MAX + self.settings.ws_max_connections  # fewer if the system says so
