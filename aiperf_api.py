@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Everything worth knowing about a running AIPerf benchmark: the ZMQ event bus of its processes, served on one port.
+"""A running AIPerf benchmark, followed on the ZMQ event bus of its processes and served on one port.
 
     /            what there is, with lines to copy         /dashboard   the run, live
     /metrics     Prometheus text                           /api/...     JSON
@@ -11,7 +11,7 @@
     python3 aiperf_api.py --api-port 9090 --zmq-host 127.0.0.1
     python3 aiperf_api.py --api-port 9090 -- aiperf profile --model ... --url ... --streaming
 
-Not here, on purpose: HTTP/2, request bodies, Range requests, permessage-deflate, writing to the bus that it watches.
+Not here, on purpose: HTTP/2, request bodies, Range, permessage-deflate, writing to the bus.
 
 Rooms: `grep -n '^# ==' aiperf_api.py`.  A name is used in its own or below; 2 to 9 know no loop, no socket, no clock.
 """
@@ -77,75 +77,75 @@ __all__ = ["APIService", "__version__", "main"]
 
 # == 1 == Limits =======================================================================================================
 #
-# Each: its unit in the name, a precedent if any, what the peer sees past it.  Pauses and caches are in their rooms.
+# Each: its unit in the name, a precedent if any, what the peer sees past it.
 
 # HTTP requests
-HTTP_HEAD_BYTES_MAX = 16 * 1024  # request line and headers; nginx 8-32 KiB, node 16; 431
-HTTP_FIELDS_MAX = 64  # header lines; Apache 100; 431.  Query arguments; 400.  Parts of Accept; ignored
+HTTP_HEAD_BYTES_MAX = 16 * 1024  # nginx 8-32 KiB, node 16; 431
+HTTP_FIELDS_MAX = 64  # header lines (Apache 100); 431.  Query arguments; 400.  Parts of Accept; ignored
 HTTP_PIPELINED_MAX = 32  # requests of one connection in one turn
-HTTP_HEAD_TIMEOUT_SEC = 10  # for a whole head, from its first byte; nginx 60, Apache 20-40; 408
+HTTP_HEAD_TIMEOUT_SEC = 10  # for a head, from its first byte; Apache 20-40; 408
 HTTP_IDLE_TIMEOUT_SEC = 75  # of a kept-alive connection; nginx 75; closed
 
 # Connections
-HTTP_CONNECTIONS_MAX = 512  # beside the WebSocket limit, half-open ones included; nginx 512; 503
-LINGER_TIMEOUT_SEC = 2  # for the peer to end its side after our last words; nginx 5
+HTTP_CONNECTIONS_MAX = 512  # beside WebSockets, half-open ones included; nginx 512; 503
+LINGER_TIMEOUT_SEC = 2  # for the peer to end its side; nginx 5
 CONNECTION_BUFFER_BYTES = 4 * 1024  # copied to a transport before it counts as full; asyncio 64 KiB
-CONNECTION_READ_BYTES = 16 * 1024  # in one read, before others have their turn; asyncio 256 KiB
+CONNECTION_READ_BYTES = 16 * 1024  # in one read; asyncio 256 KiB
 CONNECTION_UNSENT_BYTES = 16 * 1024  # in the kernel, beyond the peer's window; Linux: megabytes
-HTTP_UNSENT_BYTES_MAX = 16 * 1024 * 1024  # of all large answers that wait for slow readers; 503 to the next
+HTTP_UNSENT_BYTES_MAX = 16 * 1024 * 1024  # of all large answers that wait; 503 to the next
 
 # WebSockets and streams
-WS_CONNECTIONS_MAX = 1000  # unless --ws-max-connections says otherwise; 503 before the upgrade
-WS_MESSAGE_BYTES_MAX = 64 * 1024  # of all fragments; websockets 1 MiB, websocat 64 KiB; Close 1009
-WS_FRAGMENT_BYTES_MEAN = 64  # 64 KiB / 64 fragments in a message: empty ones cost a client 6 bytes; Close 1008
+WS_CONNECTIONS_MAX = 1000  # or --ws-max-connections; 503 before the upgrade
+WS_MESSAGE_BYTES_MAX = 64 * 1024  # of all fragments; websocat 64 KiB; Close 1009
+WS_FRAGMENT_BYTES_MEAN = 64  # so many fragments in a message: empty ones cost a client 6 bytes; Close 1008
 WS_PING_INTERVAL_SEC = 20  # websockets 20; a peer silent for two of them is evicted
-WS_PINGS_PER_READ_MAX = 10  # answered one by one (Autobahn 2.10 sends ten); of more, only the last
-CLIENT_TYPES_MAX = 100  # message types of one client (AIPerf has 70); an error reply
+WS_PINGS_PER_READ_MAX = 10  # that are answered (Autobahn sends ten); of more, only the last
+CLIENT_TYPES_MAX = 100  # of one client; AIPerf has 70; an error reply
 CLIENT_WRITE_BYTES_MAX = 64 * 1024  # in one write (HTTP: twice that); asyncio 64 KiB
-CLIENT_SOFT_MARK_BYTES = 16 * 1024 * 1024  # behind by more: state messages are conflated, events have to fit in
+CLIENT_SOFT_MARK_BYTES = 16 * 1024 * 1024  # behind by more: state messages are conflated, events must fit in
 CLIENT_SOFT_MARK_SEC = 5  # behind by more, the same
 CLIENT_QUEUE_EVENTS_MAX = 1000  # that wait for such a client (ZMQ_SNDHWM 1000); it is told what was dropped
 CLIENT_HARD_MARK_BYTES = 2 * CLIENT_SOFT_MARK_BYTES  # huge messages, replies that nobody reads: evicted
 CLIENT_STALL_SEC = 30  # bytes wait and none leaves; nginx 60; evicted
-HUB_BYTES_MAX = 64 * 1024 * 1024  # of all backlogs, shared bytes counted once; those that do not read are evicted
+HUB_BYTES_MAX = 64 * 1024 * 1024  # of all backlogs, shared bytes once; who does not read is evicted
 RETAINED_BYTES_MAX = 16 * 1024 * 1024  # of the last messages, of 256 types at most; no snapshot
 STREAM_COMMENT_INTERVAL_SEC = 15  # ": keepalive" to an event stream; HTML standard 9.2.7: 15
 
 # The bus.  libzmq is the precedent where nothing else is said; it bounds neither messages nor frames.
-BUS_MESSAGE_BYTES_MAX = 4 * 1024 * 1024  # of figures and `process_*`; AIPerf's reach 0.3 MB; dropped and counted
-BUS_TEXT_BYTES_MAX = 128 * 1024  # of other types but results; AIPerf's reach 3 KB; the same
+BUS_MESSAGE_BYTES_MAX = 4 * 1024 * 1024  # of figures and `process_*` (AIPerf 0.3 MB); dropped and counted
+BUS_TEXT_BYTES_MAX = 128 * 1024  # of other types but results (AIPerf 3 KB); the same
 BUS_RESULT_BYTES_MAX = 32 * 1024 * 1024  # past it the topic comes alone, or pyzmq's connection ends
 BUS_PARTS_MAX = 64  # frames of a message; the bus sends 2; the same
-BUS_TYPES_MAX = 256  # message types and topics that are told apart; further ones count as "other"
+BUS_TYPES_MAX = 256  # that are told apart; further ones count as "other"
 BUS_QUEUE_MESSAGES_MAX = 8  # in libzmq (1000), of any size; beyond it TCP and the publisher keep them
-BUS_TURN_MESSAGES_MAX = 256  # in one turn of the loop, before clients and requests have theirs
-BUS_TURN_BYTES_MAX = 256 * 1024  # the same in bytes; asyncio reads 256 KiB at a time
-BUS_TURN_SEC = 0.02  # the same in time, as far as the last turn's cost tells
+BUS_TURN_MESSAGES_MAX = 256  # in one turn of the loop
+BUS_TURN_BYTES_MAX = 256 * 1024  # the same
+BUS_TURN_SEC = 0.02  # the same, as far as the last turn's cost tells
 BUS_HANDSHAKE_SEC = 30.0  # from connection to READY (ZMQ_HANDSHAKE_IVL); reconnect
 BUS_HEARTBEAT_SEC = 5.0  # of silence before a PING; after three without an answer, reconnect
 BUS_RETRY_MIN_SEC = 0.1  # between attempts, and at random up to ...
 BUS_RETRY_MAX_SEC = 0.25  # ... this; AIPerf's proxy is up 0.6 s before it says who it is
 
 # The benchmark: what is kept of a run and walked in a message
-JSON_ITEMS_MAX = 60_000  # `,`, `[` and `{` of a message, 4 times in final metrics; AIPerf's have 700; dropped
-JSON_DEPTH_MAX = 64  # levels; orjson 1,024; RFC 8259 9 allows a limit; not JSON for us
+JSON_ITEMS_MAX = 60_000  # `,`, `[` and `{`, in final metrics 4 times as many; AIPerf 700; dropped
+JSON_DEPTH_MAX = 64  # levels; orjson 1,024 (RFC 8259 9); not JSON for us
 NAME_BYTES_MAX = 512  # a tag, id, unit, label; bad_shape
-ROWS_MAX = 2048  # rows of metrics, endpoints or series in a message; AIPerf sends 130; the rest is left out
+ROWS_MAX = 2048  # of metrics, endpoints or series in a message; AIPerf 130; the rest is left out
 EXTRAS_MAX = 64  # further fields of a phase, group or row; the rest is left out
 SAMPLES_MAX, SAMPLES_BYTES_MAX = 20_000, 8 * 1024 * 1024  # of /metrics; a sample says how many are left out
-WORKERS_MAX = 2048  # of a run; AIPerf caps a node at 32; further ones are not told apart
+WORKERS_MAX = 2048  # of a run; AIPerf 32 a node; further ones are not told apart
 RESULTS_KEPT_BYTES_MAX = 8 * 1024 * 1024  # larger parts of the final results go, with a reason
 RUNS_MAX, RUNS_BYTES_MAX = 100, 8 * 1024 * 1024  # then the oldest go.  Errors kept of a run
 HISTORY_POINTS_DEFAULT = 1000  # of a series in an answer
-HISTORY_POINTS_MAX = 7200  # of a series; two hours at one a second, then every other point goes
-HISTORY_SERIES_MAX = 4096  # of a run; shared fairly among tags, the answer says what was left out
+HISTORY_POINTS_MAX = 7200  # of a series, two hours; then every other point goes
+HISTORY_SERIES_MAX = 4096  # of a run, shared fairly among tags; the answer says what was left out
 HISTORY_VALUES_MAX = 2 * 1024 * 1024  # of all series, 8 bytes each; then every other point goes
 HISTORY_ANSWER_VALUES_MAX = 200_000  # 400
-SECRETS_MAX = 16  # literals of a run that are redacted wherever they turn up; older ones only where they stand
+SECRETS_MAX = 16  # of a run, redacted wherever they turn up; older ones only under their keys
 STALE_AFTER_NS = 10_000_000_000  # of silence of a running benchmark; AIPerf's STALE_TIME
 
 # The program
-LOG_QUOTE_CHARS_MAX = 200  # of a quoted string in a line of the log; cut with "..."
+LOG_QUOTE_CHARS_MAX = 200  # of a string in a line of the log; cut with "..."
 
 
 # == 2 == Errors =======================================================================================================
@@ -172,7 +172,7 @@ class JSONError(Exception):
 
 
 class BusError(Exception):
-    """A bus message or peer that cannot be used: counted and logged once by `kind`, a fixed word."""
+    """A bus message or peer that cannot be used: counted, and logged once, by `kind`, a fixed word."""
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
@@ -180,7 +180,7 @@ class BusError(Exception):
 
 
 class ClientMessageError(Exception):
-    """A WebSocket message that is not understood: an error reply, and the connection stays."""
+    """A WebSocket message that is not understood: an error reply."""
 
 
 class HTTPError(Exception):
@@ -212,7 +212,7 @@ def _read_number(digits: str) -> int | float:
     return number
 
 
-def _load_with_json(data: bytes, constant: Callable[[str], Any] = _read_number) -> JSONValue:
+def _load_with_json(data: bytes, constant: Callable[[str], Any]) -> JSONValue:
     text = data.decode("utf-8")
     value = json.loads(text, parse_int=_read_number, parse_float=_read_number, parse_constant=constant)
     if "\\u" in text:  # only an escape can smuggle in a lone surrogate
@@ -228,10 +228,11 @@ def _is_deep(value: JSONValue) -> bool:
     return bool(level)
 
 
-def json_load(data: bytes, load: Callable[[bytes], JSONValue] | None = None) -> JSONValue:
-    load = load or (_load_with_json if orjson is None else orjson.loads)
+def json_load(data: bytes, constant: Callable[[str], Any] | None = None) -> JSONValue:
+    """Return the value of one JSON text, or raise JSONError; `constant` reads NaN and the infinities."""
     try:
-        value = load(data)
+        is_plain = constant is None and orjson is not None
+        value = orjson.loads(data) if is_plain else _load_with_json(data, constant or _read_number)
     except (ValueError, RecursionError) as error:
         raise JSONError(str(error) or type(error).__name__) from None
     if data.count(b"[") + data.count(b"{") > JSON_DEPTH_MAX and _is_deep(value):
@@ -246,7 +247,7 @@ def json_load_lenient(data: bytes) -> tuple[JSONValue, bool]:
     except JSONError:
         if b"NaN" not in data and b"Infinity" not in data:
             raise
-    return json_load(data, lambda text: _load_with_json(text, lambda _: None)), True
+    return json_load(data, lambda _: None), True
 
 
 def json_bytes(value: JSONValue, *, pretty: bool = False) -> bytes:
@@ -263,7 +264,7 @@ def json_bytes(value: JSONValue, *, pretty: bool = False) -> bytes:
         return re.sub("[\ud800-\udfff]", "\ufffd", write(clean)).encode("utf-8")
 
 
-# -- Secrets: whatever may hold one passes here at the door; no pattern is worse than linear on any text ---------------
+# -- Secrets: redacted at the door; no pattern is worse than linear on any text
 
 REDACTED = "***"
 _STRONG = (  # a dot: what may stand between two words
@@ -272,16 +273,16 @@ _STRONG = (  # a dot: what may stand between two words
 )
 _STRONG_KEY = re.compile(_STRONG.replace(".", "") + "|^(?:jwt|auth)$")
 _PLAIN = frozenset((int, float, bool, type(None)))  # no secret is
-_WALK_MAX = 5 * JSON_ITEMS_MAX  # 6 a value and 1 a character; only huge results have more
+_WALK_MAX = 5 * JSON_ITEMS_MAX  # 6 a value and 1 a character
 _RANDOM = re.compile(r"(?=[^0-9]*[0-9])(?=[^a-zA-Z]*[a-zA-Z])(?!\w*://)\S{16,}")
-# Words and versions are none, such as time_to_first_token_p99 and meta-llama/Llama-3.1-8B
+# Not time_to_first_token_p99 and meta-llama/Llama-3.1-8B
 _KEYLIKE = re.compile(r"(?=\S*?(?<![a-zA-Z0-9])(?=[a-zA-Z]*[0-9])(?=[0-9]*[a-zA-Z])[a-zA-Z0-9]{8})" + _RANDOM.pattern)
-_WORD = re.compile("(?i:(?:basic|bearer|digest|token) )?[A-Z]{1,15}")  # a placeholder: TOKEN, Bearer TOKEN
-_PROSE = re.compile("[A-Z]{1,15}|[A-Za-z][a-z]{1,14}")  # "Basic authentication", "the bearer of bad news"
+_WORD = re.compile("(?i:(?:basic|bearer|digest|token) )?[A-Z]{1,15}")  # TOKEN, Bearer TOKEN
+_PROSE = re.compile("[A-Z]{1,15}|[A-Za-z][a-z]{1,14}")  # "the bearer of bad news"
 _PLACEHOLDER = r"""(?:(?:none|null|true|false)\.?|\*\*\*|(?:[Bb]earer[ ])?(?:\$\{?(?-i:[A-Z_]+)\}?|<[\w -]{1,64}>))
     (?:[\s"',;&)\]}\\]|$)"""
 _PYTHON = r"""(?:secret\w{0,9}\(|[burf]{1,2})(?=["'])"""  # SecretStr('x'), b'x'
-# Between a sign and its value; nested JSON has several backslashes before its quotes
+# Between a sign and its value; nested JSON escapes its quotes several times
 _BEGIN = rf"""\s{{0,32}}(?:{_PYTHON}|(?!{_PYTHON}))\\{{0,7}}(?:["']|(?=[^\s"'\\]))(?!{_PLACEHOLDER})"""
 _SECRET_IN_TEXT = re.compile(  # a match ends in its last group, which is hidden (`likely`: if it looks random)
     r"""(?xi)(?=[:abcjkprst])(?: ://(?![\w.-]+:\d+,)(?P<user>[^/\s"']+)(?=@)
@@ -361,7 +362,7 @@ class Secrets:
         """Return a copy with `***` for every secret, or the very same object; keys never change."""
         self._met, self._left = {}, _WALK_MAX
         redacted = self._redact(value, "")
-        if self._met.keys() - self.known:  # it may also stand before its key: once more
+        if self._met.keys() - self.known:  # it may also stand before its key
             self._remember(self._met)
             self._texts = {text: self._without_known(shown) for text, shown in self._texts.items()}
             self._left = _WALK_MAX
@@ -575,14 +576,12 @@ def _read_events(buffer: bytearray, max_message: int) -> Generator[Event | None,
 def _read_head(
     read: Callable[[int], Generator[None, None, bytes]], kind: int, fragments: int, size: int, max_message: int
 ) -> Generator[None, None, tuple[bool, int, int, bytes]]:
-    """Return fin, opcode, length and mask of the frame behind `size` bytes of a message (RFC 6455 5.2)."""
+    """Return fin, opcode, length and mask of a frame behind `size` bytes of a message (RFC 6455 5.2)."""
     [first] = yield from read(1)
     fin, opcode = first >= 0x80, first & 0x0F
-    _require(not first & 0x70, "reserved bits are set")
-    _require(opcode <= OP_BINARY or OP_CLOSE <= opcode <= OP_PONG, "reserved opcode")
+    _require(not first & 0x70 and not 2 < opcode < 8 and opcode <= OP_PONG, "reserved bits or opcode")
     _require(fin or opcode < 8, "fragmented control frame")  # 5.5
-    _require(not kind or opcode not in (OP_TEXT, OP_BINARY), "new message inside a fragmented one")  # 5.4
-    _require(kind > 0 or opcode > 0, "continuation without a message")
+    _require(opcode >= 8 or (opcode == 0) == (kind > 0), "message or continuation out of order")  # 5.4
     _require(opcode > 0 or fragments < max_message // WS_FRAGMENT_BYTES_MEAN, "too fragmented", CLOSE_POLICY_VIOLATION)
     [second] = yield from read(1)
     _require(second >= 0x80, "frame is not masked")  # 5.1
@@ -631,7 +630,7 @@ _TARGET_BYTES_MAX = HTTP_HEAD_BYTES_MAX // 4  # still percent-encoded; Apache 81
 _GZIP_BYTES_MIN, _GZIP_BYTES_MAX = 1024, 1024 * 1024  # less fits in a packet; more takes too long
 
 
-# -- Reading requests --------------------------------------------------------------------------------------------------
+# -- Reading requests
 
 
 class Request(NamedTuple):
@@ -642,7 +641,7 @@ class Request(NamedTuple):
     path: str  # percent-decoded once, but for %2F; begins with "/"
     query: tuple[tuple[str, str], ...]  # decoded; "" where there is no "="
     headers: Mapping[str, str]  # names in lower case, values as latin-1
-    version: tuple[int, int]  # (1, 0) or (1, 1)
+    is_1_1: bool  # or HTTP/1.0
     keep_alive: bool = False  # never behind a body or an upgrade
     wants_upgrade: bool = False  # to a WebSocket; whether rightly, upgrade_response() says
     refusal: HTTPError | None = None  # of its body: to be raised once the path is known
@@ -692,7 +691,7 @@ def _parse_request_line(line: bytes) -> Request:
         raise HTTPError(505, "HTTP/1.1 is spoken here")
     if len(target) > _TARGET_BYTES_MAX:
         raise HTTPError(414, f"target over {_TARGET_BYTES_MAX} bytes")
-    match = _TARGET.fullmatch(b"/" if (method, target) == (b"OPTIONS", b"*") else target)  # RFC 9112 3.2.4
+    match = _TARGET.fullmatch(target)
     if match is None or not (match[1] or match[2]):
         raise HTTPError(400, "the target must be a path or an http(s) URL")
     headers = {"host": match[1].decode("ascii")} if match[1] else {}  # 3.2.2: it wins
@@ -705,17 +704,17 @@ def _parse_request_line(line: bytes) -> Request:
         raise HTTPError(400, f"over {HTTP_FIELDS_MAX} query arguments")
     pairs = (field.replace(b"+", b" ").partition(b"=") for field in fields if field)
     query = tuple((_percent_decode(name), _percent_decode(value)) for name, _, value in pairs)
-    version = (1, 0) if minor == b"0" else (1, 1)  # RFC 9110 2.5: a higher minor version is answered as 1.1
-    return Request(method.decode("ascii"), target.decode("ascii"), path, query, headers, version)
+    is_1_1 = minor != b"0"  # RFC 9110 2.5: or a higher minor version
+    return Request(method.decode("ascii"), target.decode("ascii"), path, query, headers, is_1_1)
 
 
-def _body_refusal(headers: Mapping[str, str], version: tuple[int, int]) -> HTTPError | None:
+def _body_refusal(headers: Mapping[str, str], is_1_1: bool) -> HTTPError | None:
     """Decide on the body (RFC 9112 6.3), here alone."""
     lengths = {part.strip(" \t") for part in headers.get("content-length", "0").split(",")}
     if len(lengths) > 1 or not all(map(_CONTENT_LENGTH.fullmatch, lengths)):
         raise HTTPError(400, "malformed Content-Length")
     if "transfer-encoding" in headers:
-        if "content-length" in headers or version == (1, 0):  # 6.1: smuggling
+        if "content-length" in headers or not is_1_1:  # 6.1: smuggling
             raise HTTPError(400, "Transfer-Encoding beside Content-Length or in HTTP/1.0")
         return HTTPError(501, "request bodies are not read here")
     return HTTPError(413, "request bodies are not read here") if any(map(int, lengths)) else None
@@ -727,20 +726,18 @@ def _build_request(line: Request, fields: Iterable[tuple[str, str]]) -> Request:
         if name in headers and name in _SINGLE_HEADERS:
             raise HTTPError(400, f"two {name} headers")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
-    is_1_1 = line.version == (1, 1)
-    if "host" not in headers and is_1_1:  # RFC 9112 3.2
+    if "host" not in headers and line.is_1_1:  # RFC 9112 3.2
         raise HTTPError(400, "no Host header")
     host_name(headers.get("host", ""))
-    refusal = _body_refusal(headers, line.version)
-    connection = _members(headers.get("connection", "").lower())
-    upgrade = _members(headers.get("upgrade", "").lower())
+    refusal = _body_refusal(headers, line.is_1_1)
+    connection, upgrade = (_members(headers.get(name, "").lower()) for name in ("connection", "upgrade"))
     # RFC 9110 7.8, 7.6.1; behind a body there are no frames
-    wants_upgrade = is_1_1 and not refusal and "upgrade" in connection and "websocket" in upgrade
+    may_go_on = line.is_1_1 and not refusal
+    wants_upgrade = may_go_on and "upgrade" in connection and "websocket" in upgrade
+    keep_alive = may_go_on and not wants_upgrade and "close" not in connection
+    headers.update(line.headers)
     return line._replace(
-        headers=MappingProxyType({**headers, **line.headers}),
-        keep_alive=is_1_1 and not refusal and not wants_upgrade and "close" not in connection,
-        wants_upgrade=wants_upgrade,
-        refusal=refusal,
+        headers=MappingProxyType(headers), keep_alive=keep_alive, wants_upgrade=wants_upgrade, refusal=refusal
     )
 
 
@@ -829,7 +826,7 @@ class RequestParser:
         return line
 
 
-# -- Checks of a request -----------------------------------------------------------------------------------------------
+# -- Checks of a request
 
 
 def check_host(host: str | None, *, allowed: frozenset[str], bound_to_loopback: bool) -> None:
@@ -895,10 +892,10 @@ def check_token(request: Request, token: bytes, cookie_name: str) -> None:
     """Refuse with 401 a request without the token.  Browsers cannot set every header: they send `?token=`, the
     subprotocol `aiperf.token.TOKEN`, or the cookie that a page opened with it sets."""
     scheme, _, credentials = request.headers.get("authorization", "").partition(" ")
-    given = [credentials.strip(" ").encode("latin-1")] if scheme.lower() == "bearer" else []
-    given += [value.encode("utf-8") for value in request.args("token")]
+    shown = [credentials.strip(" ")] if scheme.lower() == "bearer" else []
     offered = (name.partition(_TOKEN_PROTOCOL) for name in subprotocols(request))
-    given += [value.encode("latin-1") for before, prefix, value in offered if prefix and not before]
+    shown += [value for before, prefix, value in offered if prefix and not before]
+    given = [value.encode("latin-1") for value in shown] + [value.encode("utf-8") for value in request.args("token")]
     cookies = (pair.strip(" ").partition("=") for pair in request.headers.get("cookie", "").split(";"))
     wanted = [(one, token) for one in given]
     cookie = page_cookie(token).encode()
@@ -910,7 +907,7 @@ def check_token(request: Request, token: bytes, cookie_name: str) -> None:
         raise HTTPError(401, hint, (("WWW-Authenticate", 'Bearer realm="aiperf-api"'),))
 
 
-# -- Negotiation and responses -----------------------------------------------------------------------------------------
+# -- Negotiation and responses
 
 
 def _weighted(header: str) -> list[tuple[str, dict[str, str], float]]:
@@ -939,7 +936,7 @@ def accepts(header: str | None, offered: tuple[str, ...]) -> str:
             for value, wanted, q in ranges
             if value in ranks and all(params.get(name, text) == text for name, text in wanted.items())
         ]
-        return max(fits)[2] if fits else 0.0
+        return max(fits, default=(0, 0, 0.0))[2]
 
     return max(offered, key=weight)
 
@@ -998,7 +995,7 @@ class Response:
         body = self.body or b""
         if not (is_gzip and self.is_compressible):
             return body
-        if not self._gzip_body:  # level 6 gives a tenth of the bytes, and takes 5 ms for 128 KiB
+        if not self._gzip_body:  # level 6 takes 5 ms for 128 KiB
             self._gzip_body = gzip.compress(body, 6 if len(body) <= _GZIP_BYTES_MAX // 8 else 1, mtime=0)
         return self._gzip_body
 
@@ -1039,13 +1036,13 @@ def error_response(error: HTTPError, pretty: bool = False) -> Response:
 
 def with_preconditions(request: Request, response: Response) -> Response:
     """Return the response, or in its place a 304 or 412 (RFC 9110 13.2.2)."""
-    if_match, if_none_match = request.headers.get("if-match"), request.headers.get("if-none-match")
-    if response.status != 200 or (if_match is None and if_none_match is None):
+    if_none_match = request.headers.get("if-none-match", "")
+    if response.status != 200:
         return response
-    if if_match is not None and if_match != "*":  # 13.1.1: by strong comparison, which our weak tags never pass
+    if request.headers.get("if-match", "*") != "*":  # 13.1.1: by strong comparison, which our weak tags never pass
         return error_response(HTTPError(412, "If-Match names no version that is here"), request.wants_pretty)
-    tag = dict(response.headers).get("ETag", "")  # 13.1.2: by weak comparison
-    if if_none_match != "*" and (not tag or tag[tag.index('"') :] not in _ENTITY_TAG.findall(if_none_match or "")):
+    tag = dict(response.headers).get("ETag", "").removeprefix("W/")  # 13.1.2: by weak comparison
+    if if_none_match != "*" and tag not in _ENTITY_TAG.findall(if_none_match):
         return response
     kept = [pair for pair in response.headers if pair[0].lower() in ("cache-control", "etag", "vary")]
     kept += [("Vary", "Accept-Encoding")] if response.is_compressible else []
@@ -1072,8 +1069,8 @@ class Route(NamedTuple):
 class Router:
     def __init__(self, routes: Sequence[Route]) -> None:
         self.routes = tuple(routes)
-        self._by_path = {route.path: route for route in self.routes if not route.path.endswith("}")}
-        folders = {route.path[: route.path.rindex("/") + 1]: route for route in self.routes if route.path.endswith("}")}
+        self._by_path = {route.path: route for route in self.routes if "{" not in route.path}
+        folders = {route.path.partition("{")[0]: route for route in self.routes if "{" in route.path}
         self._by_folder = dict(sorted(folders.items(), reverse=True))  # the longest first
 
     def match(self, method: str, path: str) -> tuple[Route, str]:
@@ -1100,10 +1097,10 @@ class Router:
         return f"unknown path {path}; " + (f"did you mean {near[0]}?" if near else "GET /api lists what there is")
 
 
-# -- Static files ------------------------------------------------------------------------------------------------------
+# -- Static files
 
 DEMO_RECORDING = "demo.jsonl.gz"
-_CONTENT_TYPES: Mapping[str, str] = MappingProxyType({
+_CONTENT_TYPES = MappingProxyType({
     ".css": "text/css; charset=utf-8", ".html": "text/html; charset=utf-8", ".js": "text/javascript; charset=utf-8",
     ".json": "application/json", ".md": "text/plain; charset=utf-8", ".svg": "image/svg+xml",
     ".txt": "text/plain; charset=utf-8",
@@ -1164,10 +1161,10 @@ _CONVERTED_TAGS = (
     ("B", "KB", 1 / 1024, "http_req_data_received http_req_data_sent"),
     ("sec", "ms", 1000.0, "video_inference_time"),
 )  # fmt: skip
-_CONVERSIONS: Mapping[tuple[str, str], tuple[float, str]] = MappingProxyType(  # (tag, unit) -> (factor, display unit)
+_CONVERSIONS = MappingProxyType(  # (tag, unit) -> (factor, display unit)
     {(tag, unit): (factor, shown) for unit, shown, factor, tags in _CONVERTED_TAGS for tag in tags.split()}
 )
-QUANTILES: Mapping[str, str] = MappingProxyType({f"p{p}": f"{p / 100}" for p in (1, 5, 10, 25, 50, 75, 90, 95, 99)})
+QUANTILES = MappingProxyType({f"p{p}": f"{p / 100}" for p in (1, 5, 10, 25, 50, 75, 90, 95, 99)})
 STATISTICS = frozenset(("avg", "min", "max", "std", "sum", "current", *QUANTILES))  # in the row's unit
 
 MetricRow = dict[str, Any]
@@ -1281,12 +1278,12 @@ class Family(NamedTuple):
 
 
 # By type: what 0.0.4 calls it and puts behind its name, and all ends of names that no other family may have
-_KINDS: Mapping[str, tuple[str, str, tuple[str, ...]]] = MappingProxyType({
+_KINDS = MappingProxyType({
     "gauge": ("gauge", "", ()), "counter": ("counter", "_total", ("_total", "_created")),
     "summary": ("summary", "", ("_sum", "_count", "_created")), "info": ("gauge", "_info", ("_info",)),
 })  # fmt: skip
 # Statistics that are gauges, in AIPerf's words; the last two only without percentiles
-_GAUGES: Mapping[str, str] = MappingProxyType({
+_GAUGES = MappingProxyType({
     "avg": "average", "min": "minimum", "max": "maximum", "std": "standard deviation", "current": "current value",
     "count": "observation count", "sum": "observation sum",
 })  # fmt: skip
@@ -1352,16 +1349,16 @@ def unique_families(families: Iterable[Family]) -> list[Family]:
 
 
 class FamilySet:
-    """Families under construction; of equal series the first wins.  `room`: samples and bytes that fit, samples left out."""
+    """Families in the making; the first of equal series wins.  `room`: samples and bytes left, samples left out."""
 
     def __init__(self, before: FamilySet | None = None) -> None:
         self.families: dict[str, Family] = {}
         self.room: list[int] = before.room if before else [SAMPLES_MAX, SAMPLES_BYTES_MAX, 0]
         self._rows: set[tuple[str, str]] = set()  # names and labels
 
-    def add(self, head: tuple[str, str, str, str], labels: Labels, value: Any, suffix: str = "") -> None:
+    def add(self, head: tuple[str, str, str, str], labels: Labels, value: Any) -> None:
         """Add a sample to the family (name, kind, help, unit), if it is a number, and of a counter not negative."""
-        key = f"{suffix}{{{_labels_text(labels)}}}" if labels else suffix
+        key = _KINDS[head[1]][1] + (f"{{{_labels_text(labels)}}}" if labels else "")
         if is_number(value) and self._admits(1, head[0], key):
             self._put(*head, key, value)
 
@@ -1370,7 +1367,7 @@ class FamilySet:
         if (name, labels) in self._rows:
             return False
         self._rows.add((name, labels))
-        size = samples * (40 + len((name + labels).encode("utf-8", "replace")))  # 40: a quantile, and the number
+        size = samples * (40 + len((name + labels).encode("utf-8", "replace")))  # a quantile, and the number
         if samples > self.room[0] or size > self.room[1]:
             self.room[2] += samples
             return False
@@ -1410,8 +1407,9 @@ class FamilySet:
     def add_series(self, series: ServerSeries, labels: Labels) -> None:
         """Add a series of an inference server, in its own words."""
         endpoint, own_name, series_kind, title, own_labels, own_stats = series
-        base, unit = f"aiperf_server_{metric_name(own_name)}", _SERVER_UNIT.search(own_name)
-        stem, suffix, ending = (base[: -len(unit[0])], unit[0], unit[1]) if unit else (base, "", "")
+        base = f"aiperf_server_{metric_name(own_name)}"
+        stem = _SERVER_UNIT.sub("", base)
+        suffix = base[len(stem) :]
         joined = dict((*labels, ("endpoint", endpoint)))
         reserved = {*joined, "quantile", "le"}
         for original, value in own_labels:  # renamed where they clash with ours, as Prometheus does when it scrapes
@@ -1435,7 +1433,7 @@ class FamilySet:
                 name = f"{stem}_{stat}{suffix}" if has_unit else f"{base}_{metric_name(stat)}"
                 words = f"{title} ({_GAUGES[stat] if has_unit else stat.replace('_', ' ')})"
                 kind, key = "gauge", f"{{{text}}}"
-            self._put(name, kind, words, ending, key, value)
+            self._put(name, kind, words, suffix[1:], key, value)
 
 
 def metric_families(metrics: MetricRows, labels: Labels = (), before: FamilySet | None = None) -> list[Family]:
@@ -1445,7 +1443,7 @@ def metric_families(metrics: MetricRows, labels: Labels = (), before: FamilySet 
     return list(found.families.values())
 
 
-# -- GPU telemetry: AIPerf puts the source, the GPU and its uuid into the tag; here they are labels --------------------
+# -- GPU telemetry: AIPerf has the GPU in the tag; here it is in labels
 
 _GPU_VENDOR = re.compile("(nvidia|amd)[_ ]", re.IGNORECASE)
 
@@ -1473,9 +1471,9 @@ def telemetry_families(telemetry: MetricRows, labels: Labels = (), before: Famil
     return list(found.families.values())
 
 
-# -- Inference-server metrics: the server's own names and labels, prefixed ---------------------------------------------
+# -- Inference-server metrics: the server's own names and labels, prefixed
 
-_SERVER_UNIT = re.compile(r"_(seconds|milliseconds|bytes|ratio|percent|tokens|celsius|watts|joules)\Z")
+_SERVER_UNIT = re.compile("_(?:seconds|milliseconds|bytes|ratio|percent|tokens|celsius|watts|joules)$")
 ServerSeries = tuple[str, str, str, str, Labels, Mapping[str, Any]]  # endpoint, name, type, description, ...
 
 
@@ -1488,9 +1486,9 @@ def server_series(summaries: Any) -> Iterator[ServerSeries]:
         for series in (metric["series"] if isinstance(metric.get("series"), list) else ())
     )
     for endpoint, name, metric, series in islice(found, ROWS_MAX):
-        stats, labels = (series.get("stats"), series.get("labels")) if isinstance(series, dict) else (None, 0)
-        if isinstance(stats, dict) and isinstance(labels, (dict, type(None))):
-            own = sorted((key, str(text)) for key, text in (labels or {}).items())
+        stats, labels = (series.get("stats"), series.get("labels") or {}) if isinstance(series, dict) else (None, None)
+        if isinstance(stats, dict) and isinstance(labels, dict):
+            own = sorted((key, str(text)) for key, text in labels.items())
             if all(map(is_name, (endpoint, name, *itertools.chain(*own)))):
                 kind, title = text_or(metric.get("type"), "gauge"), text_or(metric.get("description"), name)
                 yield endpoint, name, kind, title, tuple(own), stats
@@ -2662,7 +2660,7 @@ def state_families(benchmark: Benchmark, now_ns: int) -> list[Family]:
     about: Labels = (*labels, ("version", version)) if version else labels
     own = FamilySet(info := FamilySet())  # with one room
     if about:
-        info.add(("aiperf", "info", "AIPerf benchmark information", ""), about, 1, "_info")
+        info.add(("aiperf", "info", "AIPerf benchmark information", ""), about, 1)
     head = ("aiperf_benchmark_state", "gauge", "State of the benchmark: 1 for the one it is in", "")
     for state in dict.fromkeys((*STATES, *ENDS, status["state"])):  # there before anything is known: without identity
         own.add(head, (("state", state),), int(state == status["state"]))
@@ -2678,7 +2676,7 @@ def state_families(benchmark: Benchmark, now_ns: int) -> list[Family]:
         for own_labels, value in things.get(name.partition("_")[0], [(labels, {**progress, **derived})]):
             for field in path.split("."):
                 value = _object(value).get(field)  # noqa: PLW2901
-            own.add((f"aiperf_{name}", kind, text, unit), own_labels, value, "_total" if kind == "counter" else "")
+            own.add((f"aiperf_{name}", kind, text, unit), own_labels, value)
     statuses = collections.Counter(workers["worker_statuses"].values())
     for state in dict.fromkeys(("healthy", "high_load", "error", "idle", "stale", *statuses)):
         own.add(("aiperf_workers", "gauge", "Workers by status", ""), (*labels, ("status", state)), statuses[state])
@@ -4781,7 +4779,7 @@ class APIService:
             head = (f"aiperf_api_{base}", "counter" if total else "gauge", text, unit)
             for key, number in sorted(value.items()) if isinstance(value, dict) else [((), value)]:
                 texts = (key,) if isinstance(key, str) else map(str, key)
-                found.add(head, tuple(zip(labels.split(), texts)), number, total)
+                found.add(head, tuple(zip(labels.split(), texts)), number)
         return list(found.families.values())
 
     def _write_report(self) -> None:
