@@ -515,14 +515,11 @@ class FrameParser:
 
     def __init__(self, max_message: int = WS_MESSAGE_BYTES_MAX) -> None:
         self._buffer = bytearray()
-        # None once they have ended.  The generator holds the buffer, not the parser: no cycle.
-        self._events: Iterator[Event | None] | None = _read_events(self._buffer, max_message)
+        self._events = _read_events(self._buffer, max_message)  # holds the buffer, not the parser: no cycle
 
     def feed(self, data: bytes) -> list[Event]:
         """Return the events that `data` completes; [] for ever after a close or a failure."""
         events: list[Event] = []
-        if self._events is None:
-            return events
         self._buffer += data
         try:
             for event in self._events:
@@ -531,7 +528,6 @@ class FrameParser:
                 events.append(event)
         except WebSocketError as error:
             events.append(Event("failure", b"", *error.args))
-        self._events = None
         self._buffer.clear()
         return events
 
@@ -607,15 +603,16 @@ def _read_head(
 HeaderList = Sequence[tuple[str, str]]
 
 _TOKEN = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")  # RFC 9110 5.6.2
-_REQUEST_LINE = re.compile(rb"(%b) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])" % _TOKEN.pattern)  # RFC 9112 3
+_REQUEST_LINE = re.compile(rb"(%b) ([\x21-\x7e]+) HTTP/(\d)\.(\d)" % _TOKEN.pattern)  # RFC 9112 3
 _FIELD_LINE = re.compile(rb"(%b):([\t\x20-\x7e\x80-\xff]*)" % _TOKEN.pattern)  # RFC 9112 5, RFC 9110 5.5
+_BARE_LF = re.compile(rb"(?<!\r)\n")  # RFC 9112 2.2 allows it; not all programs do: smuggling
 # RFC 9112 3.2.1, 3.2.2: origin-form, and absolute-form without userinfo
 _TARGET = re.compile(rb"(?:(?i:https?)://([^/?#]+))?(/[^?#]*)?(?:\?([^#]*))?")
 _HOST = re.compile(r"(?:([A-Za-z0-9._~-]*)|\[([0-9A-Fa-f:.]+)\])(?::[0-9]{0,5})?")  # RFC 9110 7.2, RFC 3986 3.2.2
 _CONTENT_LENGTH = re.compile(r"[0-9]{1,15}")  # RFC 9110 8.6; int() would also read "+5" and "1_0"
 _BAD_PERCENT = re.compile(rb"%(?![0-9A-Fa-f]{2})")  # RFC 3986 2.1
-_QVALUE = re.compile(r"0(?:\.[0-9]{0,3})?|1(?:\.0{0,3})?")  # RFC 9110 12.4.2
-_ENTITY_TAG = re.compile(r'(?:W/)?("[\x21\x23-\x7e\x80-\xff]*")')  # RFC 9110 8.8.3, its opaque part
+_QVALUE = re.compile(r"0(\.[0-9]{0,3})?|1(\.0{0,3})?")  # RFC 9110 12.4.2
+_ENTITY_TAG = re.compile(r'"[\x21\x23-\x7e\x80-\xff]*"')  # RFC 9110 8.8.3, without W/
 _WEBSOCKET_KEY = re.compile(r"[A-Za-z0-9+/]{21}[AQgw]==")  # RFC 6455 4.1
 
 # Programs disagree about which of two wins: a fault.
@@ -634,29 +631,24 @@ _GZIP_BYTES_MIN, _GZIP_BYTES_MAX = 1024, 1024 * 1024  # less fits in a packet; m
 
 
 class Request(NamedTuple):
-    """One request; equal heads share one."""
-
     method: str
     target: str  # as sent; for logs, through printable()
     path: str  # percent-decoded once, but for %2F; begins with "/"
     query: tuple[tuple[str, str], ...]  # decoded; "" where there is no "="
     headers: Mapping[str, str]  # names in lower case, values as latin-1
-    is_1_1: bool  # or HTTP/1.0
+    is_1_1: bool
     keep_alive: bool = False  # never behind a body or an upgrade
     wants_upgrade: bool = False  # to a WebSocket; whether rightly, upgrade_response() says
     refusal: HTTPError | None = None  # of its body: to be raised once the path is known
 
     def arg(self, name: str, default: str | None = None) -> str | None:
-        """Return the first value of a query argument."""
         return next(iter(self.args(name)), default)
 
     def args(self, name: str) -> list[str]:
-        """Return all values of a query argument."""
         return [value for key, value in self.query if key == name]
 
     @property
     def wants_pretty(self) -> bool:
-        """Whether a JSON answer is to be indented."""
         value = self.arg("pretty")
         return value is not None and value.lower() not in ("0", "no", "false", "off")
 
@@ -670,15 +662,14 @@ def _percent_decode(raw: bytes) -> str:
 
 
 def host_name(host: str) -> str:
-    """Return name or address of a Host header, in lower case: of `[::1]:8080`, `::1`."""
+    """Return the name or address in a Host header: of `[::1]:8080`, `::1`."""
     match = _HOST.fullmatch(host)
     if match is None:
         raise HTTPError(400, "malformed Host")
     return (match[1] or match[2] or "").lower()
 
 
-def _members(header: str) -> list[str]:
-    """Return the members of a comma-separated list, but empty ones (RFC 9110 5.6.1)."""
+def _members(header: str) -> list[str]:  # RFC 9110 5.6.1
     return [item for item in (part.strip(" \t") for part in header.split(",")) if item]
 
 
@@ -720,9 +711,13 @@ def _body_refusal(headers: Mapping[str, str], is_1_1: bool) -> HTTPError | None:
     return HTTPError(413, "request bodies are not read here") if any(map(int, lengths)) else None
 
 
-def _build_request(line: Request, fields: Iterable[tuple[str, str]]) -> Request:
+def _build_request(line: Request, fields: Iterable[bytes]) -> Request:
     headers: dict[str, str] = {}
-    for name, value in fields:  # RFC 9110 5.3
+    for field in fields:  # RFC 9110 5.3
+        match = _FIELD_LINE.fullmatch(field)  # no space before the colon (5.1), no obs-fold (5.2): smuggling
+        if match is None:
+            raise HTTPError(400, "malformed header line")
+        name, value = match[1].decode("ascii").lower(), match[2].strip(b" \t").decode("latin-1")
         if name in headers and name in _SINGLE_HEADERS:
             raise HTTPError(400, f"two {name} headers")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
@@ -751,8 +746,7 @@ class RequestParser:
         self.is_head = False  # not even a fault gets a body
         self._buffer = bytearray()  # unread; the head at hand stands at its front
         self._line: Request | None = None  # its first line
-        self._fields: list[tuple[str, str]] = []  # its other lines
-        self._at = 0  # where its next line begins
+        self._seen = 0  # bytes of it that were there the last time
 
     @property
     def started(self) -> bool:
@@ -763,7 +757,6 @@ class RequestParser:
         self._buffer += data
 
     def take_rest(self) -> bytes:
-        """Return and forget the unread bytes."""
         rest = bytes(self._buffer)
         self._buffer.clear()
         return rest
@@ -790,40 +783,28 @@ class RequestParser:
             self.is_head = buffer.startswith(b"HEAD ")
             if buffer and buffer[0] != 0x0D and not 0x21 <= buffer[0] <= 0x7E:  # at once: a TLS handshake waits for us
                 raise HTTPError(400, "malformed request line")
-        while line := self._read_line():
-            if self._line is None:
-                self._line = _parse_request_line(line)
-                continue
-            if len(self._fields) >= HTTP_FIELDS_MAX:
-                raise HTTPError(431, f"over {HTTP_FIELDS_MAX} headers")
-            match = _FIELD_LINE.fullmatch(line)  # no space before the colon (5.1), no obs-fold (5.2): smuggling
-            if match is None:
-                raise HTTPError(400, "malformed header line")
-            self._fields.append((match[1].decode("ascii").lower(), match[2].strip(b" \t").decode("latin-1")))
-        if line is None or self._line is None:
+        line_end = buffer.find(b"\r\n", 0, HTTP_HEAD_BYTES_MAX)
+        if self._line is None and line_end >= 0:
+            self._line = _parse_request_line(bytes(buffer[:line_end]))
+        end = buffer.find(b"\r\n\r\n", max(self._seen - 3, 0), HTTP_HEAD_BYTES_MAX)
+        if _BARE_LF.search(buffer, self._seen, end if end >= 0 else HTTP_HEAD_BYTES_MAX):
+            raise HTTPError(400, "line ends without CR")
+        self._seen = len(buffer)
+        if end < 0 and self._seen >= HTTP_HEAD_BYTES_MAX:
+            raise HTTPError(431, f"request head over {HTTP_HEAD_BYTES_MAX} bytes")
+        if end < 0 or self._line is None:
             return None
-        request = _build_request(self._line, self._fields)
-        if request.keep_alive and self._at <= _MEMO_HEAD_BYTES_MAX:
+        size, fields = end + 4, bytes(buffer[:end]).split(b"\r\n")[1:]
+        if len(fields) > HTTP_FIELDS_MAX:
+            raise HTTPError(431, f"over {HTTP_FIELDS_MAX} headers")
+        request = _build_request(self._line, fields)
+        if request.keep_alive and size <= _MEMO_HEAD_BYTES_MAX:
             if len(self._memo) >= _MEMO_HEADS_MAX:
                 del self._memo[next(iter(self._memo))]
-            self._memo[bytes(buffer[: self._at])] = request
-        del buffer[: self._at]
-        self._line, self._fields, self._at = None, [], 0
+            self._memo[bytes(buffer[:size])] = request
+        del buffer[:size]
+        self._line, self._seen = None, 0
         return request
-
-    def _read_line(self) -> bytes | None:
-        """Return the next line without its CRLF, or None if it is not there yet."""
-        lf = self._buffer.find(b"\n", self._at)
-        if (lf if lf >= 0 else len(self._buffer)) >= HTTP_HEAD_BYTES_MAX:
-            raise HTTPError(431, f"request head over {HTTP_HEAD_BYTES_MAX} bytes")
-        if lf < 0:
-            return None
-        # RFC 9112 2.2 allows a bare LF; programs that differ about it can be played against each other.
-        if not self._buffer.startswith(b"\r", max(lf - 1, self._at), lf):
-            raise HTTPError(400, "line ends without CR")
-        line = bytes(self._buffer[self._at : lf - 1])
-        self._at = lf + 1
-        return line
 
 
 # -- Checks of a request
@@ -846,9 +827,9 @@ def check_origin(request: Request, allowed: frozenset[str]) -> None:
     """Refuse with 403 what a foreign page asks for: CORS covers neither WebSockets (RFC 6455 10.2) nor `<img>`.
     `allowed`: in lower case, or "*".  Our own is the Host with any scheme: a proxy may end TLS."""
     headers = request.headers
-    origin, host = headers.get("origin", "").lower(), headers.get("host", "").lower()
     if "origin" in headers:
-        is_foreign = origin not in allowed and (not host or origin not in (f"http://{host}", f"https://{host}"))
+        host = headers.get("host", "").lower()
+        is_foreign = headers["origin"].lower() not in {*allowed, f"http://{host}", f"https://{host}"}
     else:  # a browser leaves Origin out of a plain GET, but says whose it is; curl and websocat say nothing
         is_foreign = headers.get("sec-fetch-site") == "cross-site" and headers.get("sec-fetch-mode") != "navigate"
     if is_foreign and "*" not in allowed:
@@ -900,7 +881,7 @@ def check_token(request: Request, token: bytes, cookie_name: str) -> None:
     wanted = [(one, token) for one in given]
     cookie = page_cookie(token).encode()
     wanted += [(value.encode("latin-1"), cookie) for name, _, value in cookies if name == cookie_name]
-    fits = [hmac.compare_digest(*pair) for pair in wanted]  # in constant time, and on bytes: a str must be ASCII
+    fits = [hmac.compare_digest(*pair) for pair in wanted]  # of bytes: a str must be ASCII
     if not any(fits):
         what = "this is not the token of this server" if given else "a token is needed"
         hint = f"{what} (--api-token, AIPERF_API_TOKEN): -H 'Authorization: Bearer TOKEN', or ?token=TOKEN"
@@ -911,7 +892,7 @@ def check_token(request: Request, token: bytes, cookie_name: str) -> None:
 
 
 def _weighted(header: str) -> list[tuple[str, dict[str, str], float]]:
-    """Return (value, parameters, q) of each well-formed member of an Accept or Accept-Encoding header."""
+    """Return (value, parameters, q) of each well-formed member of an Accept header."""
     members = []
     for item in header.lower().split(",", HTTP_FIELDS_MAX)[:HTTP_FIELDS_MAX]:
         value, *rest = (part.strip(" \t") for part in item.split(";"))
@@ -930,7 +911,7 @@ def accepts(header: str | None, offered: tuple[str, ...]) -> str:
     def weight(offer: str) -> float:  # the q of the most specific range that covers it
         [(kind, params, _)] = _weighted(offer)
         ranks = {"*/*": 0, kind.partition("/")[0] + "/*": 1, kind: 2}
-        # A parameter that the offer does not have excludes nothing: Prometheus adds `escaping=...` to each range.
+        # A parameter that the offer does not have excludes nothing: Prometheus adds `escaping=...`.
         fits = [
             (ranks[value], len(wanted), q)
             for value, wanted, q in ranges
@@ -962,7 +943,7 @@ def _header_bytes(headers: HeaderList) -> bytes:
 
 @functools.lru_cache(maxsize=64)  # to make it anew took longer than the answer
 def _head_bytes(status: int, content_type: str, is_compressible: bool, own: HeaderList) -> bytes:
-    """Return what all heads of an answer begin with; its own headers replace our defaults."""
+    """Return how all heads of an answer begin; its own headers replace our defaults."""
     defaults = [] if status in (204, 304) else [("Content-Type", content_type)]
     defaults += [("X-Content-Type-Options", "nosniff"), ("Cache-Control", "no-store")]
     if is_compressible:
@@ -1002,7 +983,7 @@ class Response:
     def encode(
         self, *, date: bytes, head_only: bool = False, close: bool = False, gzip: bool = False, extra: HeaderList = ()
     ) -> bytes:
-        """Return the bytes of the answer, or its head alone: for a HEAD, or because payload() is written behind it."""
+        """Return the bytes of the answer, or its head alone: payload() may be written behind it."""
         is_usual = not (head_only or close or extra)
         if is_usual and self._sent[:2] == (date, gzip):
             return self._sent[2]
@@ -1044,7 +1025,7 @@ def with_preconditions(request: Request, response: Response) -> Response:
     tag = dict(response.headers).get("ETag", "").removeprefix("W/")  # 13.1.2: by weak comparison
     if if_none_match != "*" and tag not in _ENTITY_TAG.findall(if_none_match):
         return response
-    kept = [pair for pair in response.headers if pair[0].lower() in ("cache-control", "etag", "vary")]
+    kept = [pair for pair in response.headers if pair[0].lower() in ("cache-control", "etag")]
     kept += [("Vary", "Accept-Encoding")] if response.is_compressible else []
     return Response(304, b"", "", kept)  # 15.4.5
 
@@ -1288,7 +1269,7 @@ _GAUGES = MappingProxyType({
     "count": "observation count", "sum": "observation sum",
 })  # fmt: skip
 _NOT_IN_A_NAME = re.compile("[^a-zA-Z0-9_]")
-# All but the line feed, which is escaped: a name on the bus must not drive the terminal behind curl
+# A name on the bus must not drive the terminal behind curl; the line feed is escaped
 _CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029]")
 
 
@@ -1359,8 +1340,8 @@ class FamilySet:
     def add(self, head: tuple[str, str, str, str], labels: Labels, value: Any) -> None:
         """Add a sample to the family (name, kind, help, unit), if it is a number, and of a counter not negative."""
         key = _KINDS[head[1]][1] + (f"{{{_labels_text(labels)}}}" if labels else "")
-        if is_number(value) and self._admits(1, head[0], key):
-            self._put(*head, key, value)
+        if is_number(value) and (value >= 0 or head[1] != "counter") and self._admits(1, head[0], key):
+            self._samples(*head)[key] = value
 
     def _admits(self, samples: int, name: str, labels: str) -> bool:
         """Tell whether a row is new (two equal ones would mix) and fits; if so, take its room."""
@@ -1373,10 +1354,6 @@ class FamilySet:
             return False
         self.room[:2] = self.room[0] - samples, self.room[1] - size
         return True
-
-    def _put(self, name: str, kind: str, text: str, unit: str, key: str, value: Any) -> None:
-        if kind != "counter" or value >= 0:
-            self._samples(name, kind, text, unit).setdefault(key, value)
 
     def _samples(self, name: str, kind: str, text: str, unit: str) -> dict[str, Any]:
         """Return the samples of a family; those of another kind go nowhere."""
@@ -1412,13 +1389,13 @@ class FamilySet:
         suffix = base[len(stem) :]
         joined = dict((*labels, ("endpoint", endpoint)))
         reserved = {*joined, "quantile", "le"}
-        for original, value in own_labels:  # renamed where they clash with ours, as Prometheus does when it scrapes
+        for original, value in own_labels:  # renamed where they clash with ours, as Prometheus does
             name = _NOT_IN_A_NAME.sub("_", original)
-            clash = name in reserved or name.startswith("__") or not name or name[0].isdigit()
+            clash = name in reserved or not re.match("_?[a-zA-Z]", name)
             joined.setdefault(f"exported_{name}" if clash else name, value)
         text = _labels_text(tuple(joined.items()))
         figures = ((stat.replace("_estimate", ""), value) for stat, value in own_stats.items() if is_number(value))
-        stats = dict(islice(figures, 16))  # as AIPerf has them
+        stats = dict(islice(figures, 16))
         if not self._admits(len(stats), base, text):
             return
         is_summary = series_kind == "histogram" or not QUANTILES.keys().isdisjoint(stats)
@@ -1433,7 +1410,8 @@ class FamilySet:
                 name = f"{stem}_{stat}{suffix}" if has_unit else f"{base}_{metric_name(stat)}"
                 words = f"{title} ({_GAUGES[stat] if has_unit else stat.replace('_', ' ')})"
                 kind, key = "gauge", f"{{{text}}}"
-            self._put(name, kind, words, suffix[1:], key, value)
+            if value >= 0 or kind != "counter":
+                self._samples(name, kind, words, suffix[1:]).setdefault(key, value)
 
 
 def metric_families(metrics: MetricRows, labels: Labels = (), before: FamilySet | None = None) -> list[Family]:
