@@ -105,7 +105,7 @@ CLIENT_WRITE_BYTES_MAX = 64 * 1024  # in one write (HTTP: twice that); asyncio 6
 CLIENT_SOFT_MARK_BYTES = 16 * 1024 * 1024  # behind by more: state messages are conflated, events must fit in
 CLIENT_SOFT_MARK_SEC = 5  # behind by more, the same
 CLIENT_QUEUE_EVENTS_MAX = 1000  # that wait for such a client (ZMQ_SNDHWM 1000); it is told what was dropped
-CLIENT_HARD_MARK_BYTES = 2 * CLIENT_SOFT_MARK_BYTES  # huge messages, replies that nobody reads: evicted
+CLIENT_HARD_MARK_BYTES = 2 * CLIENT_SOFT_MARK_BYTES  # evicted
 CLIENT_STALL_SEC = 30  # bytes wait and none leaves; nginx 60; evicted
 HUB_BYTES_MAX = 64 * 1024 * 1024  # of all backlogs, shared bytes once; who does not read is evicted
 RETAINED_BYTES_MAX = 16 * 1024 * 1024  # of the last messages, of 256 types at most; no snapshot
@@ -123,8 +123,8 @@ BUS_TURN_BYTES_MAX = 256 * 1024  # the same
 BUS_TURN_SEC = 0.02  # the same, as far as the last turn's cost tells
 BUS_HANDSHAKE_SEC = 30.0  # from connection to READY (ZMQ_HANDSHAKE_IVL); reconnect
 BUS_HEARTBEAT_SEC = 5.0  # of silence before a PING; after three without an answer, reconnect
-BUS_RETRY_MIN_SEC = 0.1  # between attempts, and at random up to ...
-BUS_RETRY_MAX_SEC = 0.25  # ... this; AIPerf's proxy is up 0.6 s before it says who it is
+BUS_RETRY_MIN_SEC = 0.1  # between attempts, at random up to ...
+BUS_RETRY_MAX_SEC = 0.25  # ... this; AIPerf's proxy says who it is after 0.6 s
 
 # The benchmark: what is kept of a run and walked in a message
 JSON_ITEMS_MAX = 60_000  # `,`, `[` and `{`, in final metrics 4 times as many; AIPerf 700; dropped
@@ -212,14 +212,6 @@ def _read_number(digits: str) -> int | float:
     return number
 
 
-def _load_with_json(data: bytes, constant: Callable[[str], Any]) -> JSONValue:
-    text = data.decode("utf-8")
-    value = json.loads(text, parse_int=_read_number, parse_float=_read_number, parse_constant=constant)
-    if "\\u" in text:  # only an escape can smuggle in a lone surrogate
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
-    return value
-
-
 def _is_deep(value: JSONValue) -> bool:
     level = [value]
     for _ in range(JSON_DEPTH_MAX):
@@ -228,11 +220,16 @@ def _is_deep(value: JSONValue) -> bool:
     return bool(level)
 
 
-def json_load(data: bytes, constant: Callable[[str], Any] | None = None) -> JSONValue:
+def json_load(data: bytes, constant: Callable[[str], Any] = _read_number) -> JSONValue:
     """Return the value of one JSON text, or raise JSONError; `constant` reads NaN and the infinities."""
     try:
-        is_plain = constant is None and orjson is not None
-        value = orjson.loads(data) if is_plain else _load_with_json(data, constant or _read_number)
+        if orjson is not None and constant is _read_number:
+            value = orjson.loads(data)
+        else:
+            text = data.decode("utf-8")
+            value = json.loads(text, parse_int=_read_number, parse_float=_read_number, parse_constant=constant)
+            if "\\u" in text:  # only an escape can smuggle in a lone surrogate
+                json.dumps(value, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
         raise JSONError(str(error) or type(error).__name__) from None
     if data.count(b"[") + data.count(b"{") > JSON_DEPTH_MAX and _is_deep(value):
@@ -783,9 +780,8 @@ class RequestParser:
             self.is_head = buffer.startswith(b"HEAD ")
             if buffer and buffer[0] != 0x0D and not 0x21 <= buffer[0] <= 0x7E:  # at once: a TLS handshake waits for us
                 raise HTTPError(400, "malformed request line")
-        line_end = buffer.find(b"\r\n", 0, HTTP_HEAD_BYTES_MAX)
-        if self._line is None and line_end >= 0:
-            self._line = _parse_request_line(bytes(buffer[:line_end]))
+            line_end = buffer.find(b"\r\n", 0, HTTP_HEAD_BYTES_MAX)
+            self._line = _parse_request_line(bytes(buffer[:line_end])) if line_end >= 0 else None
         end = buffer.find(b"\r\n\r\n", max(self._seen - 3, 0), HTTP_HEAD_BYTES_MAX)
         if _BARE_LF.search(buffer, self._seen, end if end >= 0 else HTTP_HEAD_BYTES_MAX):
             raise HTTPError(400, "line ends without CR")
