@@ -97,7 +97,7 @@ HTTP_UNSENT_BYTES_MAX = 16 * 1024 * 1024  # of all large answers that wait; 503 
 # WebSockets and streams
 WS_CONNECTIONS_MAX = 1000  # or --ws-max-connections; 503 before the upgrade
 WS_MESSAGE_BYTES_MAX = 64 * 1024  # of all fragments; websocat 64 KiB; Close 1009
-WS_FRAGMENT_BYTES_MEAN = 64  # so many fragments in a message: empty ones cost a client 6 bytes; Close 1008
+WS_FRAGMENT_BYTES_MEAN = 64  # 64 KiB / 64 fragments in a message: empty ones cost a client 6 bytes; Close 1008
 WS_PING_INTERVAL_SEC = 20  # websockets 20; a peer silent for two of them is evicted
 WS_PINGS_PER_READ_MAX = 10  # that are answered (Autobahn sends ten); of more, only the last
 CLIENT_TYPES_MAX = 100  # of one client; AIPerf has 70; an error reply
@@ -105,7 +105,7 @@ CLIENT_WRITE_BYTES_MAX = 64 * 1024  # in one write (HTTP: twice that); asyncio 6
 CLIENT_SOFT_MARK_BYTES = 16 * 1024 * 1024  # behind by more: state messages are conflated, events must fit in
 CLIENT_SOFT_MARK_SEC = 5  # behind by more, the same
 CLIENT_QUEUE_EVENTS_MAX = 1000  # that wait for such a client (ZMQ_SNDHWM 1000); it is told what was dropped
-CLIENT_HARD_MARK_BYTES = 2 * CLIENT_SOFT_MARK_BYTES  # evicted
+CLIENT_HARD_MARK_BYTES = 2 * CLIENT_SOFT_MARK_BYTES  # behind by more: evicted
 CLIENT_STALL_SEC = 30  # bytes wait and none leaves; nginx 60; evicted
 HUB_BYTES_MAX = 64 * 1024 * 1024  # of all backlogs, shared bytes once; who does not read is evicted
 RETAINED_BYTES_MAX = 16 * 1024 * 1024  # of the last messages, of 256 types at most; no snapshot
@@ -140,7 +140,7 @@ HISTORY_POINTS_DEFAULT = 1000  # of a series in an answer
 HISTORY_POINTS_MAX = 7200  # of a series, two hours; then every other point goes
 HISTORY_SERIES_MAX = 4096  # of a run, shared fairly among tags; the answer says what was left out
 HISTORY_VALUES_MAX = 2 * 1024 * 1024  # of all series, 8 bytes each; then every other point goes
-HISTORY_ANSWER_VALUES_MAX = 200_000  # 400
+HISTORY_ANSWER_VALUES_MAX = 200_000  # of one answer; 400
 SECRETS_MAX = 16  # of a run, redacted wherever they turn up; older ones only under their keys
 STALE_AFTER_NS = 10_000_000_000  # of silence of a running benchmark; AIPerf's STALE_TIME
 
@@ -269,7 +269,7 @@ _STRONG = (  # a dot: what may stand between two words
     "|credential|authorization|cookie|bearer"
 )
 _STRONG_KEY = re.compile(_STRONG.replace(".", "") + "|^(?:jwt|auth)$")
-_PLAIN = frozenset((int, float, bool, type(None)))  # no secret is
+_PLAIN = frozenset((int, float, bool, type(None)))  # types that no secret has
 _WALK_MAX = 5 * JSON_ITEMS_MAX  # 6 a value and 1 a character
 _RANDOM = re.compile(r"(?=[^0-9]*[0-9])(?=[^a-zA-Z]*[a-zA-Z])(?!\w*://)\S{16,}")
 # Not time_to_first_token_p99 and meta-llama/Llama-3.1-8B
