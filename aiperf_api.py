@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Everything worth knowing about a running AIPerf benchmark: the ZMQ event bus of its processes, served on one port.
+"""A running AIPerf benchmark, followed on the ZMQ event bus of its processes and served on one port.
 
     /            what there is, with lines to copy         /dashboard   the run, live
     /metrics     Prometheus text                           /api/...     JSON
@@ -11,13 +11,9 @@
     python3 aiperf_api.py --api-port 9090 --zmq-host 127.0.0.1
     python3 aiperf_api.py --api-port 9090 -- aiperf profile --model ... --url ... --streaming
 
-Not here, on purpose: HTTP/2, request bodies, Range requests, permessage-deflate, writing to the bus that it watches.
+Not here, on purpose: HTTP/2, request bodies, Range, permessage-deflate, writing to the bus.
 
-Rooms (`grep -n '^# ==' aiperf_api.py`): a name is used in its own or below; 2 to 9 know no loop, no socket, no clock.
-
-     0  Head      3  JSON and secrets    6  Router and static files   9  Benchmark   12  Connection
-     1  Limits    4  WebSocket frames    7  Metrics                  10  Bus         13  Service
-     2  Errors    5  HTTP                8  Prometheus text          11  Hub         14  Command line
+Rooms: `grep -n '^# ==' aiperf_api.py`.  A name is used in its own or below; 2 to 9 know no loop, no socket, no clock.
 """
 
 from __future__ import annotations
@@ -79,74 +75,74 @@ __all__ = ["APIService", "__version__", "main"]
 
 # == 1 == Limits =======================================================================================================
 #
-# Each: its unit in the name, a precedent if any, what the peer sees past it.  Pauses and caches are in their rooms.
+# Each: its unit in the name, a precedent if any, what the peer sees past it.
 
 # HTTP requests
-HTTP_HEAD_BYTES_MAX = 16 * 1024  # request line and headers; nginx 8-32 KiB, Apache 8 KiB a line, node 16 KiB; 431
-HTTP_FIELDS_MAX = 64  # header lines; Apache 100, websockets 128; 431.  Query arguments; 400.  Parts of Accept; ignored
-HTTP_HEAD_TIMEOUT_SEC = 10  # for a whole head, from its first byte; nginx 60, Apache 20-40; 408
-HTTP_IDLE_TIMEOUT_SEC = 75  # of a kept-alive connection; nginx 75, uvicorn 5; closed
+HTTP_HEAD_BYTES_MAX = 16 * 1024  # nginx 8-32 KiB, node 16; 431
+HTTP_FIELDS_MAX = 64  # header lines (Apache 100); 431.  Query arguments; 400.  Parts of Accept; ignored
+HTTP_HEAD_TIMEOUT_SEC = 10  # for a head, from its first byte; Apache 20-40; 408
+HTTP_IDLE_TIMEOUT_SEC = 75  # of a kept-alive connection; nginx 75; closed
 
 # Connections
-HTTP_CONNECTIONS_MAX = 512  # beside the WebSocket limit, half-open ones included; nginx worker_connections 512; 503
-LINGER_TIMEOUT_SEC = 2  # for the peer to end its side after our last words; nginx lingering_timeout 5
-CONNECTION_BUFFER_BYTES = 4 * 1024  # in a transport before it counts as full (a copy; the hub shares); asyncio 64 KiB
-CONNECTION_READ_BYTES = 16 * 1024  # received in one read, before others have their turn; asyncio 256 KiB, nginx 4 KiB
-CONNECTION_UNSENT_BYTES = 16 * 1024  # in the kernel, behind what the peer's window has room for; Linux: megabytes
-HTTP_UNSENT_BYTES_MAX = 16 * 1024 * 1024  # of large answers that wait for slow readers, all together; 503 to the next
+HTTP_CONNECTIONS_MAX = 512  # beside WebSockets, half-open ones included; nginx 512; 503
+LINGER_TIMEOUT_SEC = 2  # for the peer to end its side; nginx 5
+CONNECTION_BUFFER_BYTES = 4 * 1024  # copied to a transport before it counts as full; asyncio 64 KiB
+CONNECTION_READ_BYTES = 16 * 1024  # in one read; asyncio 256 KiB
+CONNECTION_UNSENT_BYTES = 16 * 1024  # in the kernel, beyond the peer's window; Linux: megabytes
+HTTP_UNSENT_BYTES_MAX = 16 * 1024 * 1024  # of all large answers that wait; 503 to the next
 
 # WebSockets and streams
-WS_CONNECTIONS_MAX = 1000  # unless --ws-max-connections says otherwise; 503 before the upgrade
-WS_MESSAGE_BYTES_MAX = 64 * 1024  # one message over all its fragments; websockets 1 MiB, websocat 64 KiB; Close 1009
-WS_FRAGMENT_BYTES_MEAN = 64  # a message may have 64 KiB / 64 fragments: empty ones cost a client 6 bytes; Close 1008
-WS_PING_INTERVAL_SEC = 20  # keepalive; websockets 20; a peer silent for two of them is evicted
-WS_PINGS_PER_READ_MAX = 10  # answered one by one (Autobahn's case 2.10 sends ten); of more, only the last
-CLIENT_TYPES_MAX = 100  # message types of one client (AIPerf has 70); an error reply
-CLIENT_WRITE_BYTES_MAX = 64 * 1024  # in one write (HTTP: twice that), before others have their turn; asyncio 64 KiB
-CLIENT_SOFT_MARK_BYTES = 16 * 1024 * 1024  # behind by more: state messages are conflated, events have to fit in
+WS_CONNECTIONS_MAX = 1000  # or --ws-max-connections; 503 before the upgrade
+WS_MESSAGE_BYTES_MAX = 64 * 1024  # of all fragments; websocat 64 KiB; Close 1009
+WS_FRAGMENT_BYTES_MEAN = 64  # 64 KiB / 64 fragments in a message: empty ones cost a client 6 bytes; Close 1008
+WS_PING_INTERVAL_SEC = 20  # websockets 20; a peer silent for two of them is evicted
+WS_PINGS_PER_READ_MAX = 10  # that are answered (Autobahn sends ten); of more, only the last
+CLIENT_TYPES_MAX = 100  # of one client; AIPerf has 70; an error reply
+CLIENT_WRITE_BYTES_MAX = 64 * 1024  # in one write (HTTP: twice that); asyncio 64 KiB
+CLIENT_SOFT_MARK_BYTES = 16 * 1024 * 1024  # behind by more: state messages are conflated, events must fit in
 CLIENT_SOFT_MARK_SEC = 5  # behind by more, the same
-CLIENT_QUEUE_EVENTS_MAX = 1000  # events that wait for such a client (ZMQ_SNDHWM 1000); it is told what was dropped
-CLIENT_HARD_MARK_BYTES = 2 * CLIENT_SOFT_MARK_BYTES  # huge messages, replies that nobody reads: evicted
-CLIENT_STALL_SEC = 30  # bytes wait and none leaves; nginx send_timeout 60; evicted
-HUB_BYTES_MAX = 64 * 1024 * 1024  # of all backlogs, shared bytes counted once; those that do not read are evicted
-RETAINED_BYTES_MAX = 16 * 1024 * 1024  # of the last messages kept for snapshots, at most 256 types; not retained
-STREAM_COMMENT_INTERVAL_SEC = 15  # ": keepalive" to an event stream; HTML standard, 9.2.7: "every 15 seconds or so"
+CLIENT_QUEUE_EVENTS_MAX = 1000  # that wait for such a client (ZMQ_SNDHWM 1000); it is told what was dropped
+CLIENT_HARD_MARK_BYTES = 2 * CLIENT_SOFT_MARK_BYTES  # behind by more: evicted
+CLIENT_STALL_SEC = 30  # bytes wait and none leaves; nginx 60; evicted
+HUB_BYTES_MAX = 64 * 1024 * 1024  # of all backlogs, shared bytes once; who does not read is evicted
+RETAINED_BYTES_MAX = 16 * 1024 * 1024  # of the last messages, of 256 types at most; no snapshot
+STREAM_COMMENT_INTERVAL_SEC = 15  # ": keepalive" to an event stream; HTML standard 9.2.7: 15
 
 # The bus.  libzmq is the precedent where nothing else is said; it bounds neither messages nor frames.
-BUS_MESSAGE_BYTES_MAX = 4 * 1024 * 1024  # of figures and `process_*`; AIPerf's longest are 0.3 MB; dropped and counted
-BUS_TEXT_BYTES_MAX = 128 * 1024  # of all other types but results; AIPerf's longest are 3 KB; the same
-BUS_RESULT_BYTES_MAX = 32 * 1024 * 1024  # of final results; past it the topic comes alone, or pyzmq's connection ends
+BUS_MESSAGE_BYTES_MAX = 4 * 1024 * 1024  # of figures and `process_*` (AIPerf 0.3 MB); dropped and counted
+BUS_TEXT_BYTES_MAX = 128 * 1024  # of other types but results (AIPerf 3 KB); the same
+BUS_RESULT_BYTES_MAX = 32 * 1024 * 1024  # past it the topic comes alone, or pyzmq's connection ends
 BUS_PARTS_MAX = 64  # frames of a message; the bus sends 2; the same
-BUS_TYPES_MAX = 256  # message types and topics that are told apart; further ones are counted as "other"
-BUS_QUEUE_MESSAGES_MAX = 8  # in libzmq (1000), of any size each; beyond it TCP and the publisher keep them
-BUS_TURN_MESSAGES_MAX = 256  # delivered in one turn of the loop, before clients and requests have theirs
-BUS_TURN_BYTES_MAX = 256 * 1024  # the same in bytes; asyncio reads 256 KiB at a time
-BUS_TURN_SEC = 0.02  # the same in time, as far as the cost of the last turn tells
+BUS_TYPES_MAX = 256  # that are told apart; further ones count as "other"
+BUS_QUEUE_MESSAGES_MAX = 8  # in libzmq (1000), of any size; beyond it TCP and the publisher keep them
+BUS_TURN_MESSAGES_MAX = 256  # in one turn of the loop
+BUS_TURN_BYTES_MAX = 256 * 1024  # the same
+BUS_TURN_SEC = 0.02  # the same, as far as the last turn's cost tells
 BUS_HANDSHAKE_SEC = 30.0  # from connection to READY (ZMQ_HANDSHAKE_IVL); reconnect
 BUS_HEARTBEAT_SEC = 5.0  # of silence before a PING; after three without an answer, reconnect
-BUS_RETRY_MIN_SEC = 0.1  # between attempts, and at random up to ...
-BUS_RETRY_MAX_SEC = 0.25  # ... this; AIPerf's proxy is up 0.6 s before it says who it is
+BUS_RETRY_MIN_SEC = 0.1  # between attempts, at random up to ...
+BUS_RETRY_MAX_SEC = 0.25  # ... this; AIPerf's proxy says who it is after 0.6 s
 
 # The benchmark: what is kept of a run and walked in a message
-JSON_ITEMS_MAX = 60_000  # `,`, `[` and `{` of a message, of final metrics 4 times as many; AIPerf's have 700; dropped
-JSON_DEPTH_MAX = 64  # levels of a JSON text; orjson 1,024, RFC 8259 9 allows a limit; not JSON for us
-NAME_BYTES_MAX = 512  # a tag, id, unit, label; Prometheus label_value_length_limit none; bad_shape
-ROWS_MAX = 2048  # rows of metrics, endpoints or series in a message; AIPerf sends 130; the rest is left out
-EXTRAS_MAX = 64  # further fields of a phase, group or row; Prometheus label_limit none; the rest is left out
-SAMPLES_MAX, SAMPLES_BYTES_MAX = 20_000, 8 * 1024 * 1024  # of /metrics; left out, and how many is a sample itself
-WORKERS_MAX = 2048  # workers of a run; AIPerf caps a node at 32; further ones are not told apart
-RESULTS_KEPT_BYTES_MAX = 8 * 1024 * 1024  # of the final results; larger parts go, with a reason
-RUNS_MAX, RUNS_BYTES_MAX = 100, 8 * 1024 * 1024  # runs with the one at hand; then the oldest go.  Errors kept of a run
-HISTORY_POINTS_DEFAULT = 1000  # of a series in an answer, unless it is asked for another number
-HISTORY_POINTS_MAX = 7200  # of a series; two hours at one a second, then every other point goes
-HISTORY_SERIES_MAX = 4096  # of a run; shared fairly among tags, the answer says what was left out
+JSON_ITEMS_MAX = 60_000  # `,`, `[` and `{`, in final metrics 4 times as many; AIPerf 700; dropped
+JSON_DEPTH_MAX = 64  # levels; orjson 1,024 (RFC 8259 9); not JSON for us
+NAME_BYTES_MAX = 512  # a tag, id, unit, label; bad_shape
+ROWS_MAX = 2048  # of metrics, endpoints or series in a message; AIPerf 130; the rest is left out
+EXTRAS_MAX = 64  # further fields of a phase, group or row; the rest is left out
+SAMPLES_MAX, SAMPLES_BYTES_MAX = 20_000, 8 * 1024 * 1024  # of /metrics; a sample says how many are left out
+WORKERS_MAX = 2048  # of a run; AIPerf 32 a node; further ones are not told apart
+RESULTS_KEPT_BYTES_MAX = 8 * 1024 * 1024  # larger parts of the final results go, with a reason
+RUNS_MAX, RUNS_BYTES_MAX = 100, 8 * 1024 * 1024  # then the oldest go.  Errors kept of a run
+HISTORY_POINTS_DEFAULT = 1000  # of a series in an answer
+HISTORY_POINTS_MAX = 7200  # of a series, two hours; then every other point goes
+HISTORY_SERIES_MAX = 4096  # of a run, shared fairly among tags; the answer says what was left out
 HISTORY_VALUES_MAX = 2 * 1024 * 1024  # of all series, 8 bytes each; then every other point goes
 HISTORY_ANSWER_VALUES_MAX = 200_000  # of one answer; 400
-SECRETS_MAX = 16  # literals of a run that are redacted wherever they turn up; older ones only where they stand
-STALE_AFTER_NS = 10_000_000_000  # silence after which a running benchmark counts as gone; AIPerf's STALE_TIME
+SECRETS_MAX = 16  # of a run, redacted wherever they turn up; older ones only under their keys
+STALE_AFTER_NS = 10_000_000_000  # of silence of a running benchmark; AIPerf's STALE_TIME
 
 # The program
-LOG_QUOTE_CHARS_MAX = 200  # of a quoted string in a line of the log; cut with "..."
+LOG_QUOTE_CHARS_MAX = 200  # of a string in a line of the log; cut with "..."
 
 
 # == 2 == Errors =======================================================================================================
@@ -161,7 +157,7 @@ class ExitError(Exception):
 
 
 class UsageError(ExitError):
-    """An option, or an argument of the Python API, is wrong: exit code 2."""
+    """An option, or an argument of the Python API, is wrong."""
 
 
 class StartError(ExitError):
@@ -173,7 +169,7 @@ class JSONError(Exception):
 
 
 class BusError(Exception):
-    """A bus message or bus peer that cannot be used: counted by `kind` (a fixed word), logged once a kind."""
+    """A bus message or peer that cannot be used: counted, and logged once, by `kind`, a fixed word."""
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
@@ -181,7 +177,7 @@ class BusError(Exception):
 
 
 class ClientMessageError(Exception):
-    """A WebSocket message that is not understood: an error reply, and the connection stays."""
+    """A WebSocket message that is not understood: an error reply."""
 
 
 class HTTPError(Exception):
@@ -193,18 +189,14 @@ class HTTPError(Exception):
 
 
 class WebSocketError(Exception):
-    """A violation of RFC 6455: a Close frame with this code (section 7.4.1) and reason."""
-
-    def __init__(self, close_code: int, reason: str) -> None:
-        super().__init__(reason)
-        self.close_code, self.reason = close_code, reason
+    """A violation of RFC 6455: its arguments are the code (7.4.1) and reason of a Close."""
 
 
 # == 3 == JSON and secrets =============================================================================================
 #
-# One contract over orjson (fast, may be missing) and json.  Reading: RFC 8259 in UTF-8, without NaN, numbers beyond a
-# double, lone surrogates or a byte order mark; integers beyond 64 bits become floats, as in orjson.  Writing: NaN and
-# infinities are null, integers keep their digits, lone surrogates become U+FFFD.
+# One contract over orjson (may be missing) and json.  Reading: RFC 8259 in UTF-8, without NaN, numbers beyond a double,
+# lone surrogates or a byte order mark; integers beyond 64 bits become floats.  Writing: NaN and infinities are null,
+# integers keep their digits, lone surrogates become U+FFFD.
 
 JSONValue = Any  # str | int | float | bool | None | list | dict, nested
 
@@ -212,21 +204,12 @@ JSONValue = Any  # str | int | float | bool | None | list | dict, nested
 def _read_number(digits: str) -> int | float:
     number = int(digits) if len(digits) <= 20 and digits.lstrip("-").isdecimal() else float(digits)
     number = number if -(1 << 63) <= number < 1 << 64 else float(number)
-    if not math.isfinite(number):  # NaN and Infinity (RFC 8259 section 6) come here, too
+    if not math.isfinite(number):  # NaN and Infinity come here, too
         raise ValueError(f"not a number of JSON: {digits[:40]}")
     return number
 
 
-def _load_with_json(data: bytes, constant: Callable[[str], Any] = _read_number) -> JSONValue:
-    text = data.decode("utf-8")
-    value = json.loads(text, parse_int=_read_number, parse_float=_read_number, parse_constant=constant)
-    if "\\u" in text:  # only an escape can smuggle in a lone surrogate: UTF-8 itself has none
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
-    return value
-
-
 def _is_deep(value: JSONValue) -> bool:
-    """Tell whether a value is nested beyond JSON_DEPTH_MAX, level by level."""
     level = [value]
     for _ in range(JSON_DEPTH_MAX):
         inside = itertools.chain(*(one.values() if type(one) is dict else one for one in level if one))
@@ -234,12 +217,17 @@ def _is_deep(value: JSONValue) -> bool:
     return bool(level)
 
 
-def json_load(data: bytes, load: Callable[[bytes], JSONValue] | None = None) -> JSONValue:
-    """Return the value of one JSON text; a JSONError if it is none, not in UTF-8, or nested too deep."""
-    load = load or (_load_with_json if orjson is None else orjson.loads)
+def json_load(data: bytes, constant: Callable[[str], Any] = _read_number) -> JSONValue:
+    """Return the value of one JSON text, or raise JSONError; `constant` reads NaN and the infinities."""
     try:
-        value = load(data)
-    except (ValueError, RecursionError) as error:  # both decoders' errors are ValueErrors, UnicodeDecodeError too
+        if orjson is not None and constant is _read_number:
+            value = orjson.loads(data)
+        else:
+            text = data.decode("utf-8")
+            value = json.loads(text, parse_int=_read_number, parse_float=_read_number, parse_constant=constant)
+            if "\\u" in text:  # only an escape can smuggle in a lone surrogate
+                json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except (ValueError, RecursionError) as error:
         raise JSONError(str(error) or type(error).__name__) from None
     if data.count(b"[") + data.count(b"{") > JSON_DEPTH_MAX and _is_deep(value):
         raise JSONError(f"nested deeper than {JSON_DEPTH_MAX} levels")
@@ -247,17 +235,17 @@ def json_load(data: bytes, load: Callable[[bytes], JSONValue] | None = None) -> 
 
 
 def json_load_lenient(data: bytes) -> tuple[JSONValue, bool]:
-    """Return the value of a text that `json.dumps` wrote, and whether a NaN or an infinity in it became None."""
+    """Return the value of a text of `json.dumps`, and whether a NaN or an infinity in it became None."""
     try:
         return json_load(data), False
     except JSONError:
         if b"NaN" not in data and b"Infinity" not in data:
             raise
-    return json_load(data, lambda text: _load_with_json(text, lambda _: None)), True
+    return json_load(data, lambda _: None), True
 
 
 def json_bytes(value: JSONValue, *, pretty: bool = False) -> bytes:
-    """Return the JSON text of a value: one line, or indented by two; a TypeError for what JSON has no form for."""
+    """Return the JSON text of a value, or raise TypeError."""
     if orjson is not None:
         with contextlib.suppress(TypeError):  # integers beyond 64 bits, lone surrogates: json knows how
             return orjson.dumps(value, option=orjson.OPT_NON_STR_KEYS | (orjson.OPT_INDENT_2 if pretty else 0))
@@ -265,12 +253,12 @@ def json_bytes(value: JSONValue, *, pretty: bool = False) -> bytes:
     write = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=separators, indent=indent).encode
     try:
         return write(value).encode("utf-8")
-    except ValueError:  # a NaN, an infinity, or (UnicodeEncodeError) a lone surrogate: rare, so cleaned only then
+    except ValueError:  # a NaN, an infinity, a lone surrogate: rare
         clean = json.loads(json.dumps(value), parse_constant=lambda _: None)
         return re.sub("[\ud800-\udfff]", "\ufffd", write(clean)).encode("utf-8")
 
 
-# -- Secrets: whatever may hold one passes here at the door; no pattern is worse than linear on any text ---------------
+# -- Secrets: redacted at the door; no pattern is worse than linear on any text
 
 REDACTED = "***"
 _STRONG = (  # a dot: what may stand between two words
@@ -278,19 +266,19 @@ _STRONG = (  # a dot: what may stand between two words
     "|credential|authorization|cookie|bearer"
 )
 _STRONG_KEY = re.compile(_STRONG.replace(".", "") + "|^(?:jwt|auth)$")
-_PLAIN = frozenset((int, float, bool, type(None)))  # types of values that no secret is
-_WALK_MAX = 5 * JSON_ITEMS_MAX  # 6 a value and 1 a character; only huge results have more, and it takes long
+_PLAIN = frozenset((int, float, bool, type(None)))  # types that no secret has
+_WALK_MAX = 5 * JSON_ITEMS_MAX  # 6 a value and 1 a character
 _RANDOM = re.compile(r"(?=[^0-9]*[0-9])(?=[^a-zA-Z]*[a-zA-Z])(?!\w*://)\S{16,}")
-# Not of words and versions, either, as time_to_first_token_p99 and meta-llama/Llama-3.1-8B are
+# Not time_to_first_token_p99 and meta-llama/Llama-3.1-8B
 _KEYLIKE = re.compile(r"(?=\S*?(?<![a-zA-Z0-9])(?=[a-zA-Z]*[0-9])(?=[0-9]*[a-zA-Z])[a-zA-Z0-9]{8})" + _RANDOM.pattern)
-_WORD = re.compile("(?i:(?:basic|bearer|digest|token) )?[A-Z]{1,15}")  # a placeholder: TOKEN, Bearer TOKEN
-_PROSE = re.compile("[A-Z]{1,15}|[A-Za-z][a-z]{1,14}")  # "Basic authentication", "the bearer of bad news"
+_WORD = re.compile("(?i:(?:basic|bearer|digest|token) )?[A-Z]{1,15}")  # TOKEN, Bearer TOKEN
+_PROSE = re.compile("[A-Z]{1,15}|[A-Za-z][a-z]{1,14}")  # "the bearer of bad news"
 _PLACEHOLDER = r"""(?:(?:none|null|true|false)\.?|\*\*\*|(?:[Bb]earer[ ])?(?:\$\{?(?-i:[A-Z_]+)\}?|<[\w -]{1,64}>))
     (?:[\s"',;&)\]}\\]|$)"""
-_PYTHON = r"""(?:secret\w{0,9}\(|[burf]{1,2})(?=["'])"""  # of SecretStr('x') and b'x'
-# Of what stands behind a name and its sign; nested JSON has several backslashes before its quotes
+_PYTHON = r"""(?:secret\w{0,9}\(|[burf]{1,2})(?=["'])"""  # SecretStr('x'), b'x'
+# Between a sign and its value; nested JSON escapes its quotes several times
 _BEGIN = rf"""\s{{0,32}}(?:{_PYTHON}|(?!{_PYTHON}))\\{{0,7}}(?:["']|(?=[^\s"'\\]))(?!{_PLACEHOLDER})"""
-_SECRET_IN_TEXT = re.compile(  # a match ends in what is hidden, its last group (`likely`: only if it looks random)
+_SECRET_IN_TEXT = re.compile(  # a match ends in its last group, which is hidden (`likely`: if it looks random)
     r"""(?xi)(?=[:abcjkprst])(?: ://(?![\w.-]+:\d+,)(?P<user>[^/\s"']+)(?=@)
       | (?<!\w)(?:bearer|basic)(?:[ \t:]+|%20)["']?(?P<scheme>[\w.~+/=-]+)
       | (?:authorization|cookie)\\{0,7}["']?\s{0,32}:BEGIN
@@ -310,14 +298,15 @@ _SECRET_FLAG = re.compile(  # of a command line; a header is shown by its name
         (?P<value>(?(escaped)[^"'\\\r\n]+|(?(double)[^"\\\r\n]*(?:\\.[^"\\\r\n]*)*|(?(single)[^'\r\n]+|[^\s"']+))))
     """.replace("PLACEHOLDER", _PLACEHOLDER)
 )
-# What must not be logged: the token in a query (its name may be percent-encoded), in a header, in a subprotocol
+# In a query, percent-encoded or not, in a header, in a subprotocol
 _OUR_TOKEN = re.compile(r"(?i)([?&](?:t|%74)(?:o|%6f)(?:k|%6b)(?:e|%65)(?:n|%6e)=|aiperf\.token\.|bearer +)[^\s&]+")
 
 
+@functools.lru_cache(maxsize=512)  # the same keys again and again
 def key_role(key: str) -> str:
     """Return what stands under a key, whatever its spelling (api_key, apiKey, X-API-Key): "strong", every string is a
-    secret; "weak", one that looks random is (`time_to_first_token` is such a key); "headers"; or ""."""
-    letters = re.sub("[^a-z0-9]+", "", key[:NAME_BYTES_MAX].lower())
+    secret; "weak", one that looks random is; "headers"; or ""."""
+    letters = re.sub("[^a-z0-9]+", "", key.lower())
     if _STRONG_KEY.search(letters):
         return "strong"
     if letters.endswith(("key", "token", "pass")):
@@ -326,7 +315,6 @@ def key_role(key: str) -> str:
 
 
 def _hide(match: re.Match[str]) -> str:
-    """Return a match with `***` for its secret; prose and placeholders are none."""
     form, found = match.lastgroup, match[match.lastgroup or 0]
     is_word = (_PROSE if form == "scheme" else _WORD).fullmatch(found)
     if (not _KEYLIKE.fullmatch(found)) if form == "likely" else (is_word and match["sign"] != "="):
@@ -334,48 +322,53 @@ def _hide(match: re.Match[str]) -> str:
     return match[0].removesuffix(found) + REDACTED
 
 
+def _hide_flag(match: re.Match[str]) -> str:
+    role, hidden = key_role(match["flag"]), match["value"]
+    if role == "strong":
+        hidden = (match["name"] or "") + hidden
+    elif role != "headers" or not match["name"]:
+        return match[0]
+    return match[0].removesuffix(hidden) + REDACTED
+
+
 class Secrets:
-    """What is known to be secret.  Only what looks random is remembered and redacted where it stands without its key:
-    16 or more characters, letters and digits, no blank.  With any word, `{"auth": "metrics"}` would blind us."""
+    """What is known to be secret.  Only what looks random is remembered, and redacted where it stands without its key:
+    else `{"auth": "metrics"}` would blind us."""
 
     def __init__(self, known: Iterable[str] = ()) -> None:
         self._for_ever = frozenset(filter(_RANDOM.fullmatch, (one.rpartition(" ")[2] for one in known)))
-        self._met = self._last = dict[str, None]()  # in the value that is looked through, and in the last; ordered sets
-        self._texts: dict[str, str] = {}  # looked through in it, and what is shown
-        self._role_of = functools.lru_cache(maxsize=None)(key_role)  # of its keys, the same ones again and again
+        self._met: dict[str, None] = {}  # in the last value; an ordered set
+        self._texts: dict[str, str] = {}  # of the value at hand, and what is shown
         self.forget_run()
 
     def forget_run(self) -> None:
-        """Forget what was met in a run, but not in the last value: its message may have begun the next run."""
-        self._of_run = [*self._last]
-        self._remember(())
+        """Forget what was met, but in the last value: its message may have begun the next run."""
+        self._of_run: list[str] = []
+        self._remember(self._met)
 
     def _remember(self, words: Iterable[str]) -> None:
-        """Redact these wherever they stand, until the run is forgotten or there are SECRETS_MAX newer ones."""
         self._of_run = [*dict.fromkeys((*self._of_run, *words))][-SECRETS_MAX:]
         self.known = tuple(sorted({*self._for_ever, *self._of_run}, key=len, reverse=True))  # cut below, if long
         words = (re.escape(word[:64]) + (r"[\w.~+/=-]*" if len(word) > 64 else "") for word in self.known)
         self._patterns = [*map(re.compile, words)]  # apart, each is linear; joined, they were not
 
     def redact(self, value: JSONValue) -> JSONValue:
-        """Return a copy with `***` for every secret, or the very same object if there is none; keys never change."""
-        self._left = _WALK_MAX
+        """Return a copy with `***` for every secret, or the very same object; keys never change."""
+        self._met, self._left = {}, _WALK_MAX
         redacted = self._redact(value, "")
-        if self._met.keys() - self.known:  # it may also stand before its key: once more
+        if self._met.keys() - self.known:  # it may also stand before its key
             self._remember(self._met)
             self._texts = {text: self._without_known(shown) for text, shown in self._texts.items()}
             self._left = _WALK_MAX
             redacted = self._redact(value, "")
-        self._last, self._met = self._met, {}
         self._texts.clear()
-        self._role_of.cache_clear()
         return redacted
 
     def redact_payload(self, payload: bytes, value: JSONValue) -> tuple[bytes, JSONValue]:
-        """Return a payload that says `value`, and the value, redacted; the very same objects if they hold no secret."""
+        """Return a payload that says `value`, and the value, redacted or the very same objects."""
         redacted = self.redact(value)
         written = json_bytes(redacted)
-        # Of a key that stands twice, only the payload still has the first value; an escape may be a colon.
+        # Of a key that stands twice, only the payload has the first value; an escape may be a colon.
         is_same = redacted is value and payload.count(b":") == written.count(b":") and b"\\u003" not in payload
         return payload if is_same else written, redacted
 
@@ -384,16 +377,7 @@ class Secrets:
             text = pattern.sub(REDACTED, text)
         return text
 
-    def _hide_flag(self, match: re.Match[str]) -> str:
-        role, hidden = self._role_of(match["flag"]), match["value"]
-        if role == "strong":
-            hidden = (match["name"] or "") + hidden
-        elif role != "headers" or not match["name"]:
-            return match[0]
-        return match[0].removesuffix(hidden) + REDACTED
-
     def _redact(self, value: JSONValue, role: str) -> JSONValue:
-        """Redact what stands under a key of this role; what is not changed is the same object."""
         self._left -= 6 + (len(value) if isinstance(value, str) and value not in self._texts else 0)
         if self._left < 0:
             return REDACTED
@@ -404,27 +388,27 @@ class Secrets:
             for key, item in value.items():
                 if type(item) not in _PLAIN:
                     named = name if key == "value" and isinstance(name, str) else key  # {"name": …, "value": …}
-                    own = "strong" if role in ("strong", "headers") or self._left < 0 else self._role_of(str(named))
-                    own = "" if own == "headers" and "tag" in value else own  # the `header` of a metric is a title
+                    is_inside = role in ("strong", "headers") or self._left < 0
+                    own = "strong" if is_inside else key_role(str(named)[:NAME_BYTES_MAX])
+                    own = "" if own == "headers" and "tag" in value else own  # a metric's `header` is a title
                     new = self._redact(item, own)
                     if new is not item:
                         changed[key] = new
             return {**value, **changed} if changed else value
         if isinstance(value, (list, tuple)) and not _PLAIN.issuperset(map(type, value)):
-            items = [self._redact(item, own) for item, own in zip(value, self._roles_in(value, role))]
+            items = [*map(self._redact, value, _roles_in(value, role))]
             return value if all(one is other for one, other in zip(items, value)) else items
         return value
 
     def _redact_string(self, text: str, role: str) -> str:
-        """Hide all of a secret, what a header says, or what any text gives away, as in `Bearer …` and `password: …`."""
         name, colon, content = text.partition(":") if role else ("", "", "")
         if role == "strong" or (role == "weak" and _KEYLIKE.fullmatch(text)):
             name, content = "", text
         elif role != "headers" or not colon or " " in name:
             if text not in self._texts:
                 shown = _SECRET_IN_TEXT.sub(_hide, self._without_known(text))
-                self._texts[text] = _SECRET_FLAG.sub(self._hide_flag, shown)
-            return text if self._texts[text] == text else self._texts[text]  # unchanged: the very same object
+                self._texts[text] = _SECRET_FLAG.sub(_hide_flag, shown)
+            return text if self._texts[text] == text else self._texts[text]
         if content.strip() in ("", REDACTED):
             return text
         form = content.rpartition(" ")[2]
@@ -432,20 +416,21 @@ class Secrets:
             self._met[form] = None
         return f"{self._without_known(name)}: {REDACTED}" if name else REDACTED
 
-    def _roles_in(self, values: Sequence[JSONValue], role: str) -> Iterator[str]:
-        """Yield the roles of a list's items: `["api_key", "…"]` counts as a member, and so does `--api-key …`."""
-        for before, value in zip(("", *values), values):
-            if role == "headers":
-                yield "pair" if isinstance(value, (list, tuple)) else role
-            elif role == "strong" or (role == "pair" and value is not values[0]):
-                yield "strong"
-            else:
-                is_key = isinstance(before, str) and (len(values) == 2 or before[:1] == "-")
-                yield self._role_of(before) if is_key else ""
+
+def _roles_in(values: Sequence[JSONValue], role: str) -> Iterator[str]:
+    """Yield the roles of a list's items: `["api_key", "…"]` counts as a member, so does `--api-key …`."""
+    for before, value in zip(("", *values), values):
+        if role == "headers":
+            yield "pair" if isinstance(value, (list, tuple)) else role
+        elif role == "strong" or (role == "pair" and value is not values[0]):
+            yield "strong"
+        else:
+            is_key = isinstance(before, str) and (len(values) == 2 or before[:1] == "-")
+            yield key_role(before[:NAME_BYTES_MAX]) if is_key else ""
 
 
 def printable(text: str | bytes, limit: int = LOG_QUOTE_CHARS_MAX) -> str:
-    """Return a peer's string for a log line: one line of ASCII, at most `limit` characters and "...", no tokens."""
+    """Return a peer's string as one line of ASCII, without tokens."""
     raw = text.decode("latin-1") if isinstance(text, bytes) else text
     shown = _OUR_TOKEN.sub(r"\1***", raw[: 4 * limit]).encode("unicode_escape").decode("ascii")
     return shown if len(shown) <= limit and len(raw) <= 4 * limit else shown[:limit] + "..."
@@ -453,30 +438,27 @@ def printable(text: str | bytes, limit: int = LOG_QUOTE_CHARS_MAX) -> str:
 
 # == 4 == WebSocket frames =============================================================================================
 #
-# RFC 6455 as a server needs it, without a socket: bytes in, events out, and frames as bytes.  No extensions: reserved
-# bits are refused.  Our own frames are neither masked (5.1) nor fragmented.
-#
-# A fault is found at the byte that commits it: what a peer declares is checked before a byte of it is kept, and text is
-# decoded while it arrives.  After a fault or a Close nothing more is read (7.1.7).
+# RFC 6455 without a socket and without extensions.  A fault is found at the byte that commits it: what a peer declares
+# is checked before a byte of it is kept, and text is decoded while it arrives.  After it nothing is read (7.1.7).
 
-OP_CONT, OP_TEXT, OP_BINARY, OP_CLOSE, OP_PING, OP_PONG = 0x0, 0x1, 0x2, 0x8, 0x9, 0xA
-# RFC 6455 7.4.1 and the IANA registry.  1004, 1005, 1006 and 1015 are never on the wire.
+OP_TEXT, OP_BINARY, OP_CLOSE, OP_PING, OP_PONG = 0x1, 0x2, 0x8, 0x9, 0xA
 CLOSE_GOING_AWAY, CLOSE_PROTOCOL_ERROR, CLOSE_INVALID_DATA = 1001, 1002, 1007
 CLOSE_POLICY_VIOLATION, CLOSE_MESSAGE_TOO_BIG, CLOSE_INTERNAL_ERROR = 1008, 1009, 1011
-_CLOSE_CODES = frozenset((*range(1000, 1004), *range(1007, 1015), *range(3000, 5000)))  # 7.4.1, 7.4.2
+# RFC 6455 7.4 and the IANA registry.  1004, 1005, 1006 and 1015 are never on the wire.
+_CLOSE_CODES = frozenset((*range(1000, 1004), *range(1007, 1015), *range(3000, 5000)))
 
 
 class Event(NamedTuple):
-    """What a peer sent: a whole message, a control frame, or a fault, which is answered by a Close with `code`."""
+    """A whole message, a control frame, or a fault, which is answered by a Close with `code`."""
 
     kind: str  # text | binary | ping | pong | close | failure
-    data: Any = b""  # str of a text, else the payload: echo it to a close or ping
-    code: int | None = None  # of a close (None: it gave none) or a failure
+    data: Any = b""  # str of a text, else the payload
+    code: int | None = None  # of a close, if it gave one, or a failure
     reason: str = ""
 
 
 def encode_frame(opcode: int, payload: bytes) -> bytes:
-    """Return one unmasked frame, as a server sends it; the same bytes serve every client (RFC 6455 5.2)."""
+    """Return one unmasked frame (RFC 6455 5.1, 5.2)."""
     first, size = 0x80 | opcode, len(payload)
     if size <= 125:
         return bytes((first, size)) + payload
@@ -486,13 +468,13 @@ def encode_frame(opcode: int, payload: bytes) -> bytes:
 
 
 def encode_close(code: int, reason: str = "") -> bytes:
-    """Return a whole Close frame; a reason over 123 bytes is cut on a character (RFC 6455 5.5)."""
+    """Return a Close; a reason over 123 bytes is cut on a character (RFC 6455 5.5)."""
     raw = reason.encode("utf-8", "replace")[:123].decode("utf-8", "ignore").encode("utf-8")
     return encode_frame(OP_CLOSE, struct.pack("!H", code) + raw)
 
 
 def _unmask(data: bytes, mask: bytes) -> bytes:
-    """Undo RFC 6455 5.3 as one XOR of two long integers: linear, and no loop in Python."""
+    """Undo RFC 6455 5.3 as one XOR of two long integers: no loop in Python."""
     size = len(data)
     key = (mask * (size // 4 + 1))[:size]
     return (int.from_bytes(data, "little") ^ int.from_bytes(key, "little")).to_bytes(size, "little")
@@ -504,12 +486,12 @@ def _require(holds: bool, reason: str, code: int = CLOSE_PROTOCOL_ERROR) -> None
 
 
 def _decode_text(piece: bytes, decoder: codecs.IncrementalDecoder, final: bool = False) -> str:
-    """Return the text of a piece; invalid UTF-8 fails at once, not at the end of the message (RFC 6455 8.1)."""
+    """Return the text of a piece; invalid UTF-8 fails at once (RFC 6455 8.1)."""
     try:
         text = decoder.decode(piece, final)
     except UnicodeDecodeError:
         raise WebSocketError(CLOSE_INVALID_DATA, "text is not UTF-8") from None
-    held = decoder.getstate()[0]  # CPython holds back half a surrogate (ED A0..BF), which can never become valid
+    held = decoder.getstate()[0]  # CPython holds back half a surrogate (ED A0..BF)
     _require(held[:1] != b"\xed" or held[1:2] < b"\xa0", "text is not UTF-8", CLOSE_INVALID_DATA)
     return text
 
@@ -525,18 +507,13 @@ def _control_event(opcode: int, payload: bytes) -> Event:
 class FrameParser:
     """Read the frames of one client; hold at most one message, one control payload and one incomplete head."""
 
-    __slots__ = ("_buffer", "_events")
-
     def __init__(self, max_message: int = WS_MESSAGE_BYTES_MAX) -> None:
-        self._buffer = bytearray()  # not read yet
-        # None once they have ended.  The generator holds the buffer, not the parser: so there is no reference cycle.
-        self._events: Iterator[Event | None] | None = _read_events(self._buffer, max_message)
+        self._buffer = bytearray()
+        self._events = _read_events(self._buffer, max_message)  # holds the buffer, not the parser: no cycle
 
     def feed(self, data: bytes) -> list[Event]:
-        """Return the events that `data` completes, in order.  Never raise; [] for ever after a close or a failure."""
+        """Return the events that `data` completes; [] for ever after a close or a failure."""
         events: list[Event] = []
-        if self._events is None:
-            return events
         self._buffer += data
         try:
             for event in self._events:
@@ -544,20 +521,19 @@ class FrameParser:
                     return events
                 events.append(event)
         except WebSocketError as error:
-            events.append(Event("failure", b"", error.close_code, error.reason))
-        self._events = None
+            events.append(Event("failure", b"", *error.args))
         self._buffer.clear()
         return events
 
 
 def _read_events(buffer: bytearray, max_message: int) -> Generator[Event | None, None, None]:
-    """Yield each event as it is complete, and None where more bytes must be appended to the buffer."""
+    """Yield each event, and None where more bytes must be appended to the buffer."""
     at = 0  # what stands before it has been read
 
     def read(size: int) -> Generator[None, None, bytes]:
         nonlocal at
         while len(buffer) - at < size:
-            del buffer[:at]  # once for all frames that came together: linear, however small they are
+            del buffer[:at]  # once for all frames that came together: linear
             at = 0
             yield
         at += size
@@ -590,14 +566,12 @@ def _read_events(buffer: bytearray, max_message: int) -> Generator[Event | None,
 def _read_head(
     read: Callable[[int], Generator[None, None, bytes]], kind: int, fragments: int, size: int, max_message: int
 ) -> Generator[None, None, tuple[bool, int, int, bytes]]:
-    """Return fin, opcode, length and mask of the frame behind `size` bytes of a message (RFC 6455 5.2)."""
+    """Return fin, opcode, length and mask of a frame behind `size` bytes of a message (RFC 6455 5.2)."""
     [first] = yield from read(1)
     fin, opcode = first >= 0x80, first & 0x0F
-    _require(not first & 0x70, "reserved bits are set")
-    _require(opcode <= OP_BINARY or OP_CLOSE <= opcode <= OP_PONG, "reserved opcode")
+    _require(not first & 0x70 and not 2 < opcode < 8 and opcode <= OP_PONG, "reserved bits or opcode")
     _require(fin or opcode < 8, "fragmented control frame")  # 5.5
-    _require(not kind or opcode not in (OP_TEXT, OP_BINARY), "new message inside a fragmented one")  # 5.4
-    _require(kind > 0 or opcode > 0, "continuation without a message")
+    _require(opcode >= 8 or (opcode == 0) == (kind > 0), "message or continuation out of order")  # 5.4
     _require(opcode > 0 or fragments < max_message // WS_FRAGMENT_BYTES_MEAN, "too fragmented", CLOSE_POLICY_VIOLATION)
     [second] = yield from read(1)
     _require(second >= 0x80, "frame is not masked")  # 5.1
@@ -609,83 +583,71 @@ def _read_head(
         low = yield from read(1 if length == 126 else 7)
         length = high << 8 * len(low) | int.from_bytes(low, "big")
         _require(length > (0xFFFF if len(low) == 7 else 125), "frame length in too many bytes")
-    if opcode < 8 and size + length > max_message:  # 10.4: before a byte of it is kept
-        raise WebSocketError(CLOSE_MESSAGE_TOO_BIG, f"message over {max_message} bytes")
+    if opcode < 8:  # 10.4: before a byte of it is kept
+        _require(size + length <= max_message, f"message over {max_message} bytes", CLOSE_MESSAGE_TOO_BIG)
     return fin, opcode, length, (yield from read(4))
 
 
 # == 5 == HTTP =========================================================================================================
 #
-# HTTP/1.1 (RFC 9110, RFC 9112) as strict as h11, without a socket.  Not here, on purpose, and what a client gets:
-#
-#   request bodies      Content-Length above 0: 413.  Transfer-Encoding: 501, and 400 with a Content-Length beside it
-#   HTTP/1.0 keep-alive one answer, then the connection ends
-#   HTTP/2, HTTP/0.9    505; 400
-#   CONNECT             400 (authority-form); absolute-form is understood
-#   Range, TRACE        ignored; 405
-#
+# HTTP/1.1 (RFC 9110, RFC 9112) as strict as h11, without a socket.  Not here, on purpose: request bodies (413, with
+# Transfer-Encoding 501), HTTP/1.0 keep-alive (ignored), HTTP/2 (505), CONNECT (400), TRACE (405), Range (ignored).
 # Every fault of a head ends the connection: what follows may be a body, and guessing is request smuggling.
 
 HeaderList = Sequence[tuple[str, str]]
 
 _TOKEN = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")  # RFC 9110 5.6.2
-_REQUEST_LINE = re.compile(rb"(%b) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])" % _TOKEN.pattern)  # RFC 9112 3
+_REQUEST_LINE = re.compile(rb"(%b) ([\x21-\x7e]+) HTTP/(\d)\.(\d)" % _TOKEN.pattern)  # RFC 9112 3
 _FIELD_LINE = re.compile(rb"(%b):([\t\x20-\x7e\x80-\xff]*)" % _TOKEN.pattern)  # RFC 9112 5, RFC 9110 5.5
-# RFC 9112 3.2.1 and 3.2.2: origin-form, and absolute-form without userinfo; a fragment is never sent (RFC 9110 7.1)
+_BARE_LF = re.compile(rb"(?<!\r)\n")  # RFC 9112 2.2 allows it; not all programs do: smuggling
+# RFC 9112 3.2.1, 3.2.2: origin-form, and absolute-form without userinfo
 _TARGET = re.compile(rb"(?:(?i:https?)://([^/?#]+))?(/[^?#]*)?(?:\?([^#]*))?")
-# RFC 9110 7.2: uri-host [ ":" port ]; names as DNS and containers have them, addresses as IP-literal (RFC 3986 3.2.2)
-_HOST = re.compile(r"(?:([A-Za-z0-9._~-]*)|\[([0-9A-Fa-f:.]+)\])(?::[0-9]{0,5})?")
-_CONTENT_LENGTH = re.compile(r"[0-9]{1,15}")  # RFC 9110 8.6; int() would also read "+5", "1_0" and Arabic digits
+_HOST = re.compile(r"(?:([A-Za-z0-9._~-]*)|\[([0-9A-Fa-f:.]+)\])(?::[0-9]{0,5})?")  # RFC 9110 7.2, RFC 3986 3.2.2
+_CONTENT_LENGTH = re.compile(r"[0-9]{1,15}")  # RFC 9110 8.6; int() would also read "+5" and "1_0"
 _BAD_PERCENT = re.compile(rb"%(?![0-9A-Fa-f]{2})")  # RFC 3986 2.1
-_QVALUE = re.compile(r"0(?:\.[0-9]{0,3})?|1(?:\.0{0,3})?")  # RFC 9110 12.4.2
-_ENTITY_TAG = re.compile(r'(?:W/)?("[\x21\x23-\x7e\x80-\xff]*")')  # RFC 9110 8.8.3, its opaque part
-_WEBSOCKET_KEY = re.compile(r"[A-Za-z0-9+/]{21}[AQgw]==")  # RFC 6455 4.1: base64 of 16 bytes
+_QVALUE = re.compile(r"0(\.[0-9]{0,3})?|1(\.0{0,3})?")  # RFC 9110 12.4.2
+_ENTITY_TAG = re.compile(r'"[\x21\x23-\x7e\x80-\xff]*"')  # RFC 9110 8.8.3, without W/
+_WEBSOCKET_KEY = re.compile(r"[A-Za-z0-9+/]{21}[AQgw]==")  # RFC 6455 4.1
 
-# A second one is a fault: programs disagree about which of the two wins.  Of any other it is joined to the first.
+# Programs disagree about which of two wins: a fault.
 _SINGLE_HEADERS = frozenset(
     "authorization host if-modified-since origin sec-websocket-key sec-websocket-version transfer-encoding".split()
 )
-# For pages: everything from here and nothing inline, so that a metric's name can never become a script.
+# Nothing inline, so that a metric's name can never become a script
 _PAGE_POLICY = "default-src 'self'; img-src 'self' data:; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
-_TOKEN_PROTOCOL = "aiperf.token."  # a subprotocol that carries the token, because browsers can set no header
-_MEMO_HEADS_MAX, _MEMO_HEAD_BYTES_MAX = 64, 1024  # request heads remembered; Prometheus sends 300 bytes, Chromium 700
-_TARGET_BYTES_MAX = HTTP_HEAD_BYTES_MAX // 4  # as sent, still percent-encoded; Apache 8190; 414
-_GZIP_BYTES_MIN, _GZIP_BYTES_MAX = 1024, 1024 * 1024  # a smaller body fits in a packet; a larger one takes too long
+_TOKEN_PROTOCOL = "aiperf.token."  # a subprotocol: browsers can set no header
+_MEMO_HEADS_MAX, _MEMO_HEAD_BYTES_MAX = 64, 1024  # Prometheus sends 300 bytes, Chromium 700
+_TARGET_BYTES_MAX = HTTP_HEAD_BYTES_MAX // 4  # still percent-encoded; Apache 8190; 414
+_GZIP_BYTES_MIN, _GZIP_BYTES_MAX = 1024, 1024 * 1024  # less fits in a packet; more takes too long
 
 
-# -- Reading requests --------------------------------------------------------------------------------------------------
+# -- Reading requests
 
 
 class Request(NamedTuple):
-    """One request, free of connection state: equal heads share one."""
-
-    method: str  # as sent: methods are case-sensitive
-    target: str  # as sent, still percent-encoded; for logs, through printable()
+    method: str
+    target: str  # as sent; for logs, through printable()
     path: str  # percent-decoded once, but for %2F; begins with "/"
-    query: tuple[tuple[str, str], ...]  # decoded names and values, in order; "" where there is no "="
+    query: tuple[tuple[str, str], ...]  # decoded; "" where there is no "="
     headers: Mapping[str, str]  # names in lower case, values as latin-1
-    version: tuple[int, int]  # (1, 0) or (1, 1)
-    keep_alive: bool = False  # a next request may follow; never behind a body or an upgrade
-    wants_upgrade: bool = False  # asks for a WebSocket; check_upgrade() says whether rightly
-    refusal: HTTPError | None = None  # it has a body, which nobody reads: to be raised once the path is known
+    is_1_1: bool
+    keep_alive: bool = False  # never behind a body or an upgrade
+    wants_upgrade: bool = False  # to a WebSocket; whether rightly, upgrade_response() says
+    refusal: HTTPError | None = None  # of its body: to be raised once the path is known
 
     def arg(self, name: str, default: str | None = None) -> str | None:
-        """Return the first value of a query argument; `?pretty` has the value ""."""
         return next(iter(self.args(name)), default)
 
     def args(self, name: str) -> list[str]:
-        """Return all values of a query argument, in order."""
         return [value for key, value in self.query if key == name]
 
     @property
     def wants_pretty(self) -> bool:
-        """Whether a JSON answer is to be indented: `?pretty`, but not `?pretty=0`."""
         value = self.arg("pretty")
         return value is not None and value.lower() not in ("0", "no", "false", "off")
 
 
 def _percent_decode(raw: bytes) -> str:
-    """Decode once, strictly: "%zz", bytes that are not UTF-8, and NUL are 400."""
     with contextlib.suppress(UnicodeDecodeError):
         text = unquote_to_bytes(raw).decode("utf-8")
         if "\0" not in text and not _BAD_PERCENT.search(raw):
@@ -694,96 +656,91 @@ def _percent_decode(raw: bytes) -> str:
 
 
 def host_name(host: str) -> str:
-    """Return name or address of a Host header, in lower case and without the port: of `[::1]:8080`, `::1`."""
+    """Return the name or address in a Host header: of `[::1]:8080`, `::1`."""
     match = _HOST.fullmatch(host)
     if match is None:
         raise HTTPError(400, "malformed Host")
     return (match[1] or match[2] or "").lower()
 
 
-def _members(header: str) -> list[str]:
-    """Return the members of a comma-separated list; empty ones do not count (RFC 9110 5.6.1)."""
+def _members(header: str) -> list[str]:  # RFC 9110 5.6.1
     return [item for item in (part.strip(" \t") for part in header.split(",")) if item]
 
 
 def _parse_request_line(line: bytes) -> Request:
-    """Return what the first line tells of a request; of the headers only the Host of an absolute target (3.2.2)."""
     match = _REQUEST_LINE.fullmatch(line)
     if match is None:
         raise HTTPError(400, "malformed request line")
     method, target, major, minor = match.groups()
-    if major != b"1":  # "PRI * HTTP/2.0", the preface of HTTP/2, too (RFC 9113 3.4)
+    if major != b"1":  # RFC 9113 3.4: also "PRI * HTTP/2.0"
         raise HTTPError(505, "HTTP/1.1 is spoken here")
     if len(target) > _TARGET_BYTES_MAX:
         raise HTTPError(414, f"target over {_TARGET_BYTES_MAX} bytes")
-    match = _TARGET.fullmatch(b"/" if (method, target) == (b"OPTIONS", b"*") else target)  # RFC 9112 3.2.4
-    if match is None or not (match[1] or match[2]):  # 3.2.3: authority-form is for proxies
+    match = _TARGET.fullmatch(target)
+    if match is None or not (match[1] or match[2]):
         raise HTTPError(400, "the target must be a path or an http(s) URL")
-    headers = {"host": match[1].decode("ascii")} if match[1] else {}
+    headers = {"host": match[1].decode("ascii")} if match[1] else {}  # 3.2.2: it wins
     host_name(headers.get("host", ""))
-    # ".." and "//" stay: a path is only ever looked up.  So does an encoded slash: it separates nothing (RFC 3986 2.2).
+    # ".." and "//" stay: a path is only ever looked up.  An encoded slash separates nothing (RFC 3986 2.2).
     path = _percent_decode((match[2] or b"/").replace(b"%2F", b"%252F").replace(b"%2f", b"%252f"))
-    # Only "&" separates, never ";": proxies that cache know only "&" (CVE-2020-28473).
+    # Only "&" separates, never ";" (CVE-2020-28473).
     fields = (match[3] or b"").split(b"&", HTTP_FIELDS_MAX)
     if len(fields) > HTTP_FIELDS_MAX:
         raise HTTPError(400, f"over {HTTP_FIELDS_MAX} query arguments")
     pairs = (field.replace(b"+", b" ").partition(b"=") for field in fields if field)
     query = tuple((_percent_decode(name), _percent_decode(value)) for name, _, value in pairs)
-    version = (1, 0) if minor == b"0" else (1, 1)  # RFC 9110 2.5: a higher minor version is answered as 1.1
-    return Request(method.decode("ascii"), target.decode("ascii"), path, query, headers, version)
+    is_1_1 = minor != b"0"  # RFC 9110 2.5: or a higher minor version
+    return Request(method.decode("ascii"), target.decode("ascii"), path, query, headers, is_1_1)
 
 
-def _body_refusal(headers: Mapping[str, str], version: tuple[int, int]) -> HTTPError | None:
-    """Decide on the body (RFC 9112 6.3), here alone: there is none, it is refused, or its end cannot be told."""
+def _body_refusal(headers: Mapping[str, str], is_1_1: bool) -> HTTPError | None:
+    """Decide on the body (RFC 9112 6.3), here alone."""
     lengths = {part.strip(" \t") for part in headers.get("content-length", "0").split(",")}
     if len(lengths) > 1 or not all(map(_CONTENT_LENGTH.fullmatch, lengths)):
         raise HTTPError(400, "malformed Content-Length")
     if "transfer-encoding" in headers:
-        # 6.1: both "ought to be handled as an error": they are smuggling.
-        if "content-length" in headers or version == (1, 0):
+        if "content-length" in headers or not is_1_1:  # 6.1: smuggling
             raise HTTPError(400, "Transfer-Encoding beside Content-Length or in HTTP/1.0")
         return HTTPError(501, "request bodies are not read here")
     return HTTPError(413, "request bodies are not read here") if any(map(int, lengths)) else None
 
 
-def _build_request(line: Request, fields: Iterable[tuple[str, str]]) -> Request:
-    """Return the request that a whole head is."""
+def _build_request(line: Request, fields: Iterable[bytes]) -> Request:
     headers: dict[str, str] = {}
-    for name, value in fields:  # RFC 9110 5.3
+    for field in fields:  # RFC 9110 5.3
+        match = _FIELD_LINE.fullmatch(field)  # no space before the colon (5.1), no obs-fold (5.2): smuggling
+        if match is None:
+            raise HTTPError(400, "malformed header line")
+        name, value = match[1].decode("ascii").lower(), match[2].strip(b" \t").decode("latin-1")
         if name in headers and name in _SINGLE_HEADERS:
             raise HTTPError(400, f"two {name} headers")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
-    is_1_1 = line.version == (1, 1)
-    if "host" not in headers and is_1_1:  # RFC 9112 3.2
+    if "host" not in headers and line.is_1_1:  # RFC 9112 3.2
         raise HTTPError(400, "no Host header")
     host_name(headers.get("host", ""))
-    refusal = _body_refusal(headers, line.version)
-    connection = _members(headers.get("connection", "").lower())
-    upgrade = _members(headers.get("upgrade", "").lower())
-    # RFC 9110 7.8: ignored in HTTP/1.0; 7.6.1: and without "upgrade" in Connection.  Behind a body there are no frames.
-    wants_upgrade = is_1_1 and not refusal and "upgrade" in connection and "websocket" in upgrade
+    refusal = _body_refusal(headers, line.is_1_1)
+    connection, upgrade = (_members(headers.get(name, "").lower()) for name in ("connection", "upgrade"))
+    # RFC 9110 7.8, 7.6.1; behind a body there are no frames
+    may_go_on = line.is_1_1 and not refusal
+    wants_upgrade = may_go_on and "upgrade" in connection and "websocket" in upgrade
+    keep_alive = may_go_on and not wants_upgrade and "close" not in connection
+    headers.update(line.headers)
     return line._replace(
-        headers=MappingProxyType({**headers, **line.headers}),
-        keep_alive=is_1_1 and not refusal and not wants_upgrade and "close" not in connection,
-        wants_upgrade=wants_upgrade,
-        refusal=refusal,
+        headers=MappingProxyType(headers), keep_alive=keep_alive, wants_upgrade=wants_upgrade, refusal=refusal
     )
 
 
 class RequestParser:
-    """Read the requests of one connection: they depend on the bytes alone, not on how these were cut.  `memo` holds
-    heads already parsed, of all connections: a keep-alive client repeats its head byte for byte."""
-
-    __slots__ = ("_at", "_buffer", "_ended", "_fields", "_line", "_memo", "is_head")
+    """Read the requests of one connection, however the bytes were cut.  `memo` holds the heads of all connections: a
+    keep-alive client repeats its head byte for byte."""
 
     def __init__(self, memo: dict[bytes, Request] | None = None) -> None:
         self._memo = {} if memo is None else memo
-        self._ended = False  # there are no more requests
-        self.is_head = False  # the request line at hand says HEAD: not even a fault gets a body
+        self._ended = False
+        self.is_head = False  # not even a fault gets a body
         self._buffer = bytearray()  # unread; the head at hand stands at its front
         self._line: Request | None = None  # its first line
-        self._fields: list[tuple[str, str]] = []  # its other lines
-        self._at = 0  # where its next line begins
+        self._seen = 0  # bytes of it that were there the last time
 
     @property
     def started(self) -> bool:
@@ -791,22 +748,20 @@ class RequestParser:
         return not self._ended and bool(self._buffer)
 
     def feed(self, data: bytes) -> None:
-        """Append bytes from the wire."""
         self._buffer += data
 
     def take_rest(self) -> bytes:
-        """Return and forget the unread bytes, such as frames that came right behind an upgrade."""
         rest = bytes(self._buffer)
         self._buffer.clear()
         return rest
 
     def recall(self, data: bytes) -> Request | None:
-        """Return the request if these bytes, which are then not to be fed, are just a head seen before."""
+        """Return the request if these bytes, which are then not fed, are just a head seen before."""
         return None if self._buffer or self._ended else self._memo.get(data)
 
     def next_request(self) -> Request | None:
-        """Return the next request, or None until there are more bytes; raise HTTPError for a fault.  Behind that, and
-        behind a request that is not keep_alive, return None for ever (RFC 9112 9.6)."""
+        """Return the next request, or None until there are more bytes; for ever behind a fault, which is raised, and
+        behind a request that is not keep_alive (RFC 9112 9.6)."""
         if self._ended:
             return None
         self._ended = True  # also if it raises
@@ -817,65 +772,44 @@ class RequestParser:
     def _read_request(self) -> Request | None:
         buffer = self._buffer
         if self._line is None:
-            while buffer.startswith(b"\r\n"):  # RFC 9112 2.2: a server "SHOULD ignore" them before a request line
+            while buffer.startswith(b"\r\n"):  # RFC 9112 2.2
                 del buffer[:2]
             self.is_head = buffer.startswith(b"HEAD ")
-            if buffer and buffer[0] != 0x0D and not 0x21 <= buffer[0] <= 0x7E:
-                # 0x16 is a TLS handshake (RFC 8446 5.1).  Neither can become a request line: say so at once.
-                is_tls = buffer[0] == 0x16
-                raise HTTPError(400, "this port speaks plain HTTP, not TLS" if is_tls else "malformed request line")
-        while line := self._read_line():
-            if self._line is None:
-                self._line = _parse_request_line(line)
-                continue
-            if len(self._fields) >= HTTP_FIELDS_MAX:
-                raise HTTPError(431, f"over {HTTP_FIELDS_MAX} headers")
-            # No control characters, no space before the colon (5.1), no obs-fold (5.2): each is a way to smuggle.
-            match = _FIELD_LINE.fullmatch(line)
-            if match is None:
-                raise HTTPError(400, "malformed header line")
-            self._fields.append((match[1].decode("ascii").lower(), match[2].strip(b" \t").decode("latin-1")))
-        if line is None or self._line is None:
+            if buffer and buffer[0] != 0x0D and not 0x21 <= buffer[0] <= 0x7E:  # at once: a TLS handshake waits for us
+                raise HTTPError(400, "malformed request line")
+            line_end = buffer.find(b"\r\n", 0, HTTP_HEAD_BYTES_MAX)
+            self._line = _parse_request_line(bytes(buffer[:line_end])) if line_end >= 0 else None
+        end = buffer.find(b"\r\n\r\n", max(self._seen - 3, 0), HTTP_HEAD_BYTES_MAX)
+        if _BARE_LF.search(buffer, self._seen, end if end >= 0 else HTTP_HEAD_BYTES_MAX):
+            raise HTTPError(400, "line ends without CR")
+        self._seen = len(buffer)
+        if end < 0 and self._seen >= HTTP_HEAD_BYTES_MAX:
+            raise HTTPError(431, f"request head over {HTTP_HEAD_BYTES_MAX} bytes")
+        if end < 0 or self._line is None:
             return None
-        request = _build_request(self._line, self._fields)
-        if request.keep_alive and self._at <= _MEMO_HEAD_BYTES_MAX:
+        size, fields = end + 4, bytes(buffer[:end]).split(b"\r\n")[1:]
+        if len(fields) > HTTP_FIELDS_MAX:
+            raise HTTPError(431, f"over {HTTP_FIELDS_MAX} headers")
+        request = _build_request(self._line, fields)
+        if request.keep_alive and size <= _MEMO_HEAD_BYTES_MAX:
             if len(self._memo) >= _MEMO_HEADS_MAX:
                 del self._memo[next(iter(self._memo))]
-            self._memo[bytes(buffer[: self._at])] = request
-        del buffer[: self._at]
-        self._line, self._fields, self._at = None, [], 0
+            self._memo[bytes(buffer[:size])] = request
+        del buffer[:size]
+        self._line, self._seen = None, 0
         return request
 
-    def _read_line(self) -> bytes | None:
-        """Return the next line without its CRLF, or None if it is not there yet; limits go by its place in the head."""
-        lf = self._buffer.find(b"\n", self._at)
-        end = lf if lf >= 0 else len(self._buffer)
-        if self._line is None and end > _TARGET_BYTES_MAX + 65:  # a method, " HTTP/1.1" and CR beside the target
-            raise HTTPError(414, "request line too long")
-        if end >= HTTP_HEAD_BYTES_MAX:
-            raise HTTPError(431, f"request head over {HTTP_HEAD_BYTES_MAX} bytes")
-        if lf < 0:
-            return None
-        # RFC 9112 2.2 lets a bare LF end a line; those that differ about it can be played against each other.
-        if not self._buffer.startswith(b"\r", max(lf - 1, self._at), lf):
-            raise HTTPError(400, "line ends without CR")
-        line = bytes(self._buffer[self._at : lf - 1])
-        self._at = lf + 1
-        return line
 
-
-# -- Checks of a request -----------------------------------------------------------------------------------------------
+# -- Checks of a request
 
 
 def check_host(host: str | None, *, allowed: frozenset[str], bound_to_loopback: bool) -> None:
-    """Refuse a foreign Host with 421: a page that rebinds its DNS name to us still sends its own name.  `allowed` holds
-    names in lower case, with or without a port.  Bound to loopback, IP addresses and "localhost" pass, too; bound wider
-    without a list, every name does.  Only HTTP/1.0 may come without a Host."""
+    """Refuse a foreign Host with 421: a page that rebinds its DNS name to us still sends its own name.  `allowed`: in
+    lower case, with or without a port."""
     if host is None or (not bound_to_loopback and not allowed):
         return
     name = host_name(host)
-    # Exact names and strict addresses: "localhost.evil", "localhost6" and "127.1" are names like any other.
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError):  # "localhost.evil" and "127.1" are names like any other
         if bound_to_loopback and (name == "localhost" or ipaddress.ip_address(name)):
             return
     if name not in allowed and host.lower() not in allowed:
@@ -884,20 +818,27 @@ def check_host(host: str | None, *, allowed: frozenset[str], bound_to_loopback: 
 
 def check_origin(request: Request, allowed: frozenset[str]) -> None:
     """Refuse with 403 what a foreign page asks for: CORS covers neither WebSockets (RFC 6455 10.2) nor `<img>`.
-    `allowed` holds origins in lower case, or "*".  Our own passes, which has the host and port of the Host header and
-    any scheme (a proxy may end TLS); "null" (a file, a sandboxed frame) is foreign."""
+    `allowed`: in lower case, or "*".  Our own is the Host with any scheme: a proxy may end TLS."""
     headers = request.headers
-    origin, host = headers.get("origin", "").lower(), headers.get("host", "").lower()
     if "origin" in headers:
-        is_foreign = origin not in allowed and (not host or origin not in (f"http://{host}", f"https://{host}"))
-    else:  # curl and websocat send nothing; a browser leaves Origin out of a plain GET, but says whose it is
+        host = headers.get("host", "").lower()
+        is_foreign = headers["origin"].lower() not in {*allowed, f"http://{host}", f"https://{host}"}
+    else:  # a browser leaves Origin out of a plain GET, but says whose it is; curl and websocat say nothing
         is_foreign = headers.get("sec-fetch-site") == "cross-site" and headers.get("sec-fetch-mode") != "navigate"
     if is_foreign and "*" not in allowed:
         raise HTTPError(403, "this Origin is not allowed here; see --cors-origin")
 
 
-def check_upgrade(request: Request) -> str:
-    """Return the Sec-WebSocket-Key of a right opening handshake by GET (RFC 6455 4.2.1); raise HTTPError 400 or 426."""
+def subprotocols(request: Request) -> list[str]:
+    names = _members(request.headers.get("sec-websocket-protocol", ""))
+    if not all(_TOKEN.fullmatch(name.encode("latin-1")) for name in names):
+        raise HTTPError(400, "malformed Sec-WebSocket-Protocol")
+    return names
+
+
+def upgrade_response(request: Request, subprotocol: str = "aiperf") -> bytes:
+    """Return the 101 to an opening handshake (RFC 6455 4.2); raise HTTPError 400 or 426.  Pages offer `aiperf` beside
+    the one with the token: a browser that gets none fails the connection (4.1)."""
     if not request.wants_upgrade:
         hint = "a WebSocket is spoken here: websocat ws://HOST:PORT/ws; for curl there is curl -N .../api/stream"
         raise HTTPError(426, hint, (("Upgrade", "websocket"), ("Connection", "Upgrade")))
@@ -906,57 +847,45 @@ def check_upgrade(request: Request) -> str:
     key = request.headers.get("sec-websocket-key", "")
     if not _WEBSOCKET_KEY.fullmatch(key):
         raise HTTPError(400, "Sec-WebSocket-Key is not the base64 of 16 bytes")
-    return key
-
-
-def subprotocols(request: Request) -> list[str]:
-    """Return the subprotocols that the client offers, in order; raise HTTPError for one that is no token."""
-    names = _members(request.headers.get("sec-websocket-protocol", ""))
-    if not all(_TOKEN.fullmatch(name.encode("latin-1")) for name in names):
-        raise HTTPError(400, "malformed Sec-WebSocket-Protocol")
-    return names
-
-
-def choose_subprotocol(request: Request) -> str | None:
-    """Return the subprotocol to speak.  Pages offer `aiperf` beside the one with the token, because a browser that
-    offered some and gets none fails the connection (RFC 6455 4.1)."""
-    return "aiperf" if "aiperf" in subprotocols(request) else None
+    accept = base64.b64encode(hashlib.sha1(f"{key}258EAFA5-E914-47DA-95CA-C5AB0DC85B11".encode()).digest()).decode()
+    chosen = f"Sec-WebSocket-Protocol: {subprotocol}\r\n" if subprotocol in subprotocols(request) else ""
+    head = "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade"
+    return f"{head}\r\nSec-WebSocket-Accept: {accept}\r\n{chosen}\r\n".encode()
 
 
 def page_cookie(token: bytes) -> str:
-    """Return what stands in for the token in a browser's cookie: enough for us, useless to whoever else is sent it."""
+    """Return what stands in for the token in a browser's cookie: useless to whoever else is sent it."""
     return hmac.new(token, b"aiperf-api page cookie", "sha256").hexdigest()
 
 
 def has_page_token(request: Request, token: bytes) -> bool:
-    """Return whether the request presents the token as `?token=`, as a person who opens a page does."""
     return any(hmac.compare_digest(value.encode("utf-8"), token) for value in request.args("token"))
 
 
 def check_token(request: Request, token: bytes, cookie_name: str) -> None:
-    """Refuse with 401 a request without the token.  Tools send `Authorization: Bearer`; browsers, which cannot set
-    every header, `?token=`, the subprotocol `aiperf.token.TOKEN`, or the cookie that a page opened with it sets."""
+    """Refuse with 401 a request without the token.  Browsers cannot set every header: they send `?token=`, the
+    subprotocol `aiperf.token.TOKEN`, or the cookie that a page opened with it sets."""
     scheme, _, credentials = request.headers.get("authorization", "").partition(" ")
-    given = [credentials.strip(" ").encode("latin-1")] if scheme.lower() == "bearer" else []
-    given += [value.encode("utf-8") for value in request.args("token")]
+    shown = [credentials.strip(" ")] if scheme.lower() == "bearer" else []
     offered = (name.partition(_TOKEN_PROTOCOL) for name in subprotocols(request))
-    given += [value.encode("latin-1") for before, prefix, value in offered if prefix and not before]
-    cookies = [pair.strip(" ").partition("=") for pair in request.headers.get("cookie", "").split(";")]
-    shown = [value.encode("latin-1") for name, _, value in cookies if name == cookie_name]
-    # In constant time, and on bytes: it raises for a str that is not ASCII.
-    fits = [hmac.compare_digest(candidate, token) for candidate in given]
-    fits += [hmac.compare_digest(candidate, page_cookie(token).encode()) for candidate in shown]
+    shown += [value for before, prefix, value in offered if prefix and not before]
+    given = [value.encode("latin-1") for value in shown] + [value.encode("utf-8") for value in request.args("token")]
+    cookies = (pair.strip(" ").partition("=") for pair in request.headers.get("cookie", "").split(";"))
+    wanted = [(one, token) for one in given]
+    cookie = page_cookie(token).encode()
+    wanted += [(value.encode("latin-1"), cookie) for name, _, value in cookies if name == cookie_name]
+    fits = [hmac.compare_digest(*pair) for pair in wanted]  # of bytes: a str must be ASCII
     if not any(fits):
         what = "this is not the token of this server" if given else "a token is needed"
         hint = f"{what} (--api-token, AIPERF_API_TOKEN): -H 'Authorization: Bearer TOKEN', or ?token=TOKEN"
         raise HTTPError(401, hint, (("WWW-Authenticate", 'Bearer realm="aiperf-api"'),))
 
 
-# -- Negotiation and responses -----------------------------------------------------------------------------------------
+# -- Negotiation and responses
 
 
 def _weighted(header: str) -> list[tuple[str, dict[str, str], float]]:
-    """Return (value, parameters, q) of each member of an Accept or Accept-Encoding header, but the malformed ones."""
+    """Return (value, parameters, q) of each well-formed member of an Accept header."""
     members = []
     for item in header.lower().split(",", HTTP_FIELDS_MAX)[:HTTP_FIELDS_MAX]:
         value, *rest = (part.strip(" \t") for part in item.split(";"))
@@ -969,32 +898,31 @@ def _weighted(header: str) -> list[tuple[str, dict[str, str], float]]:
 
 @functools.lru_cache(maxsize=64)  # without it, this took a quarter of the time of a scrape
 def accepts(header: str | None, offered: tuple[str, ...]) -> str:
-    """Return the offered media type that an Accept header likes best, the earlier of equals (RFC 9110 12.5.1)."""
+    """Return the media type that an Accept header likes best, the earlier of equals (RFC 9110 12.5.1)."""
     ranges = _weighted(header or "*/*")
 
     def weight(offer: str) -> float:  # the q of the most specific range that covers it
         [(kind, params, _)] = _weighted(offer)
         ranks = {"*/*": 0, kind.partition("/")[0] + "/*": 1, kind: 2}
-        # A parameter that the offer does not have does not exclude it: Prometheus adds `escaping=...` to each range.
+        # A parameter that the offer does not have excludes nothing: Prometheus adds `escaping=...`.
         fits = [
             (ranks[value], len(wanted), q)
             for value, wanted, q in ranges
             if value in ranks and all(params.get(name, text) == text for name, text in wanted.items())
         ]
-        return max(fits)[2] if fits else 0.0
+        return max(fits, default=(0, 0, 0.0))[2]
 
     return max(offered, key=weight)
 
 
 @functools.lru_cache(maxsize=64)
-def accepts_gzip(header: str | None) -> bool:
-    """Return whether an Accept-Encoding header allows gzip (RFC 9110 12.5.3)."""
+def accepts_gzip(header: str | None) -> bool:  # RFC 9110 12.5.3
     codings = {value: q for value, _, q in _weighted(header or "")}
     return codings.get("gzip", codings.get("x-gzip", codings.get("*", 0.0))) > 0
 
 
 def etag(body: bytes) -> tuple[str, str]:
-    """Return an ETag header; weak, because one tag stands for the plain and the compressed form (RFC 9110 8.8.1)."""
+    """Return an ETag header; weak, as it stands for the plain and the compressed form (RFC 9110 8.8.1)."""
     return "ETag", f'W/"{hashlib.blake2b(body, digest_size=8).hexdigest()}"'
 
 
@@ -1006,9 +934,9 @@ def _header_bytes(headers: HeaderList) -> bytes:
     return b"".join([line + b"\r\n" for line in lines])
 
 
-@functools.lru_cache(maxsize=64)  # nearly every answer has the same; to make it anew took longer than the answer
+@functools.lru_cache(maxsize=64)  # to make it anew took longer than the answer
 def _head_bytes(status: int, content_type: str, is_compressible: bool, own: HeaderList) -> bytes:
-    """Return the head of an answer without what differs between requests; its own headers replace our defaults."""
+    """Return how all heads of an answer begin; its own headers replace our defaults."""
     defaults = [] if status in (204, 304) else [("Content-Type", content_type)]
     defaults += [("X-Content-Type-Options", "nosniff"), ("Cache-Control", "no-store")]
     if is_compressible:
@@ -1021,10 +949,7 @@ def _head_bytes(status: int, content_type: str, is_compressible: bool, own: Head
 
 
 class Response:
-    """One answer, made once and sent to any number of requests.  A `body` of None is a stream that ends with the
-    connection: encode() gives its head.  `headers` stand beside ours or replace them (ValueError for CR, LF or NUL)."""
-
-    __slots__ = ("_gzip_body", "_head", "_sent", "body", "headers", "is_compressible", "status")
+    """One answer, sent to any number of requests.  A `body` of None is a stream that ends with the connection."""
 
     def __init__(
         self,
@@ -1037,22 +962,21 @@ class Response:
         self.is_compressible = status == 200 and _GZIP_BYTES_MIN <= len(body or b"") <= _GZIP_BYTES_MAX
         self._head = _head_bytes(status, content_type, self.is_compressible, self.headers)
         self._gzip_body = b""  # made when the first client wants it
-        self._sent: tuple[bytes, bool, bytes] = b"", False, b""  # date and coding of the last answer, and its bytes
+        self._sent: tuple[bytes, bool, bytes] = b"", False, b""  # date, coding and bytes of the last answer
 
     def payload(self, is_gzip: bool) -> bytes:
-        """Return the body as it is sent; always the same bytes object, to be shared by all who read it."""
+        """Return the body as it is sent: always the same object, shared by all who read it."""
+        body = self.body or b""
         if not (is_gzip and self.is_compressible):
-            return self.body or b""
-        if not self._gzip_body:  # level 6 gives a tenth of the bytes, and takes 5 ms for 128 KiB
-            body = self.body or b""
+            return body
+        if not self._gzip_body:  # level 6 takes 5 ms for 128 KiB
             self._gzip_body = gzip.compress(body, 6 if len(body) <= _GZIP_BYTES_MAX // 8 else 1, mtime=0)
         return self._gzip_body
 
     def encode(
         self, *, date: bytes, head_only: bool = False, close: bool = False, gzip: bool = False, extra: HeaderList = ()
     ) -> bytes:
-        """Return the bytes of the answer, or its head alone: for a HEAD, or because payload() is written behind it.
-        `date` is an IMF-fixdate (RFC 9110 5.6.7); `extra` holds headers of this one answer, such as CORS."""
+        """Return the bytes of the answer, or its head alone: payload() may be written behind it."""
         is_usual = not (head_only or close or extra)
         if is_usual and self._sent[:2] == (date, gzip):
             return self._sent[2]
@@ -1069,7 +993,7 @@ class Response:
 
 
 def json_response(value: JSONValue, status: int = 200, pretty: bool = False, headers: HeaderList = ()) -> Response:
-    """Return a JSON answer that ends in a newline; a long one can be asked for again by its ETag."""
+    """Return a JSON answer; a long one can be asked for again by its ETag."""
     body = json_bytes(value, pretty=pretty) + b"\n"
     if status == 200 and len(body) >= _GZIP_BYTES_MIN:
         headers = (etag(body), ("Cache-Control", "no-cache"), *headers)
@@ -1077,69 +1001,54 @@ def json_response(value: JSONValue, status: int = 200, pretty: bool = False, hea
 
 
 def text_response(text: str, status: int = 200, headers: HeaderList = ()) -> Response:
-    """Return an answer in plain text."""
     return Response(status, text.encode("utf-8", "replace"), "text/plain; charset=utf-8", headers)
 
 
 def error_response(error: HTTPError, pretty: bool = False) -> Response:
-    """Return `{"error": ...}` with the status and headers of the error."""
     return json_response({"error": error.message}, error.status, pretty, error.headers)
 
 
 def with_preconditions(request: Request, response: Response) -> Response:
-    """Return the response, or in its place a 304 or 412 where the request is conditional (RFC 9110 13.2.2)."""
-    if_match, if_none_match = request.headers.get("if-match"), request.headers.get("if-none-match")
-    if response.status != 200 or (if_match is None and if_none_match is None):
+    """Return the response, or in its place a 304 or 412 (RFC 9110 13.2.2)."""
+    if_none_match = request.headers.get("if-none-match", "")
+    if response.status != 200:
         return response
-    if if_match is not None and if_match != "*":  # 13.1.1: by strong comparison, which our weak tags never pass
+    if request.headers.get("if-match", "*") != "*":  # 13.1.1: by strong comparison, which our weak tags never pass
         return error_response(HTTPError(412, "If-Match names no version that is here"), request.wants_pretty)
-    tag = dict(response.headers).get("ETag", "")  # 13.1.2: by weak comparison
-    if if_none_match != "*" and (not tag or tag[tag.index('"') :] not in _ENTITY_TAG.findall(if_none_match or "")):
+    tag = dict(response.headers).get("ETag", "").removeprefix("W/")  # 13.1.2: by weak comparison
+    if if_none_match != "*" and tag not in _ENTITY_TAG.findall(if_none_match):
         return response
-    kept = [pair for pair in response.headers if pair[0].lower() in ("cache-control", "etag", "vary")]
+    kept = [pair for pair in response.headers if pair[0].lower() in ("cache-control", "etag")]
     kept += [("Vary", "Accept-Encoding")] if response.is_compressible else []
     return Response(304, b"", "", kept)  # 15.4.5
 
 
-def upgrade_response(key: str, subprotocol: str | None = None) -> bytes:
-    """Return the 101 that opens a WebSocket (RFC 6455 4.2.2).  No Sec-WebSocket-Extensions: every offer is declined."""
-    accept = base64.b64encode(hashlib.sha1(f"{key}258EAFA5-E914-47DA-95CA-C5AB0DC85B11".encode()).digest()).decode()
-    chosen = f"Sec-WebSocket-Protocol: {subprotocol}\r\n" if subprotocol is not None else ""
-    head = "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade"
-    return f"{head}\r\nSec-WebSocket-Accept: {accept}\r\n{chosen}\r\n".encode()
-
-
 # == 6 == Router and static files ======================================================================================
 #
-# Paths are looked up in dicts, never built: there is nothing to traverse, no link to follow out of a folder, and no
-# redirect: "//host" and "/metrics/" are simply unknown, so no Location is ever made from a request (CVE-2021-28861).
+# Paths are looked up in dicts, never built: nothing to traverse, and no redirect to "//host" (CVE-2021-28861).
 
 _METHODS = frozenset("GET HEAD POST PUT DELETE CONNECT OPTIONS TRACE PATCH".split())  # RFC 9110 9.3, RFC 5789
-_PLAIN_PATH = re.compile(r"/[A-Za-z0-9/_.-]{0,63}")  # needs no escaping in HTML, a terminal or a shell
+_PLAIN_PATH = re.compile(r"/[A-Za-z0-9/_.-]{0,63}")  # safe to quote anywhere, and short: difflib is slow
 
 
 class Route(NamedTuple):
-    """One endpoint: how it is found, and who answers."""
-
-    path: str  # exact; one that ends in "/{word}" matches any rest that is not empty
-    name: str  # a word, unique; operationId in openapi.json
-    summary: str  # one sentence
-    answer: Callable[..., Any]  # called by the service, never here
+    path: str  # exact, but "/{word}" at its end matches any rest that is not empty
+    name: str  # unique; operationId in openapi.json
+    summary: str
+    answer: Callable[..., Any]
     methods: tuple[str, ...] = ("GET", "HEAD")
-    needs_token: bool = True  # false for health checks
+    needs_token: bool = True
 
 
 class Router:
-    """The table of routes."""
-
     def __init__(self, routes: Sequence[Route]) -> None:
         self.routes = tuple(routes)
-        self._by_path = {route.path: route for route in self.routes if not route.path.endswith("}")}
-        folders = {route.path[: route.path.rindex("/") + 1]: route for route in self.routes if route.path.endswith("}")}
+        self._by_path = {route.path: route for route in self.routes if "{" not in route.path}
+        folders = {route.path.partition("{")[0]: route for route in self.routes if "{" in route.path}
         self._by_folder = dict(sorted(folders.items(), reverse=True))  # the longest first
 
     def match(self, method: str, path: str) -> tuple[Route, str]:
-        """Return the route of a request and the rest of its path; raise HTTPError 404, 405 with Allow, or 501."""
+        """Return the route and the rest of a path; raise HTTPError 404, 405 or 501."""
         if method not in _METHODS:  # RFC 9110 9.1
             raise HTTPError(501, "unknown method")
         route, rest = self._by_path.get(path), ""
@@ -1148,13 +1057,12 @@ class Router:
             if folder is None:
                 raise HTTPError(404, self._unknown(path))
             route, rest = self._by_folder[folder], path[len(folder) :]
-        if method not in route.methods:  # RFC 9110 15.5.6: "MUST generate an Allow header field"
+        if method not in route.methods:  # RFC 9110 15.5.6
             methods = ", ".join(route.methods)
             raise HTTPError(405, f"method not allowed; {route.path} has {methods}", (("Allow", methods),))
         return route, rest
 
     def _unknown(self, path: str) -> str:
-        """Say what is wrong with a path; difflib is slow, and looks only at a short one."""
         if not _PLAIN_PATH.fullmatch(path):
             return "unknown path; GET /api lists what there is"
         import difflib  # only here: few paths are wrong
@@ -1163,19 +1071,18 @@ class Router:
         return f"unknown path {path}; " + (f"did you mean {near[0]}?" if near else "GET /api lists what there is")
 
 
-# -- Static files ------------------------------------------------------------------------------------------------------
+# -- Static files
 
 DEMO_RECORDING = "demo.jsonl.gz"
-_CONTENT_TYPES: Mapping[str, str] = MappingProxyType({
-    ".css": "text/css; charset=utf-8", ".html": "text/html; charset=utf-8", ".ico": "image/x-icon",
-    ".js": "text/javascript; charset=utf-8", ".json": "application/json", ".md": "text/plain; charset=utf-8",
-    ".mjs": "text/javascript; charset=utf-8", ".png": "image/png", ".svg": "image/svg+xml",
+_CONTENT_TYPES = MappingProxyType({
+    ".css": "text/css; charset=utf-8", ".html": "text/html; charset=utf-8", ".js": "text/javascript; charset=utf-8",
+    ".json": "application/json", ".md": "text/plain; charset=utf-8", ".svg": "image/svg+xml",
     ".txt": "text/plain; charset=utf-8",
 })  # fmt: skip
 
 
 def read_static_files() -> dict[str, bytes]:
-    """Return every file that ships beside the module, by its path under static/; none where only the module is."""
+    """Return every file that ships with the module, by its path under static/."""
     here = os.path.dirname(os.path.abspath(__file__))
     if os.path.isfile(here):  # `python3 -m zipapp`: the "folder" is the archive
         import zipfile
@@ -1183,8 +1090,8 @@ def read_static_files() -> dict[str, bytes]:
         with zipfile.ZipFile(here) as archive:
             names = [name for name in archive.namelist() if name.startswith("static/") and not name.endswith("/")]
             return {name[len("static/") :]: archive.read(name) for name in names}
-    for name in ("static", "aiperf_api_static"):  # beside a copied module; beside an installed one
-        folder = os.path.join(here, name)  # not any folder of that name: there may be one in site-packages
+    for name in ("static", "aiperf_api_static"):  # of a copied module, of an installed one
+        folder = os.path.join(here, name)  # site-packages may hold another of that name
         if any(os.path.isfile(os.path.join(folder, file)) for file in ("dashboard.html", DEMO_RECORDING)):
             return _read_folder(folder)
     return {}
@@ -1195,13 +1102,13 @@ def _read_folder(folder: str) -> dict[str, bytes]:
     for parent, _, names in os.walk(folder):  # does not follow links to folders
         for path in (os.path.join(parent, name) for name in names):
             if os.path.isfile(path) and not os.path.islink(path):
-                with contextlib.suppress(OSError), open(path, "rb") as file:  # one that cannot be read is not there
+                with contextlib.suppress(OSError), open(path, "rb") as file:
                     files[os.path.relpath(path, folder).replace(os.sep, "/")] = file.read()
     return files
 
 
 def static_table(files: Mapping[str, bytes]) -> dict[str, Response]:
-    """Return what is served, by path under /static/: files of a known type, which recordings are not."""
+    """Return what is served under /static/: files of a known type, which recordings are not."""
     return {
         name: Response(200, body, content_type, (etag(body), ("Cache-Control", "no-cache")))
         for name, body in files.items() if (content_type := _CONTENT_TYPES.get(os.path.splitext(name)[1].lower()))
@@ -1210,15 +1117,14 @@ def static_table(files: Mapping[str, bytes]) -> dict[str, Response]:
 
 # == 7 == Metrics ======================================================================================================
 #
-# AIPerf up to 0.6 publishes metrics in the unit they are measured in; later versions publish the visible ones in the
-# unit that people read.  Both come out as the latter.  The lists are what AIPerf 0.13's registry says of those that
-# differ; a tag that is not in them passes unchanged.
+# AIPerf up to 0.6 publishes metrics in the unit they are measured in, later versions in the unit that people read: both
+# come out as the latter.  The lists are of AIPerf 0.13's registry; a tag that is not in them passes unchanged.
 
 _HIDDEN_TAGS = frozenset(
     """credit_drop_latency max_response_timestamp min_request_timestamp overall_thinking_efficiency requested_osl
     replay_send_schedule_offset stream_prefill_latency stream_setup_latency thinking_efficiency""".split()
 )
-# (unit on the bus, display unit, factor, tags).  AIPerf multiplies, too: its exports and ours agree to the last digit.
+# (unit on the bus, display unit, factor, tags); AIPerf multiplies, too: exports agree to the last digit
 _CONVERTED_TAGS = (
     ("ns", "ms", 1e-6, """decode_duration http_req_blocked http_req_connecting http_req_connection_overhead
         http_req_dns_lookup http_req_duration http_req_receiving http_req_sending http_req_total http_req_waiting
@@ -1229,37 +1135,34 @@ _CONVERTED_TAGS = (
     ("B", "KB", 1 / 1024, "http_req_data_received http_req_data_sent"),
     ("sec", "ms", 1000.0, "video_inference_time"),
 )  # fmt: skip
-_CONVERSIONS: Mapping[tuple[str, str], tuple[float, str]] = MappingProxyType(  # (tag, unit) -> (factor, display unit)
+_CONVERSIONS = MappingProxyType(  # (tag, unit) -> (factor, display unit)
     {(tag, unit): (factor, shown) for unit, shown, factor, tags in _CONVERTED_TAGS for tag in tags.split()}
 )
-# Percentile fields of a row, and the quantile that Prometheus calls them by.
-QUANTILES: Mapping[str, str] = MappingProxyType({f"p{p}": f"{p / 100}" for p in (1, 5, 10, 25, 50, 75, 90, 95, 99)})
-STATISTICS = frozenset(("avg", "min", "max", "std", "sum", "current", *QUANTILES))  # in the unit of the row
+QUANTILES = MappingProxyType({f"p{p}": f"{p / 100}" for p in (1, 5, 10, 25, 50, 75, 90, 95, 99)})
+STATISTICS = frozenset(("avg", "min", "max", "std", "sum", "current", *QUANTILES))  # in the row's unit
 
 MetricRow = dict[str, Any]
 MetricRows = dict[str, MetricRow]  # by tag, without it
 
 
 def is_number(value: Any) -> bool:
-    """Tell whether a JSON value is a finite number; true and false are none."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return type(value) in (int, float) and abs(value) < math.inf
 
 
 def text_or(value: Any, default: str) -> str:
-    """Return a value if it is a string with something in it, else the default."""
     return value if isinstance(value, str) and value else default
 
 
 def is_name(text: str) -> bool:
-    """Tell whether a tag, a unit, an id or a label is short enough, as UTF-8 and in memory (a character has 1 to 4)."""
+    """Tell whether a name is short enough, as UTF-8 and in memory (1 to 4 bytes a character)."""
     is_short = len(text) <= NAME_BYTES_MAX // 4 or sys.getsizeof(text) <= NAME_BYTES_MAX + 80
     return is_short and len(text.encode("utf-8", "replace")) <= NAME_BYTES_MAX
 
 
 @functools.lru_cache(maxsize=ROWS_MAX)  # a run has some hundred shapes, and a burst 100,000 rows a second
 def _row_plan(names: tuple[str, ...], *types: type) -> tuple[list[str], list[str], list[str], float, str] | None:
-    """Return what makes rows with this tag, unit and fields fit for people: fields to remove, fields that hold text,
-    statistics to multiply, by what, and their unit then ("" where there are none); None where nobody is to see them."""
+    """Return how rows with this tag, unit and fields are shown: fields to remove, fields of text, statistics to
+    multiply, by what, and their unit then; None where they are hidden."""
     tag, unit, *fields = names
     if not tag or tag in _HIDDEN_TAGS:
         return None
@@ -1275,7 +1178,7 @@ def _row_plan(names: tuple[str, ...], *types: type) -> tuple[list[str], list[str
 
 
 def display_row(row: Any) -> MetricRow | None:
-    """Return one row of metrics as people read it, without nulls and what is internal; None when it is not for them."""
+    """Return a row as people read it, without nulls and what is internal; None if it is hidden or unfit."""
     if not isinstance(row, dict) or not isinstance(row.get("tag"), str) or len(row) > EXTRAS_MAX:
         return None
     names = (row["tag"], text_or(row.get("unit"), ""), *row)
@@ -1296,18 +1199,16 @@ def display_row(row: Any) -> MetricRow | None:
 
 
 def display_list(rows: Any) -> list[MetricRow]:
-    """Return those of a list's first ROWS_MAX rows that people see, in the order they came."""
     shown = map(display_row, rows[:ROWS_MAX] if isinstance(rows, list) else ())
     return [row for row in shown if row is not None]
 
 
 def display_rows(rows: Any) -> MetricRows:
-    """Return the same by tag, the last of two with one tag."""
     return {row.pop("tag"): row for row in display_list(rows)}
 
 
 def _shown(value: Any) -> Any:
-    """Return a part of final results with its rows (objects with a tag, at any depth) as people read them."""
+    """Return a part of final results with its rows, objects with a tag at any depth, as people read them."""
     if isinstance(value, list):
         return [shown for shown in map(_shown, value) if shown is not None]
     if not isinstance(value, dict):
@@ -1319,7 +1220,7 @@ def _shown(value: Any) -> Any:
 
 
 def shown_message(message: dict[str, Any]) -> dict[str, Any]:
-    """Return a message of metrics or final results as clients get it, the same object where nothing needs a change."""
+    """Return a message of metrics or final results as clients get it; the same object if nothing changes."""
     if isinstance(message.get("metrics"), list):
         changed: dict[str, Any] = {"metrics": display_list(message["metrics"])}
     else:
@@ -1335,48 +1236,44 @@ def shown_message(message: dict[str, Any]) -> dict[str, Any]:
 
 # == 8 == Prometheus text ==============================================================================================
 #
-# Families of samples -> bytes, in the text format 0.0.4 and in OpenMetrics 1.0.0.  Names and labels of the benchmark's
-# metrics are those of AIPerf's own exporter, so that dashboards made for one work with the other.
+# Names and labels of the benchmark's metrics are those of AIPerf's own exporter: dashboards for one fit the other.
 
 CONTENT_TYPE_TEXT_0_0_4 = "text/plain; version=0.0.4; charset=utf-8"
 CONTENT_TYPE_OPENMETRICS_1_0_0 = "application/openmetrics-text; version=1.0.0; charset=utf-8"
-Labels = tuple[tuple[str, str], ...]  # (name, value) pairs in the order they are written
+Labels = tuple[tuple[str, str], ...]  # (name, value) in order
 
 
 class Family(NamedTuple):
-    """Samples of one name, type and unit."""
-
     name: str  # without `_total` and `_info`, as OpenMetrics has it
     kind: str  # "gauge", "counter", "summary" or "info"
     help: str
-    unit: str  # the end of the name, "" when it has none
-    samples: dict[str, Any]  # values by what follows the name, such as `_sum{model="m"}`: so none is there twice
+    unit: str  # the end of the name, or ""
+    samples: dict[str, Any]  # by what follows the name, such as `_sum{model="m"}`: none is there twice
 
 
-# By type: what 0.0.4 calls it, what it puts behind the name there, and all ends of names that no other family may have.
-_KINDS: Mapping[str, tuple[str, str, tuple[str, ...]]] = MappingProxyType({
+# By type: what 0.0.4 calls it and puts behind its name, and all ends of names that no other family may have
+_KINDS = MappingProxyType({
     "gauge": ("gauge", "", ()), "counter": ("counter", "_total", ("_total", "_created")),
     "summary": ("summary", "", ("_sum", "_count", "_created")), "info": ("gauge", "_info", ("_info",)),
 })  # fmt: skip
-# Statistics that are gauges of their own, with AIPerf's words for them; the last two only without percentiles.
-_GAUGES: Mapping[str, str] = MappingProxyType({
+# Statistics that are gauges, in AIPerf's words; the last two only without percentiles
+_GAUGES = MappingProxyType({
     "avg": "average", "min": "minimum", "max": "maximum", "std": "standard deviation", "current": "current value",
     "count": "observation count", "sum": "observation sum",
 })  # fmt: skip
 _NOT_IN_A_NAME = re.compile("[^a-zA-Z0-9_]")
-# All but the line feed, which is escaped: they would let a name on the bus drive the terminal behind curl.
+# A name on the bus must not drive the terminal behind curl; the line feed is escaped
 _CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 def metric_name(text: str) -> str:
-    """Return text as a part of a metric name: lower case, and `_` for what may not stand in one."""
     name = _NOT_IN_A_NAME.sub("_", text.lower())
     return f"_{name}" if name[:1].isdigit() else name
 
 
-@functools.lru_cache(maxsize=64)  # a run has ten units, and each of its rows one of them
+@functools.lru_cache(maxsize=64)  # each row has one of ten
 def unit_name(unit: str) -> str:
-    """Return a unit as the end of a metric name, by AIPerf's rules in order: `tokens/sec/user` is `tps_per_user`."""
+    """Return a unit as the end of a name, by AIPerf's rules: `tokens/sec/user` is `tps_per_user`."""
     unit = unit.replace("%", "percent").replace("/", "_per_").replace("tokens_per_sec", "tps").replace("__", "_")
     return metric_name(unit)
 
@@ -1392,7 +1289,6 @@ def _labels_text(labels: Labels) -> str:
 
 
 def render_text(families: Iterable[Family]) -> bytes:
-    """Return the exposition in text format 0.0.4, where a counter's name has its `_total`, and an info is a gauge."""
     lines = []
     for name, kind, help_text, _, samples in families:
         shown, suffix, _ = _KINDS[kind]
@@ -1402,21 +1298,20 @@ def render_text(families: Iterable[Family]) -> bytes:
 
 
 def render_openmetrics(families: Iterable[Family]) -> bytes:
-    """Return the exposition in OpenMetrics 1.0.0: no negative figures and no fractional count in a summary."""
     lines = []
     for name, kind, help_text, unit, samples in families:
         unit_line = f"# UNIT {name} {unit}\n" if unit and name.endswith(f"_{unit}") else ""
         escaped = _escape(help_text).replace('"', '\\"')
         lines.append(f"# TYPE {name} {kind}\n{unit_line}# HELP {name} {escaped}\n")
         fit = samples.items()
-        if kind == "summary":
+        if kind == "summary":  # no negative figures and no fractional count
             fit = {key: n for key, n in fit if n >= 0 and (n % 1 == 0 or key[:6] != "_count")}.items()
         lines += [f"{name}{key} {value!r}\n" for key, value in fit]
     return "".join((*lines, "# EOF\n")).encode("utf-8", "replace")
 
 
 def unique_families(families: Iterable[Family]) -> list[Family]:
-    """Return the families with samples whose names no earlier one uses: a scrape with a name twice is refused."""
+    """Return the families whose names no earlier one uses: a scrape with a name twice is refused."""
     used: set[str] = set()
     kept = []
     for family in families:
@@ -1428,37 +1323,33 @@ def unique_families(families: Iterable[Family]) -> list[Family]:
 
 
 class FamilySet:
-    """Families under construction; of equal series the first wins. `room`: samples and bytes left, samples left out."""
+    """Families in the making; the first of equal series wins.  `room`: samples and bytes left, samples left out."""
 
     def __init__(self, before: FamilySet | None = None) -> None:
         self.families: dict[str, Family] = {}
         self.room: list[int] = before.room if before else [SAMPLES_MAX, SAMPLES_BYTES_MAX, 0]
-        self._rows: set[tuple[str, str]] = set()  # names and labels that are in
+        self._rows: set[tuple[str, str]] = set()  # names and labels
 
-    def add(self, head: tuple[str, str, str, str], labels: Labels, value: Any, suffix: str = "") -> None:
-        """Add a sample to the family (name, kind, help, unit), unless it is not a number, or a negative count."""
-        key = f"{suffix}{{{_labels_text(labels)}}}" if labels else suffix
-        if is_number(value) and self._admits(1, head[0], key):
-            self._put(*head, key, value)
+    def add(self, head: tuple[str, str, str, str], labels: Labels, value: Any) -> None:
+        """Add a sample to the family (name, kind, help, unit), if it is a number, and of a counter not negative."""
+        key = _KINDS[head[1]][1] + (f"{{{_labels_text(labels)}}}" if labels else "")
+        if is_number(value) and (value >= 0 or head[1] != "counter") and self._admits(1, head[0], key):
+            self._samples(*head)[key] = value
 
     def _admits(self, samples: int, name: str, labels: str) -> bool:
-        """Tell whether a row is new (figures of two equal ones would mix) and fits; if so, take its room."""
+        """Tell whether a row is new (two equal ones would mix) and fits; if so, take its room."""
         if (name, labels) in self._rows:
             return False
         self._rows.add((name, labels))
-        size = samples * (40 + len((name + labels).encode("utf-8", "replace")))  # 40: a quantile, and the number
+        size = samples * (40 + len((name + labels).encode("utf-8", "replace")))  # a quantile, and the number
         if samples > self.room[0] or size > self.room[1]:
             self.room[2] += samples
             return False
         self.room[:2] = self.room[0] - samples, self.room[1] - size
         return True
 
-    def _put(self, name: str, kind: str, text: str, unit: str, key: str, value: Any) -> None:
-        if kind != "counter" or value >= 0:
-            self._samples(name, kind, text, unit).setdefault(key, value)
-
     def _samples(self, name: str, kind: str, text: str, unit: str) -> dict[str, Any]:
-        """Return the samples of a family, a new one if need be; those of another kind go nowhere."""
+        """Return the samples of a family; those of another kind go nowhere."""
         family = self.families.get(name)
         if family is None:
             family = self.families[name] = Family(name, kind, text, unit, {})
@@ -1466,7 +1357,7 @@ class FamilySet:
         return family.samples if family.kind == kind else {}
 
     def add_row(self, base: str, row: Mapping[str, Any], labels: str, title: str) -> None:
-        """Add a row of statistics under names that begin with `base`: percentiles with sum and count, gauges."""
+        """Add a row of statistics: percentiles with sum and count as a summary, the rest as gauges."""
         unit = text_or(row.get("unit"), "").replace("°C", "celsius")
         ending = unit_name(unit)
         suffix, words = (f"_{ending}" if unit else ""), f" (in {unit})"
@@ -1486,50 +1377,51 @@ class FamilySet:
     def add_series(self, series: ServerSeries, labels: Labels) -> None:
         """Add a series of an inference server, in its own words."""
         endpoint, own_name, series_kind, title, own_labels, own_stats = series
-        base, unit = f"aiperf_server_{metric_name(own_name)}", _SERVER_UNIT.search(own_name)
-        stem, suffix, ending = (base[: -len(unit[0])], unit[0], unit[1]) if unit else (base, "", "")
+        base = f"aiperf_server_{metric_name(own_name)}"
+        stem = _SERVER_UNIT.sub("", base)
+        suffix = base[len(stem) :]
         joined = dict((*labels, ("endpoint", endpoint)))
         reserved = {*joined, "quantile", "le"}
-        for original, value in own_labels:  # renamed where they clash with ours, as Prometheus does when it scrapes
+        for original, value in own_labels:  # renamed where they clash with ours, as Prometheus does
             name = _NOT_IN_A_NAME.sub("_", original)
-            clash = name in reserved or name.startswith("__") or not name or name[0].isdigit()
+            clash = name in reserved or not re.match("_?[a-zA-Z]", name)
             joined.setdefault(f"exported_{name}" if clash else name, value)
         text = _labels_text(tuple(joined.items()))
         figures = ((stat.replace("_estimate", ""), value) for stat, value in own_stats.items() if is_number(value))
-        stats = dict(islice(figures, 16))  # as AIPerf has them
+        stats = dict(islice(figures, 16))
         if not self._admits(len(stats), base, text):
             return
-        key, summarised = f"{{{text}}}", series_kind == "histogram" or not QUANTILES.keys().isdisjoint(stats)
+        is_summary = series_kind == "histogram" or not QUANTILES.keys().isdisjoint(stats)
         for stat, value in stats.items():
+            name, kind, words, key = base, "summary", title, f"_{stat}{{{text}}}"
             if stat in QUANTILES:
-                self._put(base, "summary", title, ending, f'{{{text},quantile="{QUANTILES[stat]}"}}', value)
-            elif stat in ("sum", "count") and summarised:
-                self._put(base, "summary", title, ending, f"_{stat}{key}", value)
+                key = f'{{{text},quantile="{QUANTILES[stat]}"}}'
             elif stat == "total" and series_kind == "counter":
-                self._put(base, "counter", title, ending, f"_total{key}", value)
-            elif stat in _GAUGES and stat != "count":  # these have the metric's own unit
-                self._put(f"{stem}_{stat}{suffix}", "gauge", f"{title} ({_GAUGES[stat]})", ending, key, value)
-            else:
-                words = f"{title} ({stat.replace('_', ' ')})"
-                self._put(f"{base}_{metric_name(stat)}", "gauge", words, "", key, value)
+                kind = "counter"
+            elif stat not in ("sum", "count") or not is_summary:
+                has_unit = stat in _GAUGES and stat != "count"  # the metric's own
+                name = f"{stem}_{stat}{suffix}" if has_unit else f"{base}_{metric_name(stat)}"
+                words = f"{title} ({_GAUGES[stat] if has_unit else stat.replace('_', ' ')})"
+                kind, key = "gauge", f"{{{text}}}"
+            if value >= 0 or kind != "counter":
+                self._samples(name, kind, words, suffix[1:]).setdefault(key, value)
 
 
 def metric_families(metrics: MetricRows, labels: Labels = (), before: FamilySet | None = None) -> list[Family]:
-    """Return the families of a benchmark's metrics: rows by tag in display units, its identity as labels on each."""
     found, text = FamilySet(before), _labels_text(labels)
     for tag, row in metrics.items():
         found.add_row(f"aiperf_{metric_name(tag)}", row, text, text_or(row.get("header"), tag))
     return list(found.families.values())
 
 
-# -- GPU telemetry: AIPerf puts the source, the GPU and its uuid into the tag; here they are labels --------------------
+# -- GPU telemetry: AIPerf has the GPU in the tag; here it is in labels
 
 _GPU_VENDOR = re.compile("(nvidia|amd)[_ ]", re.IGNORECASE)
 
 
 def gpu_series(tag: str, header: str) -> tuple[str, str, Labels]:
-    """Return (metric, title, labels), without the vendor, of a tag `METRIC_dcgm_SOURCE_gpuINDEX_UUID` and a header
-    `TITLE | SOURCE | GPU INDEX | NAME`, where the name of a MIG device may hold a bar."""
+    """Return (metric, title, labels) of a tag `METRIC_dcgm_SOURCE_gpuINDEX_UUID` and a header
+    `TITLE | SOURCE | GPU INDEX | NAME`, whose name may hold a bar."""
     title, source, gpu, gpu_name = (*header.split(" | ", 3), "", "", "", "")[:4]
     metric, _, rest = tag.partition("_dcgm_")
     place, _, device = rest.rpartition("_gpu")
@@ -1543,7 +1435,6 @@ def gpu_series(tag: str, header: str) -> tuple[str, str, Labels]:
 
 
 def telemetry_families(telemetry: MetricRows, labels: Labels = (), before: FamilySet | None = None) -> list[Family]:
-    """Return the families `aiperf_gpu_*` of telemetry rows by tag, each with the labels of its GPU."""
     found = FamilySet(before)
     for tag, row in telemetry.items():
         metric, title, own = gpu_series(tag, text_or(row.get("header"), tag))
@@ -1551,37 +1442,36 @@ def telemetry_families(telemetry: MetricRows, labels: Labels = (), before: Famil
     return list(found.families.values())
 
 
-# -- Inference-server metrics: the server's own names and labels, prefixed ---------------------------------------------
+# -- Inference-server metrics: the server's own names and labels, prefixed
 
-_SERVER_UNIT = re.compile(r"_(seconds|milliseconds|bytes|ratio|percent|tokens|celsius|watts|joules)\Z")
-# Endpoint (host:port), name, type, description, labels and statistics of one series, in the server's own words
-ServerSeries = tuple[str, str, str, str, Labels, Mapping[str, Any]]
+_SERVER_UNIT = re.compile("_(?:seconds|milliseconds|bytes|ratio|percent|tokens|celsius|watts|joules)$")
+ServerSeries = tuple[str, str, str, str, Labels, Mapping[str, Any]]  # endpoint, name, type, description, ...
 
 
 def server_series(summaries: Any) -> Iterator[ServerSeries]:
-    """Yield the well-formed series in the `endpoint_summaries` of a message, ROWS_MAX at most."""
-    left = ROWS_MAX
-    for endpoint, summary in _objects(summaries):
-        for name, metric in _objects(summary.get("metrics")):
-            found = metric.get("series")
-            kind, title = text_or(metric.get("type"), "gauge"), text_or(metric.get("description"), name)
-            for series in found[:left] if isinstance(found, list) else ():
-                left -= 1
-                stats, labels = (series.get("stats"), series.get("labels")) if isinstance(series, dict) else (None, 0)
-                if isinstance(stats, dict) and isinstance(labels, (dict, type(None))):
-                    own = sorted((key, str(text)) for key, text in (labels or {}).items())
-                    if all(map(is_name, (endpoint, name, *itertools.chain(*own)))):
-                        yield endpoint, name, kind, title, tuple(own), stats
+    """Yield the well-formed ones of the first ROWS_MAX series in `endpoint_summaries`."""
+    found = (
+        (endpoint, name, metric, series)
+        for endpoint, summary in _objects(summaries)
+        for name, metric in _objects(summary.get("metrics"))
+        for series in (metric["series"] if isinstance(metric.get("series"), list) else ())
+    )
+    for endpoint, name, metric, series in islice(found, ROWS_MAX):
+        stats, labels = (series.get("stats"), series.get("labels") or {}) if isinstance(series, dict) else (None, None)
+        if isinstance(stats, dict) and isinstance(labels, dict):
+            own = sorted((key, str(text)) for key, text in labels.items())
+            if all(map(is_name, (endpoint, name, *itertools.chain(*own)))):
+                kind, title = text_or(metric.get("type"), "gauge"), text_or(metric.get("description"), name)
+                yield endpoint, name, kind, title, tuple(own), stats
 
 
 def _objects(value: Any, limit: int | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the (key, object) pairs among the first `limit` of an object of objects; nothing for what is none."""
+    """Yield the (key, object) pairs among the first `limit` members of whatever this is."""
     items = islice(value.items(), limit) if isinstance(value, dict) else ()
     return ((key, inner) for key, inner in items if isinstance(inner, dict))
 
 
 def server_families(summaries: Any, labels: Labels = (), before: FamilySet | None = None) -> list[Family]:
-    """Return the families `aiperf_server_*` of `endpoint_summaries`, with the endpoint and the server's own labels."""
     found = FamilySet(before)
     for series in server_series(summaries):
         found.add_series(series, labels)
@@ -2741,7 +2631,7 @@ def state_families(benchmark: Benchmark, now_ns: int) -> list[Family]:
     about: Labels = (*labels, ("version", version)) if version else labels
     own = FamilySet(info := FamilySet())  # with one room
     if about:
-        info.add(("aiperf", "info", "AIPerf benchmark information", ""), about, 1, "_info")
+        info.add(("aiperf", "info", "AIPerf benchmark information", ""), about, 1)
     head = ("aiperf_benchmark_state", "gauge", "State of the benchmark: 1 for the one it is in", "")
     for state in dict.fromkeys((*STATES, *ENDS, status["state"])):  # there before anything is known: without identity
         own.add(head, (("state", state),), int(state == status["state"]))
@@ -2757,7 +2647,7 @@ def state_families(benchmark: Benchmark, now_ns: int) -> list[Family]:
         for own_labels, value in things.get(name.partition("_")[0], [(labels, {**progress, **derived})]):
             for field in path.split("."):
                 value = _object(value).get(field)  # noqa: PLW2901
-            own.add((f"aiperf_{name}", kind, text, unit), own_labels, value, "_total" if kind == "counter" else "")
+            own.add((f"aiperf_{name}", kind, text, unit), own_labels, value)
     statuses = collections.Counter(workers["worker_statuses"].values())
     for state in dict.fromkeys(("healthy", "high_load", "error", "idle", "stale", *statuses)):
         own.add(("aiperf_workers", "gauge", "Workers by status", ""), (*labels, ("status", state)), statuses[state])
@@ -3886,10 +3776,10 @@ class Connection(asyncio.Protocol):
 
     # -- WebSocket and streams
 
-    def open_websocket(self, key: str, subprotocol: str | None) -> None:
+    def open_websocket(self, head: bytes) -> None:
         """Switch protocols; frames may have come right behind the request."""
         self.mode, self._frames = "websocket", FrameParser(self.app.message_bytes_max)
-        self.outlet.write(upgrade_response(key, subprotocol))
+        self.outlet.write(head)
         early = self._requests.take_rest()
         if early:
             asyncio.get_running_loop().call_soon(self.data_received, early)
@@ -4719,7 +4609,7 @@ class APIService:
             head = (f"aiperf_api_{base}", "counter" if total else "gauge", text, unit)
             for key, number in sorted(value.items()) if isinstance(value, dict) else [((), value)]:
                 texts = (key,) if isinstance(key, str) else map(str, key)
-                found.add(head, tuple(zip(labels.split(), texts)), number, total)
+                found.add(head, tuple(zip(labels.split(), texts)), number)
         return list(found.families.values())
 
     def _write_report(self) -> None:
@@ -4829,9 +4719,9 @@ def _get_clients(service: APIService, *_: Any) -> JSONValue:
 
 
 def _get_websocket(service: APIService, connection: Connection, request: Request, _: str) -> None:
-    key, subprotocol = check_upgrade(request), choose_subprotocol(request)
+    head = upgrade_response(request)
     service.add_client(connection, "websocket")
-    connection.open_websocket(key, subprotocol)
+    connection.open_websocket(head)
 
 
 def _get_stream(service: APIService, connection: Connection, request: Request, _: str) -> Response | None:

@@ -103,9 +103,8 @@ def check_request(request: aiperf_api.Request) -> None:
     for check in (
         lambda: aiperf_api.check_host(headers.get("host"), allowed=frozenset(), bound_to_loopback=True),
         lambda: aiperf_api.check_origin(request, frozenset()),
-        lambda: aiperf_api.check_upgrade(request),
+        lambda: aiperf_api.upgrade_response(request),
         lambda: aiperf_api.check_token(request, b"s3cret", "aiperf_api_80"),
-        lambda: aiperf_api.choose_subprotocol(request),
         lambda: aiperf_api.with_preconditions(request, aiperf_api.text_response("x" * 4096)).encode(date=b""),
     ):
         try:
