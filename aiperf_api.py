@@ -4133,52 +4133,52 @@ def connection_factory(app: Application) -> Callable[[asyncio.StreamReader, asyn
 
 # == 13 == Service =====================================================================================================
 #
-# What holds everything together: the bus feeds the benchmark's state, the recording and the hub; connections bring
-# requests and commands; the endpoints below answer from the state.
+# The bus feeds the benchmark's state, the recording and the hub; connections bring requests and commands; the endpoints
+# below answer from the state.
 
 SSE, NDJSON = "text/event-stream", "application/x-ndjson"
 PAGES = frozenset(("/", "/dashboard", "/report.html"))  # what a person opens: without a token they get the token form
 PAGES_MISSING = "the pages are not here: copy the folder static/ beside aiperf_api.py; the API works without"
-_CLIENT_MESSAGE_TYPE = re.compile(r"[A-Za-z0-9_:-]{1,128}|\*")  # what a client may ask for
+_CLIENT_MESSAGE_TYPE = re.compile(r"[A-Za-z0-9_:-]{1,128}|\*")
 _KNOWN_TYPES = KNOWN_MESSAGE_TYPES | {"run", "*"}  # "run" is said by this server
 _ROW_TYPES = METRICS_MESSAGE_TYPES | RESULT_MESSAGE_TYPES  # whose rows clients get in display units
-ENCODERS: Mapping[str, Encoder] = MappingProxyType({  # how each kind of client gets a message
+ENCODERS: Mapping[str, Encoder] = MappingProxyType({  # by kind of client
     "websocket": lambda message: encode_frame(OP_TEXT, message.payload),
     "sse": lambda message: b"event: %s\ndata: %s\n\n" % (message.type.encode(), message.payload),  # HTML 9.2
     "ndjson": lambda message: message.payload + b"\n",
 })  # fmt: skip
+_FORMATS = MappingProxyType({CONTENT_TYPE_TEXT_0_0_4: render_text, CONTENT_TYPE_OPENMETRICS_1_0_0: render_openmetrics})
 STOP_TIMEOUT_SEC = 2  # in all, from the signal to the exit
-_LINE_CHARS_MAX = 1000  # of a line about the bus, in the log and at the start
-_ACCEPT_MAX = 32  # connections accepted in one turn of the loop, before others have theirs; asyncio 100
+_ACCEPT_MAX = 32  # connections accepted in one turn of the loop; asyncio 100
 _FILES_SPARE = 32  # file descriptors for everything but connections: the bus, files, a child
-# Endpoints whose answers are costly, and may be a second old: all who read one share its bytes.
-_SHARED = frozenset("metrics workers config server_metrics results history runs run report clients".split())
+# Routes whose answers are costly, and may be a second old: all who read one share its bytes.
+_SHARED = frozenset("""metrics_text metrics workers config server_metrics results history runs run report
+    clients""".split())  # fmt: skip
 _SHARED_MAX, _SHARED_BYTES_MAX = 16, 8 * 1024 * 1024  # such answers kept
 
 
 class Settings(NamedTuple):
     """How a service runs."""
 
-    host: str = "127.0.0.1"  # address to listen on
+    host: str = "127.0.0.1"
     port: int | None = 0  # None: no TCP
-    unix_path: str | None = None  # of a Unix socket
-    token: str | None = None  # that clients must present; None: open
-    allow_hosts: tuple[str, ...] = ()  # names for the Host check
-    cors_origins: tuple[str, ...] = ()  # origins whose pages may read us; "*": all
-    tls_cert: str | None = None  # PEM file; None: plain
-    tls_key: str | None = None  # PEM file; None: in the same file
-    ws_max_connections: int = WS_CONNECTIONS_MAX  # WebSockets and streams at once
+    unix_path: str | None = None
+    token: str | None = None
+    allow_hosts: tuple[str, ...] = ()
+    cors_origins: tuple[str, ...] = ()
+    tls_cert: str | None = None
+    tls_key: str | None = None  # None: in the same file
+    ws_max_connections: int = WS_CONNECTIONS_MAX  # streams count, too
     linger_sec: float | None = None  # None: for ever
-    record: str | None = None  # file to record the bus to
-    report: str | None = None  # file for the report, written at the end of each run
+    record: str | None = None
+    report: str | None = None
     secrets: tuple[str, ...] = ()  # literals that must show nowhere
 
 
-# -- The machine: sockets, TLS -----------------------------------------------------------------------------------------
+# -- The machine -------------------------------------------------------------------------------------------------------
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether only this machine can connect to an address."""
     with contextlib.suppress(ValueError):
         return ipaddress.ip_address(host).is_loopback
     return host.lower() == "localhost"
@@ -4205,11 +4205,10 @@ def _listen_unix(path: str) -> socket.socket:
         if os.path.lexists(path):
             if not S_ISSOCK(os.lstat(path).st_mode):
                 raise OSError("what is there is not a socket")
-            with socket.socket(socket.AF_UNIX) as probe:
+            with socket.socket(socket.AF_UNIX) as probe, contextlib.suppress(ConnectionRefusedError):
                 probe.settimeout(1.0)
-                with contextlib.suppress(ConnectionRefusedError):  # left behind by a server that is gone
-                    probe.connect(path)
-                    raise OSError("another server listens there")
+                probe.connect(path)  # refused: left behind by a server that is gone
+                raise OSError("another server listens there")
             os.unlink(path)
         listener.bind(path)
     except OSError as error:
@@ -4220,31 +4219,8 @@ def _listen_unix(path: str) -> socket.socket:
     return listener
 
 
-def _tls_context(settings: Settings, admit: Callable[[int], bool]) -> ssl.SSLContext:
-    """Return the context for https and wss; UsageError names the file that does not fit.  Handshakes count as
-    connections: `admit` hears how many are under way when another begins, and False ends it."""
-    handshakes: weakref.WeakSet[ssl.SSLObject] = weakref.WeakSet()  # a connection that is gone is not in it any more
-
-    class Handshake(ssl.SSLObject):
-        def do_handshake(self) -> None:
-            if self not in handshakes and not admit(len(handshakes)):
-                raise ssl.SSLError("too many connections")
-            handshakes.discard(self)
-            try:
-                super().do_handshake()
-            except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
-                handshakes.add(self)  # it goes on
-                raise
-            except ssl.SSLError as error:
-                if error.reason == "HTTP_REQUEST":  # which asyncio keeps to itself
-                    text = "a client speaks plain HTTP to this port, which speaks TLS: use https:// and wss://"
-                    asyncio.get_running_loop().call_exception_handler({"message": text, "exception": error})
-                raise
-
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.sslobject_class = Handshake
-    certificate, key = settings.tls_cert or "", settings.tls_key
+def _load_certificate(context: ssl.SSLContext, certificate: str, key: str | None) -> None:
+    """Load the PEM files; UsageError names the one that does not fit."""
     try:
         context.load_cert_chain(certificate, key)
     except OSError as error:  # SSLError is one
@@ -4255,10 +4231,6 @@ def _tls_context(settings: Settings, admit: Callable[[int], bool]) -> ssl.SSLCon
         if flag == "--tls-key" and isinstance(error, ssl.SSLError):
             reason = "no private key fits the certificate"
         raise UsageError(f"{flag} {printable(path)}: {reason}") from None
-    return context
-
-
-# -- The service -------------------------------------------------------------------------------------------------------
 
 
 @functools.lru_cache(BUS_TYPES_MAX)
@@ -4268,6 +4240,9 @@ def message_type_of(topic: bytes) -> str:
     if found is None:
         raise BusError("topic", f"not a topic: {printable(topic)}")
     return found[1].decode()
+
+
+# -- The service -------------------------------------------------------------------------------------------------------
 
 
 class APIService:
@@ -4280,18 +4255,19 @@ class APIService:
 
     def __init__(self, *, source: str | Source | None = None, config: JSONValue = None, **settings: Any) -> None:
         self.settings = Settings(**settings)
-        if self.settings.token == "":  # an unset variable of a shell script: nobody would notice that it guards nothing
+        token = self.settings.token
+        if token == "":  # an unset variable of a shell script: nobody would notice that it guards nothing
             raise UsageError("--api-token: an empty token")
-        # The server, from start to stop
+        # The server
         self.source = bus_source(source, source.partition("://")[0]) if isinstance(source, str) else source or Source()
-        self._allowed_hosts = frozenset(name.lower() for name in self.settings.allow_hosts)
-        self._allowed_origins = frozenset(origin.lower() for origin in self.settings.cors_origins)
+        self._allowed_hosts = frozenset(map(str.lower, self.settings.allow_hosts))
+        self._allowed_origins = frozenset(map(str.lower, self.settings.cors_origins))
         self.router = Router(ROUTES)
-        self.static = static_table(read_static_files())  # by path under static/
-        self.url = ""  # of the bound socket, once started
+        self.static = static_table(read_static_files())
+        self.url = ""  # once started
         self._cookie_name = "aiperf_api_0"  # with its port: browsers keep none apart by that (RFC 6265 8.5)
-        self.started_ns = 0  # wall clock
-        self.requests: dict[tuple[str, int], int] = {}  # (route, status) -> answers
+        self.started_ns = time.time_ns()
+        self.requests = collections.Counter[tuple[str, int]]()  # (route, status) -> answers
         self._servers: list[asyncio.AbstractServer] = []
         self._unix_inode = 0  # of the Unix socket's file
         self._sweep_timer: asyncio.TimerHandle | None = None
@@ -4300,30 +4276,35 @@ class APIService:
         self._complete: asyncio.Event  # from start() on: set while the last run has ended
         # What the connections share (Application)
         self.memo: dict[bytes, Request] = {}
-        self.date = b""  # IMF-fixdate of this second
+        self.date = b""
         self.read_buffer = memoryview(bytearray(CONNECTION_READ_BYTES))
         self.message_bytes_max = WS_MESSAGE_BYTES_MAX
         self.connections: set[Connection] = set()
         self.connections_max = HTTP_CONNECTIONS_MAX + self.settings.ws_max_connections  # fewer if the system says so
+        self.unsent = Unsent()
         # The bus
-        self.secrets = Secrets((*self.settings.secrets, *([self.settings.token] if self.settings.token else [])))
-        self.unsent = Unsent()  # large answers that wait for slow readers (Application); the hub has its own
+        self.secrets = Secrets((*self.settings.secrets, *([token] if token else [])))
         self.hub = Hub(self._on_wanted)
-        self.bus_messages: dict[str, int] = {}  # message type -> good ones
-        self.bus_errors: dict[str, int] = {}  # kind -> bad ones
-        self.bus_total = 0  # good ones
+        self.bus_messages = collections.Counter[str]()  # message type -> good ones
+        self.bus_errors = collections.Counter[str]()  # kind -> bad ones
         self._unwanted: set[str] = set()  # message types whose last client has gone since the last sweep
         self._received: list[Message] = []  # of the batch at hand, for the hub
         # The benchmark
         self.benchmark = Benchmark(self._count_bad)
-        self._run_told: tuple[Any, ...] = ()  # (number, label, of) as clients were last told
+        self._run_told: tuple[Any, ...] = (1, "", None, False)  # number, label, of, has it ended: as last seen
         self._artifacts: set[tuple[str, str]] = set()  # (folder, file) beside this run that have been read
-        self._report_due_sec: float | None = None  # monotonic; None: this run has not ended; 0: it is written
+        self._report_due_sec = math.inf  # monotonic
         self._gone_sec = 0.0  # for how long the bus has been gone
-        self._answers: dict[tuple[str, bool], Response] = {}  # (what was asked for, prettily) -> answer of this version
+        self._answers: dict[tuple[Any, ...], Response] = {}  # those of _SHARED
         self._answers_version = (0, 0, 0)
+        if config is None and self.source.kind == "demo" and "demo.config.json" in self.static:
+            config = json_load(self.static["demo.config.json"].payload(False))
         if config is not None:
             self.configure(config, "file")
+
+    @property
+    def bus_total(self) -> int:
+        return sum(self.bus_messages.values())
 
     # -- Life
 
@@ -4340,7 +4321,6 @@ class APIService:
         if loop.get_exception_handler() is None:
             loop.set_exception_handler(self._on_loop_error)
         self._complete = asyncio.Event()
-        self.started_ns = time.time_ns()
         self._sweep()
         try:
             await self._listen()
@@ -4355,9 +4335,7 @@ class APIService:
         settings = self.settings
         timing: dict[str, Any] = {}
         if settings.tls_cert:  # a handshake has a deadline of its own, before that of the first head
-            context = _tls_context(settings, lambda begun: len(self.connections) + begun < self.connections_max)
-            SSLProtocol.max_size = CONNECTION_READ_BYTES  # that each connection holds; it is 256 KiB
-            timing = {"ssl": context, "ssl_handshake_timeout": HTTP_HEAD_TIMEOUT_SEC}
+            timing = {"ssl": self._tls_context(), "ssl_handshake_timeout": HTTP_HEAD_TIMEOUT_SEC}
         self._limit_connections()
         if settings.unix_path is not None:
             await self._accept(_listen_unix(settings.unix_path), timing)
@@ -4366,14 +4344,38 @@ class APIService:
         if settings.port is not None:
             listener = _listen_tcp(settings.host, settings.port)
             await self._accept(listener, timing)
-            host = f"[{settings.host}]" if ":" in settings.host else settings.host
-            port = listener.getsockname()[1]
+            host, port = f"[{settings.host}]" if ":" in settings.host else settings.host, listener.getsockname()[1]
             self.url, self._cookie_name = f"{'https' if timing else 'http'}://{host}:{port}", f"aiperf_api_{port}"
 
     async def _accept(self, listener: socket.socket, timing: dict[str, Any]) -> None:
         accept: Any = connection_factory(self)
         self._servers.append(await asyncio.start_server(accept, sock=listener, backlog=_ACCEPT_MAX, **timing))
         listener.listen(1024)  # that wait (nginx 511); asyncio has one number for these and for what a turn accepts
+
+    def _tls_context(self) -> ssl.SSLContext:
+        """Return the context for https and wss, whose handshakes count as connections."""
+        service, handshakes = self, weakref.WeakSet[ssl.SSLObject]()
+
+        class Handshake(ssl.SSLObject):
+            def do_handshake(self) -> None:  # called again when there are more bytes
+                if self not in handshakes and len(service.connections) + len(handshakes) >= service.connections_max:
+                    raise ssl.SSLError("too many connections")
+                handshakes.add(self)
+                try:
+                    super().do_handshake()
+                    handshakes.discard(self)
+                except ssl.SSLError as error:
+                    if error.reason == "HTTP_REQUEST":  # which asyncio keeps to itself
+                        text = "a client speaks plain HTTP to this port, which speaks TLS: use https:// and wss://"
+                        asyncio.get_running_loop().call_exception_handler({"message": text, "exception": error})
+                    raise
+
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.sslobject_class = Handshake
+        SSLProtocol.max_size = CONNECTION_READ_BYTES  # that each connection holds; it is 256 KiB
+        _load_certificate(context, self.settings.tls_cert or "", self.settings.tls_key)
+        return context
 
     def _limit_connections(self) -> None:
         """Have descriptors for all connections, or refuse the last ones ourselves: asyncio would log and wait.  The
@@ -4418,7 +4420,8 @@ class APIService:
             self._sweep_timer.cancel()
         self._record(Recorder.close)
         self._recorder = None
-        self._write_report()
+        if self._report_due_sec < math.inf:
+            self._write_report()
         with contextlib.suppress(OSError):
             path = self.settings.unix_path or ""
             if os.lstat(path).st_ino == self._unix_inode:  # not another server's, that listens there by now
@@ -4430,7 +4433,7 @@ class APIService:
         return str(self.status()["state"])
 
     async def wait_lingered(self) -> None:
-        """Wait until that state has been served for `linger_sec`; for ever when that is None."""
+        """Wait until that state has been served for `linger_sec`."""
         linger_sec, is_over = self.settings.linger_sec, False
         while not is_over:
             await self._complete.wait()
@@ -4448,7 +4451,7 @@ class APIService:
             self._complete.set()
 
     def _sweep(self) -> None:
-        """Once a second: the Date header, deadlines, stalled clients, artifacts, completion, report, recording."""
+        """Do what is due once a second."""
         self._sweep_timer = asyncio.get_running_loop().call_later(1.0, self._sweep)  # whatever fails below
         day, month, date, clock, year = time.asctime(time.gmtime()).split()  # in English, whatever the locale
         self.date = f"{day}, {date:0>2} {month} {year} {clock} GMT".encode()  # RFC 9110 5.6.7
@@ -4459,11 +4462,11 @@ class APIService:
             self.source.unsubscribe(prefix)
         self._unwanted.clear()
         self._judge_complete(1.0)
-        if self._report_due_sec and time.monotonic() >= self._report_due_sec:
+        if self._report_due_sec <= time.monotonic():
             self._write_report()
         self._record(Recorder.flush)
 
-    def _on_loop_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    def _on_loop_error(self, _: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         """Log each kind of the event loop's complaints once; the first of ours with its traceback."""
         error, text = context.get("exception"), str(context.get("message"))
         kind = f"{text.partition('(')[0]} {type(error).__name__}"
@@ -4482,9 +4485,7 @@ class APIService:
         self._deliver([[message_type.encode() + b"$", json_bytes(message)]])
 
     def _deliver(self, batch: Batch) -> None:
-        """Process what one poll turn found: the state, the recording, and the clients in one go."""
-        now_ns = self.source.now_ns()
-        was_enabled = gc.isenabled()
+        now_ns, was_enabled = self.source.now_ns(), gc.isenabled()
         gc.disable()  # it would go through the objects of a large message again and again: half of the time of 4 MiB
         for frames in batch:
             try:
@@ -4499,7 +4500,6 @@ class APIService:
         self._broadcast()
 
     def _receive(self, frames: list[bytes], now_ns: int) -> Message:
-        """Return one message as clients get it."""
         if not 1 <= len(frames) <= 2:
             raise BusError("frames", f"{len(frames)} frames instead of topic and payload")
         topic = frames[0]
@@ -4527,9 +4527,8 @@ class APIService:
             self._count_bad(BusError("not_finite", f"NaN or Infinity in {message_type}"))
         self._on_change()
         self._record(lambda recorder: recorder.write(now_ns, topic.decode(), message.payload))
-        self.bus_total += 1
-        kind = message_type if message_type in self.bus_messages or len(self.bus_messages) < BUS_TYPES_MAX else "other"
-        self.bus_messages[kind] = self.bus_messages.get(kind, 0) + 1
+        is_counted = message_type in self.bus_messages or len(self.bus_messages) < BUS_TYPES_MAX
+        self.bus_messages[message_type if is_counted else "other"] += 1
         payload = self._shown(message) if is_wanted else message.payload
         return Message(message_type, payload, message_type in STATE_MESSAGE_TYPES, is_wanted)
 
@@ -4545,27 +4544,30 @@ class APIService:
             self.hub.broadcast(received, time.monotonic())
 
     def _on_change(self) -> None:
-        """Act on what the benchmark has become: a new run, its end, its place in a sweep."""
+        """Act on what the benchmark has become: a new run, its place in a sweep, its end."""
         benchmark, before = self.benchmark, self._run_told
-        number, label, of = self._run_told = benchmark.run_number, benchmark.label, benchmark.runs_expected
-        if before and before[0] != number:
+        told = benchmark.run_number, benchmark.label, benchmark.runs_expected, benchmark.end is not None
+        if told == before:
+            return
+        self._run_told, (number, label, of, has_ended) = told, told
+        if number != before[0]:
             self._broadcast()  # what came before it in this batch is of the run that is forgotten
             self.hub.forget_run()
             self.secrets.forget_run()
             self._artifacts.clear()
             self._complete.clear()
-            self._report_due_sec = None
-        if self._run_told != before and (number > 1 or of):
+            self._report_due_sec = math.inf
+        if told[:3] != before[:3] and (number > 1 or of):
             value = {"message_type": "run", "run": number, "label": label, "of": of}
             self._received.append(Message("run", json_bytes(value), True))
-        if benchmark.end is not None and self._report_due_sec is None:
+        if has_ended and (number, True) != (before[0], before[3]):
             self._report_due_sec = time.monotonic() + 1.0  # what is said after the end belongs in it
             self._judge_complete(0.0)
 
     def _count_bad(self, error: BusError, fault: Exception | None = None) -> None:
         """Count a bad message, and log the first of its kind; a fault of ours with its traceback."""
-        count = self.bus_errors[error.kind] = self.bus_errors.get(error.kind, 0) + 1
-        if count == 1:
+        self.bus_errors[error.kind] += 1
+        if self.bus_errors[error.kind] == 1:
             line = f"bad bus message ({error.kind}), further ones are only counted: {printable(str(error))}"
             (log.error if fault else log.warning)("%s", line, exc_info=fault)
 
@@ -4589,13 +4591,13 @@ class APIService:
         """Complete the configuration by what AIPerf writes beside, where this machine has it; each file once a run."""
         benchmark, address = self.benchmark, self.source.address
         host = urlsplit(address).hostname if address.startswith("tcp://") else None  # a path may be no URL
-        is_local, folder = self.source.kind in ("child", "ipc") or is_loopback(host or ""), benchmark.artifact_dir()
-        for name in ("run_config.json", "profile_export_aiperf.json"):
-            is_due = (folder, name) not in self._artifacts and (benchmark.end or name == "run_config.json")
-            found = folder and is_local and is_due and read_artifact(folder, name, (benchmark.started_ns or 0) // 10**9)
-            if found:
-                self._artifacts.add((folder, name))
-                self.configure(found, "artifacts")
+        if self.source.kind in ("child", "ipc") or is_loopback(host or ""):
+            folder, since_sec = benchmark.artifact_dir(), (benchmark.started_ns or 0) // 10**9
+            for name in ("run_config.json", "profile_export_aiperf.json")[: 2 if benchmark.end else 1]:
+                is_due = folder and (folder, name) not in self._artifacts
+                if is_due and (found := read_artifact(folder, name, since_sec)):
+                    self._artifacts.add((folder, name))
+                    self.configure(found, "artifacts")
 
     def end_child(self, exit_text: str) -> None:
         """Note that the benchmark's process is gone; `exit_text` says how, "" if it ended with 0."""
@@ -4605,24 +4607,18 @@ class APIService:
         self._broadcast()
 
     def _on_wanted(self, message_type: str, wanted: bool) -> None:
-        """Keep the upstream subscriptions: what clients want, besides what the state always needs.  They end with the
-        next sweep: who toggles one costs the bus nothing."""
-        if not wanted:
-            self._unwanted.add(message_type)
-            return
-        self._unwanted.discard(message_type)
-        for prefix in self._prefixes_of(message_type):
+        """Subscribe upstream for clients; it ends with the next sweep: who toggles one costs the bus nothing."""
+        (self._unwanted.discard if wanted else self._unwanted.add)(message_type)
+        for prefix in self._prefixes_of(message_type) if wanted else ():
             self.source.subscribe(prefix)
 
     def _prefixes_of(self, message_type: str) -> tuple[bytes, ...]:
-        """Return the topics to subscribe to for a client."""
-        name = message_type.encode()
         if self.settings.record or message_type in ALWAYS_SUBSCRIBED:
             return ()  # they are subscribed to for good, also when a full disk has ended the recording
-        return (b"",) if message_type == "*" else (name + b"$", name + b".")
+        return (b"",) if message_type == "*" else (f"{message_type}$".encode(), f"{message_type}.".encode())
 
     def _notify(self, line: str) -> None:
-        log.info("%s", printable(line, _LINE_CHARS_MAX))
+        log.info("%s", printable(line, 5 * LOG_QUOTE_CHARS_MAX))
 
     # -- From the connections (Application)
 
@@ -4632,59 +4628,50 @@ class APIService:
         if over > 2 * _ACCEPT_MAX:
             connection.outlet.abort()
         elif over > 0:
-            return error_response(HTTPError(503, "too many connections", (("Retry-After", "5"),)))
+            return error_response(_busy("too many connections"))
         return None
 
     def closed(self, connection: Connection) -> None:
         self.connections.discard(connection)
-        if connection.subscriber is not None:
-            if connection.subscriber.fault:
-                log.warning("evicted %s: %s", connection.address, connection.subscriber.fault)
-            self.hub.remove(connection.subscriber)
+        client = connection.subscriber
+        if client is not None:
+            if client.fault:
+                log.warning("evicted %s: %s", connection.address, client.fault)
+            self.hub.remove(client)
 
     def failed(self, connection: Connection, error: Exception) -> None:
         log.error("a fault of this server while serving %s", connection.address, exc_info=error)
 
     def respond(self, connection: Connection, request: Request) -> Response | None:
         """Answer, count, log at level debug; None is a switch to a WebSocket or an endless answer."""
-        name, response = self._respond(connection, request)
-        status = response.status if response is not None else 101 if name == "websocket" else 200
-        self.requests[name, status] = self.requests.get((name, status), 0) + 1
-        if log.isEnabledFor(logging.DEBUG):
-            fields = (request.method[:16], request.target, request.headers.get("user-agent", "-"))
-            texts = (printable(str(self.secrets.redact(field[:_LINE_CHARS_MAX]))) for field in fields)
-            method, target, agent = (text.replace('"', '\\"') for text in texts)
-            log.debug('%s "%s %s" %d "%s"', connection.address, method, target, status, agent)
-        return response
-
-    def _respond(self, connection: Connection, request: Request) -> tuple[str, Response | None]:
-        """Check, route, answer; return the route's name, too. Errors are answers."""
         name = "none"
+        response: Response | None
         try:
             if connection.checked is None or connection.checked[0] is not request:  # else the memo gave the same object
-                if connection.address != UNIX_PEER:  # no DNS name leads there
-                    host, is_local = request.headers.get("host"), is_loopback(self.settings.host)
-                    check_host(host, allowed=self._allowed_hosts, bound_to_loopback=is_local)
-                if request.method == "OPTIONS":
-                    return name, self._preflight(request)
-                connection.checked = (request, *self._route(request))
+                connection.checked = (request, *self._admit(connection, request))
             _, route, rest = connection.checked
             name = route.name
-            answer = functools.partial(self._answer, route, rest, connection, request)
-            if name in _SHARED:  # arguments that it does not have make no other answer
-                key = (request.target if name == "history" else f"{name} {rest}", request.wants_pretty)
-                response = self._share(key, answer)
-            else:
-                response = answer()
+            response = self._answer(route, rest, connection, request)
         except HTTPError as error:
             response = error_response(error, request.wants_pretty)
             if error.status == 401 and request.path in PAGES and "token.html" in self.static:
                 response = Response(401, self.static["token.html"].body, "text/html; charset=utf-8", error.headers)
-        return name, response and with_preconditions(request, response)
+        response = response and with_preconditions(request, response)
+        status = response.status if response else 101 if name == "websocket" else 200
+        self.requests[name, status] += 1
+        if log.isEnabledFor(logging.DEBUG):
+            said = self.secrets.redact(f"{request.method} {request.path}")
+            log.debug('%s "%s" %d', connection.address, printable(said), status)
+        return response
 
-    def _route(self, request: Request) -> tuple[Route, str]:
-        path = "/static/favicon.svg" if request.path == "/favicon.ico" else request.path
-        route, rest = self.router.match(request.method, path)
+    def _admit(self, connection: Connection, request: Request) -> tuple[Route, str]:
+        """Check a request and find its route."""
+        if connection.address != UNIX_PEER:  # no DNS name leads there
+            is_local = is_loopback(self.settings.host)
+            check_host(request.headers.get("host"), allowed=self._allowed_hosts, bound_to_loopback=is_local)
+        if request.method == "OPTIONS":
+            return _PREFLIGHT, ""
+        route, rest = self.router.match(request.method, request.path)
         if request.refusal is not None:
             raise request.refusal
         if route.needs_token:
@@ -4693,22 +4680,24 @@ class APIService:
                 check_token(request, self.settings.token.encode(), self._cookie_name)
         return route, rest
 
-    def _answer(self, route: Route, rest: str, connection: Connection, request: Request) -> Any:
-        value = route.answer(self, connection, request, rest)
-        is_made = value is None or isinstance(value, Response)
-        return value if is_made else json_response(value, pretty=request.wants_pretty)
+    def _answer(self, route: Route, rest: str, connection: Connection, request: Request) -> Response | None:
+        """Return the route's answer; one of _SHARED is made once a second, unless something changes."""
 
-    def _share(self, key: tuple[str, bool], make: Callable[[], Response]) -> Response:
-        """Return an answer that is made once for all who ask within a second, as long as nothing changes."""
+        def make() -> Response | None:
+            value = route.answer(self, request, rest, connection)
+            is_made = value is None or isinstance(value, Response)
+            return value if is_made else json_response(value, pretty=request.wants_pretty)
+
+        if route.name not in _SHARED:
+            return make()
+        asked = request.target if route.name == "history" else rest  # other arguments make no difference
+        key = route.name, asked, request.wants_pretty, _exposition_type(request)
         version, answers = (self.benchmark.version, self.hub.changes, int(time.monotonic())), self._answers
-        if version != self._answers_version:
-            answers.clear()
-            self._answers_version = version
-        if key not in answers:
-            kept_bytes = sum(len(answer.body or b"") for answer in answers.values())
-            if len(answers) >= _SHARED_MAX or kept_bytes > _SHARED_BYTES_MAX:
+        if key not in answers or version != self._answers_version:
+            size = sum(len(answer.body or b"") for answer in answers.values())
+            if version != self._answers_version or len(answers) >= _SHARED_MAX or size > _SHARED_BYTES_MAX:
                 answers.clear()
-            answers[key] = make()
+            self._answers_version, answers[key] = version, cast("Response", make())
         return answers[key]
 
     def headers_for(self, request: Request) -> HeaderList:
@@ -4725,29 +4714,18 @@ class APIService:
                 headers += [("Access-Control-Allow-Origin", origin), ("Access-Control-Expose-Headers", "ETag")]
         return tuple(headers)
 
-    def _preflight(self, request: Request) -> Response:
-        """Answer OPTIONS: the methods, and for a listed origin that it may use them with whatever headers it names."""
-        allow = [("Allow", "GET, HEAD, OPTIONS")]
-        asks = "access-control-request-method" in request.headers
-        if asks and dict(self.headers_for(request)).get("Access-Control-Allow-Origin"):
-            allow += [("Access-Control-Allow-Methods", "GET, HEAD"), ("Access-Control-Max-Age", "600")]
-            wanted = request.headers.get("access-control-request-headers")
-            allow += [("Access-Control-Allow-Headers", wanted)] if wanted else []
-        return Response(204, headers=allow)
-
     # -- Streaming clients
 
     def add_client(self, connection: Connection, kind: str) -> Subscriber:
         """Put a connection into the hub, or refuse it while it speaks HTTP: who is let in and then dropped retries."""
         if len(self.hub.subscribers) >= self.settings.ws_max_connections:
-            raise HTTPError(503, "all streaming connections are in use", (("Retry-After", "5"),))
-        subscriber = Subscriber(connection.outlet, kind, connection.address, ENCODERS[kind], time.time_ns())
-        connection.subscriber = subscriber
-        self.hub.add(subscriber)
-        return subscriber
+            raise _busy("all streaming connections are in use")
+        client = Subscriber(connection.outlet, kind, connection.address, ENCODERS[kind], time.time_ns())
+        connection.subscriber = client
+        self.hub.add(client)
+        return client
 
     def received(self, connection: Connection, data: str | bytes) -> None:
-        """Handle a message of a WebSocket client; text and binary are read alike."""
         client = connection.subscriber
         assert client is not None
         try:
@@ -4769,22 +4747,24 @@ class APIService:
         if kind not in ("subscribe", "unsubscribe"):
             raise ClientMessageError("send a JSON object whose type is subscribe, unsubscribe or ping")
         types, snapshot = command.get("message_types"), command.get("snapshot", True)
-        names = types if isinstance(types, list) else []
-        if not names or not all(isinstance(name, str) and _CLIENT_MESSAGE_TYPE.fullmatch(name) for name in names):
+        if not isinstance(types, list) or not _are_types(types):
             raise ClientMessageError('message_types must be a list of names, such as ["realtime_metrics"] or ["*"]')
         if not isinstance(snapshot, bool):
             raise ClientMessageError("snapshot must be true or false")
-        if kind == "unsubscribe" and "*" in client.asked and "*" not in types:
-            raise ClientMessageError('"*" is subscribed, which is every type: unsubscribe from "*" first')
-        asked = client.asked | set(types) if kind == "subscribe" else client.asked - set(types)
+        told = {"type": f"{kind}d", "message_types": types}
+        if kind == "unsubscribe":
+            if "*" in client.asked and "*" not in types:
+                raise ClientMessageError('"*" is subscribed, which is every type: unsubscribe from "*" first')
+            self.subscribe(client, client.asked - {*types})
+            return told, []
+        asked = client.asked | {*types}
         if len(asked) > CLIENT_TYPES_MAX:
             raise ClientMessageError(f"at most {CLIENT_TYPES_MAX} message types")
         if not self.hub.has_room(asked - _KNOWN_TYPES):
-            raise ClientMessageError("too many different message types are asked for by all clients")
+            raise ClientMessageError(_TOO_MANY_TYPES)
         self.subscribe(client, asked)
-        unknown = [name for name in types if name not in _KNOWN_TYPES] if kind == "subscribe" else []
-        told = {"type": f"{kind}d", "message_types": types, **({"unknown": unknown} if unknown else {})}
-        return told, types if snapshot and kind == "subscribe" else []
+        unknown = [name for name in types if name not in _KNOWN_TYPES]
+        return {**told, "unknown": unknown} if unknown else told, types if snapshot else []
 
     def subscribe(self, client: Subscriber, types: set[str]) -> None:
         """Have a client get these types, and no others."""
@@ -4800,7 +4780,7 @@ class APIService:
                     payload = self._shown(BusMessage(message.type, message.payload))
                     retained[message.type] = Message(message.type, payload, message.is_state)
             except BusError as error:
-                self._count_bad(error)  # nobody had looked at it before
+                self._count_bad(error)
                 del retained[message.type]
             else:
                 client.reply(client.encode(retained[message.type]), time.monotonic())
@@ -4808,10 +4788,9 @@ class APIService:
     # -- What the endpoints need
 
     def file(self, name: str) -> Response:
-        """Return a file of static/, or the names in a folder of it; HTTPError 404 if there is neither."""
-        file = self.static.get(name)
-        if file is not None:
-            return file
+        """Return a file of static/, or the names in a folder of it."""
+        if name in self.static:
+            return self.static[name]
         folder = name.rstrip("/") + "/"
         below = sorted({found[len(folder) :].partition("/")[0] for found in self.static if found.startswith(folder)})
         if not below:
@@ -4828,19 +4807,7 @@ class APIService:
         }  # fmt: skip
         return {**self.benchmark.status(now_ns), "source": told}
 
-    def exposition(self, request: Request) -> Response:
-        """Return /metrics; never 406: a scraper that names neither format gets the plain one (Prometheus sends */*)."""
-        formats = {CONTENT_TYPE_TEXT_0_0_4: render_text, CONTENT_TYPE_OPENMETRICS_1_0_0: render_openmetrics}
-        content_type = accepts(request.headers.get("accept"), tuple(formats))
-
-        def make() -> Response:
-            families = [*state_families(self.benchmark, self.source.now_ns()), *self._health_families()]
-            return Response(200, formats[content_type](unique_families(families)), content_type)
-
-        return self._share((content_type, False), make)
-
-    def _health_families(self) -> list[Family]:
-        """Return how this server does: its bus, its clients, its process."""
+    def health_families(self) -> list[Family]:
         kinds = [client.kind for client in self.hub.subscribers]
         sent, skipped = self.hub.totals()
         found = FamilySet()
@@ -4867,20 +4834,29 @@ class APIService:
         return list(found.families.values())
 
     def _write_report(self) -> None:
-        if self.settings.report and self._report_due_sec:
-            self._report_due_sec = 0.0
+        self._report_due_sec = math.inf
+        if self.settings.report:
             try:
-                write_file(self.settings.report, report_html(self))
+                write_file(self.settings.report, _get_report(self).payload(False))
             except (OSError, HTTPError) as error:  # HTTPError: without static/
                 log.error("the report is not written: %s", error)
 
 
 # -- The endpoints -----------------------------------------------------------------------------------------------------
 
+_TOO_MANY_TYPES = "too many different message types are asked for by all clients"
 # What the two histories of a report hold; the page builds differences of values, for which nine digits are enough.
 _REPORT_TAGS = frozenset("""request_latency time_to_first_token inter_token_latency output_token_throughput
     request_throughput output_sequence_length goodput""".split())  # fmt: skip
 _REPORT_STATS = tuple("count sum avg std p50 p90 p99 sent completed errors cancelled in_flight".split())
+
+
+def _busy(reason: str) -> HTTPError:
+    return HTTPError(503, reason, (("Retry-After", "5"),))
+
+
+def _are_types(names: Sequence[Any]) -> bool:
+    return bool(names) and all(isinstance(name, str) and _CLIENT_MESSAGE_TYPE.fullmatch(name) for name in names)
 
 
 def _report_histories(benchmark: Benchmark) -> Iterator[JSONValue]:
@@ -4900,7 +4876,7 @@ def _report_histories(benchmark: Benchmark) -> Iterator[JSONValue]:
             yield found
 
 
-def report_html(service: APIService) -> bytes:
+def _get_report(service: APIService, *_: Any) -> Response:
     """Return static/report.html with the files that it names and the run as JSON put in: it needs no network."""
     benchmark, now_ns = service.benchmark, service.source.now_ns()
     run = {
@@ -4919,13 +4895,10 @@ def report_html(service: APIService) -> bytes:
             return b"<style>\n%b\n</style>" % text
         return b'<script type="module">\n%b\n</script>' % re.sub(rb"(?m)^import [^\n]*\n|^export ", b"", text)
 
-    return re.sub(rb"<!-- (?:inline: ([\w./ -]+)|run) -->", part, service.file("report.html").payload(False))
-
-
-def _get_report(service: APIService, *_: Any) -> Response:
+    page = re.sub(rb"<!-- (?:inline: ([\w./ -]+)|run) -->", part, service.file("report.html").payload(False))
     sources = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
     policy = ("Content-Security-Policy", f"{sources}; base-uri 'none'; form-action 'none'")
-    return Response(200, report_html(service), "text/html; charset=utf-8", (policy,))
+    return Response(200, page, "text/html; charset=utf-8", (policy,))
 
 
 def _only_arguments(request: Request, names: str) -> None:
@@ -4936,12 +4909,36 @@ def _only_arguments(request: Request, names: str) -> None:
 
 
 def _get_documentation(service: APIService, *_: Any) -> Response:
-    paths = "".join(f"  {route.path:20} {route.summary}\n" for route in ROUTES)
-    text = f"aiperf-api {__version__}\n\n{PAGES_MISSING}\n\n{paths}"
+    text = f"aiperf-api {__version__}\n\n{PAGES_MISSING}\nGET /api lists what there is\n"
     return service.file("index.html") if service.static else text_response(text)
 
 
-def _get_history(service: APIService, _: Connection, request: Request, __: str) -> JSONValue:
+def _preflight(service: APIService, request: Request, *_: Any) -> Response:
+    """Answer OPTIONS: the methods, and for a listed origin that it may use them with whatever headers it names."""
+    asked, allow = request.headers.get, [("Allow", "GET, HEAD, OPTIONS")]
+    is_listed = "Access-Control-Allow-Origin" in dict(service.headers_for(request))
+    if is_listed and asked("access-control-request-method") is not None:
+        allow += [("Access-Control-Allow-Methods", "GET, HEAD"), ("Access-Control-Max-Age", "600")]
+        wanted = asked("access-control-request-headers")
+        allow += [("Access-Control-Allow-Headers", wanted)] if wanted else []
+    return Response(204, headers=allow)
+
+
+_PREFLIGHT = Route("*", "none", "", _preflight, methods=("OPTIONS",))
+
+
+def _exposition_type(request: Request) -> str:
+    """Return the content type for /metrics; never 406: who names neither gets plain text (Prometheus sends */*)."""
+    return accepts(request.headers.get("accept"), tuple(_FORMATS))
+
+
+def _get_exposition(service: APIService, request: Request, *_: Any) -> Response:
+    families = [*state_families(service.benchmark, service.source.now_ns()), *service.health_families()]
+    content_type = _exposition_type(request)
+    return Response(200, _FORMATS[content_type](unique_families(families)), content_type)
+
+
+def _get_history(service: APIService, request: Request, *_: Any) -> JSONValue:
     _only_arguments(request, "tag stat since points pretty")
     since, points = request.arg("since", "0") or "", request.arg("points", str(HISTORY_POINTS_DEFAULT)) or ""
     is_points = re.fullmatch("[0-9]{1,5}", points) and 1 <= int(points) <= HISTORY_POINTS_MAX
@@ -4957,7 +4954,7 @@ def _get_history(service: APIService, _: Connection, request: Request, __: str) 
         raise HTTPError(400, str(error)) from None
 
 
-def _get_run(service: APIService, _: Connection, __: Request, rest: str) -> JSONValue:
+def _get_run(service: APIService, _: Request, rest: str, __: Connection) -> JSONValue:
     found = service.benchmark.run(int(rest), service.source.now_ns()) if re.fullmatch("[0-9]{1,9}", rest) else None
     if found is None:
         raise HTTPError(404, "no such run; /api/runs lists them")
@@ -4972,13 +4969,13 @@ def _get_clients(service: APIService, *_: Any) -> JSONValue:
     return {"total": len(clients), "clients": clients}
 
 
-def _get_websocket(service: APIService, connection: Connection, request: Request, _: str) -> None:
+def _get_websocket(service: APIService, request: Request, _: str, connection: Connection) -> None:
     key, subprotocol = check_upgrade(request), choose_subprotocol(request)
     service.add_client(connection, "websocket")
     connection.open_websocket(key, subprotocol)
 
 
-def _get_stream(service: APIService, connection: Connection, request: Request, _: str) -> Response | None:
+def _get_stream(service: APIService, request: Request, _: str, connection: Connection) -> Response | None:
     _only_arguments(request, "types format snapshot")
     accepted = accepts(request.headers.get("accept"), (SSE, NDJSON))
     media = {None: accepted, "sse": SSE, "ndjson": NDJSON}.get(request.arg("format"))
@@ -4986,23 +4983,22 @@ def _get_stream(service: APIService, connection: Connection, request: Request, _
     if media is None or snapshot not in ("0", "1"):
         raise HTTPError(400, "format must be sse or ndjson, snapshot 0 or 1")
     types = list(dict.fromkeys(name for name in ",".join(request.args("types")).split(",") if name)) or ["*"]
-    if len(types) > CLIENT_TYPES_MAX or not all(map(_CLIENT_MESSAGE_TYPE.fullmatch, types)):
+    if len(types) > CLIENT_TYPES_MAX or not _are_types(types):
         raise HTTPError(400, "types must be names of message types, separated by commas")
     head = Response(200, None, media, (("X-Accel-Buffering", "no"),))
     if request.method == "HEAD":
         return head
     unknown = [name for name in types if name not in _KNOWN_TYPES]
-    if not service.hub.has_room(set(unknown)):
-        raise HTTPError(503, "too many different message types are asked for by all clients", (("Retry-After", "5"),))
+    if not service.hub.has_room({*unknown}):
+        raise _busy(_TOO_MANY_TYPES)
     client = service.add_client(connection, "sse" if media == SSE else "ndjson")
     connection.open_stream(head.encode(date=service.date, extra=service.headers_for(request)))
-    service.subscribe(client, set(types))
+    service.subscribe(client, {*types})
     for name, told in (("subscribed", types if media == SSE else []), ("unknown", unknown)):
         if told:  # events begin at once, also on a silent bus; lines are messages of the bus alone
             notice = json_bytes({"type": name, "message_types": told})
             client.reply(client.encode(Message(name, notice, False)), time.monotonic())
-    if snapshot == "1":
-        service.send_snapshot(client, types)
+    service.send_snapshot(client, types if snapshot == "1" else [])
     return None
 
 
@@ -5033,22 +5029,20 @@ def top_text(service: APIService) -> str:
     is_over = benchmark.end is not None
     phase = "" if is_over or status["phase"] in (None, status["state"]) else f"phase {status['phase']}"
     gone = "recording ended" if service.source.ended else "silent" if status["stale"] else "no bus"
-    trouble = "" if is_over or (status["source"]["connected"] and not status["stale"]) else gone
+    trouble = "" if is_over or (service.source.connected and not status["stale"]) else gone
     words = (status["state"], phase, trouble, metrics["model"], metrics["endpoint_type"])
-    failures = benchmark.results(whole=False)["error_summary"]["errors"][:5]
     seconds = f"{progress['elapsed_ns'] / 1e9:,.0f} s" + (f", {left_sec:,.0f} s left" if left_sec else "")
     lines = [
         "  ".join(str(word) for word in words if word),
         f"[{'#' * int(percent * 0.6):-<60}] {percent:5.1f} %",
         f"{progress['completed']}{f'/{total}' if total else ''} requests, {progress['errors']} errors, {seconds}",
-        *([f"error: {status['error']}"] if status["error"] else []),
-        *(f"  {error['count']} x {error['type']}: {error['message']}" for error in failures),
-        "",
-        _top_row("", ("avg", "p50", "p99")),
     ]
-    tags = """output_token_throughput output_token_throughput_per_user request_throughput
-        time_to_first_token inter_token_latency request_latency"""
-    for tag in tags.split():
+    lines += [f"error: {status['error']}"] if status["error"] else []
+    for error in benchmark.results(whole=False)["error_summary"]["errors"][:5]:
+        lines.append(f"  {error['count']} x {error['type']}: {error['message']}")
+    lines += ["", _top_row("", ("avg", "p50", "p99"))]
+    for tag in """output_token_throughput output_token_throughput_per_user request_throughput
+            time_to_first_token inter_token_latency request_latency""".split():  # fmt: skip
         row = metrics["metrics"].get(tag, {})
         name = tag.replace("_throughput", "s/s").replace("_", " ") + (", ms" if row.get("unit") == "ms" else "")
         lines.append(_top_row(name, map(row.get, ("avg", "p50", "p99"))))
@@ -5062,9 +5056,10 @@ def top_text(service: APIService) -> str:
     for tag, row in metrics["telemetry"].items():
         metric, _, labels = gpu_series(tag, text_or(row.get("header"), tag))
         gpus.setdefault(" ".join(value for _, value in labels[:3]), {})[metric] = row.get("current", row.get("avg"))
-    shown = ("utilization", "power_usage", "memory_used", "temperature")
     lines += ["", _top_row("GPUs", ("util %", "power W", "memory GB", "temp C"))] if gpus else []
-    lines += [_top_row(f"  {gpu}", map(figures.get, shown)) for gpu, figures in list(gpus.items())[:16]]
+    for gpu, figures in list(gpus.items())[:16]:
+        shown = map(figures.get, ("utilization", "power_usage", "memory_used", "temperature"))
+        lines.append(_top_row(f"  {gpu}", shown))
     # On a terminal nothing of it may move the cursor, colour or turn the text.
     return "".join(["".join(c if c.isprintable() else "\ufffd" for c in line[:80]) + "\n" for line in lines])
 
@@ -5074,7 +5069,7 @@ ROUTES: tuple[Route, ...] = (
     Route("/dashboard", "dashboard", "The run, live", lambda s, *_: s.file("dashboard.html")),
     Route("/top", "top", "The run on one screen of plain text", lambda s, *_: text_response(top_text(s))),
     Route("/report.html", "report", "The run so far as one self-contained HTML file", _get_report),
-    Route("/metrics", "metrics_text", "Everything for Prometheus", lambda s, _, r, __: s.exposition(r)),
+    Route("/metrics", "metrics_text", "Everything for Prometheus", _get_exposition),
     Route("/api/metrics", "metrics", "The metrics: latest, then final", lambda s, *_: s.benchmark.metrics()),
     Route("/api/status", "status", "State and phase of the run, and its source", lambda s, *_: s.status()),
     Route("/api/progress", "progress", "How far the run is, by phase",
@@ -5097,14 +5092,14 @@ ROUTES: tuple[Route, ...] = (
     Route("/health", "health", "The server answers", lambda *_: text_response("ok\n"), needs_token=False),
     Route("/healthz", "healthz", "The server answers", lambda *_: text_response("ok\n"), needs_token=False),
     Route("/readyz", "readyz", "The source is connected; 503 until it is", _get_ready, needs_token=False),
-    Route("/static/{file}", "static", "Files of the pages, and guides", lambda s, _, __, rest: s.file(rest),
+    Route("/static/{file}", "static", "Files of the pages, and guides", lambda s, _, rest, __: s.file(rest),
           needs_token=False),
 )  # fmt: skip
 
 
 # == 14 == Command line ================================================================================================
 #
-# Options and the environment -> Arguments -> serve, with or without a benchmark behind `--`.
+# Options and the environment -> Plan -> serve, with or without a benchmark behind `--`.
 
 
 class Option(NamedTuple):
@@ -5113,73 +5108,67 @@ class Option(NamedTuple):
     flag: str
     metavar: str  # "" for a switch
     default: str  # as shown
-    env: str  # the variables that stand in for it; the first that is set counts
+    env: str  # variables; the first that is set counts
     help: str
 
 
-# flag METAVAR | default | variables | help
+# flag | METAVAR | default | variables, without AIPERF_API_ | help
 _OPTIONS = """
---api-port PORT | | AIPERF_API_SERVER_PORT | serve HTTP and WebSocket on this port; 0 is any free one
---api-host HOST | 127.0.0.1 | AIPERF_API_SERVER_HOST | address to listen on; needs --api-port; :: is IPv4 and IPv6
---api-unix PATH | | AIPERF_API_UNIX | listen on a Unix socket, too or instead of a port (mode 0600)
---zmq-host HOST | 127.0.0.1 | AIPERF_API_ZMQ_HOST | watch the bus at tcp://HOST:5664; this is the default source
---zmq-ipc-path DIR | | AIPERF_API_ZMQ_IPC_PATH | watch the bus in this IPC directory
---zmq-address ADDR | | AIPERF_API_ZMQ_ADDRESS | watch the bus at any subscriber endpoint
---zmq-bind ADDR | | AIPERF_API_ZMQ_BIND | bind this endpoint, so that publishers connect to us; needs pyzmq
---zmq-backend NAME | auto | AIPERF_API_ZMQ_BACKEND | auto, pyzmq or builtin: what speaks ZMQ
---replay FILE | | AIPERF_API_REPLAY | play a recording (.jsonl or .jsonl.gz)
---replay-speed X | 1 | AIPERF_API_REPLAY_SPEED | play X times as fast; 0 is at once
---replay-loop | | AIPERF_API_REPLAY_LOOP | play it again and again
---demo | | AIPERF_API_DEMO | replay the real run that ships with the module, in a loop
---record FILE | | AIPERF_API_RECORD | record every bus message; an older recording is renamed to FILE.1, .2, ...
---report FILE | | AIPERF_API_REPORT | write the report (HTML) at the end of a run; an older one is renamed likewise
---config FILE | | AIPERF_API_CONFIG | benchmark configuration (JSON) for /api/config when the bus does not carry it
---linger SEC | 5 with a child, else for ever | AIPERF_API_LINGER AIPERF_API_SERVER_POST_COMPLETE_GRACE \
+--api-port | PORT | | SERVER_PORT | serve HTTP and WebSocket on this port; 0 is any free one
+--api-host | HOST | 127.0.0.1 | SERVER_HOST | address to listen on; needs --api-port; :: is IPv4 and IPv6
+--api-unix | PATH | | UNIX | listen on a Unix socket, too or instead of a port (mode 0600)
+--zmq-host | HOST | 127.0.0.1 | ZMQ_HOST | watch the bus at tcp://HOST:5664; this is the default source
+--zmq-ipc-path | DIR | | ZMQ_IPC_PATH | watch the bus in this IPC directory
+--zmq-address | ADDR | | ZMQ_ADDRESS | watch the bus at any subscriber endpoint
+--zmq-bind | ADDR | | ZMQ_BIND | bind this endpoint, so that publishers connect to us; needs pyzmq
+--zmq-backend | NAME | auto | ZMQ_BACKEND | auto, pyzmq or builtin: what speaks ZMQ
+--replay | FILE | | REPLAY | play a recording (.jsonl or .jsonl.gz)
+--replay-speed | X | 1 | REPLAY_SPEED | play X times as fast; 0 is at once
+--replay-loop | | | REPLAY_LOOP | play it again and again
+--demo | | | DEMO | replay the real run that ships with the module, in a loop
+--record | FILE | | RECORD | record every bus message; an older recording is renamed to FILE.1, .2, ...
+--report | FILE | | REPORT | write the report (HTML) at the end of a run; an older one is renamed likewise
+--config | FILE | | CONFIG | benchmark configuration (JSON) for /api/config when the bus does not carry it
+--linger | SEC | 5 with a child, else for ever | LINGER SERVER_POST_COMPLETE_GRACE \
  | serve on for this many seconds after the end
---api-token TOKEN | | AIPERF_API_TOKEN | clients must present this token; better given in the environment
---allow-host NAME | | AIPERF_API_ALLOW_HOST | accept this Host header; repeatable, in the environment with commas
---cors-origin ORIGIN | | AIPERF_API_SERVER_CORS_ORIGINS | let its pages read the API; repeatable, or as JSON list
---tls-cert FILE | | AIPERF_API_TLS_CERT | serve https and wss with this certificate chain (PEM)
---tls-key FILE | | AIPERF_API_TLS_KEY | its private key (PEM), if it is not in the same file
---ws-max-connections N | 1000 | AIPERF_API_WS_MAX_CONNECTIONS AIPERF_API_SERVER_WEBSOCKET_MAX_CONNECTIONS \
- | streaming clients
---log-level LEVEL | info | AIPERF_API_LOG_LEVEL | debug, info, warning or error
+--api-token | TOKEN | | TOKEN | clients must present this token; better given in the environment
+--allow-host | NAME | | ALLOW_HOST | accept this Host header; repeatable, in the environment with commas
+--cors-origin | ORIGIN | | SERVER_CORS_ORIGINS | let its pages read the API; repeatable, or as JSON list
+--tls-cert | FILE | | TLS_CERT | serve https and wss with this certificate chain (PEM)
+--tls-key | FILE | | TLS_KEY | its private key (PEM), if it is not in the same file
+--ws-max-connections | N | 1000 | WS_MAX_CONNECTIONS SERVER_WEBSOCKET_MAX_CONNECTIONS | streaming clients
+--log-level | LEVEL | info | LOG_LEVEL | debug, info, warning or error
 """
 OPTIONS: tuple[Option, ...] = tuple(
-    Option(*head.strip().partition(" ")[::2], *(cell.strip() for cell in cells))
-    for head, *cells in (line.split("|") for line in _OPTIONS.strip().splitlines())
+    Option(flag, metavar, default, " ".join(f"AIPERF_API_{name}" for name in names.split()), text)
+    for flag, metavar, default, names, text in (re.split(r" *\| *", line) for line in _OPTIONS.strip().splitlines())
 )
 _SOURCES = ("--zmq-host", "--zmq-ipc-path", "--zmq-address", "--zmq-bind", "--replay", "--demo")
-_DESCRIPTION = "Watch an AIPerf benchmark over its ZMQ event bus and serve its metrics over HTTP and WebSocket."
-_EPILOG = "Everything after -- is run as the benchmark: aiperf-api --api-port 9090 -- aiperf profile --model ..."
+_OFF = ("0", "false", "no", "off")
+_PATTERNS = MappingProxyType({  # what a value must look like, by metavar or flag
+    "": "|".join(("1|true|yes|on", *_OFF)),
+    "TOKEN": r"[^\ud800-\udfff]+",  # bytes that are no UTF-8 come as surrogates
+    "PORT": "[0-9]{1,4}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]",
+    "X": r"[0-9]{1,9}(\.[0-9]{1,9})?",
+    "SEC": r"[0-9]{1,9}(\.[0-9]{1,9})?",
+    "N": "[0-9]{1,6}",
+    "LEVEL": "debug|info|warning|error",
+    "ORIGIN": r"\*|[a-z][a-z0-9+.-]*://[^/\s?#@]+",
+    "--zmq-backend": "auto|pyzmq|builtin",
+    "--allow-host": r"[a-z0-9._~-]+(:[0-9]{1,5})?|\[?[0-9a-f:.]+\]?(:[0-9]{1,5})?",
+})  # fmt: skip
 
 
-class Arguments(NamedTuple):
-    """A command line that makes sense, with the environment behind it."""
+class Plan(NamedTuple):
+    """What a command line asks for, with the environment behind it."""
 
     settings: Settings
-    source: Source | None  # None: the command's own bus
-    backend: str  # what speaks ZMQ: auto, pyzmq or builtin
-    command: tuple[str, ...]  # the benchmark behind `--`, empty for none
-    config: Mapping[str, Any] | None
     log_level: str
-
-
-_DECIMAL, _OFF = r"[0-9]{1,9}(\.[0-9]{1,9})?", ("0", "false", "no", "off")
-_SWITCH = "|".join(("1|true|yes|on", *_OFF))
-_PATTERNS = MappingProxyType({  # what a value must look like
-    "--api-token": r"[^\ud800-\udfff]+",  # bytes that are no UTF-8 come as surrogates
-    "--api-port": "[0-9]{1,4}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]",
-    "--zmq-backend": "auto|pyzmq|builtin",
-    "--replay-speed": _DECIMAL,
-    "--replay-loop": _SWITCH,
-    "--demo": _SWITCH,
-    "--linger": _DECIMAL,
-    "--allow-host": r"[a-z0-9._~-]+(:[0-9]{1,5})?|\[?[0-9a-f:.]+\]?(:[0-9]{1,5})?",
-    "--cors-origin": r"\*|[a-z][a-z0-9+.-]*://[^/\s?#@]+",
-    "--ws-max-connections": "[0-9]{1,6}",
-    "--log-level": "debug|info|warning|error",
-})  # fmt: skip
+    config_file: JSONValue
+    source: Source | None
+    argv: tuple[str, ...]  # the benchmark behind `--`, empty for none
+    environ: Mapping[str, str]  # for it
+    config: dict[str, Any]  # what its command line tells
 
 
 class _Parser(argparse.ArgumentParser):
@@ -5192,65 +5181,65 @@ class _Parser(argparse.ArgumentParser):
 def _read_options(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[set[str], dict[str, Any]]:
     """Return the flags that are given, and each option's text (a tuple if repeatable): its own, else its variable's.
     An empty variable is none, but an empty value is a mistake: `--api-token "$UNSET"` would leave the server open."""
-    parser = _Parser(prog="aiperf-api", description=_DESCRIPTION, epilog=_EPILOG, allow_abbrev=False)
+    about = "Watch an AIPerf benchmark over its ZMQ event bus and serve its metrics over HTTP and WebSocket."
+    more = "Everything after -- is run as the benchmark: aiperf-api --api-port 9090 -- aiperf profile --model ..."
+    parser = _Parser(prog="aiperf-api", description=about, epilog=more, allow_abbrev=False)
     for flag, metavar, default, variables, text in OPTIONS:
         about = text + (f" (default: {default})" if default else "") + f" [{variables.replace(' ', ' or ')}]"
-        action = "append" if "repeatable" in text else "store" if metavar else "store_const"
-        more: dict[str, Any] = {"metavar": metavar} if metavar else {"const": "true"}
-        parser.add_argument(flag, action=action, help=about, dest=flag, **more)
+        kind: dict[str, Any] = {"metavar": metavar} if metavar else {"action": "append_const", "const": "true"}
+        parser.add_argument(flag, **{"action": "append", "help": about, "dest": flag, **kind})
     parser.add_argument("--version", action="version", version=f"aiperf-api {__version__}")
     given = vars(parser.parse_args(argv))
-    flags = {flag for flag, value in given.items() if value is not None}
+    flags = {flag for flag in given if given[flag]}
     for flag, metavar, _, variables, text in OPTIONS:
-        is_list, value = "repeatable" in text, given[flag]
-        if flag not in flags:
-            value = next((environ[name] for name in variables.split() if environ.get(name)), None)
-            if is_list and value:  # names with commas between, or a JSON list (AIPerf's way)
-                with contextlib.suppress(JSONError):
-                    value = json_load(value.encode()) if value.lstrip().startswith("[") else value.split(",")
-        values: Sequence[Any] = value if isinstance(value, list) else [] if value is None else [value]
-        for one in values:
-            if not re.fullmatch(_PATTERNS.get(flag, "(?s:.+)"), str(one).strip(), re.IGNORECASE):
-                what = "usable" if flag == "--api-token" else printable(repr(one))  # it may be seen by others
+        values, is_list = given[flag] or [], "repeatable" in text
+        if not values:
+            variable = next((environ[name] for name in variables.split() if environ.get(name)), "")
+            # Names with commas between, or a JSON list (AIPerf's way).
+            parts = re.split(r'[\s,"]+', variable) if is_list else [variable]
+            values = [part for part in parts if part not in ("", "[", "]")]
+        for value in values:
+            if not re.fullmatch(_PATTERNS.get(flag, _PATTERNS.get(metavar, "(?s:.+)")), value.strip(), re.IGNORECASE):
+                what = "usable" if flag == "--api-token" else printable(repr(value))  # it may be seen by others
                 raise UsageError(f"{flag}: not {what}; {text}")
-        values = tuple(str(one).strip() for one in values if metavar or one.lower() not in _OFF)
-        given[flag] = values if is_list else values[0] if values else None
+        kept = tuple(value.strip() for value in values if metavar or value.lower() not in _OFF)
+        given[flag] = kept if is_list else kept[-1] if kept else None
     return flags, given
 
 
-def _read_config(path: str) -> Mapping[str, Any]:
+def _read_config(path: str) -> JSONValue:
     try:
         with open(path, "rb") as file:
             value = json_load(file.read())
-        if isinstance(value, dict):
-            return value
-        reason = "not a JSON object"
+        reason = "" if isinstance(value, dict) else "not a JSON object"
     except (OSError, JSONError) as error:
-        reason = str(error.strerror) if isinstance(error, OSError) else f"not JSON: {error}"
-    raise UsageError(f"--config {printable(path)}: {reason}")
+        reason = getattr(error, "strerror", "") or f"not JSON: {error}"
+    if reason:
+        raise UsageError(f"--config {printable(path)}: {reason}")
+    return value
 
 
-def parse_arguments(argv: Sequence[str], environ: Mapping[str, str]) -> Arguments:
-    """Make sense of a command line; UsageError says in one line what is wrong with it."""
+def parse_arguments(argv: Sequence[str], environ: Mapping[str, str], ipc_dir: str = "") -> Plan:
+    """Make sense of a command line; UsageError says in one line what is wrong.  `ipc_dir` is for a benchmark's bus."""
     place = list(argv).index("--") if "--" in argv else len(argv)
     command = tuple(argv[place + 1 :])
     if "--" in argv and not command:
         raise UsageError("a command belongs behind --")
     flags, given = _read_options(argv[:place], environ)
-    if given["--api-port"] is None and "--api-host" in flags:
+    port, linger_sec = given["--api-port"], given["--linger"]
+    if port is None and "--api-host" in flags:
         raise UsageError("--api-host needs --api-port")
-    if given["--api-port"] is None and given["--api-unix"] is None:
+    if port is None and given["--api-unix"] is None:
         raise UsageError("nothing to serve on: give --api-port PORT (or --api-unix PATH); --help lists everything")
     if given["--tls-key"] and not given["--tls-cert"]:
         raise UsageError("--tls-key needs --tls-cert")
-    for written in ("--record", "--report"):
-        path = check_output(given[written], written) if given[written] else ""  # now, not when the run is over
-        for read in ("--config", "--replay", "--tls-cert", "--tls-key"):
-            if given[read] and all(map(os.path.exists, (path, given[read]))) and os.path.samefile(path, given[read]):
+    for written in filter(given.get, ("--record", "--report")):
+        path = check_output(given[written], written)  # now, not when the run is over
+        for read in filter(given.get, ("--config", "--replay", "--tls-cert", "--tls-key")):
+            if os.path.exists(path) and os.path.exists(given[read]) and os.path.samefile(path, given[read]):
                 raise UsageError(f"{written} {printable(path)}: that is the file that {read} reads")
-    learnt = Secrets()
-    learnt.redact([read_flags(command), dict(environ)])  # of more than it remembers, the first count
-    port, linger_sec = given["--api-port"], given["--linger"]
+    config, learnt = read_flags(command), Secrets()
+    learnt.redact([config, dict(environ)])  # of more than it remembers, the first count
     settings = Settings(
         host=(given["--api-host"] or "127.0.0.1").strip("[]"), port=port and int(port), unix_path=given["--api-unix"],
         token=given["--api-token"], allow_hosts=given["--allow-host"], cors_origins=given["--cors-origin"],
@@ -5259,102 +5248,90 @@ def parse_arguments(argv: Sequence[str], environ: Mapping[str, str]) -> Argument
         record=given["--record"], report=given["--report"], secrets=learnt.known,
     )  # fmt: skip
     backend = given["--zmq-backend"] = (given["--zmq-backend"] or "auto").lower()
-    source, told = _choose_source(flags, given, bool(command))
-    config = _read_config(given["--config"]) if given["--config"] else told
-    return Arguments(settings, source, backend, command, config, (given["--log-level"] or "info").upper())
+    source = _choose_source(flags, given, bool(command))
+    config_file = _read_config(given["--config"]) if given["--config"] else None
+    plan = Plan(settings, (given["--log-level"] or "info").upper(), config_file, source, command, environ, config)
+    return _wire(plan, backend, ipc_dir) if command else plan
 
 
-def _choose_source(flags: set[str], given: Mapping[str, Any], has_command: bool) -> tuple[Source | None, JSONValue]:
-    """Return the one source that is asked for, and the configuration that comes with it.  A flag beats variables, two
-    are a mistake.  A command brings its own bus (None), unless a flag says where that is; variables do not count."""
+def _choose_source(flags: set[str], given: Mapping[str, Any], has_command: bool) -> Source | None:
+    """Return the one source that is asked for; a flag beats variables, two are a mistake.  A command brings its own bus
+    (None), unless a flag says where that is."""
     chosen = [flag for flag in _SOURCES if flag in flags]
     if not chosen and not has_command:
         chosen = [flag for flag in _SOURCES if given[flag]] or ["--zmq-host"]
-    if len(chosen) > 1 or (has_command and chosen and chosen[0] in ("--replay", "--demo")):
+    is_replay = not {"--replay", "--demo"}.isdisjoint(chosen)
+    if len(chosen) > 1 or (has_command and is_replay):
         raise UsageError(f"{' and '.join(chosen)}{' and a command' if has_command else ''}: only one source at a time")
     for option in ("--replay-speed", "--replay-loop"):
-        if given[option] is not None and not {"--replay", "--demo"} & set(chosen):
+        if given[option] is not None and not is_replay:
             raise UsageError(f"{option} needs --replay or --demo")
     if not chosen:
-        return None, None
-    flag, value = chosen[0], given[chosen[0]] or "127.0.0.1"
-    if flag in ("--replay", "--demo"):
-        speed, loop = float(given["--replay-speed"] or 1.0), bool(given["--replay-loop"])
-        if flag == "--replay":
-            check_recording(value)
-            return ReplaySource(value, speed=speed, loop=loop), None
-        files = read_static_files()
-        data, config = files.get(DEMO_RECORDING), json_load(files.get("demo.config.json", b"null"))
+        return None
+    flag, value, speed = chosen[0], given[chosen[0]] or "127.0.0.1", float(given["--replay-speed"] or 1)
+    if flag == "--replay":
+        check_recording(value)
+        return ReplaySource(value, speed=speed, loop=bool(given["--replay-loop"]))
+    if flag == "--demo":
+        data, middle_sec = read_static_files().get(DEMO_RECORDING), 20.5  # there is something to see at once
         if data is None:
             raise UsageError("--demo: the recording is not here; copy the folder static/ beside aiperf_api.py")
-        half_sec = 20.5  # of the recording: there is something to see at once
-        return ReplaySource(DEMO_RECORDING, "demo", speed=speed, loop=True, data=data, start_at=half_sec), config
+        return ReplaySource(DEMO_RECORDING, "demo", speed=speed, loop=True, data=data, start_at=middle_sec)
     kind = {"--zmq-host": "tcp", "--zmq-ipc-path": "ipc", "--zmq-bind": "bind"}.get(flag, "zmq")
     address = backend_address(value.strip("[]")) if kind == "tcp" else ipc_address(value) if kind == "ipc" else value
     named, backend = "child" if has_command else kind, given["--zmq-backend"]
-    return bus_source(address, named, bind=kind == "bind", backend=backend), None
+    return bus_source(address, named, bind=kind == "bind", backend=backend)
 
 
 # -- The benchmark behind `--` -----------------------------------------------------------------------------------------
 
 
-class ChildPlan(NamedTuple):
-    """How a command is run and where its bus is."""
-
-    argv: tuple[str, ...]
-    environ: dict[str, str]
-    source: Source
-    config: dict[str, Any]  # what its command line tells
-
-
 def read_flags(argv: Sequence[str]) -> dict[str, Any]:
     """Return the flags: `--any-name VALUE` as any_name; without a value it is true, repeated it is a list."""
-    flags: dict[str, Any] = {}
-    short = {"-m": "model", "-u": "url", "-f": "config", "-H": "header"}
+    found: dict[str, list[Any]] = {}
+    short = {"-m": "--model", "-u": "--url", "-f": "--config", "-H": "--header"}
     for word, after in zip(argv, (*argv[1:], "--")):
-        is_long = word.startswith("--")
-        name, equals, value = word.partition("=") if is_long else (word[:2], word[2:], word[2:].lstrip("="))
-        name = short.get(name, name[2:].replace("-", "_") if is_long else "")
-        if not name:
-            continue
-        if not equals:
-            value = "true" if after.startswith("-") and not re.fullmatch(r"-[0-9.]+", after) else after
-        read: Any = {"true": True, "false": False}.get(value.lower(), value)
-        if re.fullmatch(r"-?[0-9]{1,15}(\.[0-9]{1,15})?", value):
-            read = float(value) if "." in value else int(value)
-        before = flags.get(name, [])
-        flags[name] = [*(before if isinstance(before, list) else [before]), read] if name in flags else read
-    return flags
+        if word[:2] in short:
+            word = short[word[:2]] + (f"={word[2:].lstrip('=')}" if word[2:] else "")  # noqa: PLW2901
+        name, equals, value = word.partition("=")
+        if name.startswith("--") and name != "--":
+            if not equals:
+                value = "true" if after.startswith("-") and not re.fullmatch(r"-[0-9.]+", after) else after
+            read: Any = value
+            with contextlib.suppress(JSONError):  # a number, true or false
+                read = json_load(os.fsencode(value))
+            found.setdefault(name[2:].replace("-", "_"), []).append(read)
+    return {name: values if len(values) > 1 else values[0] for name, values in found.items()}
 
 
-def child_plan(arguments: Arguments, environ: Mapping[str, str], ipc_dir: str) -> ChildPlan:
-    """Decide how to run a command so that its bus can be heard.  An `aiperf profile` is followed to the bus that our
-    flags, or else its own, name; without any it gets a private IPC directory.  Any other command finds an address to
-    publish to in AIPERF_API_ZMQ_ADDRESS."""
-    command, source, backend = arguments.command, arguments.source, arguments.backend
-    ours = {name for option in OPTIONS for name in option.env.split() if "API_SERVER" in name or "TOKEN" in name}
-    inherited = {name: value for name, value in environ.items() if name not in ours}  # AIPerf's own API reads them, too
-    words = [os.path.basename(word) for word in command]
-    if not any(pair in (("aiperf", "profile"), ("aiperf.exe", "profile")) for pair in zip(words, words[1:])):
+def _wire(plan: Plan, backend: str, ipc_dir: str) -> Plan:
+    """Have the command's bus heard.  An `aiperf profile` is followed to the bus that our flags, or else its own, name;
+    without any it gets a private IPC directory.  Any other command finds where to publish in AIPERF_API_ZMQ_ADDRESS."""
+    _, _, _, source, command, environ, flags = plan
+    environ = {name: environ[name] for name in environ if not re.match("AIPERF_API_(SERVER|TOKEN)", name)}  # ours alone
+    words = [os.path.basename(word).replace("aiperf.exe", "aiperf") for word in command]
+    if ("aiperf", "profile") not in zip(words, words[1:]):
         if source is None:
             source = bus_source("ipc://" + os.path.join(ipc_dir, "bus.ipc"), "child", bind=True, backend=backend)
-            inherited["AIPERF_API_ZMQ_ADDRESS"] = source.address
-        return ChildPlan(command, inherited, source, {})
-    flags = read_flags(command)
-    address, added = ipc_address(ipc_dir), ["--zmq-ipc-path", ipc_dir]
-    if source is not None or {"zmq_ipc_path", "zmq_host", "zmq_dual_bind"} & flags.keys():
-        host, added = str(flags.get("zmq_host", "")), []  # to bind to is not always to connect to
-        address = backend_address("127.0.0.1" if host in ("0.0.0.0", "*") else host)
-        address = address if host else ipc_address(str(flags.get("zmq_ipc_path", "/tmp/aiperf")))  # AIPerf's default
-    elif _names_a_bus(str(flags.get("config", os.devnull))):
-        example = "aiperf-api ... --zmq-host 127.0.0.1 -- aiperf profile ..."
-        path = printable(str(flags["config"]))
-        raise UsageError(f"{path} chooses the event bus itself (communication): say where it is, as in {example}")
+            environ["AIPERF_API_ZMQ_ADDRESS"] = source.address
+        return plan._replace(source=source, environ=environ, config={})
+    if source is None:
+        address = ipc_address(str(flags.get("zmq_ipc_path", "/tmp/aiperf")))  # AIPerf's default
+        if "zmq_host" in flags:
+            host = str(flags["zmq_host"])
+            address = backend_address("127.0.0.1" if host in ("0.0.0.0", "*") else host)
+        elif not {"zmq_ipc_path", "zmq_dual_bind"} & flags.keys():
+            if _names_a_bus(str(flags.get("config", os.devnull))):
+                example = "aiperf-api ... --zmq-host 127.0.0.1 -- aiperf profile ..."
+                chooses = f"{printable(str(flags['config']))} chooses the event bus itself (communication)"
+                raise UsageError(f"{chooses}: say where it is, as in {example}")
+            address, command = ipc_address(ipc_dir), (*command, "--zmq-ipc-path", ipc_dir)
+        source = bus_source(address, "child", backend=backend)
     # Else a run without dashboard publishes no live metrics (AIPerf 0.5 and later).
     live = {"AIPERF_UI_REALTIME_METRICS_ENABLED": "true", "AIPERF_UI_REALTIME_METRICS_INTERVAL": "1"}
     defaults = {} if "config" in flags else {"endpoint_type": "chat", "streaming": False}  # AIPerf's
-    source = source or bus_source(address, "child", backend=backend)
-    return ChildPlan((*command, *added), {**live, **inherited}, source, {**defaults, **flags})
+    config = {**defaults, **flags}
+    return plan._replace(source=source, argv=command, environ={**live, **environ}, config=config)
 
 
 def _names_a_bus(path: str) -> bool:
@@ -5370,13 +5347,12 @@ class Child:
 
     So Ctrl-C reaches it alone and once.  A signal to us is passed on, but not the second of two within a second: AIPerf
     answers its first SIGINT by finishing, its second by quitting, and `timeout` sends one to us and one to our group.
-    Without a command it keeps to the signals.
     """
 
-    def __init__(self, plan: ChildPlan) -> None:
+    def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.hurried = asyncio.Event()  # nobody wants us to go on serving
-        self.exit_text = ""  # how it ended: `exit status 3`, `killed by SIGKILL`
+        self.exit_text = ""  # `exit status 3`, `killed by SIGKILL`
         self._signals: list[tuple[int, float]] = []  # (number, monotonic seconds) of those that were passed on
         self._process: asyncio.subprocess.Process | None = None  # while it runs
         self._has_terminal = False  # it is ours to hand over
@@ -5390,11 +5366,11 @@ class Child:
             number = getattr(signal, name, None)
             if number is not None and (name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN):
                 try:
-                    loop.add_signal_handler(number, self.on_signal, number)
+                    loop.add_signal_handler(number, self._on_signal, number)
                 except NotImplementedError:  # Windows
-                    signal.signal(number, lambda n, _: loop.call_soon_threadsafe(self.on_signal, n))
+                    signal.signal(number, lambda n, _: loop.call_soon_threadsafe(self._on_signal, n))
         if hasattr(signal, "SIGCHLD"):
-            loop.add_signal_handler(signal.SIGCHLD, self.on_child_signal)
+            loop.add_signal_handler(signal.SIGCHLD, self._on_child_signal)
 
     def _give_terminal(self, group: int = 0) -> None:
         """Make a process group (0: our own) the one that the terminal signals; SIGTTOU would stop us for asking."""
@@ -5415,7 +5391,7 @@ class Child:
             self._process = await asyncio.create_subprocess_exec(*argv, env=self.plan.environ, preexec_fn=enter)
             for number, _ in self._signals:  # that came before
                 self._process.send_signal(number)
-            self.on_child_signal()  # a Ctrl-Z, too
+            self._on_child_signal()  # a Ctrl-Z, too
         except (OSError, ValueError, subprocess.SubprocessError) as error:
             code = 127 if isinstance(error, FileNotFoundError) else 126
             raise ExitError(f"{printable(argv[0])}: {getattr(error, 'strerror', None) or error}", code) from None
@@ -5434,7 +5410,7 @@ class Child:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._process.pid, number)
 
-    def on_signal(self, number: int) -> None:
+    def _on_signal(self, number: int) -> None:
         """Pass a signal on; the third kills the benchmark.  After its end one asks for ours, another one forces it."""
         now_sec = time.monotonic()
         if any(known == number and now_sec - at < 1.0 for known, at in self._signals):
@@ -5450,7 +5426,7 @@ class Child:
             if len(self._signals) > 2:
                 self._kill(signal.SIGKILL)
 
-    def on_child_signal(self) -> None:
+    def _on_child_signal(self) -> None:
         """Reap, as the first process of a container, whom nobody else can: our own child is asyncio's.  Follow a child
         that Ctrl-Z has stopped: stop, too, so that the shell has the terminal, and let it go on when we do."""
         own = self._process.pid if self._process is not None else 0
@@ -5495,10 +5471,10 @@ def say(*lines: str) -> None:
 @contextlib.contextmanager
 def log_held() -> Iterator[None]:
     """Hold the log back while a benchmark draws on the same terminal."""
-    import logging.handlers  # only here: it imports half of the standard library
+    from logging.handlers import MemoryHandler  # only here: it imports half of the standard library
 
     handler = log.handlers[0]
-    held = logging.handlers.MemoryHandler(1000, logging.CRITICAL + 1, handler)
+    held = MemoryHandler(1000, logging.CRITICAL + 1, handler)
     log.handlers[:] = [held if sys.stderr is not None and sys.stderr.isatty() else handler]
     try:
         yield
@@ -5514,7 +5490,7 @@ def start_lines(service: APIService) -> list[str]:
     if settings.port is not None:
         lines.append(f"  dashboard  {service.url}/dashboard")
         lines += [f"  and        unix:{printable(settings.unix_path)}"] if settings.unix_path else []
-    lines.append(f"  source     {source.kind}: {printable(source.address, _LINE_CHARS_MAX)}")
+    lines.append(f"  source     {source.kind}: {printable(source.address)}")
     if settings.port is not None and not is_loopback(settings.host) and not settings.token:
         lines.append("  warning    open to the network without a token; see --api-token")
     return lines
@@ -5528,10 +5504,10 @@ async def _run_benchmark(service: APIService, child: Child) -> int:
     while service.bus_total != seen and time.monotonic() < deadline:  # what it said last is still under way
         seen = service.bus_total
         await asyncio.sleep(0.2)
-    if not service.bus_total:
+    if not seen:
         log.warning("the benchmark was not heard; in a script it needs --zmq-host: see the troubleshooting guide")
-    if code or service.bus_total:  # a command that ended well and never reported has not failed
-        hint = "" if service.bus_total else "; see its output above"
+    if code or seen:  # a command that ended well and never reported has not failed
+        hint = "" if seen else "; see its output above"
         service.end_child(child.exit_text + hint if code else "")
     linger_sec = 5 if service.settings.linger_sec is None else service.settings.linger_sec
     if linger_sec and not child.hurried.is_set():
@@ -5541,37 +5517,37 @@ async def _run_benchmark(service: APIService, child: Child) -> int:
     return code
 
 
-async def _serve(arguments: Arguments, environ: Mapping[str, str]) -> int:
+async def _serve(plan: Plan) -> int:
     """Serve until a signal or the end of the run and of the lingering; return the exit code."""
-    with ipc_directory() if arguments.command else contextlib.nullcontext("") as directory:
-        plan = child_plan(arguments, environ, directory)
-        child = Child(plan)
-        service = APIService(source=plan.source, config=arguments.config, **arguments.settings._asdict())
-        service.configure(plan.config, "command")
-        child.watch_signals()
-        await service.start()
-        try:
-            say(*start_lines(service))
-            if plan.argv:
-                return await _run_benchmark(service, child)
-            ends = [asyncio.ensure_future(end) for end in (child.hurried.wait(), service.wait_lingered())]
-            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-            return 0
-        finally:
-            await service.stop()
+    child = Child(plan)
+    service = APIService(source=plan.source, config=plan.config_file, **plan.settings._asdict())
+    service.configure(plan.config, "command")
+    child.watch_signals()
+    await service.start()
+    try:
+        say(*start_lines(service))
+        if plan.argv:
+            return await _run_benchmark(service, child)
+        ends = [asyncio.ensure_future(end) for end in (child.hurried.wait(), service.wait_lingered())]
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        return 0
+    finally:
+        await service.stop()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve until told to stop; return the exit code."""
+    given = sys.argv[1:] if argv is None else argv
     try:
-        arguments = parse_arguments(sys.argv[1:] if argv is None else argv, os.environ)
-        logging.raiseExceptions = False  # a standard error that is closed, full or broken costs the line only
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
-        log.handlers[:] = [handler]
-        log.propagate = False
-        log.setLevel(arguments.log_level)
-        return asyncio.run(_serve(arguments, os.environ))
+        with ipc_directory() if "--" in given else contextlib.nullcontext("") as directory:
+            plan = parse_arguments(given, os.environ, directory)
+            logging.raiseExceptions = False  # a standard error that is closed, full or broken costs the line only
+            handler = logging.StreamHandler()
+            handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+            log.handlers[:] = [handler]
+            log.propagate = False
+            log.setLevel(plan.log_level)
+            return asyncio.run(_serve(plan))
     except ExitError as error:
         say(f"aiperf-api: {error}")
         return error.exit_code
