@@ -63,7 +63,7 @@ from itertools import islice
 from stat import S_ISSOCK
 from types import MappingProxyType
 from typing import IO, Any, NamedTuple, NoReturn, Protocol, cast
-from urllib.parse import unquote_to_bytes, urlsplit
+from urllib.parse import unquote_to_bytes
 
 try:
     import orjson
@@ -4133,16 +4133,14 @@ def connection_factory(app: Application) -> Callable[[asyncio.StreamReader, asyn
 
 # == 13 == Service =====================================================================================================
 #
-# The bus feeds the benchmark's state, the recording and the hub; connections bring requests and commands; the endpoints
-# below answer from the state.
+# The bus feeds the benchmark's state, the recording and the hub; the endpoints answer from the state.
 
 SSE, NDJSON = "text/event-stream", "application/x-ndjson"
-PAGES = frozenset(("/", "/dashboard", "/report.html"))  # what a person opens: without a token they get the token form
-PAGES_MISSING = "the pages are not here: copy the folder static/ beside aiperf_api.py; the API works without"
+PAGES = frozenset(("/", "/dashboard", "/report.html"))  # a person who opens one without a token gets a form for it
 _CLIENT_MESSAGE_TYPE = re.compile(r"[A-Za-z0-9_:-]{1,128}|\*")
 _KNOWN_TYPES = KNOWN_MESSAGE_TYPES | {"run", "*"}  # "run" is said by this server
 _ROW_TYPES = METRICS_MESSAGE_TYPES | RESULT_MESSAGE_TYPES  # whose rows clients get in display units
-ENCODERS: Mapping[str, Encoder] = MappingProxyType({  # by kind of client
+ENCODERS: Mapping[str, Encoder] = MappingProxyType({
     "websocket": lambda message: encode_frame(OP_TEXT, message.payload),
     "sse": lambda message: b"event: %s\ndata: %s\n\n" % (message.type.encode(), message.payload),  # HTML 9.2
     "ndjson": lambda message: message.payload + b"\n",
@@ -4150,16 +4148,13 @@ ENCODERS: Mapping[str, Encoder] = MappingProxyType({  # by kind of client
 _FORMATS = MappingProxyType({CONTENT_TYPE_TEXT_0_0_4: render_text, CONTENT_TYPE_OPENMETRICS_1_0_0: render_openmetrics})
 STOP_TIMEOUT_SEC = 2  # in all, from the signal to the exit
 _ACCEPT_MAX = 32  # connections accepted in one turn of the loop; asyncio 100
-_FILES_SPARE = 32  # file descriptors for everything but connections: the bus, files, a child
-# Routes whose answers are costly, and may be a second old: all who read one share its bytes.
-_SHARED = frozenset("""metrics_text metrics workers config server_metrics results history runs run report
-    clients""".split())  # fmt: skip
-_SHARED_MAX, _SHARED_BYTES_MAX = 16, 8 * 1024 * 1024  # such answers kept
+_FILES_SPARE = 32  # descriptors for everything but connections
+# Of all other routes those who ask within a second share an answer, as long as nothing changes.
+_UNSHARED = frozenset("stream websocket static readyz status progress".split())
+_SHARED_MAX, _SHARED_BYTES_MAX = 16, 8 * 1024 * 1024
 
 
 class Settings(NamedTuple):
-    """How a service runs."""
-
     host: str = "127.0.0.1"
     port: int | None = 0  # None: no TCP
     unix_path: str | None = None
@@ -4175,9 +4170,6 @@ class Settings(NamedTuple):
     secrets: tuple[str, ...] = ()  # literals that must show nowhere
 
 
-# -- The machine -------------------------------------------------------------------------------------------------------
-
-
 def is_loopback(host: str) -> bool:
     with contextlib.suppress(ValueError):
         return ipaddress.ip_address(host).is_loopback
@@ -4185,7 +4177,7 @@ def is_loopback(host: str) -> bool:
 
 
 def _listen_tcp(host: str, port: int) -> socket.socket:
-    """Return a listening socket; `::` listens on IPv4, too."""
+    """`::` listens on IPv4, too."""
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         both = family == socket.AF_INET6 and host == "::" and socket.has_dualstack_ipv6()
@@ -4195,47 +4187,9 @@ def _listen_tcp(host: str, port: int) -> socket.socket:
         raise StartError(f"cannot listen on {printable(host)} port {port}: {reason}") from None
 
 
-def _listen_unix(path: str) -> socket.socket:
-    """Return a bound Unix socket of mode 0600; one that a live server listens on is left to it."""
-    if not hasattr(socket, "AF_UNIX"):
-        raise StartError("there are no Unix sockets on this system")
-    listener = socket.socket(socket.AF_UNIX)
-    before = os.umask(0o177)  # bind() makes the file: no moment in which others could connect
-    try:
-        if os.path.lexists(path):
-            if not S_ISSOCK(os.lstat(path).st_mode):
-                raise OSError("what is there is not a socket")
-            with socket.socket(socket.AF_UNIX) as probe, contextlib.suppress(ConnectionRefusedError):
-                probe.settimeout(1.0)
-                probe.connect(path)  # refused: left behind by a server that is gone
-                raise OSError("another server listens there")
-            os.unlink(path)
-        listener.bind(path)
-    except OSError as error:
-        listener.close()
-        raise StartError(f"cannot listen on {printable(path)}: {error.strerror or error}") from None
-    finally:
-        os.umask(before)
-    return listener
-
-
-def _load_certificate(context: ssl.SSLContext, certificate: str, key: str | None) -> None:
-    """Load the PEM files; UsageError names the one that does not fit."""
-    try:
-        context.load_cert_chain(certificate, key)
-    except OSError as error:  # SSLError is one
-        flag, path, reason = "--tls-cert", certificate, error.strerror or str(error)
-        with contextlib.suppress(OSError):  # a certificate that is good by itself: then it is the key
-            ssl.create_default_context(cafile=certificate)
-            flag, path = ("--tls-key", key) if key else (flag, path)
-        if flag == "--tls-key" and isinstance(error, ssl.SSLError):
-            reason = "no private key fits the certificate"
-        raise UsageError(f"{flag} {printable(path)}: {reason}") from None
-
-
 @functools.lru_cache(BUS_TYPES_MAX)
 def message_type_of(topic: bytes) -> str:
-    """Return the message type of a topic, without `$` and the target that some messages have."""
+    """Leave out `$`, and the target that some topics have."""
     found = re.fullmatch(rb"([A-Za-z0-9_:-]{1,128})(?:\.[!-~]{0,256})?\$?", topic)
     if found is None:
         raise BusError("topic", f"not a topic: {printable(topic)}")
@@ -4249,32 +4203,30 @@ class APIService:
     """The server: an async context manager, or to be started and stopped.
 
     A `source` is a ZMQ subscriber endpoint (`tcp://127.0.0.1:5664`), a Source, or None for publish() alone; `config` is
-    the benchmark's configuration, as far as the bus does not tell it; `settings` are the fields of Settings.
-    UsageError says that an argument is wrong, StartError (from start()) that the machine refuses.
+    what the bus may not tell; `settings` are the fields of Settings.  Raises UsageError, and StartError in start().
     """
 
     def __init__(self, *, source: str | Source | None = None, config: JSONValue = None, **settings: Any) -> None:
         self.settings = Settings(**settings)
-        token = self.settings.token
-        if token == "":  # an unset variable of a shell script: nobody would notice that it guards nothing
-            raise UsageError("--api-token: an empty token")
-        # The server
-        self.source = bus_source(source, source.partition("://")[0]) if isinstance(source, str) else source or Source()
         self._allowed_hosts = frozenset(map(str.lower, self.settings.allow_hosts))
         self._allowed_origins = frozenset(map(str.lower, self.settings.cors_origins))
+        token = self.settings.token
+        if token == "":  # an unset variable of a script: nobody would notice that it guards nothing
+            raise UsageError("--api-token: an empty token")
+        self.source = bus_source(source, source.partition("://")[0]) if isinstance(source, str) else source or Source()
         self.router = Router(ROUTES)
         self.static = static_table(read_static_files())
-        self.url = ""  # once started
-        self._cookie_name = "aiperf_api_0"  # with its port: browsers keep none apart by that (RFC 6265 8.5)
+        self.url = ""
+        self._cookie_name = "aiperf_api_0"  # with the port, which keeps no cookies apart (RFC 6265 8.5)
         self.started_ns = time.time_ns()
         self.requests = collections.Counter[tuple[str, int]]()  # (route, status) -> answers
         self._servers: list[asyncio.AbstractServer] = []
-        self._unix_inode = 0  # of the Unix socket's file
+        self._unix_inode = 0
         self._sweep_timer: asyncio.TimerHandle | None = None
         self._recorder = Recorder(self.settings.record) if self.settings.record else None
-        self._complaints: set[str] = set()  # of the event loop, that have been logged
+        self._complaints: set[str] = set()  # of the event loop
         self._complete: asyncio.Event  # from start() on: set while the last run has ended
-        # What the connections share (Application)
+        # Application
         self.memo: dict[bytes, Request] = {}
         self.date = b""
         self.read_buffer = memoryview(bytearray(CONNECTION_READ_BYTES))
@@ -4287,26 +4239,23 @@ class APIService:
         self.hub = Hub(self._on_wanted)
         self.bus_messages = collections.Counter[str]()  # message type -> good ones
         self.bus_errors = collections.Counter[str]()  # kind -> bad ones
-        self._unwanted: set[str] = set()  # message types whose last client has gone since the last sweep
-        self._received: list[Message] = []  # of the batch at hand, for the hub
+        self.bus_total = 0  # good ones
+        self._unwanted: set[bytes] = set()  # topics whose last client has gone since the last sweep
+        self._received: list[Message] = []  # not broadcast yet
         # The benchmark
         self.benchmark = Benchmark(self._count_bad)
-        self._run_told: tuple[Any, ...] = (1, "", None, False)  # number, label, of, has it ended: as last seen
-        self._artifacts: set[tuple[str, str]] = set()  # (folder, file) beside this run that have been read
-        self._report_due_sec = math.inf  # monotonic
-        self._gone_sec = 0.0  # for how long the bus has been gone
-        self._answers: dict[tuple[Any, ...], Response] = {}  # those of _SHARED
+        self._run_told: tuple[Any, ...] = (1, "", None)  # number, label, of: as last seen
+        self._artifacts: set[tuple[str, str]] = set()  # (folder, file) that have been read
+        self._ended_sweeps = 0  # since the end of the run
+        self._gone_sec = 0.0  # since the bus was there
+        self._answers: dict[tuple[Any, ...], Response] = {}  # but those of _UNSHARED
         self._answers_version = (0, 0, 0)
         if config is None and self.source.kind == "demo" and "demo.config.json" in self.static:
             config = json_load(self.static["demo.config.json"].payload(False))
         if config is not None:
             self.configure(config, "file")
 
-    @property
-    def bus_total(self) -> int:
-        return sum(self.bus_messages.values())
-
-    # -- Life
+    # -- From start to stop
 
     async def __aenter__(self) -> APIService:
         await self.start()
@@ -4333,27 +4282,39 @@ class APIService:
 
     async def _listen(self) -> None:
         settings = self.settings
-        timing: dict[str, Any] = {}
+        accept: Any = connection_factory(self)
+        more: dict[str, Any] = {"backlog": _ACCEPT_MAX}
         if settings.tls_cert:  # a handshake has a deadline of its own, before that of the first head
-            timing = {"ssl": self._tls_context(), "ssl_handshake_timeout": HTTP_HEAD_TIMEOUT_SEC}
+            more.update(ssl=self._tls_context(), ssl_handshake_timeout=HTTP_HEAD_TIMEOUT_SEC)
         self._limit_connections()
         if settings.unix_path is not None:
-            await self._accept(_listen_unix(settings.unix_path), timing)
-            self._unix_inode = os.lstat(settings.unix_path).st_ino
+            await self._listen_unix(settings.unix_path, accept, more)
             self.url = f"unix:{settings.unix_path}"
         if settings.port is not None:
             listener = _listen_tcp(settings.host, settings.port)
-            await self._accept(listener, timing)
+            self._servers.append(await asyncio.start_server(accept, sock=listener, **more))
+            listener.listen(1024)  # that wait (nginx 511); asyncio has one number for these and for what a turn accepts
             host, port = f"[{settings.host}]" if ":" in settings.host else settings.host, listener.getsockname()[1]
-            self.url, self._cookie_name = f"{'https' if timing else 'http'}://{host}:{port}", f"aiperf_api_{port}"
+            self.url, self._cookie_name = f"http{'s' * bool(settings.tls_cert)}://{host}:{port}", f"aiperf_api_{port}"
 
-    async def _accept(self, listener: socket.socket, timing: dict[str, Any]) -> None:
-        accept: Any = connection_factory(self)
-        self._servers.append(await asyncio.start_server(accept, sock=listener, backlog=_ACCEPT_MAX, **timing))
-        listener.listen(1024)  # that wait (nginx 511); asyncio has one number for these and for what a turn accepts
+    async def _listen_unix(self, path: str, accept: Any, more: dict[str, Any]) -> None:
+        """Listen with mode 0600; asyncio replaces a socket that is there, so one with a live server is left to that."""
+        before = os.umask(0o177)  # no moment in which others could connect
+        try:
+            with socket.socket(socket.AF_UNIX) as probe:
+                probe.settimeout(1.0)
+                with contextlib.suppress(ConnectionRefusedError, FileNotFoundError):
+                    probe.connect(path)
+                    raise OSError("another server listens there")
+            self._servers.append(await asyncio.start_unix_server(accept, path, **more))
+            self._unix_inode = os.lstat(path).st_ino
+        except (OSError, AttributeError) as error:  # AttributeError: Windows has none
+            raise StartError(f"cannot listen on {printable(path)}: {getattr(error, 'strerror', '') or error}") from None
+        finally:
+            os.umask(before)
 
     def _tls_context(self) -> ssl.SSLContext:
-        """Return the context for https and wss, whose handshakes count as connections."""
+        """Return a context whose handshakes count as connections; UsageError names the file that does not fit."""
         service, handshakes = self, weakref.WeakSet[ssl.SSLObject]()
 
         class Handshake(ssl.SSLObject):
@@ -4374,21 +4335,29 @@ class APIService:
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.sslobject_class = Handshake
         SSLProtocol.max_size = CONNECTION_READ_BYTES  # that each connection holds; it is 256 KiB
-        _load_certificate(context, self.settings.tls_cert or "", self.settings.tls_key)
+        certificate, key, is_key = self.settings.tls_cert or "", self.settings.tls_key, False
+        try:
+            ssl.create_default_context(cafile=certificate)
+            is_key = key is not None  # if it fails now
+            context.load_cert_chain(certificate, key)
+        except OSError as error:  # SSLError is one
+            is_unfit = is_key and isinstance(error, ssl.SSLError)
+            reason = "no private key fits the certificate" if is_unfit else error.strerror or error
+            file = f"--tls-key {printable(key or '')}" if is_key else f"--tls-cert {printable(certificate)}"
+            raise UsageError(f"{file}: {reason}") from None
         return context
 
     def _limit_connections(self) -> None:
-        """Have descriptors for all connections, or refuse the last ones ourselves: asyncio would log and wait.  The
-        reserve, of few descriptors at most half, is for what two turns accept or refuse, and everything else."""
+        """Have descriptors for all connections, or refuse the last ones ourselves: asyncio would log and wait."""
         try:
             import resource
-        except ImportError:  # Windows has no such limit
+        except ImportError:  # Windows
             return
-        reserve = 4 * _ACCEPT_MAX + _FILES_SPARE
+        reserve = 4 * _ACCEPT_MAX + _FILES_SPARE  # for what two turns accept or refuse, and everything else
         wanted = self.connections_max + reserve
         limits = resource.getrlimit(resource.RLIMIT_NOFILE)
         found, hard = (wanted if limit == resource.RLIM_INFINITY else limit for limit in limits)
-        if found < wanted:  # the usual 1024 is for select()
+        if found < wanted:
             with contextlib.suppress(OSError, ValueError):  # macOS has a lower limit of its own
                 resource.setrlimit(resource.RLIMIT_NOFILE, (min(wanted, hard), limits[1]))
                 found = min(wanted, hard)
@@ -4420,25 +4389,20 @@ class APIService:
             self._sweep_timer.cancel()
         self._record(Recorder.close)
         self._recorder = None
-        if self._report_due_sec < math.inf:
+        if self.benchmark.end is not None and self._ended_sweeps < 2:
             self._write_report()
         with contextlib.suppress(OSError):
             path = self.settings.unix_path or ""
-            if os.lstat(path).st_ino == self._unix_inode:  # not another server's, that listens there by now
+            if os.lstat(path).st_ino == self._unix_inode:  # not another server's by now
                 os.unlink(path)
 
-    async def wait_complete(self) -> str:
-        """Wait until the run has ended and no further one is to be expected; return its state."""
-        await self._complete.wait()
-        return str(self.status()["state"])
-
-    async def wait_lingered(self) -> None:
-        """Wait until that state has been served for `linger_sec`."""
-        linger_sec, is_over = self.settings.linger_sec, False
-        while not is_over:
+    async def wait_complete(self, linger_sec: float = 0.0) -> str:
+        """Wait until the run has ended and no other is to be expected, and `linger_sec` more; return its state."""
+        while True:
             await self._complete.wait()
-            await asyncio.sleep(math.inf if linger_sec is None else linger_sec)
-            is_over = self._complete.is_set()  # else a new run has begun meanwhile
+            await asyncio.sleep(linger_sec)
+            if self._complete.is_set():  # else a new run has begun meanwhile
+                return str(self.status()["state"])
 
     def _judge_complete(self, passed_sec: float) -> None:
         """Set `_complete` at the end of the last run: in a sweep the next bus comes within 43 s, so 60 mean the end."""
@@ -4451,23 +4415,22 @@ class APIService:
             self._complete.set()
 
     def _sweep(self) -> None:
-        """Do what is due once a second."""
-        self._sweep_timer = asyncio.get_running_loop().call_later(1.0, self._sweep)  # whatever fails below
+        self._sweep_timer = asyncio.get_running_loop().call_later(1.0, self._sweep)  # even if this fails
         day, month, date, clock, year = time.asctime(time.gmtime()).split()  # in English, whatever the locale
         self.date = f"{day}, {date:0>2} {month} {year} {clock} GMT".encode()  # RFC 9110 5.6.7
         for connection in list(self.connections):
             connection.check()
         self._read_artifacts()
-        for prefix in itertools.chain(*map(self._prefixes_of, self._unwanted)):
-            self.source.unsubscribe(prefix)
-        self._unwanted.clear()
+        while self._unwanted:
+            self.source.unsubscribe(self._unwanted.pop())
         self._judge_complete(1.0)
-        if self._report_due_sec <= time.monotonic():
+        self._ended_sweeps = self._ended_sweeps + 1 if self.benchmark.end is not None else 0
+        if self._ended_sweeps == 2:  # what is said after the end belongs in it
             self._write_report()
         self._record(Recorder.flush)
 
     def _on_loop_error(self, _: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        """Log each kind of the event loop's complaints once; the first of ours with its traceback."""
+        """Log each kind of the event loop's complaints once, a fault of ours with its traceback."""
         error, text = context.get("exception"), str(context.get("message"))
         kind = f"{text.partition('(')[0]} {type(error).__name__}"
         if kind not in self._complaints:
@@ -4478,22 +4441,19 @@ class APIService:
     # -- From the bus: receive, redact, apply, broadcast
 
     def publish(self, message: Mapping[str, Any]) -> None:
-        """Feed a message as if the bus had brought it, after start(), in its thread; ValueError without a type."""
-        message_type = message.get("message_type")
-        if not isinstance(message_type, str) or not message_type:
-            raise ValueError("a message needs a message_type")
-        self._deliver([[message_type.encode() + b"$", json_bytes(message)]])
+        """Feed a message as if the bus had brought it, after start() and in its thread; KeyError without a type."""
+        self._deliver([[f"{message['message_type']}$".encode(), json_bytes(message)]])
 
     def _deliver(self, batch: Batch) -> None:
         now_ns, was_enabled = self.source.now_ns(), gc.isenabled()
-        gc.disable()  # it would go through the objects of a large message again and again: half of the time of 4 MiB
+        gc.disable()  # it would walk a large message again and again: half of the time of 4 MiB
         for frames in batch:
             try:
                 message = self._receive(frames, now_ns)  # may broadcast what was received before it
                 self._received.append(message)
             except BusError as error:
                 self._count_bad(error)
-            except Exception as error:  # a fault of ours must not stop the bus
+            except Exception as error:  # ours; the bus goes on
                 self._count_bad(BusError("internal", repr(error)), error)
         if was_enabled:
             gc.enable()
@@ -4527,52 +4487,44 @@ class APIService:
             self._count_bad(BusError("not_finite", f"NaN or Infinity in {message_type}"))
         self._on_change()
         self._record(lambda recorder: recorder.write(now_ns, topic.decode(), message.payload))
+        self.bus_total += 1
         is_counted = message_type in self.bus_messages or len(self.bus_messages) < BUS_TYPES_MAX
         self.bus_messages[message_type if is_counted else "other"] += 1
         payload = self._shown(message) if is_wanted else message.payload
         return Message(message_type, payload, message_type in STATE_MESSAGE_TYPES, is_wanted)
 
     def _shown(self, message: BusMessage) -> bytes:
-        """Return a payload as clients get it: one JSON object on one line, rows in display units."""
+        """Return a payload as clients get it: one line, rows in display units."""
         shown = shown_message(message.value) if message.type in _ROW_TYPES else message.value
         is_as_it_came = shown is message.value and b"\n" not in message.payload and b"\r" not in message.payload
         return message.payload if is_as_it_came else json_bytes(shown)
 
     def _broadcast(self) -> None:
         received, self._received = self._received, []
-        if received:
-            self.hub.broadcast(received, time.monotonic())
+        self.hub.broadcast(received, time.monotonic())
 
     def _on_change(self) -> None:
-        """Act on what the benchmark has become: a new run, its place in a sweep, its end."""
+        """Follow the benchmark into a new run; tell clients of it, and of its place in a sweep."""
         benchmark, before = self.benchmark, self._run_told
-        told = benchmark.run_number, benchmark.label, benchmark.runs_expected, benchmark.end is not None
-        if told == before:
-            return
-        self._run_told, (number, label, of, has_ended) = told, told
+        self._run_told = number, label, of = benchmark.run_number, benchmark.label, benchmark.runs_expected
         if number != before[0]:
-            self._broadcast()  # what came before it in this batch is of the run that is forgotten
+            self._broadcast()  # what came before it in this batch is of the earlier run
             self.hub.forget_run()
             self.secrets.forget_run()
             self._artifacts.clear()
             self._complete.clear()
-            self._report_due_sec = math.inf
-        if told[:3] != before[:3] and (number > 1 or of):
+        if self._run_told != before and (number > 1 or of):
             value = {"message_type": "run", "run": number, "label": label, "of": of}
             self._received.append(Message("run", json_bytes(value), True))
-        if has_ended and (number, True) != (before[0], before[3]):
-            self._report_due_sec = time.monotonic() + 1.0  # what is said after the end belongs in it
-            self._judge_complete(0.0)
 
     def _count_bad(self, error: BusError, fault: Exception | None = None) -> None:
-        """Count a bad message, and log the first of its kind; a fault of ours with its traceback."""
         self.bus_errors[error.kind] += 1
         if self.bus_errors[error.kind] == 1:
             line = f"bad bus message ({error.kind}), further ones are only counted: {printable(str(error))}"
             (log.error if fault else log.warning)("%s", line, exc_info=fault)
 
     def _record(self, work: Callable[[Recorder], None]) -> None:
-        """Have the recorder do something; a full disk ends the recording, not the server."""
+        """Have the recorder work; a full disk ends the recording, not the server."""
         recorder = self._recorder
         if recorder is not None:
             try:
@@ -4580,18 +4532,17 @@ class APIService:
             except OSError as error:
                 log.error("the recording ends here: %s", error)
                 self._recorder = None
-                with contextlib.suppress(OSError, ValueError):  # ValueError: it was to be closed, and is
+                with contextlib.suppress(OSError, ValueError):  # it was to be closed, and is
                     recorder.close()
 
     def configure(self, config: Mapping[str, Any], origin: str) -> None:
-        """Set the benchmark's configuration, redacted here; `origin` is "file", "command" or "artifacts"."""
+        """Set the benchmark's configuration; `origin` is "file", "command" or "artifacts"."""
         self.benchmark.configure(self.secrets.redact(dict(config)), origin)
 
     def _read_artifacts(self) -> None:
-        """Complete the configuration by what AIPerf writes beside, where this machine has it; each file once a run."""
-        benchmark, address = self.benchmark, self.source.address
-        host = urlsplit(address).hostname if address.startswith("tcp://") else None  # a path may be no URL
-        if self.source.kind in ("child", "ipc") or is_loopback(host or ""):
+        """Read what AIPerf writes beside, where this machine has it, once a run."""
+        benchmark, source = self.benchmark, self.source
+        if source.kind == "child" or re.match(r"ipc:|tcp://(localhost:|127\.|\[::1\])", source.address):
             folder, since_sec = benchmark.artifact_dir(), (benchmark.started_ns or 0) // 10**9
             for name in ("run_config.json", "profile_export_aiperf.json")[: 2 if benchmark.end else 1]:
                 is_due = folder and (folder, name) not in self._artifacts
@@ -4600,7 +4551,7 @@ class APIService:
                     self.configure(found, "artifacts")
 
     def end_child(self, exit_text: str) -> None:
-        """Note that the benchmark's process is gone; `exit_text` says how, "" if it ended with 0."""
+        """Note how the benchmark's process ended, "" if well."""
         self._read_artifacts()
         self.benchmark.end_child(exit_text, self.source.now_ns())
         self._on_change()
@@ -4608,14 +4559,12 @@ class APIService:
 
     def _on_wanted(self, message_type: str, wanted: bool) -> None:
         """Subscribe upstream for clients; it ends with the next sweep: who toggles one costs the bus nothing."""
-        (self._unwanted.discard if wanted else self._unwanted.add)(message_type)
-        for prefix in self._prefixes_of(message_type) if wanted else ():
-            self.source.subscribe(prefix)
-
-    def _prefixes_of(self, message_type: str) -> tuple[bytes, ...]:
         if self.settings.record or message_type in ALWAYS_SUBSCRIBED:
-            return ()  # they are subscribed to for good, also when a full disk has ended the recording
-        return (b"",) if message_type == "*" else (f"{message_type}$".encode(), f"{message_type}.".encode())
+            return  # it is subscribed to for good, also when a full disk has ended the recording
+        for prefix in (b"",) if message_type == "*" else (f"{message_type}$".encode(), f"{message_type}.".encode()):
+            (self._unwanted.discard if wanted else self._unwanted.add)(prefix)
+            if wanted:
+                self.source.subscribe(prefix)
 
     def _notify(self, line: str) -> None:
         log.info("%s", printable(line, 5 * LOG_QUOTE_CHARS_MAX))
@@ -4627,9 +4576,7 @@ class APIService:
         over = len(self.connections) - self.connections_max
         if over > 2 * _ACCEPT_MAX:
             connection.outlet.abort()
-        elif over > 0:
-            return error_response(_busy("too many connections"))
-        return None
+        return error_response(_busy("too many connections")) if 0 < over <= 2 * _ACCEPT_MAX else None
 
     def closed(self, connection: Connection) -> None:
         self.connections.discard(connection)
@@ -4643,7 +4590,7 @@ class APIService:
         log.error("a fault of this server while serving %s", connection.address, exc_info=error)
 
     def respond(self, connection: Connection, request: Request) -> Response | None:
-        """Answer, count, log at level debug; None is a switch to a WebSocket or an endless answer."""
+        """Answer; None is a switch to a WebSocket or an endless answer."""
         name = "none"
         response: Response | None
         try:
@@ -4661,11 +4608,10 @@ class APIService:
         self.requests[name, status] += 1
         if log.isEnabledFor(logging.DEBUG):
             said = self.secrets.redact(f"{request.method} {request.path}")
-            log.debug('%s "%s" %d', connection.address, printable(said), status)
+            log.debug("%s %d %s", connection.address, status, printable(said))
         return response
 
     def _admit(self, connection: Connection, request: Request) -> tuple[Route, str]:
-        """Check a request and find its route."""
         if connection.address != UNIX_PEER:  # no DNS name leads there
             is_local = is_loopback(self.settings.host)
             check_host(request.headers.get("host"), allowed=self._allowed_hosts, bound_to_loopback=is_local)
@@ -4681,43 +4627,47 @@ class APIService:
         return route, rest
 
     def _answer(self, route: Route, rest: str, connection: Connection, request: Request) -> Response | None:
-        """Return the route's answer; one of _SHARED is made once a second, unless something changes."""
-
         def make() -> Response | None:
             value = route.answer(self, request, rest, connection)
             is_made = value is None or isinstance(value, Response)
             return value if is_made else json_response(value, pretty=request.wants_pretty)
 
-        if route.name not in _SHARED:
+        if route.name in _UNSHARED:
             return make()
-        asked = request.target if route.name == "history" else rest  # other arguments make no difference
-        key = route.name, asked, request.wants_pretty, _exposition_type(request)
+        asked = request.target if route.name == "history" else rest  # others have no arguments
+        key = route.name, asked, request.wants_pretty, accepts(request.headers.get("accept"), tuple(_FORMATS))
         version, answers = (self.benchmark.version, self.hub.changes, int(time.monotonic())), self._answers
-        if key not in answers or version != self._answers_version:
+        if version != self._answers_version:  # a second has gone by, or something has changed
+            answers.clear()
+            self._answers_version = version
+        if key not in answers:
             size = sum(len(answer.body or b"") for answer in answers.values())
-            if version != self._answers_version or len(answers) >= _SHARED_MAX or size > _SHARED_BYTES_MAX:
+            if len(answers) >= _SHARED_MAX or size > _SHARED_BYTES_MAX:
                 answers.clear()
-            self._answers_version, answers[key] = version, cast("Response", make())
+            answers[key] = cast("Response", make())
         return answers[key]
 
     def headers_for(self, request: Request) -> HeaderList:
-        """Return what an answer says beside its own headers: the cookie of a page opened with a token, CORS."""
+        """Return the cookie of a page that was opened with a token, and CORS."""
         token, headers = self.settings.token, []
         if token is not None and request.path in PAGES and has_page_token(request, token.encode()):
-            # For what the page loads; without a Path it is for its folder, also behind a proxy (RFC 6265 5.1.4).
+            # For what the page loads: without a Path that is its folder, also behind a proxy (RFC 6265 5.1.4).
             cookie = f"{self._cookie_name}={page_cookie(token.encode())}; HttpOnly; SameSite=Strict"
             headers.append(("Set-Cookie", cookie + ("; Secure" if self.settings.tls_cert else "")))
-        if self._allowed_origins:  # Fetch standard, 3.2; none unless asked for
+        if self._allowed_origins:  # Fetch standard, 3.2
             origin, listed = request.headers.get("origin"), self._allowed_origins
-            headers.append(("Vary", "Origin"))  # a cache must not give another origin's answer to a listed one
+            headers.append(("Vary", "Origin"))  # caches must not mix them
             if origin is not None and (origin.lower() in listed or "*" in listed):
-                headers += [("Access-Control-Allow-Origin", origin), ("Access-Control-Expose-Headers", "ETag")]
+                headers.append(("Access-Control-Allow-Origin", origin))
+                if request.method == "OPTIONS":
+                    wanted = request.headers.get("access-control-request-headers", "")
+                    headers += [("Access-Control-Allow-Methods", "GET, HEAD"), ("Access-Control-Allow-Headers", wanted)]
         return tuple(headers)
 
     # -- Streaming clients
 
     def add_client(self, connection: Connection, kind: str) -> Subscriber:
-        """Put a connection into the hub, or refuse it while it speaks HTTP: who is let in and then dropped retries."""
+        """Put a connection into the hub, or refuse it while it speaks HTTP: who is dropped later comes back at once."""
         if len(self.hub.subscribers) >= self.settings.ws_max_connections:
             raise _busy("all streaming connections are in use")
         client = Subscriber(connection.outlet, kind, connection.address, ENCODERS[kind], time.time_ns())
@@ -4736,69 +4686,61 @@ class APIService:
         self.send_snapshot(client, snapshot)
 
     def _handle_command(self, client: Subscriber, data: str | bytes) -> tuple[dict[str, Any], list[str]]:
-        """Return the reply, and the types whose last messages are to follow it."""
+        """Return the reply, and the types of the snapshot behind it."""
         try:
-            command = json_load(data.encode() if isinstance(data, str) else data)
+            value = json_load(data.encode() if isinstance(data, str) else data)
         except JSONError as error:
             raise ClientMessageError(f"not JSON: {error}") from None
-        kind = command.get("type") if isinstance(command, dict) else None
+        command: dict[str, Any] = value if isinstance(value, dict) else {}
+        kind, types, snapshot = command.get("type"), command.get("message_types", ()), command.get("snapshot", True)
         if kind == "ping":
             return {"type": "pong"}, []
         if kind not in ("subscribe", "unsubscribe"):
             raise ClientMessageError("send a JSON object whose type is subscribe, unsubscribe or ping")
-        types, snapshot = command.get("message_types"), command.get("snapshot", True)
-        if not isinstance(types, list) or not _are_types(types):
-            raise ClientMessageError('message_types must be a list of names, such as ["realtime_metrics"] or ["*"]')
-        if not isinstance(snapshot, bool):
-            raise ClientMessageError("snapshot must be true or false")
-        told = {"type": f"{kind}d", "message_types": types}
-        if kind == "unsubscribe":
-            if "*" in client.asked and "*" not in types:
-                raise ClientMessageError('"*" is subscribed, which is every type: unsubscribe from "*" first')
-            self.subscribe(client, client.asked - {*types})
-            return told, []
-        asked = client.asked | {*types}
+        if not _are_types(types) or not isinstance(snapshot, bool):
+            example = 'message_types must be a list of names, such as ["realtime_metrics"] or ["*"]'
+            raise ClientMessageError(f"{example}, snapshot true or false")
+        is_more = kind == "subscribe"
+        if not is_more and "*" in client.asked and "*" not in types:
+            raise ClientMessageError('"*" is subscribed, which is every type: unsubscribe from "*" first')
+        asked = client.asked | {*types} if is_more else client.asked - {*types}
         if len(asked) > CLIENT_TYPES_MAX:
             raise ClientMessageError(f"at most {CLIENT_TYPES_MAX} message types")
         if not self.hub.has_room(asked - _KNOWN_TYPES):
             raise ClientMessageError(_TOO_MANY_TYPES)
         self.subscribe(client, asked)
-        unknown = [name for name in types if name not in _KNOWN_TYPES]
-        return {**told, "unknown": unknown} if unknown else told, types if snapshot else []
+        unknown = [name for name in types if is_more and name not in _KNOWN_TYPES]
+        reply = {"type": f"{kind}d", "message_types": types, **({"unknown": unknown} if unknown else {})}
+        return reply, types if snapshot and is_more else []
 
     def subscribe(self, client: Subscriber, types: set[str]) -> None:
-        """Have a client get these types, and no others."""
         client.asked = types
         self.hub.subscribe(client, None if "*" in types else frozenset(types))
 
     def send_snapshot(self, client: Subscriber, types: list[str]) -> None:
-        """Send the last message of each of these types; what nobody wanted when it came is prepared only now."""
-        retained = self.hub.retained
+        """Send the last message of each type; what nobody wanted when it came is prepared only now."""
         for message in self.hub.snapshot(None if "*" in types else frozenset(types)):
             try:
                 if not message.is_shown:
                     payload = self._shown(BusMessage(message.type, message.payload))
-                    retained[message.type] = Message(message.type, payload, message.is_state)
+                    self.hub.retained[message.type] = Message(message.type, payload, message.is_state)
+                client.reply(client.encode(self.hub.retained[message.type]), time.monotonic())
             except BusError as error:
                 self._count_bad(error)
-                del retained[message.type]
-            else:
-                client.reply(client.encode(retained[message.type]), time.monotonic())
-
-    # -- What the endpoints need
+                del self.hub.retained[message.type]
 
     def file(self, name: str) -> Response:
-        """Return a file of static/, or the names in a folder of it."""
+        """Return a file of static/, or the list of a folder."""
         if name in self.static:
             return self.static[name]
         folder = name.rstrip("/") + "/"
         below = sorted({found[len(folder) :].partition("/")[0] for found in self.static if found.startswith(folder)})
         if not below:
-            raise HTTPError(404, "no such file" if self.static else PAGES_MISSING)
+            missing = "the pages are not here: copy the folder static/ beside aiperf_api.py; the API works without"
+            raise HTTPError(404, "no such file" if self.static else missing)
         return text_response("".join(f"{found}\n" for found in below))
 
     def status(self) -> dict[str, Any]:
-        """Return the state of the run, and of the source it is heard from."""
         now_ns, source, last_ns = self.source.now_ns(), self.source, self.benchmark.last_message_ns
         age_sec = None if last_ns is None else max(0.0, round((now_ns - last_ns) / 1e9, 3))
         told = {
@@ -4834,7 +4776,6 @@ class APIService:
         return list(found.families.values())
 
     def _write_report(self) -> None:
-        self._report_due_sec = math.inf
         if self.settings.report:
             try:
                 write_file(self.settings.report, _get_report(self).payload(False))
@@ -4845,7 +4786,7 @@ class APIService:
 # -- The endpoints -----------------------------------------------------------------------------------------------------
 
 _TOO_MANY_TYPES = "too many different message types are asked for by all clients"
-# What the two histories of a report hold; the page builds differences of values, for which nine digits are enough.
+# For the two histories of a report; nine digits are enough for the differences that it shows.
 _REPORT_TAGS = frozenset("""request_latency time_to_first_token inter_token_latency output_token_throughput
     request_throughput output_sequence_length goodput""".split())  # fmt: skip
 _REPORT_STATS = tuple("count sum avg std p50 p90 p99 sent completed errors cancelled in_flight".split())
@@ -4855,20 +4796,19 @@ def _busy(reason: str) -> HTTPError:
     return HTTPError(503, reason, (("Retry-After", "5"),))
 
 
-def _are_types(names: Sequence[Any]) -> bool:
-    return bool(names) and all(isinstance(name, str) and _CLIENT_MESSAGE_TYPE.fullmatch(name) for name in names)
+def _are_types(names: Any) -> bool:
+    are_texts = isinstance(names, list) and names and all(isinstance(name, str) for name in names)
+    return bool(are_texts) and all(map(_CLIENT_MESSAGE_TYPE.fullmatch, names))
 
 
 def _report_histories(benchmark: Benchmark) -> Iterator[JSONValue]:
+    about = benchmark.history()["tags"]
     for groups, stats, points in (
         (("phase", "metrics"), _REPORT_STATS, 720),
         (("telemetry", "server"), ("current", "avg", "value"), 180),
     ):
-        tags = [
-            tag for tag, about in benchmark.history()["tags"].items()
-            if about["group"] in groups and not set(stats).isdisjoint(about["stats"])
-            if about["group"] != "metrics" or tag in _REPORT_TAGS
-        ]  # fmt: skip
+        tags = [tag for tag in about if about[tag]["group"] in groups and not {*stats}.isdisjoint(about[tag]["stats"])]
+        tags = [tag for tag in tags if about[tag]["group"] != "metrics" or tag in _REPORT_TAGS]
         with contextlib.suppress(ValueError):  # very many phases
             found = benchmark.history(tags[:100], stats, 0, points) if tags else {"series": []}
             for series in found["series"]:
@@ -4877,7 +4817,7 @@ def _report_histories(benchmark: Benchmark) -> Iterator[JSONValue]:
 
 
 def _get_report(service: APIService, *_: Any) -> Response:
-    """Return static/report.html with the files that it names and the run as JSON put in: it needs no network."""
+    """Put into static/report.html the files that it names, and the run as JSON."""
     benchmark, now_ns = service.benchmark, service.source.now_ns()
     run = {
         "kind": "aiperf-report", "format": 1, "server_version": __version__, "generated_ns": now_ns,
@@ -4888,53 +4828,30 @@ def _get_report(service: APIService, *_: Any) -> Response:
 
     def part(marker: re.Match[bytes]) -> bytes:
         if marker[1] is None:
-            return b'<script type="application/json" id="run">%b</script>' % json_bytes(run).replace(b"<", rb"\u003c")
-        names = marker[1].decode().split()
-        text = b"\n".join(service.file(name).payload(False) for name in names)
-        if names[0].endswith(".css"):
-            return b"<style>\n%b\n</style>" % text
-        return b'<script type="module">\n%b\n</script>' % re.sub(rb"(?m)^import [^\n]*\n|^export ", b"", text)
+            return json_bytes(run).replace(b"<", rb"\u003c")
+        text = b"\n".join(service.file(name).payload(False) for name in marker[1].decode().split())
+        return re.sub(rb"(?m)^import [^\n]*\n|^export ", b"", text)  # of all scripts one
 
     page = re.sub(rb"<!-- (?:inline: ([\w./ -]+)|run) -->", part, service.file("report.html").payload(False))
-    sources = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
-    policy = ("Content-Security-Policy", f"{sources}; base-uri 'none'; form-action 'none'")
-    return Response(200, page, "text/html; charset=utf-8", (policy,))
+    policy = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
+    policy += "; base-uri 'none'; form-action 'none'"
+    return Response(200, page, "text/html; charset=utf-8", (("Content-Security-Policy", policy),))
 
 
 def _only_arguments(request: Request, names: str) -> None:
-    """Refuse arguments that an endpoint does not have: a typo would otherwise show something else."""
+    """Refuse others: a typo would show something else."""
     for name, _ in request.query:
         if name not in (*names.split(), "_", "token"):
             raise HTTPError(400, f"unknown argument; there are {', '.join(names.split())}")
 
 
-def _get_documentation(service: APIService, *_: Any) -> Response:
-    text = f"aiperf-api {__version__}\n\n{PAGES_MISSING}\nGET /api lists what there is\n"
-    return service.file("index.html") if service.static else text_response(text)
-
-
-def _preflight(service: APIService, request: Request, *_: Any) -> Response:
-    """Answer OPTIONS: the methods, and for a listed origin that it may use them with whatever headers it names."""
-    asked, allow = request.headers.get, [("Allow", "GET, HEAD, OPTIONS")]
-    is_listed = "Access-Control-Allow-Origin" in dict(service.headers_for(request))
-    if is_listed and asked("access-control-request-method") is not None:
-        allow += [("Access-Control-Allow-Methods", "GET, HEAD"), ("Access-Control-Max-Age", "600")]
-        wanted = asked("access-control-request-headers")
-        allow += [("Access-Control-Allow-Headers", wanted)] if wanted else []
-    return Response(204, headers=allow)
-
-
-_PREFLIGHT = Route("*", "none", "", _preflight, methods=("OPTIONS",))
-
-
-def _exposition_type(request: Request) -> str:
-    """Return the content type for /metrics; never 406: who names neither gets plain text (Prometheus sends */*)."""
-    return accepts(request.headers.get("accept"), tuple(_FORMATS))
+_PREFLIGHT = Route("*", "none", "", lambda *_: Response(204, headers=(("Allow", "GET, HEAD, OPTIONS"),)))
 
 
 def _get_exposition(service: APIService, request: Request, *_: Any) -> Response:
     families = [*state_families(service.benchmark, service.source.now_ns()), *service.health_families()]
-    content_type = _exposition_type(request)
+    # Never 406: who names neither gets plain text (Prometheus sends */*).
+    content_type = accepts(request.headers.get("accept"), tuple(_FORMATS))
     return Response(200, _FORMATS[content_type](unique_families(families)), content_type)
 
 
@@ -4995,7 +4912,7 @@ def _get_stream(service: APIService, request: Request, _: str, connection: Conne
     connection.open_stream(head.encode(date=service.date, extra=service.headers_for(request)))
     service.subscribe(client, {*types})
     for name, told in (("subscribed", types if media == SSE else []), ("unknown", unknown)):
-        if told:  # events begin at once, also on a silent bus; lines are messages of the bus alone
+        if told:  # events begin at once, also on a silent bus
             notice = json_bytes({"type": name, "message_types": told})
             client.reply(client.encode(Message(name, notice, False)), time.monotonic())
     service.send_snapshot(client, types if snapshot == "1" else [])
@@ -5003,10 +4920,8 @@ def _get_stream(service: APIService, request: Request, _: str, connection: Conne
 
 
 def _get_index(service: APIService, *_: Any) -> JSONValue:
-    links = {  # relative to /api (RFC 3986 4.2)
-        route.name: {"href": route.path[1:] or "./", "summary": route.summary}
-        for route in ROUTES if "{" not in route.path
-    }  # fmt: skip
+    shown = [route for route in ROUTES if "{" not in route.path]  # href: relative to /api (RFC 3986 4.2)
+    links = {route.name: {"href": route.path[1:] or "./", "summary": route.summary} for route in shown}
     return {"version": __version__, "links": links}
 
 
@@ -5022,50 +4937,42 @@ def _top_row(name: str, cells: Iterable[Any]) -> str:
 
 
 def top_text(service: APIService) -> str:
-    """Return the run on one screen of 80 columns: state, bar, figures, workers, GPUs, what went wrong."""
     benchmark, status, now_ns = service.benchmark, service.status(), service.source.now_ns()
     metrics, progress, workers = benchmark.metrics(), benchmark.progress(now_ns), benchmark.workers()
     percent, total, left_sec = (progress[key] for key in ("percent_complete", "total", "eta_sec"))
-    is_over = benchmark.end is not None
-    phase = "" if is_over or status["phase"] in (None, status["state"]) else f"phase {status['phase']}"
-    gone = "recording ended" if service.source.ended else "silent" if status["stale"] else "no bus"
-    trouble = "" if is_over or (service.source.connected and not status["stale"]) else gone
-    words = (status["state"], phase, trouble, metrics["model"], metrics["endpoint_type"])
-    seconds = f"{progress['elapsed_ns'] / 1e9:,.0f} s" + (f", {left_sec:,.0f} s left" if left_sec else "")
-    lines = [
-        "  ".join(str(word) for word in words if word),
-        f"[{'#' * int(percent * 0.6):-<60}] {percent:5.1f} %",
-        f"{progress['completed']}{f'/{total}' if total else ''} requests, {progress['errors']} errors, {seconds}",
-    ]
+    state, phase = status["state"], status["phase"]
+    news = {f"phase {phase}": phase not in (None, state), "silent": status["stale"]}
+    news["recording ended" if service.source.ended else "no bus"] = not service.source.connected
+    words = [state, *(word for word in news if news[word] and benchmark.end is None)]
+    words += filter(None, (metrics["model"], metrics["endpoint_type"]))
+    left = f", {left_sec:,.0f} s left" if left_sec else ""
+    requests = f"{progress['completed']}{f'/{total}' if total else ''} requests, {progress['errors']} errors"
+    lines = ["  ".join(map(str, words)), f"[{'#' * int(percent * 0.6):-<60}] {percent:5.1f} %"]
+    lines += [f"{requests}, {progress['elapsed_ns'] / 1e9:,.0f} s{left}"]
     lines += [f"error: {status['error']}"] if status["error"] else []
-    for error in benchmark.results(whole=False)["error_summary"]["errors"][:5]:
-        lines.append(f"  {error['count']} x {error['type']}: {error['message']}")
+    failures = benchmark.results(whole=False)["error_summary"]["errors"][:5]
+    lines += [f"  {error['count']} x {error['type']}: {error['message']}" for error in failures]
     lines += ["", _top_row("", ("avg", "p50", "p99"))]
     for tag in """output_token_throughput output_token_throughput_per_user request_throughput
             time_to_first_token inter_token_latency request_latency""".split():  # fmt: skip
         row = metrics["metrics"].get(tag, {})
         name = tag.replace("_throughput", "s/s").replace("_", " ") + (", ms" if row.get("unit") == "ms" else "")
         lines.append(_top_row(name, map(row.get, ("avg", "p50", "p99"))))
-    active = f"workers: {workers['active_workers']} of {workers['total_workers']} active"
-    lines += ["", _top_row(active, ("status", "done", "failed", "cpu %"))]
-    for name, worker in sorted(workers["workers"].items())[:16]:
-        tasks, health = worker["task_stats"], worker["health"] or {}
-        cells = worker["status"], tasks.get("completed"), tasks.get("failed"), health.get("cpu_usage")
-        lines.append(_top_row(f"  {name}", cells))
+    lines += ["", f"workers: {workers['active_workers']} of {workers['total_workers']} active"]
     gpus: dict[str, dict[str, Any]] = {}
     for tag, row in metrics["telemetry"].items():
         metric, _, labels = gpu_series(tag, text_or(row.get("header"), tag))
         gpus.setdefault(" ".join(value for _, value in labels[:3]), {})[metric] = row.get("current", row.get("avg"))
     lines += ["", _top_row("GPUs", ("util %", "power W", "memory GB", "temp C"))] if gpus else []
-    for gpu, figures in list(gpus.items())[:16]:
-        shown = map(figures.get, ("utilization", "power_usage", "memory_used", "temperature"))
-        lines.append(_top_row(f"  {gpu}", shown))
-    # On a terminal nothing of it may move the cursor, colour or turn the text.
-    return "".join(["".join(c if c.isprintable() else "\ufffd" for c in line[:80]) + "\n" for line in lines])
+    shown = ("utilization", "power_usage", "memory_used", "temperature")
+    lines += [_top_row(f"  {gpu}", map(row.get, shown)) for gpu, row in list(gpus.items())[:16]]
+    # Nothing may move the cursor, colour or turn the text.
+    return "".join("".join(c if c.isprintable() else "\ufffd" for c in line[:80]) + "\n" for line in lines)
 
 
 ROUTES: tuple[Route, ...] = (
-    Route("/", "documentation", "This documentation, with lines to copy and a live try-out", _get_documentation),
+    Route("/", "documentation", "This documentation, with lines to copy and a live try-out",
+          lambda s, *_: s.file("index.html")),
     Route("/dashboard", "dashboard", "The run, live", lambda s, *_: s.file("dashboard.html")),
     Route("/top", "top", "The run on one screen of plain text", lambda s, *_: text_response(top_text(s))),
     Route("/report.html", "report", "The run so far as one self-contained HTML file", _get_report),
@@ -5102,17 +5009,9 @@ ROUTES: tuple[Route, ...] = (
 # Options and the environment -> Plan -> serve, with or without a benchmark behind `--`.
 
 
-class Option(NamedTuple):
-    """An option, as `--help`, the environment and the documentation know it."""
-
-    flag: str
-    metavar: str  # "" for a switch
-    default: str  # as shown
-    env: str  # variables; the first that is set counts
-    help: str
-
-
-# flag | METAVAR | default | variables, without AIPERF_API_ | help
+# As `--help`, the environment and the documentation know them; a switch has no metavar.
+Option = collections.namedtuple("Option", "flag metavar default env help")
+# flag | METAVAR | default | variables, without AIPERF_API_ (the first that is set counts) | help
 _OPTIONS = """
 --api-port | PORT | | SERVER_PORT | serve HTTP and WebSocket on this port; 0 is any free one
 --api-host | HOST | 127.0.0.1 | SERVER_HOST | address to listen on; needs --api-port; :: is IPv4 and IPv6
@@ -5143,15 +5042,14 @@ OPTIONS: tuple[Option, ...] = tuple(
     Option(flag, metavar, default, " ".join(f"AIPERF_API_{name}" for name in names.split()), text)
     for flag, metavar, default, names, text in (re.split(r" *\| *", line) for line in _OPTIONS.strip().splitlines())
 )
-_SOURCES = ("--zmq-host", "--zmq-ipc-path", "--zmq-address", "--zmq-bind", "--replay", "--demo")
+_SOURCES = MappingProxyType({"--zmq-host": "tcp", "--zmq-ipc-path": "ipc", "--zmq-address": "zmq", "--zmq-bind": "bind",
+                             "--replay": "replay", "--demo": "demo"})  # fmt: skip
 _OFF = ("0", "false", "no", "off")
+_DECIMAL = r"[0-9]{1,9}(\.[0-9]{1,9})?"
 _PATTERNS = MappingProxyType({  # what a value must look like, by metavar or flag
-    "": "|".join(("1|true|yes|on", *_OFF)),
+    "": "|".join(("1|true|yes|on", *_OFF)), "X": _DECIMAL, "SEC": _DECIMAL, "N": "[0-9]{1,6}",
     "TOKEN": r"[^\ud800-\udfff]+",  # bytes that are no UTF-8 come as surrogates
     "PORT": "[0-9]{1,4}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]",
-    "X": r"[0-9]{1,9}(\.[0-9]{1,9})?",
-    "SEC": r"[0-9]{1,9}(\.[0-9]{1,9})?",
-    "N": "[0-9]{1,6}",
     "LEVEL": "debug|info|warning|error",
     "ORIGIN": r"\*|[a-z][a-z0-9+.-]*://[^/\s?#@]+",
     "--zmq-backend": "auto|pyzmq|builtin",
@@ -5160,27 +5058,24 @@ _PATTERNS = MappingProxyType({  # what a value must look like, by metavar or fla
 
 
 class Plan(NamedTuple):
-    """What a command line asks for, with the environment behind it."""
-
     settings: Settings
     log_level: str
-    config_file: JSONValue
-    source: Source | None
+    config: JSONValue
+    source: Source
     argv: tuple[str, ...]  # the benchmark behind `--`, empty for none
     environ: Mapping[str, str]  # for it
-    config: dict[str, Any]  # what its command line tells
+    told: Mapping[str, Any]  # of an `aiperf profile`, its flags
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         shown = re.sub("(unrecognized arguments: [^ =]+)[ =].*", r"\1 ...", message)  # a value may be a secret
-        hint = "the port is --api-port, a benchmark stands behind --, and there is --help"
-        raise UsageError(f"{printable(shown)}; {hint}")
+        raise UsageError(f"{printable(shown)}; the port is --api-port, a benchmark stands behind --, there is --help")
 
 
-def _read_options(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[set[str], dict[str, Any]]:
-    """Return the flags that are given, and each option's text (a tuple if repeatable): its own, else its variable's.
-    An empty variable is none, but an empty value is a mistake: `--api-token "$UNSET"` would leave the server open."""
+def _read_options(argv: Sequence[str], environ: Mapping[str, str]) -> dict[str, Any]:
+    """Return each option's text (a tuple if repeatable): its own, else its variable's, else None.  An empty variable is
+    none, an empty value a mistake: `--api-token "$UNSET"` would leave the server open."""
     about = "Watch an AIPerf benchmark over its ZMQ event bus and serve its metrics over HTTP and WebSocket."
     more = "Everything after -- is run as the benchmark: aiperf-api --api-port 9090 -- aiperf profile --model ..."
     parser = _Parser(prog="aiperf-api", description=about, epilog=more, allow_abbrev=False)
@@ -5190,42 +5085,28 @@ def _read_options(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[set[
         parser.add_argument(flag, **{"action": "append", "help": about, "dest": flag, **kind})
     parser.add_argument("--version", action="version", version=f"aiperf-api {__version__}")
     given = vars(parser.parse_args(argv))
-    flags = {flag for flag in given if given[flag]}
     for flag, metavar, _, variables, text in OPTIONS:
         values, is_list = given[flag] or [], "repeatable" in text
         if not values:
             variable = next((environ[name] for name in variables.split() if environ.get(name)), "")
-            # Names with commas between, or a JSON list (AIPerf's way).
             parts = re.split(r'[\s,"]+', variable) if is_list else [variable]
-            values = [part for part in parts if part not in ("", "[", "]")]
+            values = [part for part in parts if part not in ("", "[", "]")]  # AIPerf's way is a JSON list
         for value in values:
             if not re.fullmatch(_PATTERNS.get(flag, _PATTERNS.get(metavar, "(?s:.+)")), value.strip(), re.IGNORECASE):
                 what = "usable" if flag == "--api-token" else printable(repr(value))  # it may be seen by others
                 raise UsageError(f"{flag}: not {what}; {text}")
         kept = tuple(value.strip() for value in values if metavar or value.lower() not in _OFF)
         given[flag] = kept if is_list else kept[-1] if kept else None
-    return flags, given
-
-
-def _read_config(path: str) -> JSONValue:
-    try:
-        with open(path, "rb") as file:
-            value = json_load(file.read())
-        reason = "" if isinstance(value, dict) else "not a JSON object"
-    except (OSError, JSONError) as error:
-        reason = getattr(error, "strerror", "") or f"not JSON: {error}"
-    if reason:
-        raise UsageError(f"--config {printable(path)}: {reason}")
-    return value
+    return given
 
 
 def parse_arguments(argv: Sequence[str], environ: Mapping[str, str], ipc_dir: str = "") -> Plan:
-    """Make sense of a command line; UsageError says in one line what is wrong.  `ipc_dir` is for a benchmark's bus."""
+    """Make sense of a command line; `ipc_dir` is for a benchmark's bus."""
     place = list(argv).index("--") if "--" in argv else len(argv)
     command = tuple(argv[place + 1 :])
     if "--" in argv and not command:
         raise UsageError("a command belongs behind --")
-    flags, given = _read_options(argv[:place], environ)
+    flags, given = {word.partition("=")[0] for word in argv[:place]}, _read_options(argv[:place], environ)
     port, linger_sec = given["--api-port"], given["--linger"]
     if port is None and "--api-host" in flags:
         raise UsageError("--api-host needs --api-port")
@@ -5235,11 +5116,11 @@ def parse_arguments(argv: Sequence[str], environ: Mapping[str, str], ipc_dir: st
         raise UsageError("--tls-key needs --tls-cert")
     for written in filter(given.get, ("--record", "--report")):
         path = check_output(given[written], written)  # now, not when the run is over
-        for read in filter(given.get, ("--config", "--replay", "--tls-cert", "--tls-key")):
-            if os.path.exists(path) and os.path.exists(given[read]) and os.path.samefile(path, given[read]):
+        for read in ("--config", "--replay"):
+            if path == os.path.realpath(given[read] or ""):
                 raise UsageError(f"{written} {printable(path)}: that is the file that {read} reads")
-    config, learnt = read_flags(command), Secrets()
-    learnt.redact([config, dict(environ)])  # of more than it remembers, the first count
+    told, learnt = read_flags(command), Secrets()
+    learnt.redact([told, dict(environ)])  # of more than it remembers, the first count
     settings = Settings(
         host=(given["--api-host"] or "127.0.0.1").strip("[]"), port=port and int(port), unix_path=given["--api-unix"],
         token=given["--api-token"], allow_hosts=given["--allow-host"], cors_origins=given["--cors-origin"],
@@ -5247,16 +5128,31 @@ def parse_arguments(argv: Sequence[str], environ: Mapping[str, str], ipc_dir: st
         ws_max_connections=int(given["--ws-max-connections"] or WS_CONNECTIONS_MAX),
         record=given["--record"], report=given["--report"], secrets=learnt.known,
     )  # fmt: skip
-    backend = given["--zmq-backend"] = (given["--zmq-backend"] or "auto").lower()
-    source = _choose_source(flags, given, bool(command))
-    config_file = _read_config(given["--config"]) if given["--config"] else None
-    plan = Plan(settings, (given["--log-level"] or "info").upper(), config_file, source, command, environ, config)
-    return _wire(plan, backend, ipc_dir) if command else plan
+    path = given["--config"] or ""
+    config = read_artifact("", path) if path else None
+    if config == {}:
+        reason = "not a JSON object" if os.path.isfile(path) else "no such file"
+        raise UsageError(f"--config {printable(path)}: {reason}")
+    chosen = _choose_source(flags, given, bool(command))
+    words = [os.path.basename(word).replace("aiperf.exe", "aiperf") for word in command]
+    is_aiperf = ("aiperf", "profile") in zip(words, words[1:])
+    kind, value = chosen or (_bus_of(told, ipc_dir) if is_aiperf else ("bind", f"ipc://{ipc_dir}/bus.ipc"))
+    source = _make_source(kind, value, given, bool(command))
+    if command:
+        # Without them a run without dashboard publishes no live metrics (AIPerf 0.5 and later).
+        live = {"AIPERF_UI_REALTIME_METRICS_ENABLED": "true", "AIPERF_UI_REALTIME_METRICS_INTERVAL": "1"}
+        ours = re.compile("AIPERF_API_(SERVER|TOKEN)")  # AIPerf's own API reads them, too
+        environ = {**live, **{name: environ[name] for name in environ if not ours.match(name)}}
+        environ |= {"AIPERF_API_ZMQ_ADDRESS": value} if kind == "bind" else {}
+        command += ("--zmq-ipc-path", ipc_dir) if value == ipc_dir else ()
+    defaults = {} if "config" in told else {"endpoint_type": "chat", "streaming": False}  # AIPerf's
+    level = (given["--log-level"] or "info").upper()
+    return Plan(settings, level, config, source, command, environ, {**defaults, **told} if is_aiperf else {})
 
 
-def _choose_source(flags: set[str], given: Mapping[str, Any], has_command: bool) -> Source | None:
-    """Return the one source that is asked for; a flag beats variables, two are a mistake.  A command brings its own bus
-    (None), unless a flag says where that is."""
+def _choose_source(flags: set[str], given: Mapping[str, Any], has_command: bool) -> tuple[str, str] | None:
+    """Return kind and value of the one source; a flag beats variables.  A command brings its own bus (None), unless a
+    flag says where that is."""
     chosen = [flag for flag in _SOURCES if flag in flags]
     if not chosen and not has_command:
         chosen = [flag for flag in _SOURCES if given[flag]] or ["--zmq-host"]
@@ -5266,28 +5162,45 @@ def _choose_source(flags: set[str], given: Mapping[str, Any], has_command: bool)
     for option in ("--replay-speed", "--replay-loop"):
         if given[option] is not None and not is_replay:
             raise UsageError(f"{option} needs --replay or --demo")
-    if not chosen:
-        return None
-    flag, value, speed = chosen[0], given[chosen[0]] or "127.0.0.1", float(given["--replay-speed"] or 1)
-    if flag == "--replay":
+    return (_SOURCES[chosen[0]], given[chosen[0]] or "127.0.0.1") if chosen else None
+
+
+def _bus_of(flags: Mapping[str, Any], ipc_dir: str) -> tuple[str, str]:
+    """Return kind and value of the source that is the bus of an `aiperf profile`."""
+    if "zmq_host" in flags:
+        host = str(flags["zmq_host"])
+        return "tcp", "127.0.0.1" if host in ("0.0.0.0", "*") else host
+    if "zmq_ipc_path" in flags or "zmq_dual_bind" in flags:
+        return "ipc", str(flags.get("zmq_ipc_path", "/tmp/aiperf"))  # AIPerf's default
+    path = str(flags.get("config", os.devnull))
+    key = r"(?m)^[ \t\"'{,-]*communication[\"']?[ \t]*:|[{,]\s*[\"']communication"
+    with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:  # AIPerf will say so
+        if re.search(key, file.read(1 << 20)):  # AIPerf 0.13 takes no flag beside it
+            example = "say where it is, as in aiperf-api ... --zmq-host 127.0.0.1 -- aiperf profile ..."
+            raise UsageError(f"{printable(path)} chooses the event bus itself (communication): {example}")
+    return "ipc", ipc_dir
+
+
+def _make_source(kind: str, value: str, given: Mapping[str, Any], is_child: bool) -> Source:
+    speed, loop = float(given["--replay-speed"] or 1), bool(given["--replay-loop"])
+    if kind == "replay":
         check_recording(value)
-        return ReplaySource(value, speed=speed, loop=bool(given["--replay-loop"]))
-    if flag == "--demo":
+        return ReplaySource(value, speed=speed, loop=loop)
+    if kind == "demo":
         data, middle_sec = read_static_files().get(DEMO_RECORDING), 20.5  # there is something to see at once
         if data is None:
             raise UsageError("--demo: the recording is not here; copy the folder static/ beside aiperf_api.py")
         return ReplaySource(DEMO_RECORDING, "demo", speed=speed, loop=True, data=data, start_at=middle_sec)
-    kind = {"--zmq-host": "tcp", "--zmq-ipc-path": "ipc", "--zmq-bind": "bind"}.get(flag, "zmq")
     address = backend_address(value.strip("[]")) if kind == "tcp" else ipc_address(value) if kind == "ipc" else value
-    named, backend = "child" if has_command else kind, given["--zmq-backend"]
-    return bus_source(address, named, bind=kind == "bind", backend=backend)
+    backend = (given["--zmq-backend"] or "auto").lower()
+    return bus_source(address, "child" if is_child else kind, bind=kind == "bind", backend=backend)
 
 
 # -- The benchmark behind `--` -----------------------------------------------------------------------------------------
 
 
 def read_flags(argv: Sequence[str]) -> dict[str, Any]:
-    """Return the flags: `--any-name VALUE` as any_name; without a value it is true, repeated it is a list."""
+    """Return `--any-name VALUE` as any_name; without a value it is true, repeated a list."""
     found: dict[str, list[Any]] = {}
     short = {"-m": "--model", "-u": "--url", "-f": "--config", "-H": "--header"}
     for word, after in zip(argv, (*argv[1:], "--")):
@@ -5297,83 +5210,41 @@ def read_flags(argv: Sequence[str]) -> dict[str, Any]:
         if name.startswith("--") and name != "--":
             if not equals:
                 value = "true" if after.startswith("-") and not re.fullmatch(r"-[0-9.]+", after) else after
-            read: Any = value
-            with contextlib.suppress(JSONError):  # a number, true or false
-                read = json_load(os.fsencode(value))
+            # A longer number may be a key.
+            is_json = re.fullmatch(r"(?i)true|false|-?(0|[1-9][0-9]{0,14})(\.[0-9]{1,15})?", value)
+            read = json_load(value.lower().encode()) if is_json else value
             found.setdefault(name[2:].replace("-", "_"), []).append(read)
     return {name: values if len(values) > 1 else values[0] for name, values in found.items()}
-
-
-def _wire(plan: Plan, backend: str, ipc_dir: str) -> Plan:
-    """Have the command's bus heard.  An `aiperf profile` is followed to the bus that our flags, or else its own, name;
-    without any it gets a private IPC directory.  Any other command finds where to publish in AIPERF_API_ZMQ_ADDRESS."""
-    _, _, _, source, command, environ, flags = plan
-    environ = {name: environ[name] for name in environ if not re.match("AIPERF_API_(SERVER|TOKEN)", name)}  # ours alone
-    words = [os.path.basename(word).replace("aiperf.exe", "aiperf") for word in command]
-    if ("aiperf", "profile") not in zip(words, words[1:]):
-        if source is None:
-            source = bus_source("ipc://" + os.path.join(ipc_dir, "bus.ipc"), "child", bind=True, backend=backend)
-            environ["AIPERF_API_ZMQ_ADDRESS"] = source.address
-        return plan._replace(source=source, environ=environ, config={})
-    if source is None:
-        address = ipc_address(str(flags.get("zmq_ipc_path", "/tmp/aiperf")))  # AIPerf's default
-        if "zmq_host" in flags:
-            host = str(flags["zmq_host"])
-            address = backend_address("127.0.0.1" if host in ("0.0.0.0", "*") else host)
-        elif not {"zmq_ipc_path", "zmq_dual_bind"} & flags.keys():
-            if _names_a_bus(str(flags.get("config", os.devnull))):
-                example = "aiperf-api ... --zmq-host 127.0.0.1 -- aiperf profile ..."
-                chooses = f"{printable(str(flags['config']))} chooses the event bus itself (communication)"
-                raise UsageError(f"{chooses}: say where it is, as in {example}")
-            address, command = ipc_address(ipc_dir), (*command, "--zmq-ipc-path", ipc_dir)
-        source = bus_source(address, "child", backend=backend)
-    # Else a run without dashboard publishes no live metrics (AIPerf 0.5 and later).
-    live = {"AIPERF_UI_REALTIME_METRICS_ENABLED": "true", "AIPERF_UI_REALTIME_METRICS_INTERVAL": "1"}
-    defaults = {} if "config" in flags else {"endpoint_type": "chat", "streaming": False}  # AIPerf's
-    config = {**defaults, **flags}
-    return plan._replace(source=source, argv=command, environ={**live, **environ}, config=config)
-
-
-def _names_a_bus(path: str) -> bool:
-    """Return whether a configuration file has a key `communication`: AIPerf 0.13 takes no flag beside it."""
-    key = r"(?m)^[ \t\"'{,-]*communication[\"']?[ \t]*:|[{,]\s*[\"']communication"
-    with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
-        return bool(re.search(key, file.read(1 << 20)))
-    return False  # it cannot be read: the benchmark will say so itself
 
 
 class Child:
     """The benchmark, run as a shell runs it: in a process group of its own, with the terminal.
 
-    So Ctrl-C reaches it alone and once.  A signal to us is passed on, but not the second of two within a second: AIPerf
-    answers its first SIGINT by finishing, its second by quitting, and `timeout` sends one to us and one to our group.
+    So Ctrl-C reaches it alone.  A signal to us is passed on, but not the second of two within a second: AIPerf's first
+    SIGINT finishes, its second quits, and `timeout` sends one to us and one to our group.
     """
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.hurried = asyncio.Event()  # nobody wants us to go on serving
-        self.exit_text = ""  # `exit status 3`, `killed by SIGKILL`
-        self._signals: list[tuple[int, float]] = []  # (number, monotonic seconds) of those that were passed on
+        self.exit_text = ""
+        self._signals: list[tuple[int, float]] = []  # number and monotonic seconds of those that counted
         self._process: asyncio.subprocess.Process | None = None  # while it runs
-        self._has_terminal = False  # it is ours to hand over
+        self._has_terminal = False
         with contextlib.suppress(OSError, AttributeError):
             self._has_terminal = os.tcgetpgrp(0) == os.getpgrp()
 
     def watch_signals(self) -> None:
-        """Handle in the loop the signals that end us (SIGHUP unless it is ignored, as under nohup), and SIGCHLD."""
+        if sys.platform == "win32":  # Ctrl-C is a KeyboardInterrupt
+            return
         loop = asyncio.get_running_loop()
-        for name in ("SIGINT", "SIGTERM", "SIGQUIT", "SIGHUP"):
-            number = getattr(signal, name, None)
-            if number is not None and (name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN):
-                try:
-                    loop.add_signal_handler(number, self._on_signal, number)
-                except NotImplementedError:  # Windows
-                    signal.signal(number, lambda n, _: loop.call_soon_threadsafe(self._on_signal, n))
-        if hasattr(signal, "SIGCHLD"):
-            loop.add_signal_handler(signal.SIGCHLD, self._on_child_signal)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                loop.add_signal_handler(number, self._on_signal, number)
+        loop.add_signal_handler(signal.SIGCHLD, self._on_child_signal)
 
     def _give_terminal(self, group: int = 0) -> None:
-        """Make a process group (0: our own) the one that the terminal signals; SIGTTOU would stop us for asking."""
+        """Have the terminal signal a process group (0: our own); SIGTTOU would stop us for asking."""
         if self._has_terminal:
             before = signal.signal(signal.SIGTTOU, signal.SIG_IGN)
             with contextlib.suppress(OSError):
@@ -5390,7 +5261,7 @@ class Child:
         try:
             self._process = await asyncio.create_subprocess_exec(*argv, env=self.plan.environ, preexec_fn=enter)
             for number, _ in self._signals:  # that came before
-                self._process.send_signal(number)
+                self._send(number)
             self._on_child_signal()  # a Ctrl-Z, too
         except (OSError, ValueError, subprocess.SubprocessError) as error:
             code = 127 if isinstance(error, FileNotFoundError) else 126
@@ -5399,36 +5270,33 @@ class Child:
         self._give_terminal()
         self.exit_text = f"exit status {code}"
         if code < 0:
-            self._kill(signal.SIGKILL)  # what it had started goes, too
+            self._send(signal.SIGKILL, to_group=True)  # what it had started goes, too
             self.exit_text = f"killed by {signal.Signals(-code).name if -code in tuple(signal.Signals) else -code}"
         self._process = None
         return code if code >= 0 else 128 - code
 
-    def _kill(self, number: int) -> None:
-        """Signal the whole group."""
+    def _send(self, number: int, *, to_group: bool = False) -> None:
         if self._process is not None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self._process.pid, number)
+                os.killpg(self._process.pid, number) if to_group else self._process.send_signal(number)
 
     def _on_signal(self, number: int) -> None:
-        """Pass a signal on; the third kills the benchmark.  After its end one asks for ours, another one forces it."""
-        now_sec = time.monotonic()
+        """Pass it on; the third kills the benchmark.  After its end one asks for ours, another forces it."""
+        now_sec, is_running = time.monotonic(), self._process is not None
         if any(known == number and now_sec - at < 1.0 for known, at in self._signals):
             return
         self._signals.append((number, now_sec))
-        if self._process is None and self.hurried.is_set():
+        if not is_running and self.hurried.is_set():
             sys.exit(128 + number)  # which ends what stop() waits for, and removes the directory
-        if self._process is None or len(self._signals) > 1 or number != signal.SIGINT:
+        if not is_running or len(self._signals) > 1 or number != signal.SIGINT:
             self.hurried.set()
-        if self._process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.send_signal(number)
-            if len(self._signals) > 2:
-                self._kill(signal.SIGKILL)
+        self._send(number)
+        if len(self._signals) > 2:
+            self._send(signal.SIGKILL, to_group=True)
 
     def _on_child_signal(self) -> None:
-        """Reap, as the first process of a container, whom nobody else can: our own child is asyncio's.  Follow a child
-        that Ctrl-Z has stopped: stop, too, so that the shell has the terminal, and let it go on when we do."""
+        """Reap whom a container's first process must: our own child is asyncio's.  Follow a child that Ctrl-Z has
+        stopped: stop, too, so that the shell has the terminal, and let it go on when we do."""
         own = self._process.pid if self._process is not None else 0
         with contextlib.suppress(ChildProcessError, AttributeError):  # macOS has waitid() from Python 3.13 on
             while os.getpid() == 1 and (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)):
@@ -5441,12 +5309,12 @@ class Child:
                 with contextlib.suppress(OSError):
                     if os.tcgetpgrp(0) == os.getpgrp():  # fg, not bg
                         self._give_terminal(own)
-                self._kill(signal.SIGCONT)
+                self._send(signal.SIGCONT, to_group=True)
 
 
 @contextlib.contextmanager
 def ipc_directory() -> Iterator[str]:
-    """Hold a directory that only this user can enter, with a path short enough for a Unix socket."""
+    """Hold a directory of this user alone, whose path is short enough for a Unix socket."""
     try:
         is_short = len(os.fsencode(tempfile.gettempdir())) + len(BUS_IPC_NAME) < 72
         directory = tempfile.mkdtemp(prefix="aiperf-api-", dir=None if is_short else "/tmp")
@@ -5461,16 +5329,16 @@ def ipc_directory() -> Iterator[str]:
 # -- The program -------------------------------------------------------------------------------------------------------
 
 
-def say(*lines: str) -> None:
-    """Write lines for the user; a standard error that is closed, full or broken costs the lines only."""
+def say(line: str) -> None:
+    """Print; a standard error that is closed, full or broken costs the line only."""
     with contextlib.suppress(OSError, ValueError):
-        if sys.stderr is not None:  # print() would write to stdout
-            print(*lines, sep="\n", file=sys.stderr, flush=True)
+        if sys.stderr is not None:  # print() would take stdout
+            print(line, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
 def log_held() -> Iterator[None]:
-    """Hold the log back while a benchmark draws on the same terminal."""
+    """Hold the log while a benchmark draws on the same terminal."""
     from logging.handlers import MemoryHandler  # only here: it imports half of the standard library
 
     handler = log.handlers[0]
@@ -5483,21 +5351,7 @@ def log_held() -> Iterator[None]:
         held.close()  # writes what it holds
 
 
-def start_lines(service: APIService) -> list[str]:
-    """Return what somebody who starts the server wants to know first."""
-    source, settings = service.source, service.settings
-    lines = [f"aiperf-api {__version__} serves {printable(service.url)}"]
-    if settings.port is not None:
-        lines.append(f"  dashboard  {service.url}/dashboard")
-        lines += [f"  and        unix:{printable(settings.unix_path)}"] if settings.unix_path else []
-    lines.append(f"  source     {source.kind}: {printable(source.address)}")
-    if settings.port is not None and not is_loopback(settings.host) and not settings.token:
-        lines.append("  warning    open to the network without a token; see --api-token")
-    return lines
-
-
 async def _run_benchmark(service: APIService, child: Child) -> int:
-    """Run the benchmark, note how it ended, serve its last state for a while; return its exit code."""
     with log_held():
         code = await child.run()
     deadline, seen = time.monotonic() + 3.0, -1
@@ -5518,17 +5372,23 @@ async def _run_benchmark(service: APIService, child: Child) -> int:
 
 
 async def _serve(plan: Plan) -> int:
-    """Serve until a signal or the end of the run and of the lingering; return the exit code."""
     child = Child(plan)
-    service = APIService(source=plan.source, config=plan.config_file, **plan.settings._asdict())
-    service.configure(plan.config, "command")
+    service = APIService(source=plan.source, config=plan.config, **plan.settings._asdict())
+    service.configure(plan.told, "command")
     child.watch_signals()
     await service.start()
     try:
-        say(*start_lines(service))
+        source, settings = service.source, service.settings
+        say(f"aiperf-api {__version__} serves {printable(service.url)}")
+        if settings.port is not None:
+            say(f"  dashboard  {service.url}/dashboard")
+        say(f"  source     {source.kind}: {printable(source.address)}")
+        if settings.port is not None and not is_loopback(settings.host) and not settings.token:
+            say("  warning    open to the network without a token; see --api-token")
         if plan.argv:
             return await _run_benchmark(service, child)
-        ends = [asyncio.ensure_future(end) for end in (child.hurried.wait(), service.wait_lingered())]
+        over = service.wait_complete(math.inf if settings.linger_sec is None else settings.linger_sec)
+        ends = [asyncio.ensure_future(end) for end in (child.hurried.wait(), over)]
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         return 0
     finally:
@@ -5541,7 +5401,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with ipc_directory() if "--" in given else contextlib.nullcontext("") as directory:
             plan = parse_arguments(given, os.environ, directory)
-            logging.raiseExceptions = False  # a standard error that is closed, full or broken costs the line only
+            logging.raiseExceptions = False  # as in say()
             handler = logging.StreamHandler()
             handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
             log.handlers[:] = [handler]
@@ -5556,8 +5416,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run() -> NoReturn:
-    """Run the program, for launchers that ignore what main() returns (zipapp)."""
-    for descriptor in range(3):  # a closed one would be given to a socket, and the benchmark would write to that
+    """Run main(), for launchers that ignore what it returns (zipapp)."""
+    for descriptor in range(3):  # a closed one would become a socket, and the benchmark would write to that
         try:
             os.fstat(descriptor)
         except OSError:
