@@ -4177,10 +4177,9 @@ def is_loopback(host: str) -> bool:
 
 
 def _listen_tcp(host: str, port: int) -> socket.socket:
-    """`::` listens on IPv4, too."""
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        both = family == socket.AF_INET6 and host == "::" and socket.has_dualstack_ipv6()
+        both = family == socket.AF_INET6 and host == "::" and socket.has_dualstack_ipv6()  # IPv4, too
         return socket.create_server(address[:2], family=family, dualstack_ipv6=both)
     except (OSError, UnicodeError) as error:
         reason = str(error.strerror).partition(" (while ")[0] if isinstance(error, OSError) else "not a host name"
@@ -4194,9 +4193,6 @@ def message_type_of(topic: bytes) -> str:
     if found is None:
         raise BusError("topic", f"not a topic: {printable(topic)}")
     return found[1].decode()
-
-
-# -- The service -------------------------------------------------------------------------------------------------------
 
 
 class APIService:
@@ -4234,7 +4230,6 @@ class APIService:
         self.connections: set[Connection] = set()
         self.connections_max = HTTP_CONNECTIONS_MAX + self.settings.ws_max_connections  # fewer if the system says so
         self.unsent = Unsent()
-        # The bus
         self.secrets = Secrets((*self.settings.secrets, *([token] if token else [])))
         self.hub = Hub(self._on_wanted)
         self.bus_messages = collections.Counter[str]()  # message type -> good ones
@@ -4242,7 +4237,6 @@ class APIService:
         self.bus_total = 0  # good ones
         self._unwanted: set[bytes] = set()  # topics whose last client has gone since the last sweep
         self._received: list[Message] = []  # not broadcast yet
-        # The benchmark
         self.benchmark = Benchmark(self._count_bad)
         self._run_told: tuple[Any, ...] = (1, "", None)  # number, label, of: as last seen
         self._artifacts: set[tuple[str, str]] = set()  # (folder, file) that have been read
@@ -4349,10 +4343,10 @@ class APIService:
 
     def _limit_connections(self) -> None:
         """Have descriptors for all connections, or refuse the last ones ourselves: asyncio would log and wait."""
-        try:
-            import resource
-        except ImportError:  # Windows
+        if sys.platform == "win32":
             return
+        import resource  # which Windows does not have
+
         reserve = 4 * _ACCEPT_MAX + _FILES_SPARE  # for what two turns accept or refuse, and everything else
         wanted = self.connections_max + reserve
         limits = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -4435,8 +4429,8 @@ class APIService:
         kind = f"{text.partition('(')[0]} {type(error).__name__}"
         if kind not in self._complaints:
             self._complaints.add(kind)
-            is_system = error is None or isinstance(error, OSError)
-            log.error("%s: %s", printable(text), printable(str(error)), exc_info=None if is_system else error)
+            fault = None if isinstance(error, OSError) else error
+            log.error("%s: %s", printable(text), printable(str(error)), exc_info=fault)
 
     # -- From the bus: receive, redact, apply, broadcast
 
@@ -4462,8 +4456,7 @@ class APIService:
     def _receive(self, frames: list[bytes], now_ns: int) -> Message:
         if not 1 <= len(frames) <= 2:
             raise BusError("frames", f"{len(frames)} frames instead of topic and payload")
-        topic = frames[0]
-        message_type = message_type_of(topic)
+        topic, message_type = frames[0], message_type_of(frames[0])
         is_result, is_figures = message_type in RESULT_MESSAGE_TYPES, message_type in FIGURES_MESSAGE_TYPES
         limit = BUS_MESSAGE_BYTES_MAX if is_figures or message_type.startswith("process_") else BUS_TEXT_BYTES_MAX
         limit = BUS_RESULT_BYTES_MAX if is_result else limit
@@ -4592,7 +4585,6 @@ class APIService:
     def respond(self, connection: Connection, request: Request) -> Response | None:
         """Answer; None is a switch to a WebSocket or an endless answer."""
         name = "none"
-        response: Response | None
         try:
             if connection.checked is None or connection.checked[0] is not request:  # else the memo gave the same object
                 connection.checked = (request, *self._admit(connection, request))
@@ -4663,8 +4655,6 @@ class APIService:
                     wanted = request.headers.get("access-control-request-headers", "")
                     headers += [("Access-Control-Allow-Methods", "GET, HEAD"), ("Access-Control-Allow-Headers", wanted)]
         return tuple(headers)
-
-    # -- Streaming clients
 
     def add_client(self, connection: Connection, kind: str) -> Subscriber:
         """Put a connection into the hub, or refuse it while it speaks HTTP: who is dropped later comes back at once."""
@@ -4743,11 +4733,10 @@ class APIService:
     def status(self) -> dict[str, Any]:
         now_ns, source, last_ns = self.source.now_ns(), self.source, self.benchmark.last_message_ns
         age_sec = None if last_ns is None else max(0.0, round((now_ns - last_ns) / 1e9, 3))
-        told = {
+        return {**self.benchmark.status(now_ns), "source": {
             "kind": source.kind, "address": source.address, "backend": source.backend, "connected": source.connected,
             "messages": self.bus_total, "last_message_age_sec": age_sec,
-        }  # fmt: skip
-        return {**self.benchmark.status(now_ns), "source": told}
+        }}  # fmt: skip
 
     def health_families(self) -> list[Family]:
         kinds = [client.kind for client in self.hub.subscribers]
@@ -4850,8 +4839,7 @@ _PREFLIGHT = Route("*", "none", "", lambda *_: Response(204, headers=(("Allow", 
 
 def _get_exposition(service: APIService, request: Request, *_: Any) -> Response:
     families = [*state_families(service.benchmark, service.source.now_ns()), *service.health_families()]
-    # Never 406: who names neither gets plain text (Prometheus sends */*).
-    content_type = accepts(request.headers.get("accept"), tuple(_FORMATS))
+    content_type = accepts(request.headers.get("accept"), tuple(_FORMATS))  # never 406: Prometheus sends */*
     return Response(200, _FORMATS[content_type](unique_families(families)), content_type)
 
 
@@ -4879,11 +4867,10 @@ def _get_run(service: APIService, _: Request, rest: str, __: Connection) -> JSON
 
 
 def _get_clients(service: APIService, *_: Any) -> JSONValue:
-    clients = [{
+    return {"total": len(service.hub.subscribers), "clients": [{
         "address": client.address, "kind": client.kind, "connected_ns": client.connected_ns, "sent": client.sent,
         "skipped": client.skipped, "subscriptions": sorted(client.asked), "waiting_bytes": client.outstanding,
-    } for client in service.hub.subscribers]  # fmt: skip
-    return {"total": len(clients), "clients": clients}
+    } for client in service.hub.subscribers]}  # fmt: skip
 
 
 def _get_websocket(service: APIService, request: Request, _: str, connection: Connection) -> None:
@@ -4911,10 +4898,10 @@ def _get_stream(service: APIService, request: Request, _: str, connection: Conne
     client = service.add_client(connection, "sse" if media == SSE else "ndjson")
     connection.open_stream(head.encode(date=service.date, extra=service.headers_for(request)))
     service.subscribe(client, {*types})
-    for name, told in (("subscribed", types if media == SSE else []), ("unknown", unknown)):
-        if told:  # events begin at once, also on a silent bus
-            notice = json_bytes({"type": name, "message_types": told})
-            client.reply(client.encode(Message(name, notice, False)), time.monotonic())
+    notices = {"subscribed": types if media == SSE else [], "unknown": unknown}
+    for name in filter(notices.get, notices):  # events begin at once, also on a silent bus
+        notice = json_bytes({"type": name, "message_types": notices[name]})
+        client.reply(client.encode(Message(name, notice, False)), time.monotonic())
     service.send_snapshot(client, types if snapshot == "1" else [])
     return None
 
@@ -4947,8 +4934,8 @@ def top_text(service: APIService) -> str:
     words += filter(None, (metrics["model"], metrics["endpoint_type"]))
     left = f", {left_sec:,.0f} s left" if left_sec else ""
     requests = f"{progress['completed']}{f'/{total}' if total else ''} requests, {progress['errors']} errors"
-    lines = ["  ".join(map(str, words)), f"[{'#' * int(percent * 0.6):-<60}] {percent:5.1f} %"]
-    lines += [f"{requests}, {progress['elapsed_ns'] / 1e9:,.0f} s{left}"]
+    bar = f"[{'#' * int(percent * 0.6):-<60}] {percent:5.1f} %"
+    lines = ["  ".join(map(str, words)), bar, f"{requests}, {progress['elapsed_ns'] / 1e9:,.0f} s{left}"]
     lines += [f"error: {status['error']}"] if status["error"] else []
     failures = benchmark.results(whole=False)["error_summary"]["errors"][:5]
     lines += [f"  {error['count']} x {error['type']}: {error['message']}" for error in failures]
@@ -5324,9 +5311,6 @@ def ipc_directory() -> Iterator[str]:
         yield directory
     finally:
         shutil.rmtree(directory, ignore_errors=True)
-
-
-# -- The program -------------------------------------------------------------------------------------------------------
 
 
 def say(line: str) -> None:
