@@ -5067,9 +5067,9 @@ def _read_options(argv: Sequence[str], environ: Mapping[str, str]) -> dict[str, 
     more = "Everything after -- is run as the benchmark: aiperf-api --api-port 9090 -- aiperf profile --model ..."
     parser = _Parser(prog="aiperf-api", description=about, epilog=more, allow_abbrev=False)
     for flag, metavar, default, variables, text in OPTIONS:
-        about = text + (f" (default: {default})" if default else "") + f" [{variables.replace(' ', ' or ')}]"
+        shown = text + (f" (default: {default})" if default else "") + f" [{variables.replace(' ', ' or ')}]"
         kind: dict[str, Any] = {"metavar": metavar} if metavar else {"action": "append_const", "const": "true"}
-        parser.add_argument(flag, **{"action": "append", "help": about, "dest": flag, **kind})
+        parser.add_argument(flag, **{"action": "append", "help": shown, "dest": flag, **kind})
     parser.add_argument("--version", action="version", version=f"aiperf-api {__version__}")
     given = vars(parser.parse_args(argv))
     for flag, metavar, _, variables, text in OPTIONS:
@@ -5115,11 +5115,9 @@ def parse_arguments(argv: Sequence[str], environ: Mapping[str, str], ipc_dir: st
         ws_max_connections=int(given["--ws-max-connections"] or WS_CONNECTIONS_MAX),
         record=given["--record"], report=given["--report"], secrets=learnt.known,
     )  # fmt: skip
-    path = given["--config"] or ""
-    config = read_artifact("", path) if path else None
+    config = read_artifact("", given["--config"]) if given["--config"] else None
     if config == {}:
-        reason = "not a JSON object" if os.path.isfile(path) else "no such file"
-        raise UsageError(f"--config {printable(path)}: {reason}")
+        raise UsageError(f"--config {printable(given['--config'])}: no file with a JSON object")
     chosen = _choose_source(flags, given, bool(command))
     words = [os.path.basename(word).replace("aiperf.exe", "aiperf") for word in command]
     is_aiperf = ("aiperf", "profile") in zip(words, words[1:])

@@ -5168,7 +5168,7 @@ class TestCommandLine(unittest.TestCase):
                 ((*port, "--replay", empty), "empty"), ((*port, "--replay", text), ""),
                 ((*port, "--replay", text, "--record", text), "--replay reads"),
                 ((*port, "--config", json_list, "--report", json_list), "--config reads"),
-                ((*port, "--config", "/no/such"), "--config"), ((*port, "--config", json_list), "not a JSON object"),
+                ((*port, "--config", "/no/such"), "--config"), ((*port, "--config", json_list), "no file with a JSON object"),
                 ((*port, "--zmq-address", "x"), "not a bus"), ((*port, "--zmq-backend", "x"), "auto, pyzmq or builtin"),
                 ((*port, "--replay-speed", "-1", "--demo"), "--replay-speed"),
                 ((*port, "--replay-speed", "2"), "needs --replay"), ((*port, "--replay-loop"), "needs --replay"),
