@@ -57,7 +57,7 @@ from itertools import islice
 from stat import S_ISSOCK
 from types import MappingProxyType
 from typing import IO, Any, NamedTuple, NoReturn, cast
-from urllib.parse import unquote_to_bytes, urlsplit
+from urllib.parse import unquote_to_bytes
 
 try:
     import orjson
@@ -3880,137 +3880,62 @@ def connection_factory(app: Any) -> Callable[[asyncio.StreamReader, asyncio.Stre
 
 # == 13 == Service =====================================================================================================
 #
-# What holds everything together: the bus feeds the benchmark's state, the recording and the hub; connections bring
-# requests and commands; the endpoints below answer from the state.
+# The bus feeds the benchmark's state, the recording and the hub; the endpoints answer from the state.
 
 SSE, NDJSON = "text/event-stream", "application/x-ndjson"
-PAGES = frozenset(("/", "/dashboard", "/report.html"))  # what a person opens: without a token they get the token form
-PAGES_MISSING = "the pages are not here: copy the folder static/ beside aiperf_api.py; the API works without"
-_CLIENT_MESSAGE_TYPE = re.compile(r"[A-Za-z0-9_:-]{1,128}|\*")  # what a client may ask for
+PAGES = frozenset(("/", "/dashboard", "/report.html"))  # a person who opens one without a token gets a form for it
+_CLIENT_MESSAGE_TYPE = re.compile(r"[A-Za-z0-9_:-]{1,128}|\*")
 _KNOWN_TYPES = KNOWN_MESSAGE_TYPES | {"run", "*"}  # "run" is said by this server
 _ROW_TYPES = METRICS_MESSAGE_TYPES | RESULT_MESSAGE_TYPES  # whose rows clients get in display units
-ENCODERS: Mapping[str, Encoder] = MappingProxyType({  # how each kind of client gets a message
+ENCODERS: Mapping[str, Encoder] = MappingProxyType({
     "websocket": lambda message: encode_frame(OP_TEXT, message.payload),
     "sse": lambda message: b"event: %s\ndata: %s\n\n" % (message.type.encode(), message.payload),  # HTML 9.2
     "ndjson": lambda message: message.payload + b"\n",
 })  # fmt: skip
+_FORMATS = MappingProxyType({CONTENT_TYPE_TEXT_0_0_4: render_text, CONTENT_TYPE_OPENMETRICS_1_0_0: render_openmetrics})
 STOP_TIMEOUT_SEC = 2  # in all, from the signal to the exit
-_LINE_CHARS_MAX = 1000  # of a line about the bus, in the log and at the start
-_ACCEPT_MAX = 32  # connections accepted in one turn of the loop, before others have theirs; asyncio 100
-_FILES_SPARE = 32  # file descriptors for everything but connections: the bus, files, a child
-# Endpoints whose answers are costly, and may be a second old: all who read one share its bytes.
-_SHARED = frozenset("metrics workers config server_metrics results history runs run report clients".split())
-_SHARED_MAX, _SHARED_BYTES_MAX = 16, 8 * 1024 * 1024  # such answers kept
+_ACCEPT_MAX = 32  # connections accepted in one turn of the loop; asyncio 100
+_FILES_SPARE = 32  # descriptors for everything but connections
+# Of all other routes those who ask within a second share an answer, as long as nothing changes.
+_UNSHARED = frozenset("stream websocket static readyz status progress".split())
+_SHARED_MAX, _SHARED_BYTES_MAX = 16, 8 * 1024 * 1024
 
 
 class Settings(NamedTuple):
-    """How a service runs."""
-
-    host: str = "127.0.0.1"  # address to listen on
+    host: str = "127.0.0.1"
     port: int | None = 0  # None: no TCP
-    unix_path: str | None = None  # of a Unix socket
-    token: str | None = None  # that clients must present; None: open
-    allow_hosts: tuple[str, ...] = ()  # names for the Host check
-    cors_origins: tuple[str, ...] = ()  # origins whose pages may read us; "*": all
-    tls_cert: str | None = None  # PEM file; None: plain
-    tls_key: str | None = None  # PEM file; None: in the same file
-    ws_max_connections: int = WS_CONNECTIONS_MAX  # WebSockets and streams at once
+    unix_path: str | None = None
+    token: str | None = None
+    allow_hosts: tuple[str, ...] = ()
+    cors_origins: tuple[str, ...] = ()
+    tls_cert: str | None = None
+    tls_key: str | None = None  # None: in the same file
+    ws_max_connections: int = WS_CONNECTIONS_MAX  # streams count, too
     linger_sec: float | None = None  # None: for ever
-    record: str | None = None  # file to record the bus to
-    report: str | None = None  # file for the report, written at the end of each run
+    record: str | None = None
+    report: str | None = None
     secrets: tuple[str, ...] = ()  # literals that must show nowhere
 
 
-# -- The machine: sockets, TLS -----------------------------------------------------------------------------------------
-
-
 def is_loopback(host: str) -> bool:
-    """Return whether only this machine can connect to an address."""
     with contextlib.suppress(ValueError):
         return ipaddress.ip_address(host).is_loopback
     return host.lower() == "localhost"
 
 
 def _listen_tcp(host: str, port: int) -> socket.socket:
-    """Return a listening socket; `::` listens on IPv4, too."""
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        both = family == socket.AF_INET6 and host == "::" and socket.has_dualstack_ipv6()
+        both = family == socket.AF_INET6 and host == "::" and socket.has_dualstack_ipv6()  # IPv4, too
         return socket.create_server(address[:2], family=family, dualstack_ipv6=both)
     except (OSError, UnicodeError) as error:
         reason = str(error.strerror).partition(" (while ")[0] if isinstance(error, OSError) else "not a host name"
         raise StartError(f"cannot listen on {printable(host)} port {port}: {reason}") from None
 
 
-def _listen_unix(path: str) -> socket.socket:
-    """Return a bound Unix socket of mode 0600; one that a live server listens on is left to it."""
-    if not hasattr(socket, "AF_UNIX"):
-        raise StartError("there are no Unix sockets on this system")
-    listener = socket.socket(socket.AF_UNIX)
-    before = os.umask(0o177)  # bind() makes the file: no moment in which others could connect
-    try:
-        if os.path.lexists(path):
-            if not S_ISSOCK(os.lstat(path).st_mode):
-                raise OSError("what is there is not a socket")
-            with socket.socket(socket.AF_UNIX) as probe:
-                probe.settimeout(1.0)
-                with contextlib.suppress(ConnectionRefusedError):  # left behind by a server that is gone
-                    probe.connect(path)
-                    raise OSError("another server listens there")
-            os.unlink(path)
-        listener.bind(path)
-    except OSError as error:
-        listener.close()
-        raise StartError(f"cannot listen on {printable(path)}: {error.strerror or error}") from None
-    finally:
-        os.umask(before)
-    return listener
-
-
-def _tls_context(settings: Settings, admit: Callable[[int], bool]) -> ssl.SSLContext:
-    """Return the context for https and wss; UsageError names the file that does not fit.  Handshakes count as
-    connections: `admit` hears how many are under way when another begins, and False ends it."""
-    handshakes: weakref.WeakSet[ssl.SSLObject] = weakref.WeakSet()  # a connection that is gone is not in it any more
-
-    class Handshake(ssl.SSLObject):
-        def do_handshake(self) -> None:
-            if self not in handshakes and not admit(len(handshakes)):
-                raise ssl.SSLError("too many connections")
-            handshakes.discard(self)
-            try:
-                super().do_handshake()
-            except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
-                handshakes.add(self)  # it goes on
-                raise
-            except ssl.SSLError as error:
-                if error.reason == "HTTP_REQUEST":  # which asyncio keeps to itself
-                    text = "a client speaks plain HTTP to this port, which speaks TLS: use https:// and wss://"
-                    asyncio.get_running_loop().call_exception_handler({"message": text, "exception": error})
-                raise
-
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.sslobject_class = Handshake
-    certificate, key = settings.tls_cert or "", settings.tls_key
-    try:
-        context.load_cert_chain(certificate, key)
-    except OSError as error:  # SSLError is one
-        flag, path, reason = "--tls-cert", certificate, error.strerror or str(error)
-        with contextlib.suppress(OSError):  # a certificate that is good by itself: then it is the key
-            ssl.create_default_context(cafile=certificate)
-            flag, path = ("--tls-key", key) if key else (flag, path)
-        if flag == "--tls-key" and isinstance(error, ssl.SSLError):
-            reason = "no private key fits the certificate"
-        raise UsageError(f"{flag} {printable(path)}: {reason}") from None
-    return context
-
-
-# -- The service -------------------------------------------------------------------------------------------------------
-
-
 @functools.lru_cache(BUS_TYPES_MAX)
 def message_type_of(topic: bytes) -> str:
-    """Return the message type of a topic, without `$` and the target that some messages have."""
+    """Leave out `$`, and the target that some topics have."""
     found = re.fullmatch(rb"([A-Za-z0-9_:-]{1,128})(?:\.[!-~]{0,256})?\$?", topic)
     if found is None:
         raise BusError("topic", f"not a topic: {printable(topic)}")
@@ -4021,57 +3946,56 @@ class APIService:
     """The server: an async context manager, or to be started and stopped.
 
     A `source` is a ZMQ subscriber endpoint (`tcp://127.0.0.1:5664`), a Source, or None for publish() alone; `config` is
-    the benchmark's configuration, as far as the bus does not tell it; `settings` are the fields of Settings.
-    UsageError says that an argument is wrong, StartError (from start()) that the machine refuses.
+    what the bus may not tell; `settings` are the fields of Settings.  Raises UsageError, and StartError in start().
     """
 
     def __init__(self, *, source: str | Source | None = None, config: JSONValue = None, **settings: Any) -> None:
         self.settings = Settings(**settings)
-        if self.settings.token == "":  # an unset variable of a shell script: nobody would notice that it guards nothing
+        self._allowed_hosts = frozenset(map(str.lower, self.settings.allow_hosts))
+        self._allowed_origins = frozenset(map(str.lower, self.settings.cors_origins))
+        token = self.settings.token
+        if token == "":  # an unset variable of a script: nobody would notice that it guards nothing
             raise UsageError("--api-token: an empty token")
-        # The server, from start to stop
         self.source = bus_source(source, source.partition("://")[0]) if isinstance(source, str) else source or Source()
-        self._allowed_hosts = frozenset(name.lower() for name in self.settings.allow_hosts)
-        self._allowed_origins = frozenset(origin.lower() for origin in self.settings.cors_origins)
         self.router = Router(ROUTES)
-        self.static = static_table(read_static_files())  # by path under static/
-        self.url = ""  # of the bound socket, once started
-        self._cookie_name = "aiperf_api_0"  # with its port: browsers keep none apart by that (RFC 6265 8.5)
-        self.started_ns = 0  # wall clock
-        self.requests: dict[tuple[str, int], int] = {}  # (route, status) -> answers
+        self.static = static_table(read_static_files())
+        self.url = ""
+        self._cookie_name = "aiperf_api_0"  # with the port, which keeps no cookies apart (RFC 6265 8.5)
+        self.started_ns = time.time_ns()
+        self.requests = collections.Counter[tuple[str, int]]()  # (route, status) -> answers
         self._servers: list[asyncio.AbstractServer] = []
-        self._unix_inode = 0  # of the Unix socket's file
+        self._unix_inode = 0
         self._sweep_timer: asyncio.TimerHandle | None = None
         self._recorder = Recorder(self.settings.record) if self.settings.record else None
-        self._complaints: set[str] = set()  # of the event loop, that have been logged
+        self._complaints: set[str] = set()  # of the event loop
         self._complete: asyncio.Event  # from start() on: set while the last run has ended
-        # What the connections share (Application)
+        # Application
         self.memo: dict[bytes, Request] = {}
-        self.date = b""  # IMF-fixdate of this second
+        self.date = b""
         self.message_bytes_max = WS_MESSAGE_BYTES_MAX
         self.connections: set[Connection] = set()
         self.connections_max = HTTP_CONNECTIONS_MAX + self.settings.ws_max_connections  # fewer if the system says so
-        # The bus
-        self.secrets = Secrets((*self.settings.secrets, *([self.settings.token] if self.settings.token else [])))
-        self.unsent = Unsent()  # large answers that wait for slow readers (Application); the hub has its own
+        self.unsent = Unsent()
+        self.secrets = Secrets((*self.settings.secrets, *([token] if token else [])))
         self.hub = Hub(self._on_wanted)
-        self.bus_messages: dict[str, int] = {}  # message type -> good ones
-        self.bus_errors: dict[str, int] = {}  # kind -> bad ones
+        self.bus_messages = collections.Counter[str]()  # message type -> good ones
+        self.bus_errors = collections.Counter[str]()  # kind -> bad ones
         self.bus_total = 0  # good ones
-        self._unwanted: set[str] = set()  # message types whose last client has gone since the last sweep
-        self._received: list[Message] = []  # of the batch at hand, for the hub
-        # The benchmark
+        self._unwanted: set[bytes] = set()  # topics whose last client has gone since the last sweep
+        self._received: list[Message] = []  # not broadcast yet
         self.benchmark = Benchmark(self._count_bad)
-        self._run_told: tuple[Any, ...] = ()  # (number, label, of) as clients were last told
-        self._artifacts: set[tuple[str, str]] = set()  # (folder, file) beside this run that have been read
-        self._report_due_sec: float | None = None  # monotonic; None: this run has not ended; 0: it is written
-        self._gone_sec = 0.0  # for how long the bus has been gone
-        self._answers: dict[tuple[str, bool], Response] = {}  # (what was asked for, prettily) -> answer of this version
+        self._run_told: tuple[Any, ...] = (1, "", None)  # number, label, of: as last seen
+        self._artifacts: set[tuple[str, str]] = set()  # (folder, file) that have been read
+        self._ended_sweeps = 0  # since the end of the run
+        self._gone_sec = 0.0  # since the bus was there
+        self._answers: dict[tuple[Any, ...], Response] = {}  # but those of _UNSHARED
         self._answers_version = (0, 0, 0)
+        if config is None and self.source.kind == "demo" and "demo.config.json" in self.static:
+            config = json_load(self.static["demo.config.json"].payload(False))
         if config is not None:
             self.configure(config, "file")
 
-    # -- Life
+    # -- From start to stop
 
     async def __aenter__(self) -> APIService:
         await self.start()
@@ -4086,7 +4010,6 @@ class APIService:
         if loop.get_exception_handler() is None:
             loop.set_exception_handler(self._on_loop_error)
         self._complete = asyncio.Event()
-        self.started_ns = time.time_ns()
         self._sweep()
         try:
             await self._listen()
@@ -4099,40 +4022,82 @@ class APIService:
 
     async def _listen(self) -> None:
         settings = self.settings
-        timing: dict[str, Any] = {}
+        accept: Any = connection_factory(self)
+        more: dict[str, Any] = {"backlog": _ACCEPT_MAX}
         if settings.tls_cert:  # a handshake has a deadline of its own, before that of the first head
-            context = _tls_context(settings, lambda begun: len(self.connections) + begun < self.connections_max)
-            SSLProtocol.max_size = CONNECTION_READ_BYTES  # that each connection holds; it is 256 KiB
-            timing = {"ssl": context, "ssl_handshake_timeout": HTTP_HEAD_TIMEOUT_SEC}
+            more.update(ssl=self._tls_context(), ssl_handshake_timeout=HTTP_HEAD_TIMEOUT_SEC)
         self._limit_connections()
         if settings.unix_path is not None:
-            await self._accept(_listen_unix(settings.unix_path), timing)
-            self._unix_inode = os.lstat(settings.unix_path).st_ino
+            await self._listen_unix(settings.unix_path, accept, more)
             self.url = f"unix:{settings.unix_path}"
         if settings.port is not None:
             listener = _listen_tcp(settings.host, settings.port)
-            await self._accept(listener, timing)
-            host = f"[{settings.host}]" if ":" in settings.host else settings.host
-            port = listener.getsockname()[1]
-            self.url, self._cookie_name = f"{'https' if timing else 'http'}://{host}:{port}", f"aiperf_api_{port}"
+            self._servers.append(await asyncio.start_server(accept, sock=listener, **more))
+            listener.listen(1024)  # that wait (nginx 511); asyncio has one number for these and for what a turn accepts
+            host, port = f"[{settings.host}]" if ":" in settings.host else settings.host, listener.getsockname()[1]
+            self.url, self._cookie_name = f"http{'s' * bool(settings.tls_cert)}://{host}:{port}", f"aiperf_api_{port}"
 
-    async def _accept(self, listener: socket.socket, timing: dict[str, Any]) -> None:
-        accept: Any = connection_factory(self)
-        self._servers.append(await asyncio.start_server(accept, sock=listener, backlog=_ACCEPT_MAX, **timing))
-        listener.listen(1024)  # that wait (nginx 511); asyncio has one number for these and for what a turn accepts
+    async def _listen_unix(self, path: str, accept: Any, more: dict[str, Any]) -> None:
+        """Listen with mode 0600; asyncio replaces a socket that is there, so one with a live server is left to that."""
+        before = os.umask(0o177)  # no moment in which others could connect
+        try:
+            with socket.socket(socket.AF_UNIX) as probe:
+                probe.settimeout(1.0)
+                with contextlib.suppress(ConnectionRefusedError, FileNotFoundError):
+                    probe.connect(path)
+                    raise OSError("another server listens there")
+            self._servers.append(await asyncio.start_unix_server(accept, path, **more))
+            self._unix_inode = os.lstat(path).st_ino
+        except (OSError, AttributeError) as error:  # AttributeError: Windows has none
+            raise StartError(f"cannot listen on {printable(path)}: {getattr(error, 'strerror', '') or error}") from None
+        finally:
+            os.umask(before)
+
+    def _tls_context(self) -> ssl.SSLContext:
+        """Return a context whose handshakes count as connections; UsageError names the file that does not fit."""
+        service, handshakes = self, weakref.WeakSet[ssl.SSLObject]()
+
+        class Handshake(ssl.SSLObject):
+            def do_handshake(self) -> None:  # called again when there are more bytes
+                if self not in handshakes and len(service.connections) + len(handshakes) >= service.connections_max:
+                    raise ssl.SSLError("too many connections")
+                handshakes.add(self)
+                try:
+                    super().do_handshake()
+                    handshakes.discard(self)
+                except ssl.SSLError as error:
+                    if error.reason == "HTTP_REQUEST":  # which asyncio keeps to itself
+                        text = "a client speaks plain HTTP to this port, which speaks TLS: use https:// and wss://"
+                        asyncio.get_running_loop().call_exception_handler({"message": text, "exception": error})
+                    raise
+
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.sslobject_class = Handshake
+        SSLProtocol.max_size = CONNECTION_READ_BYTES  # that each connection holds; it is 256 KiB
+        certificate, key, is_key = self.settings.tls_cert or "", self.settings.tls_key, False
+        try:
+            ssl.create_default_context(cafile=certificate)
+            is_key = key is not None  # if it fails now
+            context.load_cert_chain(certificate, key)
+        except OSError as error:  # SSLError is one
+            is_unfit = is_key and isinstance(error, ssl.SSLError)
+            reason = "no private key fits the certificate" if is_unfit else error.strerror or error
+            file = f"--tls-key {printable(key or '')}" if is_key else f"--tls-cert {printable(certificate)}"
+            raise UsageError(f"{file}: {reason}") from None
+        return context
 
     def _limit_connections(self) -> None:
-        """Have descriptors for all connections, or refuse the last ones ourselves: asyncio would log and wait.  The
-        reserve, of few descriptors at most half, is for what two turns accept or refuse, and everything else."""
-        try:
-            import resource
-        except ImportError:  # Windows has no such limit
+        """Have descriptors for all connections, or refuse the last ones ourselves: asyncio would log and wait."""
+        if sys.platform == "win32":
             return
-        reserve = 4 * _ACCEPT_MAX + _FILES_SPARE
+        import resource  # which Windows does not have
+
+        reserve = 4 * _ACCEPT_MAX + _FILES_SPARE  # for what two turns accept or refuse, and everything else
         wanted = self.connections_max + reserve
         limits = resource.getrlimit(resource.RLIMIT_NOFILE)
         found, hard = (wanted if limit == resource.RLIM_INFINITY else limit for limit in limits)
-        if found < wanted:  # the usual 1024 is for select()
+        if found < wanted:
             with contextlib.suppress(OSError, ValueError):  # macOS has a lower limit of its own
                 resource.setrlimit(resource.RLIMIT_NOFILE, (min(wanted, hard), limits[1]))
                 found = min(wanted, hard)
@@ -4164,24 +4129,20 @@ class APIService:
             self._sweep_timer.cancel()
         self._record(Recorder.close)
         self._recorder = None
-        self._write_report()
+        if self.benchmark.end is not None and self._ended_sweeps < 2:
+            self._write_report()
         with contextlib.suppress(OSError):
             path = self.settings.unix_path or ""
-            if os.lstat(path).st_ino == self._unix_inode:  # not another server's, that listens there by now
+            if os.lstat(path).st_ino == self._unix_inode:  # not another server's by now
                 os.unlink(path)
 
-    async def wait_complete(self) -> str:
-        """Wait until the run has ended and no further one is to be expected; return its state."""
-        await self._complete.wait()
-        return str(self.status()["state"])
-
-    async def wait_lingered(self) -> None:
-        """Wait until that state has been served for `linger_sec`; for ever when that is None."""
-        linger_sec, is_over = self.settings.linger_sec, False
-        while not is_over:
+    async def wait_complete(self, linger_sec: float = 0.0) -> str:
+        """Wait until the run has ended and no other is to be expected, and `linger_sec` more; return its state."""
+        while True:
             await self._complete.wait()
-            await asyncio.sleep(math.inf if linger_sec is None else linger_sec)
-            is_over = self._complete.is_set()  # else a new run has begun meanwhile
+            await asyncio.sleep(linger_sec)
+            if self._complete.is_set():  # else a new run has begun meanwhile
+                return str(self.status()["state"])
 
     def _judge_complete(self, passed_sec: float) -> None:
         """Set `_complete` at the end of the last run: in a sweep the next bus comes within 43 s, so 60 mean the end."""
@@ -4194,62 +4155,54 @@ class APIService:
             self._complete.set()
 
     def _sweep(self) -> None:
-        """Once a second: the Date header, deadlines, stalled clients, artifacts, completion, report, recording."""
-        self._sweep_timer = asyncio.get_running_loop().call_later(1.0, self._sweep)  # whatever fails below
+        self._sweep_timer = asyncio.get_running_loop().call_later(1.0, self._sweep)  # even if this fails
         day, month, date, clock, year = time.asctime(time.gmtime()).split()  # in English, whatever the locale
         self.date = f"{day}, {date:0>2} {month} {year} {clock} GMT".encode()  # RFC 9110 5.6.7
         for connection in list(self.connections):
             connection.check()
         self._read_artifacts()
-        for prefix in itertools.chain(*map(self._prefixes_of, self._unwanted)):
-            self.source.unsubscribe(prefix)
-        self._unwanted.clear()
+        while self._unwanted:
+            self.source.unsubscribe(self._unwanted.pop())
         self._judge_complete(1.0)
-        if self._report_due_sec and time.monotonic() >= self._report_due_sec:
+        self._ended_sweeps = self._ended_sweeps + 1 if self.benchmark.end is not None else 0
+        if self._ended_sweeps == 2:  # what is said after the end belongs in it
             self._write_report()
         self._record(Recorder.flush)
 
-    def _on_loop_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        """Log each kind of the event loop's complaints once; the first of ours with its traceback."""
+    def _on_loop_error(self, _: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """Log each kind of the event loop's complaints once, a fault of ours with its traceback."""
         error, text = context.get("exception"), str(context.get("message"))
         kind = f"{text.partition('(')[0]} {type(error).__name__}"
         if kind not in self._complaints:
             self._complaints.add(kind)
-            is_system = error is None or isinstance(error, OSError)
-            log.error("%s: %s", printable(text), printable(str(error)), exc_info=None if is_system else error)
+            fault = None if isinstance(error, OSError) else error
+            log.error("%s: %s", printable(text), printable(str(error)), exc_info=fault)
 
     # -- From the bus: receive, redact, apply, broadcast
 
     def publish(self, message: Mapping[str, Any]) -> None:
-        """Feed a message as if the bus had brought it, after start(), in its thread; ValueError without a type."""
-        message_type = message.get("message_type")
-        if not isinstance(message_type, str) or not message_type:
-            raise ValueError("a message needs a message_type")
-        self._deliver([[message_type.encode() + b"$", json_bytes(message)]])
+        """Feed a message as if the bus had brought it, after start() and in its thread; KeyError without a type."""
+        self._deliver([[f"{message['message_type']}$".encode(), json_bytes(message)]])
 
     def _deliver(self, batch: Batch) -> None:
-        """Process what one poll turn found: the state, the recording, and the clients in one go."""
-        now_ns = self.source.now_ns()
-        was_enabled = gc.isenabled()
-        gc.disable()  # it would go through the objects of a large message again and again: half of the time of 4 MiB
+        now_ns, was_enabled = self.source.now_ns(), gc.isenabled()
+        gc.disable()  # it would walk a large message again and again: half of the time of 4 MiB
         for frames in batch:
             try:
                 message = self._receive(frames, now_ns)  # may broadcast what was received before it
                 self._received.append(message)
             except BusError as error:
                 self._count_bad(error)
-            except Exception as error:  # a fault of ours must not stop the bus
+            except Exception as error:  # ours; the bus goes on
                 self._count_bad(BusError("internal", repr(error)), error)
         if was_enabled:
             gc.enable()
         self._broadcast()
 
     def _receive(self, frames: list[bytes], now_ns: int) -> Message:
-        """Return one message as clients get it."""
         if not 1 <= len(frames) <= 2:
             raise BusError("frames", f"{len(frames)} frames instead of topic and payload")
-        topic = frames[0]
-        message_type = message_type_of(topic)
+        topic, message_type = frames[0], message_type_of(frames[0])
         is_result, is_figures = message_type in RESULT_MESSAGE_TYPES, message_type in FIGURES_MESSAGE_TYPES
         limit = BUS_MESSAGE_BYTES_MAX if is_figures or message_type.startswith("process_") else BUS_TEXT_BYTES_MAX
         limit = BUS_RESULT_BYTES_MAX if is_result else limit
@@ -4274,49 +4227,43 @@ class APIService:
         self._on_change()
         self._record(lambda recorder: recorder.write(now_ns, topic.decode(), message.payload))
         self.bus_total += 1
-        kind = message_type if message_type in self.bus_messages or len(self.bus_messages) < BUS_TYPES_MAX else "other"
-        self.bus_messages[kind] = self.bus_messages.get(kind, 0) + 1
+        is_counted = message_type in self.bus_messages or len(self.bus_messages) < BUS_TYPES_MAX
+        self.bus_messages[message_type if is_counted else "other"] += 1
         payload = self._shown(message) if is_wanted else message.payload
         return Message(message_type, payload, message_type in STATE_MESSAGE_TYPES, is_wanted)
 
     def _shown(self, message: BusMessage) -> bytes:
-        """Return a payload as clients get it: one JSON object on one line, rows in display units."""
+        """Return a payload as clients get it: one line, rows in display units."""
         shown = shown_message(message.value) if message.type in _ROW_TYPES else message.value
         is_as_it_came = shown is message.value and b"\n" not in message.payload and b"\r" not in message.payload
         return message.payload if is_as_it_came else json_bytes(shown)
 
     def _broadcast(self) -> None:
         received, self._received = self._received, []
-        if received:
-            self.hub.broadcast(received, time.monotonic())
+        self.hub.broadcast(received, time.monotonic())
 
     def _on_change(self) -> None:
-        """Act on what the benchmark has become: a new run, its end, its place in a sweep."""
+        """Follow the benchmark into a new run; tell clients of it, and of its place in a sweep."""
         benchmark, before = self.benchmark, self._run_told
-        number, label, of = self._run_told = benchmark.run_number, benchmark.label, benchmark.runs_expected
-        if before and before[0] != number:
-            self._broadcast()  # what came before it in this batch is of the run that is forgotten
+        self._run_told = number, label, of = benchmark.run_number, benchmark.label, benchmark.runs_expected
+        if number != before[0]:
+            self._broadcast()  # what came before it in this batch is of the earlier run
             self.hub.forget_run()
             self.secrets.forget_run()
             self._artifacts.clear()
             self._complete.clear()
-            self._report_due_sec = None
         if self._run_told != before and (number > 1 or of):
             value = {"message_type": "run", "run": number, "label": label, "of": of}
             self._received.append(Message("run", json_bytes(value), True))
-        if benchmark.end is not None and self._report_due_sec is None:
-            self._report_due_sec = time.monotonic() + 1.0  # what is said after the end belongs in it
-            self._judge_complete(0.0)
 
     def _count_bad(self, error: BusError, fault: Exception | None = None) -> None:
-        """Count a bad message, and log the first of its kind; a fault of ours with its traceback."""
-        count = self.bus_errors[error.kind] = self.bus_errors.get(error.kind, 0) + 1
-        if count == 1:
+        self.bus_errors[error.kind] += 1
+        if self.bus_errors[error.kind] == 1:
             line = f"bad bus message ({error.kind}), further ones are only counted: {printable(str(error))}"
             (log.error if fault else log.warning)("%s", line, exc_info=fault)
 
     def _record(self, work: Callable[[Recorder], None]) -> None:
-        """Have the recorder do something; a full disk ends the recording, not the server."""
+        """Have the recorder work; a full disk ends the recording, not the server."""
         recorder = self._recorder
         if recorder is not None:
             try:
@@ -4324,51 +4271,42 @@ class APIService:
             except OSError as error:
                 log.error("the recording ends here: %s", error)
                 self._recorder = None
-                with contextlib.suppress(OSError, ValueError):  # ValueError: it was to be closed, and is
+                with contextlib.suppress(OSError, ValueError):  # it was to be closed, and is
                     recorder.close()
 
     def configure(self, config: Mapping[str, Any], origin: str) -> None:
-        """Set the benchmark's configuration, redacted here; `origin` is "file", "command" or "artifacts"."""
+        """Set the benchmark's configuration; `origin` is "file", "command" or "artifacts"."""
         self.benchmark.configure(self.secrets.redact(dict(config)), origin)
 
     def _read_artifacts(self) -> None:
-        """Complete the configuration by what AIPerf writes beside, where this machine has it; each file once a run."""
-        benchmark, address = self.benchmark, self.source.address
-        host = urlsplit(address).hostname if address.startswith("tcp://") else None  # a path may be no URL
-        is_local, folder = self.source.kind in ("child", "ipc") or is_loopback(host or ""), benchmark.artifact_dir()
-        for name in ("run_config.json", "profile_export_aiperf.json"):
-            is_due = (folder, name) not in self._artifacts and (benchmark.end or name == "run_config.json")
-            found = folder and is_local and is_due and read_artifact(folder, name, (benchmark.started_ns or 0) // 10**9)
-            if found:
-                self._artifacts.add((folder, name))
-                self.configure(found, "artifacts")
+        """Read what AIPerf writes beside, where this machine has it, once a run."""
+        benchmark, source = self.benchmark, self.source
+        if source.kind == "child" or re.match(r"ipc:|tcp://(localhost:|127\.|\[::1\])", source.address):
+            folder, since_sec = benchmark.artifact_dir(), (benchmark.started_ns or 0) // 10**9
+            for name in ("run_config.json", "profile_export_aiperf.json")[: 2 if benchmark.end else 1]:
+                is_due = folder and (folder, name) not in self._artifacts
+                if is_due and (found := read_artifact(folder, name, since_sec)):
+                    self._artifacts.add((folder, name))
+                    self.configure(found, "artifacts")
 
     def end_child(self, exit_text: str) -> None:
-        """Note that the benchmark's process is gone; `exit_text` says how, "" if it ended with 0."""
+        """Note how the benchmark's process ended, "" if well."""
         self._read_artifacts()
         self.benchmark.end_child(exit_text, self.source.now_ns())
         self._on_change()
         self._broadcast()
 
     def _on_wanted(self, message_type: str, wanted: bool) -> None:
-        """Keep the upstream subscriptions: what clients want, besides what the state always needs.  They end with the
-        next sweep: who toggles one costs the bus nothing."""
-        if not wanted:
-            self._unwanted.add(message_type)
-            return
-        self._unwanted.discard(message_type)
-        for prefix in self._prefixes_of(message_type):
-            self.source.subscribe(prefix)
-
-    def _prefixes_of(self, message_type: str) -> tuple[bytes, ...]:
-        """Return the topics to subscribe to for a client."""
-        name = message_type.encode()
+        """Subscribe upstream for clients; it ends with the next sweep: who toggles one costs the bus nothing."""
         if self.settings.record or message_type in ALWAYS_SUBSCRIBED:
-            return ()  # they are subscribed to for good, also when a full disk has ended the recording
-        return (b"",) if message_type == "*" else (name + b"$", name + b".")
+            return  # it is subscribed to for good, also when a full disk has ended the recording
+        for prefix in (b"",) if message_type == "*" else (f"{message_type}$".encode(), f"{message_type}.".encode()):
+            (self._unwanted.discard if wanted else self._unwanted.add)(prefix)
+            if wanted:
+                self.source.subscribe(prefix)
 
     def _notify(self, line: str) -> None:
-        log.info("%s", printable(line, _LINE_CHARS_MAX))
+        log.info("%s", printable(line, 5 * LOG_QUOTE_CHARS_MAX))
 
     # -- From the connections (Application)
 
@@ -4377,60 +4315,47 @@ class APIService:
         over = len(self.connections) - self.connections_max
         if over > 2 * _ACCEPT_MAX:
             connection.outlet.abort()
-        elif over > 0:
-            return error_response(HTTPError(503, "too many connections", (("Retry-After", "5"),)))
-        return None
+        return error_response(_busy("too many connections")) if 0 < over <= 2 * _ACCEPT_MAX else None
 
     def closed(self, connection: Connection) -> None:
         self.connections.discard(connection)
-        if connection.subscriber is not None:
-            if connection.subscriber.fault:
-                log.warning("evicted %s: %s", connection.address, connection.subscriber.fault)
-            self.hub.remove(connection.subscriber)
+        client = connection.subscriber
+        if client is not None:
+            if client.fault:
+                log.warning("evicted %s: %s", connection.address, client.fault)
+            self.hub.remove(client)
 
     def failed(self, connection: Connection, error: Exception) -> None:
         log.error("a fault of this server while serving %s", connection.address, exc_info=error)
 
     def respond(self, connection: Connection, request: Request) -> Response | None:
-        """Answer, count, log at level debug; None is a switch to a WebSocket or an endless answer."""
-        name, response = self._respond(connection, request)
-        status = response.status if response is not None else 101 if name == "websocket" else 200
-        self.requests[name, status] = self.requests.get((name, status), 0) + 1
-        if log.isEnabledFor(logging.DEBUG):
-            fields = (request.method[:16], request.target, request.headers.get("user-agent", "-"))
-            texts = (printable(str(self.secrets.redact(field[:_LINE_CHARS_MAX]))) for field in fields)
-            method, target, agent = (text.replace('"', '\\"') for text in texts)
-            log.debug('%s "%s %s" %d "%s"', connection.address, method, target, status, agent)
-        return response
-
-    def _respond(self, connection: Connection, request: Request) -> tuple[str, Response | None]:
-        """Check, route, answer; return the route's name, too. Errors are answers."""
+        """Answer; None is a switch to a WebSocket or an endless answer."""
         name = "none"
         try:
             if connection.checked is None or connection.checked[0] is not request:  # else the memo gave the same object
-                if connection.address != UNIX_PEER:  # no DNS name leads there
-                    host, is_local = request.headers.get("host"), is_loopback(self.settings.host)
-                    check_host(host, allowed=self._allowed_hosts, bound_to_loopback=is_local)
-                if request.method == "OPTIONS":
-                    return name, self._preflight(request)
-                connection.checked = (request, *self._route(request))
+                connection.checked = (request, *self._admit(connection, request))
             _, route, rest = connection.checked
             name = route.name
-            answer = functools.partial(self._answer, route, rest, connection, request)
-            if name in _SHARED:  # arguments that it does not have make no other answer
-                key = (request.target if name == "history" else f"{name} {rest}", request.wants_pretty)
-                response = self._share(key, answer)
-            else:
-                response = answer()
+            response = self._answer(route, rest, connection, request)
         except HTTPError as error:
             response = error_response(error, request.wants_pretty)
             if error.status == 401 and request.path in PAGES and "token.html" in self.static:
                 response = Response(401, self.static["token.html"].body, "text/html; charset=utf-8", error.headers)
-        return name, response and with_preconditions(request, response)
+        response = response and with_preconditions(request, response)
+        status = response.status if response else 101 if name == "websocket" else 200
+        self.requests[name, status] += 1
+        if log.isEnabledFor(logging.DEBUG):
+            said = self.secrets.redact(f"{request.method} {request.path}")
+            log.debug("%s %d %s", connection.address, status, printable(said))
+        return response
 
-    def _route(self, request: Request) -> tuple[Route, str]:
-        path = "/static/favicon.svg" if request.path == "/favicon.ico" else request.path
-        route, rest = self.router.match(request.method, path)
+    def _admit(self, connection: Connection, request: Request) -> tuple[Route, str]:
+        if connection.address != UNIX_PEER:  # no DNS name leads there
+            is_local = is_loopback(self.settings.host)
+            check_host(request.headers.get("host"), allowed=self._allowed_hosts, bound_to_loopback=is_local)
+        if request.method == "OPTIONS":
+            return _PREFLIGHT, ""
+        route, rest = self.router.match(request.method, request.path)
         if request.refusal is not None:
             raise request.refusal
         if route.needs_token:
@@ -4439,61 +4364,54 @@ class APIService:
                 check_token(request, self.settings.token.encode(), self._cookie_name)
         return route, rest
 
-    def _answer(self, route: Route, rest: str, connection: Connection, request: Request) -> Any:
-        value = route.answer(self, connection, request, rest)
-        is_made = value is None or isinstance(value, Response)
-        return value if is_made else json_response(value, pretty=request.wants_pretty)
+    def _answer(self, route: Route, rest: str, connection: Connection, request: Request) -> Response | None:
+        def make() -> Response | None:
+            value = route.answer(self, request, rest, connection)
+            is_made = value is None or isinstance(value, Response)
+            return value if is_made else json_response(value, pretty=request.wants_pretty)
 
-    def _share(self, key: tuple[str, bool], make: Callable[[], Response]) -> Response:
-        """Return an answer that is made once for all who ask within a second, as long as nothing changes."""
+        if route.name in _UNSHARED:
+            return make()
+        asked = request.target if route.name == "history" else rest  # others have no arguments
+        key = route.name, asked, request.wants_pretty, accepts(request.headers.get("accept"), tuple(_FORMATS))
         version, answers = (self.benchmark.version, self.hub.changes, int(time.monotonic())), self._answers
-        if version != self._answers_version:
+        if version != self._answers_version:  # a second has gone by, or something has changed
             answers.clear()
             self._answers_version = version
         if key not in answers:
-            kept_bytes = sum(len(answer.body or b"") for answer in answers.values())
-            if len(answers) >= _SHARED_MAX or kept_bytes > _SHARED_BYTES_MAX:
+            size = sum(len(answer.body or b"") for answer in answers.values())
+            if len(answers) >= _SHARED_MAX or size > _SHARED_BYTES_MAX:
                 answers.clear()
-            answers[key] = make()
+            answers[key] = cast("Response", make())
         return answers[key]
 
     def headers_for(self, request: Request) -> HeaderList:
-        """Return what an answer says beside its own headers: the cookie of a page opened with a token, CORS."""
+        """Return the cookie of a page that was opened with a token, and CORS."""
         token, headers = self.settings.token, []
         if token is not None and request.path in PAGES and has_page_token(request, token.encode()):
-            # For what the page loads; without a Path it is for its folder, also behind a proxy (RFC 6265 5.1.4).
+            # For what the page loads: without a Path that is its folder, also behind a proxy (RFC 6265 5.1.4).
             cookie = f"{self._cookie_name}={page_cookie(token.encode())}; HttpOnly; SameSite=Strict"
             headers.append(("Set-Cookie", cookie + ("; Secure" if self.settings.tls_cert else "")))
-        if self._allowed_origins:  # Fetch standard, 3.2; none unless asked for
+        if self._allowed_origins:  # Fetch standard, 3.2
             origin, listed = request.headers.get("origin"), self._allowed_origins
-            headers.append(("Vary", "Origin"))  # a cache must not give another origin's answer to a listed one
+            headers.append(("Vary", "Origin"))  # caches must not mix them
             if origin is not None and (origin.lower() in listed or "*" in listed):
-                headers += [("Access-Control-Allow-Origin", origin), ("Access-Control-Expose-Headers", "ETag")]
+                headers.append(("Access-Control-Allow-Origin", origin))
+                if request.method == "OPTIONS":
+                    wanted = request.headers.get("access-control-request-headers", "")
+                    headers += [("Access-Control-Allow-Methods", "GET, HEAD"), ("Access-Control-Allow-Headers", wanted)]
         return tuple(headers)
 
-    def _preflight(self, request: Request) -> Response:
-        """Answer OPTIONS: the methods, and for a listed origin that it may use them with whatever headers it names."""
-        allow = [("Allow", "GET, HEAD, OPTIONS")]
-        asks = "access-control-request-method" in request.headers
-        if asks and dict(self.headers_for(request)).get("Access-Control-Allow-Origin"):
-            allow += [("Access-Control-Allow-Methods", "GET, HEAD"), ("Access-Control-Max-Age", "600")]
-            wanted = request.headers.get("access-control-request-headers")
-            allow += [("Access-Control-Allow-Headers", wanted)] if wanted else []
-        return Response(204, headers=allow)
-
-    # -- Streaming clients
-
     def add_client(self, connection: Connection, kind: str) -> Subscriber:
-        """Put a connection into the hub, or refuse it while it speaks HTTP: who is let in and then dropped retries."""
+        """Put a connection into the hub, or refuse it while it speaks HTTP: who is dropped later comes back at once."""
         if len(self.hub.subscribers) >= self.settings.ws_max_connections:
-            raise HTTPError(503, "all streaming connections are in use", (("Retry-After", "5"),))
-        subscriber = Subscriber(connection.outlet, kind, connection.address, ENCODERS[kind], time.time_ns())
-        connection.subscriber = subscriber
-        self.hub.add(subscriber)
-        return subscriber
+            raise _busy("all streaming connections are in use")
+        client = Subscriber(connection.outlet, kind, connection.address, ENCODERS[kind], time.time_ns())
+        connection.subscriber = client
+        self.hub.add(client)
+        return client
 
     def received(self, connection: Connection, data: str | bytes) -> None:
-        """Handle a message of a WebSocket client; text and binary are read alike."""
         client = connection.subscriber
         assert client is not None
         try:
@@ -4504,89 +4422,69 @@ class APIService:
         self.send_snapshot(client, snapshot)
 
     def _handle_command(self, client: Subscriber, data: str | bytes) -> tuple[dict[str, Any], list[str]]:
-        """Return the reply, and the types whose last messages are to follow it."""
+        """Return the reply, and the types of the snapshot behind it."""
         try:
-            command = json_load(data.encode() if isinstance(data, str) else data)
+            value = json_load(data.encode() if isinstance(data, str) else data)
         except JSONError as error:
             raise ClientMessageError(f"not JSON: {error}") from None
-        kind = command.get("type") if isinstance(command, dict) else None
+        command: dict[str, Any] = value if isinstance(value, dict) else {}
+        kind, types, snapshot = command.get("type"), command.get("message_types", ()), command.get("snapshot", True)
         if kind == "ping":
             return {"type": "pong"}, []
         if kind not in ("subscribe", "unsubscribe"):
             raise ClientMessageError("send a JSON object whose type is subscribe, unsubscribe or ping")
-        types, snapshot = command.get("message_types"), command.get("snapshot", True)
-        names = types if isinstance(types, list) else []
-        if not names or not all(isinstance(name, str) and _CLIENT_MESSAGE_TYPE.fullmatch(name) for name in names):
-            raise ClientMessageError('message_types must be a list of names, such as ["realtime_metrics"] or ["*"]')
-        if not isinstance(snapshot, bool):
-            raise ClientMessageError("snapshot must be true or false")
-        if kind == "unsubscribe" and "*" in client.asked and "*" not in types:
+        if not _are_types(types) or not isinstance(snapshot, bool):
+            example = 'message_types must be a list of names, such as ["realtime_metrics"] or ["*"]'
+            raise ClientMessageError(f"{example}, snapshot true or false")
+        is_more = kind == "subscribe"
+        if not is_more and "*" in client.asked and "*" not in types:
             raise ClientMessageError('"*" is subscribed, which is every type: unsubscribe from "*" first')
-        asked = client.asked | set(types) if kind == "subscribe" else client.asked - set(types)
+        asked = client.asked | {*types} if is_more else client.asked - {*types}
         if len(asked) > CLIENT_TYPES_MAX:
             raise ClientMessageError(f"at most {CLIENT_TYPES_MAX} message types")
         if not self.hub.has_room(asked - _KNOWN_TYPES):
-            raise ClientMessageError("too many different message types are asked for by all clients")
+            raise ClientMessageError(_TOO_MANY_TYPES)
         self.subscribe(client, asked)
-        unknown = [name for name in types if name not in _KNOWN_TYPES] if kind == "subscribe" else []
-        told = {"type": f"{kind}d", "message_types": types, **({"unknown": unknown} if unknown else {})}
-        return told, types if snapshot and kind == "subscribe" else []
+        unknown = [name for name in types if is_more and name not in _KNOWN_TYPES]
+        reply = {"type": f"{kind}d", "message_types": types, **({"unknown": unknown} if unknown else {})}
+        return reply, types if snapshot and is_more else []
 
     def subscribe(self, client: Subscriber, types: set[str]) -> None:
-        """Have a client get these types, and no others."""
         client.asked = types
         self.hub.subscribe(client, None if "*" in types else frozenset(types))
 
     def send_snapshot(self, client: Subscriber, types: list[str]) -> None:
-        """Send the last message of each of these types; what nobody wanted when it came is prepared only now."""
-        retained = self.hub.retained
+        """Send the last message of each type; what nobody wanted when it came is prepared only now."""
         for message in self.hub.snapshot(None if "*" in types else frozenset(types)):
             try:
                 if not message.is_shown:
                     payload = self._shown(BusMessage(message.type, message.payload))
-                    retained[message.type] = Message(message.type, payload, message.is_state)
+                    self.hub.retained[message.type] = Message(message.type, payload, message.is_state)
+                client.reply(client.encode(self.hub.retained[message.type]), time.monotonic())
             except BusError as error:
-                self._count_bad(error)  # nobody had looked at it before
-                del retained[message.type]
-            else:
-                client.reply(client.encode(retained[message.type]), time.monotonic())
-
-    # -- What the endpoints need
+                self._count_bad(error)
+                del self.hub.retained[message.type]
 
     def file(self, name: str) -> Response:
-        """Return a file of static/, or the names in a folder of it; HTTPError 404 if there is neither."""
-        file = self.static.get(name)
-        if file is not None:
-            return file
+        """Return a file of static/, or the list of a folder."""
+        if name in self.static:
+            return self.static[name]
         folder = name.rstrip("/") + "/"
         below = sorted({found[len(folder) :].partition("/")[0] for found in self.static if found.startswith(folder)})
         if not below:
-            raise HTTPError(404, "no such file" if self.static else PAGES_MISSING)
+            missing = "the pages are not here: copy the folder static/ beside aiperf_api.py; the API works without"
+            raise HTTPError(404, "no such file" if self.static else missing)
         return text_response("".join(f"{found}\n" for found in below))
 
     def status(self) -> dict[str, Any]:
-        """Return the state of the run, and of the source it is heard from."""
         now_ns, source, last_ns = self.source.now_ns(), self.source, self.benchmark.last_message_ns
         age_sec = None if last_ns is None else max(0.0, round((now_ns - last_ns) / 1e9, 3))
-        told = {
+        return {**self.benchmark.status(now_ns), "source": {
             "kind": source.kind, "address": source.address, "backend": source.backend, "connected": source.connected,
             "messages": self.bus_total, "last_message_age_sec": age_sec,
-        }  # fmt: skip
-        return {**self.benchmark.status(now_ns), "source": told}
+        }}  # fmt: skip
 
-    def exposition(self, request: Request) -> Response:
-        """Return /metrics; never 406: a scraper that names neither format gets the plain one (Prometheus sends */*)."""
-        formats = {CONTENT_TYPE_TEXT_0_0_4: render_text, CONTENT_TYPE_OPENMETRICS_1_0_0: render_openmetrics}
-        content_type = accepts(request.headers.get("accept"), tuple(formats))
-
-        def make() -> Response:
-            families = [*state_families(self.benchmark, self.source.now_ns()), *self._health_families()]
-            return Response(200, formats[content_type](unique_families(families)), content_type)
-
-        return self._share((content_type, False), make)
-
-    def _health_families(self) -> list[Family]:
-        """Return how this server does: its bus, its clients, its process."""
+    def health_families(self) -> list[Family]:
         kinds = [client.kind for client in self.hub.subscribers]
         sent, skipped = self.hub.totals()
         found = FamilySet()
@@ -4613,32 +4511,39 @@ class APIService:
         return list(found.families.values())
 
     def _write_report(self) -> None:
-        if self.settings.report and self._report_due_sec:
-            self._report_due_sec = 0.0
+        if self.settings.report:
             try:
-                write_file(self.settings.report, report_html(self))
+                write_file(self.settings.report, _get_report(self).payload(False))
             except (OSError, HTTPError) as error:  # HTTPError: without static/
                 log.error("the report is not written: %s", error)
 
 
 # -- The endpoints -----------------------------------------------------------------------------------------------------
 
-# What the two histories of a report hold; the page builds differences of values, for which nine digits are enough.
+_TOO_MANY_TYPES = "too many different message types are asked for by all clients"
+# For the two histories of a report; nine digits are enough for the differences that it shows.
 _REPORT_TAGS = frozenset("""request_latency time_to_first_token inter_token_latency output_token_throughput
     request_throughput output_sequence_length goodput""".split())  # fmt: skip
 _REPORT_STATS = tuple("count sum avg std p50 p90 p99 sent completed errors cancelled in_flight".split())
 
 
+def _busy(reason: str) -> HTTPError:
+    return HTTPError(503, reason, (("Retry-After", "5"),))
+
+
+def _are_types(names: Any) -> bool:
+    are_texts = isinstance(names, list) and names and all(isinstance(name, str) for name in names)
+    return bool(are_texts) and all(map(_CLIENT_MESSAGE_TYPE.fullmatch, names))
+
+
 def _report_histories(benchmark: Benchmark) -> Iterator[JSONValue]:
+    about = benchmark.history()["tags"]
     for groups, stats, points in (
         (("phase", "metrics"), _REPORT_STATS, 720),
         (("telemetry", "server"), ("current", "avg", "value"), 180),
     ):
-        tags = [
-            tag for tag, about in benchmark.history()["tags"].items()
-            if about["group"] in groups and not set(stats).isdisjoint(about["stats"])
-            if about["group"] != "metrics" or tag in _REPORT_TAGS
-        ]  # fmt: skip
+        tags = [tag for tag in about if about[tag]["group"] in groups and not {*stats}.isdisjoint(about[tag]["stats"])]
+        tags = [tag for tag in tags if about[tag]["group"] != "metrics" or tag in _REPORT_TAGS]
         with contextlib.suppress(ValueError):  # very many phases
             found = benchmark.history(tags[:100], stats, 0, points) if tags else {"series": []}
             for series in found["series"]:
@@ -4646,8 +4551,8 @@ def _report_histories(benchmark: Benchmark) -> Iterator[JSONValue]:
             yield found
 
 
-def report_html(service: APIService) -> bytes:
-    """Return static/report.html with the files that it names and the run as JSON put in: it needs no network."""
+def _get_report(service: APIService, *_: Any) -> Response:
+    """Put into static/report.html the files that it names, and the run as JSON."""
     benchmark, now_ns = service.benchmark, service.source.now_ns()
     run = {
         "kind": "aiperf-report", "format": 1, "server_version": __version__, "generated_ns": now_ns,
@@ -4658,36 +4563,33 @@ def report_html(service: APIService) -> bytes:
 
     def part(marker: re.Match[bytes]) -> bytes:
         if marker[1] is None:
-            return b'<script type="application/json" id="run">%b</script>' % json_bytes(run).replace(b"<", rb"\u003c")
-        names = marker[1].decode().split()
-        text = b"\n".join(service.file(name).payload(False) for name in names)
-        if names[0].endswith(".css"):
-            return b"<style>\n%b\n</style>" % text
-        return b'<script type="module">\n%b\n</script>' % re.sub(rb"(?m)^import [^\n]*\n|^export ", b"", text)
+            return json_bytes(run).replace(b"<", rb"\u003c")
+        text = b"\n".join(service.file(name).payload(False) for name in marker[1].decode().split())
+        return re.sub(rb"(?m)^import [^\n]*\n|^export ", b"", text)  # of all scripts one
 
-    return re.sub(rb"<!-- (?:inline: ([\w./ -]+)|run) -->", part, service.file("report.html").payload(False))
-
-
-def _get_report(service: APIService, *_: Any) -> Response:
-    sources = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
-    policy = ("Content-Security-Policy", f"{sources}; base-uri 'none'; form-action 'none'")
-    return Response(200, report_html(service), "text/html; charset=utf-8", (policy,))
+    page = re.sub(rb"<!-- (?:inline: ([\w./ -]+)|run) -->", part, service.file("report.html").payload(False))
+    policy = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
+    policy += "; base-uri 'none'; form-action 'none'"
+    return Response(200, page, "text/html; charset=utf-8", (("Content-Security-Policy", policy),))
 
 
 def _only_arguments(request: Request, names: str) -> None:
-    """Refuse arguments that an endpoint does not have: a typo would otherwise show something else."""
+    """Refuse others: a typo would show something else."""
     for name, _ in request.query:
         if name not in (*names.split(), "_", "token"):
             raise HTTPError(400, f"unknown argument; there are {', '.join(names.split())}")
 
 
-def _get_documentation(service: APIService, *_: Any) -> Response:
-    paths = "".join(f"  {route.path:20} {route.summary}\n" for route in ROUTES)
-    text = f"aiperf-api {__version__}\n\n{PAGES_MISSING}\n\n{paths}"
-    return service.file("index.html") if service.static else text_response(text)
+_PREFLIGHT = Route("*", "none", "", lambda *_: Response(204, headers=(("Allow", "GET, HEAD, OPTIONS"),)))
 
 
-def _get_history(service: APIService, _: Connection, request: Request, __: str) -> JSONValue:
+def _get_exposition(service: APIService, request: Request, *_: Any) -> Response:
+    families = [*state_families(service.benchmark, service.source.now_ns()), *service.health_families()]
+    content_type = accepts(request.headers.get("accept"), tuple(_FORMATS))  # never 406: Prometheus sends */*
+    return Response(200, _FORMATS[content_type](unique_families(families)), content_type)
+
+
+def _get_history(service: APIService, request: Request, *_: Any) -> JSONValue:
     _only_arguments(request, "tag stat since points pretty")
     since, points = request.arg("since", "0") or "", request.arg("points", str(HISTORY_POINTS_DEFAULT)) or ""
     is_points = re.fullmatch("[0-9]{1,5}", points) and 1 <= int(points) <= HISTORY_POINTS_MAX
@@ -4703,7 +4605,7 @@ def _get_history(service: APIService, _: Connection, request: Request, __: str) 
         raise HTTPError(400, str(error)) from None
 
 
-def _get_run(service: APIService, _: Connection, __: Request, rest: str) -> JSONValue:
+def _get_run(service: APIService, _: Request, rest: str, __: Connection) -> JSONValue:
     found = service.benchmark.run(int(rest), service.source.now_ns()) if re.fullmatch("[0-9]{1,9}", rest) else None
     if found is None:
         raise HTTPError(404, "no such run; /api/runs lists them")
@@ -4711,20 +4613,19 @@ def _get_run(service: APIService, _: Connection, __: Request, rest: str) -> JSON
 
 
 def _get_clients(service: APIService, *_: Any) -> JSONValue:
-    clients = [{
+    return {"total": len(service.hub.subscribers), "clients": [{
         "address": client.address, "kind": client.kind, "connected_ns": client.connected_ns, "sent": client.sent,
         "skipped": client.skipped, "subscriptions": sorted(client.asked), "waiting_bytes": client.outstanding,
-    } for client in service.hub.subscribers]  # fmt: skip
-    return {"total": len(clients), "clients": clients}
+    } for client in service.hub.subscribers]}  # fmt: skip
 
 
-def _get_websocket(service: APIService, connection: Connection, request: Request, _: str) -> None:
+def _get_websocket(service: APIService, request: Request, _: str, connection: Connection) -> None:
     head = upgrade_response(request)
     service.add_client(connection, "websocket")
     connection.open_websocket(head)
 
 
-def _get_stream(service: APIService, connection: Connection, request: Request, _: str) -> Response | None:
+def _get_stream(service: APIService, request: Request, _: str, connection: Connection) -> Response | None:
     _only_arguments(request, "types format snapshot")
     accepted = accepts(request.headers.get("accept"), (SSE, NDJSON))
     media = {None: accepted, "sse": SSE, "ndjson": NDJSON}.get(request.arg("format"))
@@ -4732,31 +4633,28 @@ def _get_stream(service: APIService, connection: Connection, request: Request, _
     if media is None or snapshot not in ("0", "1"):
         raise HTTPError(400, "format must be sse or ndjson, snapshot 0 or 1")
     types = list(dict.fromkeys(name for name in ",".join(request.args("types")).split(",") if name)) or ["*"]
-    if len(types) > CLIENT_TYPES_MAX or not all(map(_CLIENT_MESSAGE_TYPE.fullmatch, types)):
+    if len(types) > CLIENT_TYPES_MAX or not _are_types(types):
         raise HTTPError(400, "types must be names of message types, separated by commas")
     head = Response(200, None, media, (("X-Accel-Buffering", "no"),))
     if request.method == "HEAD":
         return head
     unknown = [name for name in types if name not in _KNOWN_TYPES]
-    if not service.hub.has_room(set(unknown)):
-        raise HTTPError(503, "too many different message types are asked for by all clients", (("Retry-After", "5"),))
+    if not service.hub.has_room({*unknown}):
+        raise _busy(_TOO_MANY_TYPES)
     client = service.add_client(connection, "sse" if media == SSE else "ndjson")
     connection.open_stream(head.encode(date=service.date, extra=service.headers_for(request)))
-    service.subscribe(client, set(types))
-    for name, told in (("subscribed", types if media == SSE else []), ("unknown", unknown)):
-        if told:  # events begin at once, also on a silent bus; lines are messages of the bus alone
-            notice = json_bytes({"type": name, "message_types": told})
-            client.reply(client.encode(Message(name, notice, False)), time.monotonic())
-    if snapshot == "1":
-        service.send_snapshot(client, types)
+    service.subscribe(client, {*types})
+    notices = {"subscribed": types if media == SSE else [], "unknown": unknown}
+    for name in filter(notices.get, notices):  # events begin at once, also on a silent bus
+        notice = json_bytes({"type": name, "message_types": notices[name]})
+        client.reply(client.encode(Message(name, notice, False)), time.monotonic())
+    service.send_snapshot(client, types if snapshot == "1" else [])
     return None
 
 
 def _get_index(service: APIService, *_: Any) -> JSONValue:
-    links = {  # relative to /api (RFC 3986 4.2)
-        route.name: {"href": route.path[1:] or "./", "summary": route.summary}
-        for route in ROUTES if "{" not in route.path
-    }  # fmt: skip
+    shown = [route for route in ROUTES if "{" not in route.path]  # href: relative to /api (RFC 3986 4.2)
+    links = {route.name: {"href": route.path[1:] or "./", "summary": route.summary} for route in shown}
     return {"version": __version__, "links": links}
 
 
@@ -4772,55 +4670,46 @@ def _top_row(name: str, cells: Iterable[Any]) -> str:
 
 
 def top_text(service: APIService) -> str:
-    """Return the run on one screen of 80 columns: state, bar, figures, workers, GPUs, what went wrong."""
     benchmark, status, now_ns = service.benchmark, service.status(), service.source.now_ns()
     metrics, progress, workers = benchmark.metrics(), benchmark.progress(now_ns), benchmark.workers()
     percent, total, left_sec = (progress[key] for key in ("percent_complete", "total", "eta_sec"))
-    is_over = benchmark.end is not None
-    phase = "" if is_over or status["phase"] in (None, status["state"]) else f"phase {status['phase']}"
-    gone = "recording ended" if service.source.ended else "silent" if status["stale"] else "no bus"
-    trouble = "" if is_over or (status["source"]["connected"] and not status["stale"]) else gone
-    words = (status["state"], phase, trouble, metrics["model"], metrics["endpoint_type"])
+    state, phase = status["state"], status["phase"]
+    news = {f"phase {phase}": phase not in (None, state), "silent": status["stale"]}
+    news["recording ended" if service.source.ended else "no bus"] = not service.source.connected
+    words = [state, *(word for word in news if news[word] and benchmark.end is None)]
+    words += filter(None, (metrics["model"], metrics["endpoint_type"]))
+    left = f", {left_sec:,.0f} s left" if left_sec else ""
+    requests = f"{progress['completed']}{f'/{total}' if total else ''} requests, {progress['errors']} errors"
+    bar = f"[{'#' * int(percent * 0.6):-<60}] {percent:5.1f} %"
+    lines = ["  ".join(map(str, words)), bar, f"{requests}, {progress['elapsed_ns'] / 1e9:,.0f} s{left}"]
+    lines += [f"error: {status['error']}"] if status["error"] else []
     failures = benchmark.results(whole=False)["error_summary"]["errors"][:5]
-    seconds = f"{progress['elapsed_ns'] / 1e9:,.0f} s" + (f", {left_sec:,.0f} s left" if left_sec else "")
-    lines = [
-        "  ".join(str(word) for word in words if word),
-        f"[{'#' * int(percent * 0.6):-<60}] {percent:5.1f} %",
-        f"{progress['completed']}{f'/{total}' if total else ''} requests, {progress['errors']} errors, {seconds}",
-        *([f"error: {status['error']}"] if status["error"] else []),
-        *(f"  {error['count']} x {error['type']}: {error['message']}" for error in failures),
-        "",
-        _top_row("", ("avg", "p50", "p99")),
-    ]
-    tags = """output_token_throughput output_token_throughput_per_user request_throughput
-        time_to_first_token inter_token_latency request_latency"""
-    for tag in tags.split():
+    lines += [f"  {error['count']} x {error['type']}: {error['message']}" for error in failures]
+    lines += ["", _top_row("", ("avg", "p50", "p99"))]
+    for tag in """output_token_throughput output_token_throughput_per_user request_throughput
+            time_to_first_token inter_token_latency request_latency""".split():  # fmt: skip
         row = metrics["metrics"].get(tag, {})
         name = tag.replace("_throughput", "s/s").replace("_", " ") + (", ms" if row.get("unit") == "ms" else "")
         lines.append(_top_row(name, map(row.get, ("avg", "p50", "p99"))))
-    active = f"workers: {workers['active_workers']} of {workers['total_workers']} active"
-    lines += ["", _top_row(active, ("status", "done", "failed", "cpu %"))]
-    for name, worker in sorted(workers["workers"].items())[:16]:
-        tasks, health = worker["task_stats"], worker["health"] or {}
-        cells = worker["status"], tasks.get("completed"), tasks.get("failed"), health.get("cpu_usage")
-        lines.append(_top_row(f"  {name}", cells))
+    lines += ["", f"workers: {workers['active_workers']} of {workers['total_workers']} active"]
     gpus: dict[str, dict[str, Any]] = {}
     for tag, row in metrics["telemetry"].items():
         metric, _, labels = gpu_series(tag, text_or(row.get("header"), tag))
         gpus.setdefault(" ".join(value for _, value in labels[:3]), {})[metric] = row.get("current", row.get("avg"))
-    shown = ("utilization", "power_usage", "memory_used", "temperature")
     lines += ["", _top_row("GPUs", ("util %", "power W", "memory GB", "temp C"))] if gpus else []
-    lines += [_top_row(f"  {gpu}", map(figures.get, shown)) for gpu, figures in list(gpus.items())[:16]]
-    # On a terminal nothing of it may move the cursor, colour or turn the text.
-    return "".join(["".join(c if c.isprintable() else "\ufffd" for c in line[:80]) + "\n" for line in lines])
+    shown = ("utilization", "power_usage", "memory_used", "temperature")
+    lines += [_top_row(f"  {gpu}", map(row.get, shown)) for gpu, row in list(gpus.items())[:16]]
+    # Nothing may move the cursor, colour or turn the text.
+    return "".join("".join(c if c.isprintable() else "\ufffd" for c in line[:80]) + "\n" for line in lines)
 
 
 ROUTES: tuple[Route, ...] = (
-    Route("/", "documentation", "This documentation, with lines to copy and a live try-out", _get_documentation),
+    Route("/", "documentation", "This documentation, with lines to copy and a live try-out",
+          lambda s, *_: s.file("index.html")),
     Route("/dashboard", "dashboard", "The run, live", lambda s, *_: s.file("dashboard.html")),
     Route("/top", "top", "The run on one screen of plain text", lambda s, *_: text_response(top_text(s))),
     Route("/report.html", "report", "The run so far as one self-contained HTML file", _get_report),
-    Route("/metrics", "metrics_text", "Everything for Prometheus", lambda s, _, r, __: s.exposition(r)),
+    Route("/metrics", "metrics_text", "Everything for Prometheus", _get_exposition),
     Route("/api/metrics", "metrics", "The metrics: latest, then final", lambda s, *_: s.benchmark.metrics()),
     Route("/api/status", "status", "State and phase of the run, and its source", lambda s, *_: s.status()),
     Route("/api/progress", "progress", "How far the run is, by phase",
@@ -4843,160 +4732,128 @@ ROUTES: tuple[Route, ...] = (
     Route("/health", "health", "The server answers", lambda *_: text_response("ok\n"), needs_token=False),
     Route("/healthz", "healthz", "The server answers", lambda *_: text_response("ok\n"), needs_token=False),
     Route("/readyz", "readyz", "The source is connected; 503 until it is", _get_ready, needs_token=False),
-    Route("/static/{file}", "static", "Files of the pages, and guides", lambda s, _, __, rest: s.file(rest),
+    Route("/static/{file}", "static", "Files of the pages, and guides", lambda s, _, rest, __: s.file(rest),
           needs_token=False),
 )  # fmt: skip
 
 
 # == 14 == Command line ================================================================================================
 #
-# Options and the environment -> Arguments -> serve, with or without a benchmark behind `--`.
+# Options and the environment -> Plan -> serve, with or without a benchmark behind `--`.
 
 
-class Option(NamedTuple):
-    """An option, as `--help`, the environment and the documentation know it."""
-
-    flag: str
-    metavar: str  # "" for a switch
-    default: str  # as shown
-    env: str  # the variables that stand in for it; the first that is set counts
-    help: str
-
-
-# flag METAVAR | default | variables | help
+# As `--help`, the environment and the documentation know them; a switch has no metavar.
+Option = collections.namedtuple("Option", "flag metavar default env help")
+# flag | METAVAR | default | variables, without AIPERF_API_ (the first that is set counts) | help
 _OPTIONS = """
---api-port PORT | | AIPERF_API_SERVER_PORT | serve HTTP and WebSocket on this port; 0 is any free one
---api-host HOST | 127.0.0.1 | AIPERF_API_SERVER_HOST | address to listen on; needs --api-port; :: is IPv4 and IPv6
---api-unix PATH | | AIPERF_API_UNIX | listen on a Unix socket, too or instead of a port (mode 0600)
---zmq-host HOST | 127.0.0.1 | AIPERF_API_ZMQ_HOST | watch the bus at tcp://HOST:5664; this is the default source
---zmq-ipc-path DIR | | AIPERF_API_ZMQ_IPC_PATH | watch the bus in this IPC directory
---zmq-address ADDR | | AIPERF_API_ZMQ_ADDRESS | watch the bus at any subscriber endpoint
---zmq-bind ADDR | | AIPERF_API_ZMQ_BIND | bind this endpoint, so that publishers connect to us; needs pyzmq
---zmq-backend NAME | auto | AIPERF_API_ZMQ_BACKEND | auto, pyzmq or builtin: what speaks ZMQ
---replay FILE | | AIPERF_API_REPLAY | play a recording (.jsonl or .jsonl.gz)
---replay-speed X | 1 | AIPERF_API_REPLAY_SPEED | play X times as fast; 0 is at once
---replay-loop | | AIPERF_API_REPLAY_LOOP | play it again and again
---demo | | AIPERF_API_DEMO | replay the real run that ships with the module, in a loop
---record FILE | | AIPERF_API_RECORD | record every bus message; an older recording is renamed to FILE.1, .2, ...
---report FILE | | AIPERF_API_REPORT | write the report (HTML) at the end of a run; an older one is renamed likewise
---config FILE | | AIPERF_API_CONFIG | benchmark configuration (JSON) for /api/config when the bus does not carry it
---linger SEC | 5 with a child, else for ever | AIPERF_API_LINGER AIPERF_API_SERVER_POST_COMPLETE_GRACE \
+--api-port | PORT | | SERVER_PORT | serve HTTP and WebSocket on this port; 0 is any free one
+--api-host | HOST | 127.0.0.1 | SERVER_HOST | address to listen on; needs --api-port; :: is IPv4 and IPv6
+--api-unix | PATH | | UNIX | listen on a Unix socket, too or instead of a port (mode 0600)
+--zmq-host | HOST | 127.0.0.1 | ZMQ_HOST | watch the bus at tcp://HOST:5664; this is the default source
+--zmq-ipc-path | DIR | | ZMQ_IPC_PATH | watch the bus in this IPC directory
+--zmq-address | ADDR | | ZMQ_ADDRESS | watch the bus at any subscriber endpoint
+--zmq-bind | ADDR | | ZMQ_BIND | bind this endpoint, so that publishers connect to us; needs pyzmq
+--zmq-backend | NAME | auto | ZMQ_BACKEND | auto, pyzmq or builtin: what speaks ZMQ
+--replay | FILE | | REPLAY | play a recording (.jsonl or .jsonl.gz)
+--replay-speed | X | 1 | REPLAY_SPEED | play X times as fast; 0 is at once
+--replay-loop | | | REPLAY_LOOP | play it again and again
+--demo | | | DEMO | replay the real run that ships with the module, in a loop
+--record | FILE | | RECORD | record every bus message; an older recording is renamed to FILE.1, .2, ...
+--report | FILE | | REPORT | write the report (HTML) at the end of a run; an older one is renamed likewise
+--config | FILE | | CONFIG | benchmark configuration (JSON) for /api/config when the bus does not carry it
+--linger | SEC | 5 with a child, else for ever | LINGER SERVER_POST_COMPLETE_GRACE \
  | serve on for this many seconds after the end
---api-token TOKEN | | AIPERF_API_TOKEN | clients must present this token; better given in the environment
---allow-host NAME | | AIPERF_API_ALLOW_HOST | accept this Host header; repeatable, in the environment with commas
---cors-origin ORIGIN | | AIPERF_API_SERVER_CORS_ORIGINS | let its pages read the API; repeatable, or as JSON list
---tls-cert FILE | | AIPERF_API_TLS_CERT | serve https and wss with this certificate chain (PEM)
---tls-key FILE | | AIPERF_API_TLS_KEY | its private key (PEM), if it is not in the same file
---ws-max-connections N | 1000 | AIPERF_API_WS_MAX_CONNECTIONS AIPERF_API_SERVER_WEBSOCKET_MAX_CONNECTIONS \
- | streaming clients
---log-level LEVEL | info | AIPERF_API_LOG_LEVEL | debug, info, warning or error
+--api-token | TOKEN | | TOKEN | clients must present this token; better given in the environment
+--allow-host | NAME | | ALLOW_HOST | accept this Host header; repeatable, in the environment with commas
+--cors-origin | ORIGIN | | SERVER_CORS_ORIGINS | let its pages read the API; repeatable, or as JSON list
+--tls-cert | FILE | | TLS_CERT | serve https and wss with this certificate chain (PEM)
+--tls-key | FILE | | TLS_KEY | its private key (PEM), if it is not in the same file
+--ws-max-connections | N | 1000 | WS_MAX_CONNECTIONS SERVER_WEBSOCKET_MAX_CONNECTIONS | streaming clients
+--log-level | LEVEL | info | LOG_LEVEL | debug, info, warning or error
 """
 OPTIONS: tuple[Option, ...] = tuple(
-    Option(*head.strip().partition(" ")[::2], *(cell.strip() for cell in cells))
-    for head, *cells in (line.split("|") for line in _OPTIONS.strip().splitlines())
+    Option(flag, metavar, default, " ".join(f"AIPERF_API_{name}" for name in names.split()), text)
+    for flag, metavar, default, names, text in (re.split(r" *\| *", line) for line in _OPTIONS.strip().splitlines())
 )
-_SOURCES = ("--zmq-host", "--zmq-ipc-path", "--zmq-address", "--zmq-bind", "--replay", "--demo")
-_DESCRIPTION = "Watch an AIPerf benchmark over its ZMQ event bus and serve its metrics over HTTP and WebSocket."
-_EPILOG = "Everything after -- is run as the benchmark: aiperf-api --api-port 9090 -- aiperf profile --model ..."
-
-
-class Arguments(NamedTuple):
-    """A command line that makes sense, with the environment behind it."""
-
-    settings: Settings
-    source: Source | None  # None: the command's own bus
-    backend: str  # what speaks ZMQ: auto, pyzmq or builtin
-    command: tuple[str, ...]  # the benchmark behind `--`, empty for none
-    config: Mapping[str, Any] | None
-    log_level: str
-
-
-_DECIMAL, _OFF = r"[0-9]{1,9}(\.[0-9]{1,9})?", ("0", "false", "no", "off")
-_SWITCH = "|".join(("1|true|yes|on", *_OFF))
-_PATTERNS = MappingProxyType({  # what a value must look like
-    "--api-token": r"[^\ud800-\udfff]+",  # bytes that are no UTF-8 come as surrogates
-    "--api-port": "[0-9]{1,4}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]",
+_SOURCES = MappingProxyType({"--zmq-host": "tcp", "--zmq-ipc-path": "ipc", "--zmq-address": "zmq", "--zmq-bind": "bind",
+                             "--replay": "replay", "--demo": "demo"})  # fmt: skip
+_OFF = ("0", "false", "no", "off")
+_DECIMAL = r"[0-9]{1,9}(\.[0-9]{1,9})?"
+_PATTERNS = MappingProxyType({  # what a value must look like, by metavar or flag
+    "": "|".join(("1|true|yes|on", *_OFF)), "X": _DECIMAL, "SEC": _DECIMAL, "N": "[0-9]{1,6}",
+    "TOKEN": r"[^\ud800-\udfff]+",  # bytes that are no UTF-8 come as surrogates
+    "PORT": "[0-9]{1,4}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]",
+    "LEVEL": "debug|info|warning|error",
+    "ORIGIN": r"\*|[a-z][a-z0-9+.-]*://[^/\s?#@]+",
     "--zmq-backend": "auto|pyzmq|builtin",
-    "--replay-speed": _DECIMAL,
-    "--replay-loop": _SWITCH,
-    "--demo": _SWITCH,
-    "--linger": _DECIMAL,
     "--allow-host": r"[a-z0-9._~-]+(:[0-9]{1,5})?|\[?[0-9a-f:.]+\]?(:[0-9]{1,5})?",
-    "--cors-origin": r"\*|[a-z][a-z0-9+.-]*://[^/\s?#@]+",
-    "--ws-max-connections": "[0-9]{1,6}",
-    "--log-level": "debug|info|warning|error",
 })  # fmt: skip
+
+
+class Plan(NamedTuple):
+    settings: Settings
+    log_level: str
+    config: JSONValue
+    source: Source
+    argv: tuple[str, ...]  # the benchmark behind `--`, empty for none
+    environ: Mapping[str, str]  # for it
+    told: Mapping[str, Any]  # of an `aiperf profile`, its flags
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         shown = re.sub("(unrecognized arguments: [^ =]+)[ =].*", r"\1 ...", message)  # a value may be a secret
-        hint = "the port is --api-port, a benchmark stands behind --, and there is --help"
-        raise UsageError(f"{printable(shown)}; {hint}")
+        raise UsageError(f"{printable(shown)}; the port is --api-port, a benchmark stands behind --, there is --help")
 
 
-def _read_options(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[set[str], dict[str, Any]]:
-    """Return the flags that are given, and each option's text (a tuple if repeatable): its own, else its variable's.
-    An empty variable is none, but an empty value is a mistake: `--api-token "$UNSET"` would leave the server open."""
-    parser = _Parser(prog="aiperf-api", description=_DESCRIPTION, epilog=_EPILOG, allow_abbrev=False)
+def _read_options(argv: Sequence[str], environ: Mapping[str, str]) -> dict[str, Any]:
+    """Return each option's text (a tuple if repeatable): its own, else its variable's, else None.  An empty variable is
+    none, an empty value a mistake: `--api-token "$UNSET"` would leave the server open."""
+    about = "Watch an AIPerf benchmark over its ZMQ event bus and serve its metrics over HTTP and WebSocket."
+    more = "Everything after -- is run as the benchmark: aiperf-api --api-port 9090 -- aiperf profile --model ..."
+    parser = _Parser(prog="aiperf-api", description=about, epilog=more, allow_abbrev=False)
     for flag, metavar, default, variables, text in OPTIONS:
-        about = text + (f" (default: {default})" if default else "") + f" [{variables.replace(' ', ' or ')}]"
-        action = "append" if "repeatable" in text else "store" if metavar else "store_const"
-        more: dict[str, Any] = {"metavar": metavar} if metavar else {"const": "true"}
-        parser.add_argument(flag, action=action, help=about, dest=flag, **more)
+        shown = text + (f" (default: {default})" if default else "") + f" [{variables.replace(' ', ' or ')}]"
+        kind: dict[str, Any] = {"metavar": metavar} if metavar else {"action": "append_const", "const": "true"}
+        parser.add_argument(flag, **{"action": "append", "help": shown, "dest": flag, **kind})
     parser.add_argument("--version", action="version", version=f"aiperf-api {__version__}")
     given = vars(parser.parse_args(argv))
-    flags = {flag for flag, value in given.items() if value is not None}
     for flag, metavar, _, variables, text in OPTIONS:
-        is_list, value = "repeatable" in text, given[flag]
-        if flag not in flags:
-            value = next((environ[name] for name in variables.split() if environ.get(name)), None)
-            if is_list and value:  # names with commas between, or a JSON list (AIPerf's way)
-                with contextlib.suppress(JSONError):
-                    value = json_load(value.encode()) if value.lstrip().startswith("[") else value.split(",")
-        values: Sequence[Any] = value if isinstance(value, list) else [] if value is None else [value]
-        for one in values:
-            if not re.fullmatch(_PATTERNS.get(flag, "(?s:.+)"), str(one).strip(), re.IGNORECASE):
-                what = "usable" if flag == "--api-token" else printable(repr(one))  # it may be seen by others
+        values, is_list = given[flag] or [], "repeatable" in text
+        if not values:
+            variable = next((environ[name] for name in variables.split() if environ.get(name)), "")
+            parts = re.split(r'[\s,"]+', variable) if is_list else [variable]
+            values = [part for part in parts if part not in ("", "[", "]")]  # AIPerf's way is a JSON list
+        for value in values:
+            if not re.fullmatch(_PATTERNS.get(flag, _PATTERNS.get(metavar, "(?s:.+)")), value.strip(), re.IGNORECASE):
+                what = "usable" if flag == "--api-token" else printable(repr(value))  # it may be seen by others
                 raise UsageError(f"{flag}: not {what}; {text}")
-        values = tuple(str(one).strip() for one in values if metavar or one.lower() not in _OFF)
-        given[flag] = values if is_list else values[0] if values else None
-    return flags, given
+        kept = tuple(value.strip() for value in values if metavar or value.lower() not in _OFF)
+        given[flag] = kept if is_list else kept[-1] if kept else None
+    return given
 
 
-def _read_config(path: str) -> Mapping[str, Any]:
-    try:
-        with open(path, "rb") as file:
-            value = json_load(file.read())
-        if isinstance(value, dict):
-            return value
-        reason = "not a JSON object"
-    except (OSError, JSONError) as error:
-        reason = str(error.strerror) if isinstance(error, OSError) else f"not JSON: {error}"
-    raise UsageError(f"--config {printable(path)}: {reason}")
-
-
-def parse_arguments(argv: Sequence[str], environ: Mapping[str, str]) -> Arguments:
-    """Make sense of a command line; UsageError says in one line what is wrong with it."""
+def parse_arguments(argv: Sequence[str], environ: Mapping[str, str], ipc_dir: str = "") -> Plan:
+    """Make sense of a command line; `ipc_dir` is for a benchmark's bus."""
     place = list(argv).index("--") if "--" in argv else len(argv)
     command = tuple(argv[place + 1 :])
     if "--" in argv and not command:
         raise UsageError("a command belongs behind --")
-    flags, given = _read_options(argv[:place], environ)
-    if given["--api-port"] is None and "--api-host" in flags:
+    flags, given = {word.partition("=")[0] for word in argv[:place]}, _read_options(argv[:place], environ)
+    port, linger_sec = given["--api-port"], given["--linger"]
+    if port is None and "--api-host" in flags:
         raise UsageError("--api-host needs --api-port")
-    if given["--api-port"] is None and given["--api-unix"] is None:
+    if port is None and given["--api-unix"] is None:
         raise UsageError("nothing to serve on: give --api-port PORT (or --api-unix PATH); --help lists everything")
     if given["--tls-key"] and not given["--tls-cert"]:
         raise UsageError("--tls-key needs --tls-cert")
-    for written in ("--record", "--report"):
-        path = check_output(given[written], written) if given[written] else ""  # now, not when the run is over
-        for read in ("--config", "--replay", "--tls-cert", "--tls-key"):
-            if given[read] and all(map(os.path.exists, (path, given[read]))) and os.path.samefile(path, given[read]):
+    for written in filter(given.get, ("--record", "--report")):
+        path = check_output(given[written], written)  # now, not when the run is over
+        for read in ("--config", "--replay"):
+            if path == os.path.realpath(given[read] or ""):
                 raise UsageError(f"{written} {printable(path)}: that is the file that {read} reads")
-    learnt = Secrets()
-    learnt.redact([read_flags(command), dict(environ)])  # of more than it remembers, the first count
-    port, linger_sec = given["--api-port"], given["--linger"]
+    told, learnt = read_flags(command), Secrets()
+    learnt.redact([told, dict(environ)])  # of more than it remembers, the first count
     settings = Settings(
         host=(given["--api-host"] or "127.0.0.1").strip("[]"), port=port and int(port), unix_path=given["--api-unix"],
         token=given["--api-token"], allow_hosts=given["--allow-host"], cors_origins=given["--cors-origin"],
@@ -5004,146 +4861,121 @@ def parse_arguments(argv: Sequence[str], environ: Mapping[str, str]) -> Argument
         ws_max_connections=int(given["--ws-max-connections"] or WS_CONNECTIONS_MAX),
         record=given["--record"], report=given["--report"], secrets=learnt.known,
     )  # fmt: skip
-    backend = given["--zmq-backend"] = (given["--zmq-backend"] or "auto").lower()
-    source, told = _choose_source(flags, given, bool(command))
-    config = _read_config(given["--config"]) if given["--config"] else told
-    return Arguments(settings, source, backend, command, config, (given["--log-level"] or "info").upper())
+    config = read_artifact("", given["--config"]) if given["--config"] else None
+    if config == {}:
+        raise UsageError(f"--config {printable(given['--config'])}: no file with a JSON object")
+    chosen = _choose_source(flags, given, bool(command))
+    words = [os.path.basename(word).replace("aiperf.exe", "aiperf") for word in command]
+    is_aiperf = ("aiperf", "profile") in zip(words, words[1:])
+    kind, value = chosen or (_bus_of(told, ipc_dir) if is_aiperf else ("bind", f"ipc://{ipc_dir}/bus.ipc"))
+    source = _make_source(kind, value, given, bool(command))
+    if command:
+        # Without them a run without dashboard publishes no live metrics (AIPerf 0.5 and later).
+        live = {"AIPERF_UI_REALTIME_METRICS_ENABLED": "true", "AIPERF_UI_REALTIME_METRICS_INTERVAL": "1"}
+        ours = re.compile("AIPERF_API_(SERVER|TOKEN)")  # AIPerf's own API reads them, too
+        environ = {**live, **{name: environ[name] for name in environ if not ours.match(name)}}
+        environ |= {"AIPERF_API_ZMQ_ADDRESS": value} if kind == "bind" else {}
+        command += ("--zmq-ipc-path", ipc_dir) if value == ipc_dir else ()
+    defaults = {} if "config" in told else {"endpoint_type": "chat", "streaming": False}  # AIPerf's
+    level = (given["--log-level"] or "info").upper()
+    return Plan(settings, level, config, source, command, environ, {**defaults, **told} if is_aiperf else {})
 
 
-def _choose_source(flags: set[str], given: Mapping[str, Any], has_command: bool) -> tuple[Source | None, JSONValue]:
-    """Return the one source that is asked for, and the configuration that comes with it.  A flag beats variables, two
-    are a mistake.  A command brings its own bus (None), unless a flag says where that is; variables do not count."""
+def _choose_source(flags: set[str], given: Mapping[str, Any], has_command: bool) -> tuple[str, str] | None:
+    """Return kind and value of the one source; a flag beats variables.  A command brings its own bus (None), unless a
+    flag says where that is."""
     chosen = [flag for flag in _SOURCES if flag in flags]
     if not chosen and not has_command:
         chosen = [flag for flag in _SOURCES if given[flag]] or ["--zmq-host"]
-    if len(chosen) > 1 or (has_command and chosen and chosen[0] in ("--replay", "--demo")):
+    is_replay = not {"--replay", "--demo"}.isdisjoint(chosen)
+    if len(chosen) > 1 or (has_command and is_replay):
         raise UsageError(f"{' and '.join(chosen)}{' and a command' if has_command else ''}: only one source at a time")
     for option in ("--replay-speed", "--replay-loop"):
-        if given[option] is not None and not {"--replay", "--demo"} & set(chosen):
+        if given[option] is not None and not is_replay:
             raise UsageError(f"{option} needs --replay or --demo")
-    if not chosen:
-        return None, None
-    flag, value = chosen[0], given[chosen[0]] or "127.0.0.1"
-    if flag in ("--replay", "--demo"):
-        speed, loop = float(given["--replay-speed"] or 1.0), bool(given["--replay-loop"])
-        if flag == "--replay":
-            check_recording(value)
-            return ReplaySource(value, speed=speed, loop=loop), None
-        files = read_static_files()
-        data, config = files.get(DEMO_RECORDING), json_load(files.get("demo.config.json", b"null"))
+    return (_SOURCES[chosen[0]], given[chosen[0]] or "127.0.0.1") if chosen else None
+
+
+def _bus_of(flags: Mapping[str, Any], ipc_dir: str) -> tuple[str, str]:
+    """Return kind and value of the source that is the bus of an `aiperf profile`."""
+    if "zmq_host" in flags:
+        host = str(flags["zmq_host"])
+        return "tcp", "127.0.0.1" if host in ("0.0.0.0", "*") else host
+    if "zmq_ipc_path" in flags or "zmq_dual_bind" in flags:
+        return "ipc", str(flags.get("zmq_ipc_path", "/tmp/aiperf"))  # AIPerf's default
+    path = str(flags.get("config", os.devnull))
+    key = r"(?m)^[ \t\"'{,-]*communication[\"']?[ \t]*:|[{,]\s*[\"']communication"
+    with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:  # AIPerf will say so
+        if re.search(key, file.read(1 << 20)):  # AIPerf 0.13 takes no flag beside it
+            example = "say where it is, as in aiperf-api ... --zmq-host 127.0.0.1 -- aiperf profile ..."
+            raise UsageError(f"{printable(path)} chooses the event bus itself (communication): {example}")
+    return "ipc", ipc_dir
+
+
+def _make_source(kind: str, value: str, given: Mapping[str, Any], is_child: bool) -> Source:
+    speed, loop = float(given["--replay-speed"] or 1), bool(given["--replay-loop"])
+    if kind == "replay":
+        check_recording(value)
+        return ReplaySource(value, speed=speed, loop=loop)
+    if kind == "demo":
+        data, middle_sec = read_static_files().get(DEMO_RECORDING), 20.5  # there is something to see at once
         if data is None:
             raise UsageError("--demo: the recording is not here; copy the folder static/ beside aiperf_api.py")
-        half_sec = 20.5  # of the recording: there is something to see at once
-        return ReplaySource(DEMO_RECORDING, "demo", speed=speed, loop=True, data=data, start_at=half_sec), config
-    kind = {"--zmq-host": "tcp", "--zmq-ipc-path": "ipc", "--zmq-bind": "bind"}.get(flag, "zmq")
+        return ReplaySource(DEMO_RECORDING, "demo", speed=speed, loop=True, data=data, start_at=middle_sec)
     address = backend_address(value.strip("[]")) if kind == "tcp" else ipc_address(value) if kind == "ipc" else value
-    named, backend = "child" if has_command else kind, given["--zmq-backend"]
-    return bus_source(address, named, bind=kind == "bind", backend=backend), None
+    backend = (given["--zmq-backend"] or "auto").lower()
+    return bus_source(address, "child" if is_child else kind, bind=kind == "bind", backend=backend)
 
 
 # -- The benchmark behind `--` -----------------------------------------------------------------------------------------
 
 
-class ChildPlan(NamedTuple):
-    """How a command is run and where its bus is."""
-
-    argv: tuple[str, ...]
-    environ: dict[str, str]
-    source: Source
-    config: dict[str, Any]  # what its command line tells
-
-
 def read_flags(argv: Sequence[str]) -> dict[str, Any]:
-    """Return the flags: `--any-name VALUE` as any_name; without a value it is true, repeated it is a list."""
-    flags: dict[str, Any] = {}
-    short = {"-m": "model", "-u": "url", "-f": "config", "-H": "header"}
+    """Return `--any-name VALUE` as any_name; without a value it is true, repeated a list."""
+    found: dict[str, list[Any]] = {}
+    short = {"-m": "--model", "-u": "--url", "-f": "--config", "-H": "--header"}
     for word, after in zip(argv, (*argv[1:], "--")):
-        is_long = word.startswith("--")
-        name, equals, value = word.partition("=") if is_long else (word[:2], word[2:], word[2:].lstrip("="))
-        name = short.get(name, name[2:].replace("-", "_") if is_long else "")
-        if not name:
-            continue
-        if not equals:
-            value = "true" if after.startswith("-") and not re.fullmatch(r"-[0-9.]+", after) else after
-        read: Any = {"true": True, "false": False}.get(value.lower(), value)
-        if re.fullmatch(r"-?[0-9]{1,15}(\.[0-9]{1,15})?", value):
-            read = float(value) if "." in value else int(value)
-        before = flags.get(name, [])
-        flags[name] = [*(before if isinstance(before, list) else [before]), read] if name in flags else read
-    return flags
-
-
-def child_plan(arguments: Arguments, environ: Mapping[str, str], ipc_dir: str) -> ChildPlan:
-    """Decide how to run a command so that its bus can be heard.  An `aiperf profile` is followed to the bus that our
-    flags, or else its own, name; without any it gets a private IPC directory.  Any other command finds an address to
-    publish to in AIPERF_API_ZMQ_ADDRESS."""
-    command, source, backend = arguments.command, arguments.source, arguments.backend
-    ours = {name for option in OPTIONS for name in option.env.split() if "API_SERVER" in name or "TOKEN" in name}
-    inherited = {name: value for name, value in environ.items() if name not in ours}  # AIPerf's own API reads them, too
-    words = [os.path.basename(word) for word in command]
-    if not any(pair in (("aiperf", "profile"), ("aiperf.exe", "profile")) for pair in zip(words, words[1:])):
-        if source is None:
-            source = bus_source("ipc://" + os.path.join(ipc_dir, "bus.ipc"), "child", bind=True, backend=backend)
-            inherited["AIPERF_API_ZMQ_ADDRESS"] = source.address
-        return ChildPlan(command, inherited, source, {})
-    flags = read_flags(command)
-    address, added = ipc_address(ipc_dir), ["--zmq-ipc-path", ipc_dir]
-    if source is not None or {"zmq_ipc_path", "zmq_host", "zmq_dual_bind"} & flags.keys():
-        host, added = str(flags.get("zmq_host", "")), []  # to bind to is not always to connect to
-        address = backend_address("127.0.0.1" if host in ("0.0.0.0", "*") else host)
-        address = address if host else ipc_address(str(flags.get("zmq_ipc_path", "/tmp/aiperf")))  # AIPerf's default
-    elif _names_a_bus(str(flags.get("config", os.devnull))):
-        example = "aiperf-api ... --zmq-host 127.0.0.1 -- aiperf profile ..."
-        path = printable(str(flags["config"]))
-        raise UsageError(f"{path} chooses the event bus itself (communication): say where it is, as in {example}")
-    # Else a run without dashboard publishes no live metrics (AIPerf 0.5 and later).
-    live = {"AIPERF_UI_REALTIME_METRICS_ENABLED": "true", "AIPERF_UI_REALTIME_METRICS_INTERVAL": "1"}
-    defaults = {} if "config" in flags else {"endpoint_type": "chat", "streaming": False}  # AIPerf's
-    source = source or bus_source(address, "child", backend=backend)
-    return ChildPlan((*command, *added), {**live, **inherited}, source, {**defaults, **flags})
-
-
-def _names_a_bus(path: str) -> bool:
-    """Return whether a configuration file has a key `communication`: AIPerf 0.13 takes no flag beside it."""
-    key = r"(?m)^[ \t\"'{,-]*communication[\"']?[ \t]*:|[{,]\s*[\"']communication"
-    with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
-        return bool(re.search(key, file.read(1 << 20)))
-    return False  # it cannot be read: the benchmark will say so itself
+        if word[:2] in short:
+            word = short[word[:2]] + (f"={word[2:].lstrip('=')}" if word[2:] else "")  # noqa: PLW2901
+        name, equals, value = word.partition("=")
+        if name.startswith("--") and name != "--":
+            if not equals:
+                value = "true" if after.startswith("-") and not re.fullmatch(r"-[0-9.]+", after) else after
+            # A longer number may be a key.
+            is_json = re.fullmatch(r"(?i)true|false|-?(0|[1-9][0-9]{0,14})(\.[0-9]{1,15})?", value)
+            read = json_load(value.lower().encode()) if is_json else value
+            found.setdefault(name[2:].replace("-", "_"), []).append(read)
+    return {name: values if len(values) > 1 else values[0] for name, values in found.items()}
 
 
 class Child:
     """The benchmark, run as a shell runs it: in a process group of its own, with the terminal.
 
-    So Ctrl-C reaches it alone and once.  A signal to us is passed on, but not the second of two within a second: AIPerf
-    answers its first SIGINT by finishing, its second by quitting, and `timeout` sends one to us and one to our group.
-    Without a command it keeps to the signals.
+    So Ctrl-C reaches it alone.  A signal to us is passed on, but not the second of two within a second: AIPerf's first
+    SIGINT finishes, its second quits, and `timeout` sends one to us and one to our group.
     """
 
-    def __init__(self, plan: ChildPlan) -> None:
+    def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.hurried = asyncio.Event()  # nobody wants us to go on serving
-        self.exit_text = ""  # how it ended: `exit status 3`, `killed by SIGKILL`
-        self._signals: list[tuple[int, float]] = []  # (number, monotonic seconds) of those that were passed on
+        self.exit_text = ""
+        self._signals: list[tuple[int, float]] = []  # number and monotonic seconds of those that counted
         self._process: asyncio.subprocess.Process | None = None  # while it runs
-        self._has_terminal = False  # it is ours to hand over
+        self._has_terminal = False
         with contextlib.suppress(OSError, AttributeError):
             self._has_terminal = os.tcgetpgrp(0) == os.getpgrp()
 
     def watch_signals(self) -> None:
-        """Handle in the loop the signals that end us (SIGHUP unless it is ignored, as under nohup), and SIGCHLD."""
+        if sys.platform == "win32":  # Ctrl-C is a KeyboardInterrupt
+            return
         loop = asyncio.get_running_loop()
-        for name in ("SIGINT", "SIGTERM", "SIGQUIT", "SIGHUP"):
-            number = getattr(signal, name, None)
-            if number is not None and (name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN):
-                try:
-                    loop.add_signal_handler(number, self.on_signal, number)
-                except NotImplementedError:  # Windows
-                    signal.signal(number, lambda n, _: loop.call_soon_threadsafe(self.on_signal, n))
-        if hasattr(signal, "SIGCHLD"):
-            loop.add_signal_handler(signal.SIGCHLD, self.on_child_signal)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                loop.add_signal_handler(number, self._on_signal, number)
+        loop.add_signal_handler(signal.SIGCHLD, self._on_child_signal)
 
     def _give_terminal(self, group: int = 0) -> None:
-        """Make a process group (0: our own) the one that the terminal signals; SIGTTOU would stop us for asking."""
+        """Have the terminal signal a process group (0: our own); SIGTTOU would stop us for asking."""
         if self._has_terminal:
             before = signal.signal(signal.SIGTTOU, signal.SIG_IGN)
             with contextlib.suppress(OSError):
@@ -5160,8 +4992,8 @@ class Child:
         try:
             self._process = await asyncio.create_subprocess_exec(*argv, env=self.plan.environ, preexec_fn=enter)
             for number, _ in self._signals:  # that came before
-                self._process.send_signal(number)
-            self.on_child_signal()  # a Ctrl-Z, too
+                self._send(number)
+            self._on_child_signal()  # a Ctrl-Z, too
         except (OSError, ValueError, subprocess.SubprocessError) as error:
             code = 127 if isinstance(error, FileNotFoundError) else 126
             raise ExitError(f"{printable(argv[0])}: {getattr(error, 'strerror', None) or error}", code) from None
@@ -5169,36 +5001,33 @@ class Child:
         self._give_terminal()
         self.exit_text = f"exit status {code}"
         if code < 0:
-            self._kill(signal.SIGKILL)  # what it had started goes, too
+            self._send(signal.SIGKILL, to_group=True)  # what it had started goes, too
             self.exit_text = f"killed by {signal.Signals(-code).name if -code in tuple(signal.Signals) else -code}"
         self._process = None
         return code if code >= 0 else 128 - code
 
-    def _kill(self, number: int) -> None:
-        """Signal the whole group."""
+    def _send(self, number: int, *, to_group: bool = False) -> None:
         if self._process is not None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self._process.pid, number)
+                os.killpg(self._process.pid, number) if to_group else self._process.send_signal(number)
 
-    def on_signal(self, number: int) -> None:
-        """Pass a signal on; the third kills the benchmark.  After its end one asks for ours, another one forces it."""
-        now_sec = time.monotonic()
+    def _on_signal(self, number: int) -> None:
+        """Pass it on; the third kills the benchmark.  After its end one asks for ours, another forces it."""
+        now_sec, is_running = time.monotonic(), self._process is not None
         if any(known == number and now_sec - at < 1.0 for known, at in self._signals):
             return
         self._signals.append((number, now_sec))
-        if self._process is None and self.hurried.is_set():
+        if not is_running and self.hurried.is_set():
             sys.exit(128 + number)  # which ends what stop() waits for, and removes the directory
-        if self._process is None or len(self._signals) > 1 or number != signal.SIGINT:
+        if not is_running or len(self._signals) > 1 or number != signal.SIGINT:
             self.hurried.set()
-        if self._process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.send_signal(number)
-            if len(self._signals) > 2:
-                self._kill(signal.SIGKILL)
+        self._send(number)
+        if len(self._signals) > 2:
+            self._send(signal.SIGKILL, to_group=True)
 
-    def on_child_signal(self) -> None:
-        """Reap, as the first process of a container, whom nobody else can: our own child is asyncio's.  Follow a child
-        that Ctrl-Z has stopped: stop, too, so that the shell has the terminal, and let it go on when we do."""
+    def _on_child_signal(self) -> None:
+        """Reap whom a container's first process must: our own child is asyncio's.  Follow a child that Ctrl-Z has
+        stopped: stop, too, so that the shell has the terminal, and let it go on when we do."""
         own = self._process.pid if self._process is not None else 0
         with contextlib.suppress(ChildProcessError, AttributeError):  # macOS has waitid() from Python 3.13 on
             while os.getpid() == 1 and (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)):
@@ -5211,12 +5040,12 @@ class Child:
                 with contextlib.suppress(OSError):
                     if os.tcgetpgrp(0) == os.getpgrp():  # fg, not bg
                         self._give_terminal(own)
-                self._kill(signal.SIGCONT)
+                self._send(signal.SIGCONT, to_group=True)
 
 
 @contextlib.contextmanager
 def ipc_directory() -> Iterator[str]:
-    """Hold a directory that only this user can enter, with a path short enough for a Unix socket."""
+    """Hold a directory of this user alone, whose path is short enough for a Unix socket."""
     import shutil  # only here: they import half of the compressors
     import tempfile
 
@@ -5231,23 +5060,20 @@ def ipc_directory() -> Iterator[str]:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-# -- The program -------------------------------------------------------------------------------------------------------
-
-
-def say(*lines: str) -> None:
-    """Write lines for the user; a standard error that is closed, full or broken costs the lines only."""
+def say(line: str) -> None:
+    """Print; a standard error that is closed, full or broken costs the line only."""
     with contextlib.suppress(OSError, ValueError):
-        if sys.stderr is not None:  # print() would write to stdout
-            print(*lines, sep="\n", file=sys.stderr, flush=True)
+        if sys.stderr is not None:  # print() would take stdout
+            print(line, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
 def log_held() -> Iterator[None]:
-    """Hold the log back while a benchmark draws on the same terminal."""
-    import logging.handlers  # only here: it imports half of the standard library
+    """Hold the log while a benchmark draws on the same terminal."""
+    from logging.handlers import MemoryHandler  # only here: it imports half of the standard library
 
     handler = log.handlers[0]
-    held = logging.handlers.MemoryHandler(1000, logging.CRITICAL + 1, handler)
+    held = MemoryHandler(1000, logging.CRITICAL + 1, handler)
     log.handlers[:] = [held if sys.stderr is not None and sys.stderr.isatty() else handler]
     try:
         yield
@@ -5256,31 +5082,17 @@ def log_held() -> Iterator[None]:
         held.close()  # writes what it holds
 
 
-def start_lines(service: APIService) -> list[str]:
-    """Return what somebody who starts the server wants to know first."""
-    source, settings = service.source, service.settings
-    lines = [f"aiperf-api {__version__} serves {printable(service.url)}"]
-    if settings.port is not None:
-        lines.append(f"  dashboard  {service.url}/dashboard")
-        lines += [f"  and        unix:{printable(settings.unix_path)}"] if settings.unix_path else []
-    lines.append(f"  source     {source.kind}: {printable(source.address, _LINE_CHARS_MAX)}")
-    if settings.port is not None and not is_loopback(settings.host) and not settings.token:
-        lines.append("  warning    open to the network without a token; see --api-token")
-    return lines
-
-
 async def _run_benchmark(service: APIService, child: Child) -> int:
-    """Run the benchmark, note how it ended, serve its last state for a while; return its exit code."""
     with log_held():
         code = await child.run()
     deadline, seen = time.monotonic() + 3.0, -1
     while service.bus_total != seen and time.monotonic() < deadline:  # what it said last is still under way
         seen = service.bus_total
         await asyncio.sleep(0.2)
-    if not service.bus_total:
+    if not seen:
         log.warning("the benchmark was not heard; in a script it needs --zmq-host: see the troubleshooting guide")
-    if code or service.bus_total:  # a command that ended well and never reported has not failed
-        hint = "" if service.bus_total else "; see its output above"
+    if code or seen:  # a command that ended well and never reported has not failed
+        hint = "" if seen else "; see its output above"
         service.end_child(child.exit_text + hint if code else "")
     linger_sec = 5 if service.settings.linger_sec is None else service.settings.linger_sec
     if linger_sec and not child.hurried.is_set():
@@ -5290,37 +5102,43 @@ async def _run_benchmark(service: APIService, child: Child) -> int:
     return code
 
 
-async def _serve(arguments: Arguments, environ: Mapping[str, str]) -> int:
-    """Serve until a signal or the end of the run and of the lingering; return the exit code."""
-    with ipc_directory() if arguments.command else contextlib.nullcontext("") as directory:
-        plan = child_plan(arguments, environ, directory)
-        child = Child(plan)
-        service = APIService(source=plan.source, config=arguments.config, **arguments.settings._asdict())
-        service.configure(plan.config, "command")
-        child.watch_signals()
-        await service.start()
-        try:
-            say(*start_lines(service))
-            if plan.argv:
-                return await _run_benchmark(service, child)
-            ends = [asyncio.ensure_future(end) for end in (child.hurried.wait(), service.wait_lingered())]
-            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-            return 0
-        finally:
-            await service.stop()
+async def _serve(plan: Plan) -> int:
+    child = Child(plan)
+    service = APIService(source=plan.source, config=plan.config, **plan.settings._asdict())
+    service.configure(plan.told, "command")
+    child.watch_signals()
+    await service.start()
+    try:
+        source, settings = service.source, service.settings
+        say(f"aiperf-api {__version__} serves {printable(service.url)}")
+        if settings.port is not None:
+            say(f"  dashboard  {service.url}/dashboard")
+        say(f"  source     {source.kind}: {printable(source.address)}")
+        if settings.port is not None and not is_loopback(settings.host) and not settings.token:
+            say("  warning    open to the network without a token; see --api-token")
+        if plan.argv:
+            return await _run_benchmark(service, child)
+        over = service.wait_complete(math.inf if settings.linger_sec is None else settings.linger_sec)
+        ends = [asyncio.ensure_future(end) for end in (child.hurried.wait(), over)]
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        return 0
+    finally:
+        await service.stop()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve until told to stop; return the exit code."""
+    given = sys.argv[1:] if argv is None else argv
     try:
-        arguments = parse_arguments(sys.argv[1:] if argv is None else argv, os.environ)
-        logging.raiseExceptions = False  # a standard error that is closed, full or broken costs the line only
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
-        log.handlers[:] = [handler]
-        log.propagate = False
-        log.setLevel(arguments.log_level)
-        return asyncio.run(_serve(arguments, os.environ))
+        with ipc_directory() if "--" in given else contextlib.nullcontext("") as directory:
+            plan = parse_arguments(given, os.environ, directory)
+            logging.raiseExceptions = False  # as in say()
+            handler = logging.StreamHandler()
+            handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+            log.handlers[:] = [handler]
+            log.propagate = False
+            log.setLevel(plan.log_level)
+            return asyncio.run(_serve(plan))
     except ExitError as error:
         say(f"aiperf-api: {error}")
         return error.exit_code
@@ -5329,8 +5147,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run() -> NoReturn:
-    """Run the program, for launchers that ignore what main() returns (zipapp)."""
-    for descriptor in range(3):  # a closed one would be given to a socket, and the benchmark would write to that
+    """Run main(), for launchers that ignore what it returns (zipapp)."""
+    for descriptor in range(3):  # a closed one would become a socket, and the benchmark would write to that
         try:
             os.fstat(descriptor)
         except OSError:

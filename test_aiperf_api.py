@@ -4428,7 +4428,7 @@ class TestServiceAnswers(ServiceTestCase):
         self.feed(self.service, "run_0_13_success")
         self.assertEqual(await asyncio.wait_for(waiting, 5), "complete")
         self.assertEqual((await self.get(self.service, "/api/progress")).json["system_state"], "complete")
-        with self.assertRaises(ValueError):
+        with self.assertRaises(KeyError):
             self.service.publish({"metrics": []})
 
     async def test_between_two_runs_of_a_sweep_an_attached_server_is_not_complete(self) -> None:
@@ -4743,12 +4743,12 @@ class TestUnixSocket(ServiceTestCase):  # only its owner opens it, and no server
     async def test_what_is_no_socket_stays_and_a_path_that_cannot_be_is_one_line(self) -> None:
         file = Path(self.path)
         file.write_text("precious")
-        with self.assertRaisesRegex(aiperf_api.StartError, "is not a socket"):
+        with self.assertRaisesRegex(aiperf_api.StartError, "already in use"):
             await self.serve(unix_path=self.path)
         self.assertEqual(file.read_text(), "precious")
         file.unlink()
         os.symlink("/nowhere", self.path)
-        with self.assertRaisesRegex(aiperf_api.StartError, "is not a socket"):
+        with self.assertRaisesRegex(aiperf_api.StartError, "already in use"):
             await self.serve(unix_path=self.path)
         for path in (self.path + "/below", "/tmp/" + "x" * 200):
             with self.assertRaisesRegex(aiperf_api.StartError, "cannot listen on [^\n]+$"):
@@ -5035,7 +5035,7 @@ class TestTokens(ServiceTestCase):
         self.assertGreater(len(self.lines), 5)
         for text in (self.TOKEN, self.QUOTED, "plain-token", "s3cret"):
             self.assertNotIn(text, "".join(self.lines))
-        quoted = r'127\.0\.0\.1:\d+ "GET /api/status\?token=\*\*\*&x=%0d%0a" 200 "curl\\" 200 \\""\n'
+        quoted = r"127\.0\.0\.1:\d+ 404 GET /api/status/\*\*\*\n"
         self.assertRegex("\n".join(self.lines), quoted)
 
     def test_an_empty_token_is_a_mistake_and_not_a_token(self) -> None:
@@ -5153,7 +5153,7 @@ class TestCommandLine(unittest.TestCase):
                 ((*port, "--replay", empty), "empty"), ((*port, "--replay", text), ""),
                 ((*port, "--replay", text, "--record", text), "--replay reads"),
                 ((*port, "--config", json_list, "--report", json_list), "--config reads"),
-                ((*port, "--config", "/no/such"), "--config"), ((*port, "--config", json_list), "not a JSON object"),
+                ((*port, "--config", "/no/such"), "--config"), ((*port, "--config", json_list), "no file with a JSON object"),
                 ((*port, "--zmq-address", "x"), "not a bus"), ((*port, "--zmq-backend", "x"), "auto, pyzmq or builtin"),
                 ((*port, "--replay-speed", "-1", "--demo"), "--replay-speed"),
                 ((*port, "--replay-speed", "2"), "needs --replay"), ((*port, "--replay-loop"), "needs --replay"),
@@ -5215,8 +5215,10 @@ class TestCommandLine(unittest.TestCase):
 
     def test_the_flags_of_a_command_line_are_read_whatever_their_names(self) -> None:
         line = "aiperf profile -m m --url=http://h --streaming --concurrency 4 --isl-stddev -1 -H A:b -H C:d --rate 2.5"
+        line += f" --api-key {'1234' * 5}"  # it stays a text, which can be redacted
         told = {"model": "m", "url": "http://h", "streaming": True, "concurrency": 4, "isl_stddev": -1, "rate": 2.5}
-        self.assertEqual(aiperf_api.read_flags(line.split()), {**told, "header": ["A:b", "C:d"]})
+        told.update(header=["A:b", "C:d"], api_key="1234" * 5)
+        self.assertEqual(aiperf_api.read_flags(line.split()), told)
 
     def test_the_demo_serves_says_so_and_stops_on_a_signal_with_exit_0(self) -> None:
         for number, host, shown in ((signal.SIGINT, "127.0.0.1", "127.0.0.1"), (signal.SIGTERM, "::1", "[::1]")):
@@ -5246,9 +5248,9 @@ class TestCommandLine(unittest.TestCase):
 
 
 class TestChildPlan(unittest.TestCase):
-    def plan(self, line: str, *options: str, environ: dict[str, str] | None = None) -> aiperf_api.ChildPlan:
-        arguments = aiperf_api.parse_arguments(["--api-port", "0", *options, "--", *line.split()], environ or {})
-        return aiperf_api.child_plan(arguments, environ or {}, "/p")
+    def plan(self, line: str, *options: str, environ: dict[str, str] | None = None) -> aiperf_api.Plan:
+        argv = ["--api-port", "0", *options, "--", *line.split()]
+        return aiperf_api.parse_arguments(argv, environ or {}, "/p")
 
     def test_a_profile_is_followed_to_the_bus_that_it_or_we_were_told(self) -> None:
         private = "ipc:///p/event_bus_proxy_backend.ipc"
@@ -5298,9 +5300,9 @@ class TestChildPlan(unittest.TestCase):
 
     def test_what_the_command_line_tells_is_the_configuration(self) -> None:
         made = self.plan("aiperf profile -m x --api-key sk-4711-aaaa-bbbb-cccc --concurrency 3")
-        self.assertEqual(made.config["concurrency"], 3)
-        self.assertEqual((made.config["endpoint_type"], made.config["streaming"]), ("chat", False))  # AIPerf's defaults
-        self.assertEqual(self.plan("aiperf profile -f /nonexistent.yaml").config, {"config": "/nonexistent.yaml"})
+        self.assertEqual(made.told["concurrency"], 3)
+        self.assertEqual((made.told["endpoint_type"], made.told["streaming"]), ("chat", False))  # AIPerf's defaults
+        self.assertEqual(self.plan("aiperf profile -f /nonexistent.yaml").told, {"config": "/nonexistent.yaml"})
 
     @unittest.skipUnless(zmq, "needs the pyzmq package")
     def test_any_other_command_finds_an_address_to_publish_to(self) -> None:
@@ -5501,7 +5503,7 @@ class TestWithNothingInstalled(LoopTestCase):  # by an interpreter that sees no 
             recording = RECORDINGS / f"{self.RUN}.jsonl.gz"
             with Program("--replay", str(recording), "--replay-speed", "0", program=("-I", "-S", alone)) as url:
                 self.check_end(url, "replay", "")
-                self.assertIn("static", fetched(url + "/"))
+                self.assertRaisesRegex(urllib.error.HTTPError, "404", fetched, url + "/")
                 for path in ("/api", "/api/workers", "/api/results", "/api/runs", "/api/history"):
                     self.assertTrue(json.loads(fetched(url + path)), path)
             pyzmq = (("--zmq-backend", "pyzmq"), ("--zmq-bind", "tcp://127.0.0.1:*"), ("--", "true"))
