@@ -1602,26 +1602,23 @@ STATES = ("waiting", "initializing", "configuring", "ready", "profiling", "proce
 ENDS = ("complete", "cancelled", "failed")
 
 METRICS_MESSAGE_TYPES = frozenset("realtime_metrics realtime_telemetry_metrics realtime_server_metrics".split())
+PHASE_MESSAGE_TYPES = frozenset("""credit_phase_start credit_phase_progress credit_phase_sending_complete
+    credit_phase_complete""".split())  # fmt: skip
 RESULT_MESSAGE_TYPES = frozenset(("process_all_results", "process_records_result"))  # of 0.12 and later; of all
 _RESULT_ITEMS_MAX = 4 * JSON_ITEMS_MAX
 # Types whose latest message replaces the one before; what is kept per worker or group is not among them.
 STATE_MESSAGE_TYPES = METRICS_MESSAGE_TYPES | {"credit_phase_progress", "processing_stats", "worker_status_summary"}
 # What carries figures alone, and is therefore never looked through for secrets.
-FIGURES_MESSAGE_TYPES = METRICS_MESSAGE_TYPES | frozenset("""all_records_received worker_group_stats heartbeat
-    credit_phase_complete credit_phase_progress credit_phase_sending_complete credits_complete
-    dataset_configured_notification phase_baseline_request processing_stats worker_health worker_pod_state
-    worker_startup_state worker_status_summary""".split())  # fmt: skip
+FIGURES_MESSAGE_TYPES = (
+    METRICS_MESSAGE_TYPES
+    | PHASE_MESSAGE_TYPES - {"credit_phase_start"}
+    | frozenset(
+        """all_records_received worker_group_stats heartbeat credits_complete dataset_configured_notification
+    phase_baseline_request processing_stats worker_health worker_pod_state worker_startup_state
+    worker_status_summary""".split()
+    )
+)
 _ENVELOPE = ("message_type", "service_id", "request_ns", "request_id")  # fields that any message may have
-
-
-def _pairs(text: str) -> Mapping[str, str]:
-    """Return the mapping that `key=value key=value …` says."""
-    return MappingProxyType(dict(pair.split("=") for pair in text.split()))
-
-
-# The field of a phase's message that says when it was sent; credit_phase_progress does not say.
-_PHASE_CLOCKS = _pairs("""credit_phase_start=start_ns credit_phase_progress= credit_phase_sending_complete=sent_end_ns
-    credit_phase_complete=requests_end_ns""")  # fmt: skip
 
 
 class BusMessage:
@@ -1652,7 +1649,8 @@ class BusMessage:
         if not isinstance(value, dict):
             raise BusError("not_object", f"a {type(value).__name__} instead of an object")
         self.parsed = self._without_more(value, items) if self.type in RESULT_MESSAGE_TYPES else value
-        self.payload = json_bytes(self.parsed) if self.not_finite or self.parsed is not value else self.payload
+        if self.not_finite or self.parsed is not value:
+            self.payload = json_bytes(self.parsed)
         return self.parsed
 
     def _without_more(self, value: dict[str, Any], items: int) -> dict[str, Any]:
@@ -1694,7 +1692,6 @@ def _count(value: Any) -> int | None:
 
 
 def _name(value: Any) -> str | None:
-    """Return a text that may name something, or None."""
     return value if isinstance(value, str) and value and is_name(value) else None
 
 
@@ -1732,11 +1729,17 @@ def _error_text(error: Any) -> str | None:
     return (f"{code} {text}" if code is not None else text)[:NAME_BYTES_MAX] or None
 
 
+def _pairs(text: str) -> Mapping[str, str]:
+    return MappingProxyType(dict(pair.split("=") for pair in text.split()))
+
+
 # -- Phases ------------------------------------------------------------------------------------------------------------
 
 # Names of 0.3 -> the names of 0.6 and later.
 _PHASE_FIELDS = _pairs("""sent=requests_sent completed=requests_completed final_request_count=final_requests_completed
     end_ns=requests_end_ns processed=success_records errors=error_records""")  # fmt: skip
+_COUNTERS = frozenset("""requests_sent requests_completed requests_cancelled request_errors completed_sessions
+    success_records error_records""".split())  # fmt: skip
 
 
 def phase_stats(message: dict[str, Any]) -> dict[str, Any]:
@@ -1755,33 +1758,31 @@ class Phase:
         self.kind = _name(stats.get("phase_kind")) or _name(stats.get("phase")) or name  # warmup or profiling
         self.is_warmup = self.kind == "warmup"
         self.first_ns = now_ns  # bus clock: when it was first heard of
-        self.counts = dict.fromkeys("""requests_sent requests_completed requests_cancelled request_errors
-            completed_sessions success_records error_records""".split(), 0)  # they never go back  # fmt: skip
-        self.stats: dict[str, Any] = {}  # what else AIPerf told, by name; times are of the benchmark's clock
-        self.aborted = 0  # records of requests that were cancelled, which AIPerf counts as errors
-        self.is_complete = False  # credit_phase_complete was heard
-        self.elapsed_ns = 0  # by the benchmark's clock, as far as that is known
+        self.stats: dict[str, Any] = dict.fromkeys(sorted(_COUNTERS), 0)  # by AIPerf's names; times by its clock
+        self.aborted = 0  # requests that were cancelled, which AIPerf counts as errors
+        self.is_complete = False
+        self.elapsed_ns = 0
         self.update({}, now_ns)
 
     def update(self, stats: Mapping[str, Any], now_ns: int) -> None:
-        self.update_ns, counts = now_ns, self.counts
+        self.update_ns, told = now_ns, self.stats
         for name, value in _scalars(stats).items():
             key = _PHASE_FIELDS.get(name, name)
             counter = key.removeprefix("final_")
-            if counter in counts:
-                counts[counter] = max(counts[counter], _count(value) or 0)
-            if key in self.stats or len(self.stats) < EXTRAS_MAX:
-                self.stats[key] = value
-        self.start_ns = _count(self.stats.get("start_ns"))
-        self.end_ns = _count(self.stats.get("requests_end_ns"))
-        self.expected = _count(self.stats.get("total_expected_requests"))
-        self.duration_sec = _positive(self.stats.get("expected_duration_sec"))
-        self.records = counts["success_records"] + counts["error_records"]
+            if counter in _COUNTERS:
+                told[counter] = max(told[counter], _count(value) or 0)
+            if key not in _COUNTERS and (key in told or len(told) < EXTRAS_MAX):
+                told[key] = value
+        self.start_ns = _count(told.get("start_ns"))
+        self.end_ns = _count(told.get("requests_end_ns"))
+        self.expected = _count(told.get("total_expected_requests"))
+        self.duration_sec = _positive(told.get("expected_duration_sec"))
+        self.records = told["success_records"] + told["error_records"]
         # Versions differ in which counters they keep up to date: the one that is ahead is right.
-        self.done = max(counts["requests_completed"], self.records) - self.aborted
-        self.failed = max(counts["request_errors"], counts["error_records"]) - self.aborted
-        self.cancelled = max(counts["requests_cancelled"], self.aborted)
-        self.has_begun = self.start_ns is not None or counts["requests_sent"] > 0 or self.done > 0
+        self.done = max(told["requests_completed"], self.records) - self.aborted
+        self.failed = max(told["request_errors"], told["error_records"]) - self.aborted
+        self.cancelled = max(told["requests_cancelled"], self.aborted)
+        self.has_begun = self.start_ns is not None or told["requests_sent"] > 0 or self.done > 0
 
     def percent(self) -> float:
         """Return how far the phase is, 0 to 100: the target that is reached first counts, as in AIPerf."""
@@ -1789,7 +1790,7 @@ class Phase:
             return 100.0
         duration_sec = self.duration_sec if self.start_ns is not None else None
         targets = self.expected, duration_sec, _count(self.stats.get("expected_num_sessions"))
-        reached = self.done, self.elapsed_ns / 1e9, self.counts["completed_sessions"]
+        reached = self.done, self.elapsed_ns / 1e9, self.stats["completed_sessions"]
         return min(100.0, 100.0 * max(now / target if target else 0.0 for now, target in zip(reached, targets)))
 
     def eta_sec(self) -> float | None:
@@ -1798,7 +1799,7 @@ class Phase:
 
     def figures(self) -> dict[str, int]:
         """Return what the counters come to, by the names of /api/progress."""
-        sent, completed, cancelled = (self.counts[f"requests_{name}"] for name in ("sent", "completed", "cancelled"))
+        sent, completed, cancelled = (self.stats[f"requests_{name}"] for name in ("sent", "completed", "cancelled"))
         return {
             "requests_sent": max(sent, self.done), "requests_completed": self.done,
             "requests_cancelled": self.cancelled, "request_errors": self.failed,
@@ -1813,7 +1814,7 @@ class Phase:
             records_eta = max(0.0, seconds * target / self.records - seconds)
         return {
             **dict.fromkeys("start_ns requests_end_ns total_expected_requests expected_duration_sec".split()),
-            **self.stats, **self.counts, **self.figures(),
+            **self.stats, **self.figures(),
             "phase": self.kind, "phase_name": self.name, "complete": self.is_complete,
             "elapsed_ns": self.elapsed_ns, "percent_complete": self.percent(), "last_update_ns": self.update_ns,
             "eta_sec": eta_sec, "requests_eta_sec": eta_sec, "records_eta_sec": records_eta,
@@ -1825,12 +1826,12 @@ class Phase:
 # -- History -----------------------------------------------------------------------------------------------------------
 
 _SAMPLE_NS = 750_000_000  # figures are read, and rows begun, no more often; messages of one a second may come early
-# Where a tag cannot have all its statistics, it has the first of these; `*` stands for those that are not here.
+# Where not all statistics have room, those at the end go; `*` stands for what is not here.
 _STAT_RANKS = tuple("avg current * count sum p50 p99 max min p90 p95 std p75 p25 p10 p5 p1".split())
 
 
-def _by_rank(stats: Iterable[str]) -> list[str]:
-    return sorted(stats, key=lambda stat: _STAT_RANKS.index(stat if stat in _STAT_RANKS else "*"))
+def _rank(stat: str) -> int:
+    return _STAT_RANKS.index(stat if stat in _STAT_RANKS else "*")
 
 
 def _halved(column: array[Any]) -> array[Any]:
@@ -1852,7 +1853,7 @@ class History:
         self._about: dict[str, dict[str, Any]] = {}  # by tag: group, unit, header
         self._row_ns = 0  # when the last row began
         self._series = 0  # number of columns
-        self._stats_max = 16  # of one tag, as AIPerf's rows have
+        self._ranks = len(_STAT_RANKS)  # of the statistics that have columns
         self._tags_left_out = 0
         self._stats_left_out: set[str] = set()
 
@@ -1868,54 +1869,52 @@ class History:
                 column.append(math.nan)
         self.times[-1] = now_ns
         for tag, row in rows.items():
-            columns = self.columns.get(tag)
-            if columns is None:
+            if tag not in self.columns:
                 if len(self.columns) >= HISTORY_SERIES_MAX or len(tag) > 2 * NAME_BYTES_MAX:
                     continue
-                columns = self.columns[tag] = {}
                 header = text_or(row.get("header"), tag)[:NAME_BYTES_MAX]
                 self._about[tag] = {"unit": text_or(row.get("unit"), ""), "header": header, "group": group}
-            if len(columns) < self._stats_max:
-                self._add_columns(columns, row)
-            for stat, column in columns.items():
-                if is_number(row.get(stat)):
-                    column[-1] = row[stat]
+                self.columns[tag] = {}
+            columns = self.columns[tag]
+            for stat, value in row.items():
+                if is_number(value) and (stat in columns or self._add_column(columns, stat)):
+                    columns[stat][-1] = value
         self._tags_left_out = max(self._tags_left_out, len(rows.keys() - self.columns.keys()))
 
-    def _add_columns(self, columns: dict[str, array[float]], row: Mapping[str, Any]) -> None:
-        """Add columns to those of a tag, as far as a fair share of all allows."""
-        new = [stat for stat in islice(row, 32) if is_number(row[stat]) and stat not in columns and len(stat) <= 64]
-        for stat in _by_rank(new):
-            if self._series >= HISTORY_SERIES_MAX and len(columns) < self._stats_max:
-                self._stats_max = max(1, HISTORY_SERIES_MAX // len(self.columns))
-                for others in self.columns.values():
-                    for one in _by_rank(others)[self._stats_max :]:
-                        self._stats_left_out.add(one)
-                        del others[one]
-                self._series = sum(map(len, self.columns.values()))
-            if len(columns) < self._stats_max:
-                columns[stat] = array("d", [math.nan]) * len(self.times)
-                self._series += 1
-                self._fit()
-        if len(self._stats_left_out) < EXTRAS_MAX:
-            self._stats_left_out.update(stat for stat in new if stat not in columns)
+    def _add_column(self, columns: dict[str, array[float]], stat: str) -> bool:
+        """Add a column if there is room, or can be: all tags alike give up their statistics of the last rank."""
+        while self._series >= HISTORY_SERIES_MAX and _rank(stat) < self._ranks - 1:
+            self._ranks -= 1
+            for others in self.columns.values():
+                for one in [one for one in others if _rank(one) >= self._ranks]:
+                    self._stats_left_out.add(one)
+                    del others[one]
+            self._series = sum(map(len, self.columns.values()))
+        if self._series >= HISTORY_SERIES_MAX or _rank(stat) >= self._ranks:
+            if len(self._stats_left_out) < EXTRAS_MAX:
+                self._stats_left_out.add(stat)
+            return False
+        columns[stat] = array("d", [math.nan]) * len(self.times)
+        self._series += 1
+        self._fit()
+        return True
 
     def _fit(self) -> None:
         """Make room for another row: join every two, of which each series keeps the newer figure."""
         while len(self.times) >= HISTORY_POINTS_MAX or (len(self.times) + 1) * self._series > HISTORY_VALUES_MAX:
             pace_sec = (self.times[-1] - self.times[0]) / 1e9 / max(1, len(self.times) - 1)
-            self.interval_sec = 2 * (pace_sec if pace_sec > 1.5 * self.interval_sec else self.interval_sec)
+            self.interval_sec = 2 * max(self.interval_sec, round(pace_sec))
             self.times = _halved(self.times)
             for columns in self.columns.values():
                 for stat, column in columns.items():
                     columns[stat] = _halved(column)
 
     def _truncated(self) -> dict[str, Any]:
-        stats = _by_rank(self._stats_left_out)
+        stats = sorted(self._stats_left_out, key=_rank)
         return {"truncated": {"tags": self._tags_left_out, "stats": stats}} if stats or self._tags_left_out else {}
 
     def overview(self, start_ns: int | None) -> dict[str, Any]:
-        tags = {tag: {**about, "stats": list(self.columns[tag])} for tag, about in self._about.items()}
+        tags = {tag: {**about, "stats": sorted(self.columns[tag], key=_rank)} for tag, about in self._about.items()}
         head = {"start_ns": start_ns, "interval_sec": self.interval_sec, "points": len(self.times)}
         return {**head, "tags": tags, **self._truncated()}
 
@@ -2039,10 +2038,7 @@ def _sweep_size(section: Mapping[str, Any]) -> int | None:
 
 # -- The benchmark -----------------------------------------------------------------------------------------------------
 
-# What the arrival of a message says about the end; after `answered` no phase will begin.
-_SIGNS = _pairs("""all_records_received=answered credits_complete=answered benchmark_complete=complete error=error
-    service_error=error results_exported=exported command_response=not_configured
-    dataset_configuration_failed=not_configured""")  # fmt: skip
+_ANSWERED = frozenset(("all_records_received", "credits_complete"))  # after these no phase will begin
 # The field of one worker, and that of the messages which have it of all.
 _WORKER_FIELDS = _pairs("""status=worker_statuses startup_state=worker_startup_states
     task_stats=worker_task_stats health=worker_health""")  # fmt: skip
@@ -2056,48 +2052,46 @@ _SUMMARY_FIELDS = ("unit", "header", "avg", "p50", "p99")
 
 
 class Benchmark:
-    """The run at hand, its Phases and its History, the answers made from it (to be read, not changed), and the runs
-    before it.  `_on_…` follow messages, `on_late_error` is told of a bad one that had been accepted unread."""
+    """The run at hand, the answers made from it (to be read, not changed), and the runs before it.  `_on_…` follow
+    messages; `on_late_error` is told of a bad one that had been accepted unread."""
 
     def __init__(self, on_late_error: Callable[[BusError], None] = lambda error: None) -> None:
         self._on_late_error = on_late_error
         self.version = 0  # grows whenever an answer may have changed
-        self._configs: dict[str, dict[str, Any]] = {}  # by origin, one of _ORIGINS
+        self._configs: dict[str, dict[str, Any]] = {}  # by origin
         self._earlier: dict[int, tuple[dict[str, Any], bytes]] = {}  # runs by number: in brief, and whole as JSON
         self._begin(1)
 
     def _begin(self, number: int) -> None:
         self.run_number = number
-        # Bus clock, but for `_skew_ns`, which is the bus clock minus the benchmark's
         self.started_ns: int | None = None  # first message
         self.last_message_ns: int | None = None
         self._end_ns: int | None = None  # when the end became known
-        self._skew_ns: int | None = None
+        self._skew_ns: int | None = None  # bus clock minus the benchmark's
         self._state = "waiting"  # one of STATES, as far as it was announced or follows from what happens
         self._announces_states = False  # system_state_changed was heard (0.13)
         self._fell_silent = False  # it was stale: a registration that follows is another run's
         self.end: str | None = None  # one of ENDS
-        self._error: str | None = None  # what went wrong, in a line, as it was told
+        self._error: str | None = None  # what went wrong, as it was told
         self._reason: str | None = None  # why there are no results, or not all
-        self._signs: set[str] = set()  # of an end: results, last_results, cancelled, shutdown, stopped_early, _SIGNS
+        self._signs: set[str] = set()  # of the end: message types, "cancelled", "shutdown", "not_configured"
         self._child_exit: str | None = None  # how the child ended; "" when it ended well
         self._benchmark_id: str | None = None  # from the data set's notification, or the server metrics
-        self._profile_id: str | None = None  # as messages carry it, if they do
+        self._profile_id: str | None = None
         self._configs = {origin: self._configs[origin] for origin in _ORIGINS[:2] if origin in self._configs}
         self._facts: dict[str, Any] | None = None  # what all configurations say; None when it must be worked out
         self._phases: dict[str, Phase] = {}  # by name, in order of appearance
         self._phase_name: str | None = None  # of the latest that began
-        self._are_announced = False  # credit_phases_configured was heard, and named all phases to come
         self._percent_floor = 0.0  # the highest percentage that was ever answered
         self._workers: dict[str, dict[str, Any]] = {}  # by service id, as /api/workers has them
-        self._groups: dict[str, dict[str, Any]] = {}  # by group id, as worker_group_stats has them
+        self._groups: dict[str, dict[str, Any]] = {}  # by group id, without their workers
         self._group_of: dict[str, str] = {}  # worker -> group
-        self._figures: dict[str, dict[str, Any]] = {"metrics": {}, "telemetry": {}, "server": {}}  # as last read
+        self._figures: dict[str, dict[str, Any]] = {"metrics": {}, "telemetry": {}, "server": {}}
         self._unread: dict[str, BusMessage] = {}  # newer messages of these that nobody has asked for
-        self._final: dict[str, dict[str, Any]] = {}  # what replaces them at the end
+        self._final: set[str] = set()  # those of the results, which no message replaces
         self._sampled_ns = dict.fromkeys((*self._figures, "phase"), -_SAMPLE_NS)  # when they last went into the history
         self._history = History()
-        self._results = b""  # AIPerf's results object, its records in display units, as JSON
+        self._results = b""  # AIPerf's results object, its rows in display units, as JSON
         self._counts: tuple[int, int] | None = None  # requests that succeeded and failed, by the results
         self._error_summary: dict[str, Any] = {"errors": [], "more": 0}
         self._aborted = 0  # requests that were cancelled, which AIPerf counts as errors
@@ -2106,7 +2100,7 @@ class Benchmark:
         self._skew_ns = now_ns - int(benchmark_ns) if _count(benchmark_ns) else self._skew_ns
 
     def _until_ns(self, now_ns: int) -> int:
-        """Return the moment up to which the run's time counts, in bus time: its end, or its falling silent."""
+        """Return the moment up to which the run's time counts: its end, or its falling silent."""
         last_ns = now_ns if self.last_message_ns is None else self.last_message_ns
         return self._end_ns if self._end_ns is not None else min(now_ns, last_ns + STALE_AFTER_NS)
 
@@ -2136,8 +2130,11 @@ class Benchmark:
     def _has_gone_far(self) -> bool:  # past its configuration
         return self.end is not None or self._state not in STATES[:3]
 
+    def _has_results(self) -> bool:
+        return not self._signs.isdisjoint({*RESULT_MESSAGE_TYPES, "results_exported"})
+
     def _did_anything(self) -> bool:
-        counted = any(phase.counts["requests_sent"] or phase.done for phase in self._phases.values())
+        counted = any(phase.stats["requests_sent"] or phase.done for phase in self._phases.values())
         return counted or bool(self.figures("metrics"))
 
     def _requests(self, phases: list[Phase]) -> tuple[int, int, int]:
@@ -2150,23 +2147,22 @@ class Benchmark:
     def _judge(self) -> str | None:
         """Return the end that follows from the signs; its message may go missing, and a better sign corrects it."""
         signs, child = self._signs, self._child_exit
-        if not signs & {"last_results", "shutdown", "exported", "complete"} and child is None:
-            return "failed" if "not_configured" in signs else None
+        last_words = {"process_all_results", "results_exported", "benchmark_complete", "shutdown", "not_configured"}
+        if not self._announces_states:
+            last_words.add("process_records_result")
+        if signs.isdisjoint(last_words) and child is None:
+            return None
         succeeded, failed, cancelled = self._requests(self._profiling)
-        is_told = child is not None or signs & {"results", "answered", "complete", "exported"}
-        if succeeded <= 0 and is_told and (failed or (cancelled and "cancelled" not in signs)):
+        if succeeded <= 0 and (failed or (cancelled and "cancelled" not in signs)):
             return "failed"
         if "cancelled" in signs:
             return "cancelled"
-        has_results = signs & {"results", "exported"}
-        if child or (self._error and not has_results):
+        ended_well = self._has_results() or (not self._error and ("benchmark_complete" in signs or child == ""))
+        if child or not ended_well:
             return "failed"
-        if has_results or "complete" in signs or child == "":
-            return "complete" if self._did_anything() or "exported" in signs or self._reason else "failed"
-        return "cancelled" if "stopped_early" in signs else "failed"
+        return "complete" if "results_exported" in signs or self._reason or self._did_anything() else "failed"
 
     def _settle(self, now_ns: int) -> None:
-        """Adopt the end that follows from what is known."""
         self.version += 1
         self.started_ns, self.end = _first(self.started_ns, now_ns), self._judge()
         if self.end is not None:
@@ -2188,49 +2184,27 @@ class Benchmark:
         self._announces_states, self._state = True, message.value["state"]
         if self._state == "shutdown":
             self._signs.add("shutdown")
-        is_finished = self._profiling and all(phase.is_complete for phase in self._profiling)
-        if self._state == "stopping" and self._phases and not is_finished and "results" not in self._signs:
-            self._signs.add("stopped_early")
 
     def _on_command(self, message: BusMessage, now_ns: int) -> None:
-        command = message.value["command"]
+        command, config = message.value["command"], _object(message.value.get("config"))
         self._advance(_COMMAND_STATES.get(command, "waiting"))
-        if command == "profile_configure":
-            self._configs["bus"] = self._config_in(message, BUS_TEXT_BYTES_MAX) or self._configs.get("bus", {})
+        if command == "profile_configure" and config:
+            self._configs["bus"] = config
         elif command in ("profile_cancel", "shutdown"):
             self._signs.add("cancelled" if command == "profile_cancel" else command)
 
-    def _config_in(self, message: BusMessage, limit: int) -> dict[str, Any]:
-        """Return a message's configuration; {} if there is none, or if it is too large to be kept."""
-        config = _object(message.value.get("config"))
-        if not config or len(message.payload) <= limit:
-            return config
-        self._on_late_error(BusError("too_large", f"a configuration of more than {limit} bytes"))
-        return {}
-
-    def _on_sign(self, message: BusMessage, now_ns: int) -> None:
-        """Follow a message whose coming says it all, but for an error or a cancel that it tells of."""
-        sign, value = _SIGNS[message.type], message.value
+    def _on_error(self, message: BusMessage, now_ns: int) -> None:
+        value = message.value
         is_failure = value.get("status") == "failure" and value.get("command") in ("profile_configure", "profile_start")
-        if message.type == "command_response" and not is_failure:
-            return
-        if sign in ("not_configured", "error"):
+        if is_failure or message.type != "command_response":
             self._error = self._error or _error_text(value.get("error")) or "unknown error"
-        if sign == "answered":
-            self._advance("processing")
-        self._signs |= {sign, "cancelled"} if value.get("was_cancelled") is True else {sign}
+        if is_failure or message.type == "dataset_configuration_failed":
+            self._signs.add("not_configured")
 
     def _on_dataset(self, message: BusMessage, now_ns: int) -> None:
         self._benchmark_id, self._facts = _name(message.value.get("benchmark_generation")) or self._benchmark_id, None
         if not self._announces_states:  # before 0.13 the data set is the last thing to get ready
             self._advance("ready")
-
-    def _on_phases_configured(self, message: BusMessage, now_ns: int) -> None:
-        self._are_announced = True
-        for config in map(_object, message.value["configs"][:EXTRAS_MAX]):
-            phase, targets = self._phase_of(config, now_ns), ("total_expected_requests", "expected_duration_sec")
-            if phase is not None:
-                phase.update({key: config[key] for key in targets if key in config}, now_ns)
 
     def _phase_of(self, stats: Mapping[str, Any], now_ns: int) -> Phase | None:
         """Return the phase that stats are of, a new one if need be; None past the limit, or for a sum over several."""
@@ -2245,15 +2219,15 @@ class Benchmark:
         return self._phases.get(name)
 
     def _on_phase(self, message: BusMessage, now_ns: int) -> None:
-        stats = phase_stats(message.value)
+        stats, config = phase_stats(message.value), _object(message.value.get("config"))
         phase = self._phase_of(stats, now_ns)
         if phase is None:
             return
         phase.update(stats, now_ns)
-        config = self._config_in(message, BUS_TEXT_BYTES_MAX // 8)
-        if config and message.type not in FIGURES_MESSAGE_TYPES:  # which are not looked through for secrets
-            self._configs.setdefault("phases", {"phases": {}})["phases"][phase.name] = config
-        self._set_clock(stats.get(_PHASE_CLOCKS[message.type]), now_ns)
+        if message.type == "credit_phase_start":  # the only one of them that is looked through for secrets
+            self._set_clock(stats.get("start_ns"), now_ns)
+            if config and len(message.payload) <= BUS_TEXT_BYTES_MAX // 8:
+                self._configs.setdefault("phases", {"phases": {}})["phases"][phase.name] = config
         if message.type == "credit_phase_complete":
             self._look_at_clock(now_ns)
             phase.is_complete = True
@@ -2275,7 +2249,6 @@ class Benchmark:
 
     def _on_records(self, message: BusMessage, now_ns: int) -> None:
         value = message.value
-        self._set_clock(value.get("request_ns"), now_ns)
         for worker_id, stats in _objects(value.get("worker_stats"), WORKERS_MAX):
             records = self._worker(worker_id)["processing_stats"]
             for old, field in (("processed", "success_records"), ("errors", "error_records")):
@@ -2285,8 +2258,8 @@ class Benchmark:
         if phase is not None and phase.start_ns in (None, stats.get("start_ns", phase.start_ns)):
             phase.update(stats, now_ns)
             self._sample_phases(now_ns)
-        if message.type in _SIGNS:
-            self._on_sign(message, now_ns)
+        if message.type in _ANSWERED:
+            self._advance("processing")
 
     def _worker(self, worker_id: str) -> dict[str, Any]:
         worker = self._workers.get(worker_id)
@@ -2300,51 +2273,49 @@ class Benchmark:
         return worker
 
     def _on_workers(self, message: BusMessage, now_ns: int) -> None:
-        value = message.value
+        value, columns = message.value, {}
         group_id = value["group_id"] if message.type == "worker_group_stats" else None
-        self._set_clock(value.get("request_ns"), now_ns)
         if group_id is not None:
             if group_id not in self._groups and len(self._groups) >= 256:  # a group is a node
                 return
             parts = {part: _scalars(value.get(part), _WORKER_FIGURES_MAX) for part in ("task_stats", "health")}
             self._groups[group_id] = {**_scalars(value, without=_ENVELOPE), **parts, "last_update_ns": now_ns}
-        is_one = message.type in ("worker_health", "worker_startup_state")
         for field, all_of_them in _WORKER_FIELDS.items():
-            column = {value["service_id"]: value.get(field)} if is_one else _object(value.get(all_of_them))
+            is_one = message.type in ("worker_health", "worker_startup_state")
+            columns[field] = {value["service_id"]: value.get(field)} if is_one else _object(value.get(all_of_them))
+        for field, column in columns.items():
             for worker_id, told in islice(column.items(), WORKERS_MAX):
                 worker = self._worker(worker_id)
                 worker["last_update_ns"] = now_ns
                 if group_id is not None and worker_id in self._workers:
                     self._group_of[worker_id] = group_id
-                if isinstance(told, dict) and field in ("task_stats", "health"):
+                if field in ("status", "startup_state"):
+                    worker[field] = _name(told) or worker[field]
+                else:
                     found = {**(worker[field] or {}), **_scalars(told, _WORKER_FIGURES_MAX)}.items()
                     numbers = ((key, one) for key, one in found if not isinstance(one, str))
                     worker[field] = dict(islice(numbers, _WORKER_FIGURES_MAX)) or None
-                elif _name(told) and field in ("status", "startup_state"):
-                    worker[field] = told
 
     def _on_results(self, message: BusMessage, now_ns: int) -> None:
         """Follow final results: process_all_results (0.12 and later), else process_records_result."""
-        is_last = message.type == "process_all_results"
-        if "last_results" in self._signs and not is_last:
+        if message.type == "process_records_result" and "process_all_results" in self._signs:
             return
-        self._signs |= {"results", "last_results"} if is_last or not self._announces_states else {"results"}
-        self._advance("processing")
         inner = _object(message.value["results"].get("results"))
-        self._signs |= {"cancelled"} if inner.get("was_cancelled") is True else set()
+        if inner.get("was_cancelled") is True:
+            self._signs.add("cancelled")
+        self._advance("processing")
         errors: list[dict[str, Any]] = []
-        for one in _list(inner.get("error_summary")):
-            if count := _count(_object(one).get("count")):
+        for one in map(_object, _list(inner.get("error_summary"))):
+            if count := _count(one.get("count")):
                 details = _object(one.get("error_details"))
                 texts = {key: text_or(details.get(key), "")[:NAME_BYTES_MAX] for key in ("type", "message")}
                 errors.append({"code": _count(details.get("code")), **texts, "count": count})
         errors.sort(key=lambda one: -one["count"])
         self._error_summary = {"errors": errors, "more": message.errors_left_out}
         self._aborted = sum(one["count"] for one in errors if one["code"] == 499)
-        kept = {**inner, **{part: _list(inner.get(part)) for part in ("records", "error_summary")}}
-        kept = shown_message({"results": {"results": kept}})["results"]["results"]
-        self._final["metrics"] = display_rows(kept["records"]) or self._final.get("metrics", {})
-        self._results = json_bytes({**message.value["results"], "results": kept})
+        shown = shown_message(message.value)["results"]
+        self._finish("metrics", display_rows(_object(shown.get("results")).get("records")))
+        self._results = json_bytes(shown)
         if message.is_cut or len(self._results) > RESULTS_KEPT_BYTES_MAX:
             limits = f"{RESULTS_KEPT_BYTES_MAX} bytes or {JSON_ITEMS_MAX} items"
             self._reason = f"results too large: of more than {limits}, not all are kept"
@@ -2356,18 +2327,26 @@ class Benchmark:
             self._counts, self._aborted = (succeeded, failed), min(self._aborted, failed)
         phase = self._phase_of({"phase": "profiling"}, now_ns)
         if phase is not None and len(self._profiling) == 1:
-            phase.aborted = min(self._aborted, max(failed or 0, phase.counts["error_records"]))
+            phase.aborted = min(self._aborted, max(failed or 0, phase.stats["error_records"]))
             figures = {"success_records": succeeded, "error_records": failed}
             times = {"start_ns": inner.get("start_ns"), "requests_end_ns": inner.get("end_ns")}
             phase.update({**figures, **times, **{key: phase.stats[key] for key in times if key in phase.stats}}, now_ns)
+
+    def results_too_large(self, message_type: str, now_ns: int) -> None:
+        """Follow a result message that is too large to be read: its topic alone ends the run."""
+        if message_type in RESULT_MESSAGE_TYPES:
+            self._signs.add(message_type)
+            limits = f"{BUS_RESULT_BYTES_MAX} bytes or {_RESULT_ITEMS_MAX} items"
+            self._reason = f"results too large: a message of more than {limits}"
+            self.last_message_ns = now_ns
+            self._settle(now_ns)
 
     def _on_server_results(self, message: BusMessage, now_ns: int) -> None:
         """Follow the final server metrics, which cover the profiling alone, and the benchmark's id."""
         results = _object(message.value["server_metrics_result"].get("results"))
         self._benchmark_id = self._benchmark_id or _name(results.get("benchmark_id"))
-        summaries = _bounded_summaries(results.get("endpoint_summaries"))
-        if summaries:
-            self._final["server"] = {**self.figures("server"), "endpoint_summaries": summaries, "final": True}
+        if summaries := _bounded_summaries(results.get("endpoint_summaries")):
+            self._finish("server", {**self.figures("server"), "endpoint_summaries": summaries, "final": True})
 
     def _on_telemetry_results(self, message: BusMessage, now_ns: int) -> None:
         """Follow the final telemetry; its rows get the tags and headers that the real-time messages use."""
@@ -2383,7 +2362,13 @@ class Benchmark:
                     tag = f"{metric}_dcgm_{source}_gpu{index}_{uuid[:12]}"
                     header = f"{text_or(row.get('display_name'), metric.replace('_', ' '))} | {place}"
                     rows.append({**row, "tag": tag, "header": _object(live.get(tag)).get("header", header)})
-        self._final["telemetry"] = display_rows(rows) or self._final.get("telemetry", {})
+        self._finish("telemetry", display_rows(rows))
+
+    def _finish(self, kind: str, figures: dict[str, Any]) -> None:
+        """Have final figures, if there are any, replace the live ones."""
+        if figures:
+            self._figures[kind] = figures
+            self._final.add(kind)
 
     def _on_metrics(self, message: BusMessage, now_ns: int) -> None:
         """Keep a message of metrics; they come often, so most are read only when somebody asks."""
@@ -2391,9 +2376,11 @@ class Benchmark:
         if now_ns - self._sampled_ns[kind] < _SAMPLE_NS:
             self._unread[kind] = BusMessage(message.type, message.payload)  # without a value that is parsed
             return
-        rows = figures = self._figures[kind] = self._read_message(message)
+        rows = figures = self._read_message(message)
         self._unread.pop(kind, None)
         self._sampled_ns[kind] = now_ns
+        if kind not in self._final:
+            self._figures[kind] = figures
         if kind == "server":  # by tags `server:ENDPOINT:METRIC{label="value"}`
             rows = {}
             for endpoint, name, _, title, labels, stats in server_series(figures["endpoint_summaries"]):
@@ -2404,15 +2391,15 @@ class Benchmark:
 
     def figures(self, kind: str) -> dict[str, Any]:
         """Return what the results, else the last good message, said of "metrics", "telemetry" (by tag) or "server"."""
-        message = None if self._final.get(kind) else self._unread.pop(kind, None)
-        if message is not None:
+        message = self._unread.pop(kind, None)
+        if message is not None and kind not in self._final:
             try:
                 self._figures[kind] = self._read_message(message)
                 if message.not_finite:
                     raise BusError("not_finite", f"NaN or an infinity in {message.type}")
             except BusError as error:
                 self._on_late_error(error)
-        return self._final.get(kind) or self._figures[kind]
+        return self._figures[kind]
 
     def _read_message(self, message: BusMessage) -> dict[str, Any]:
         """Return a message's rows by tag, in display units, or its server metrics; raise BusError if it is bad."""
@@ -2437,18 +2424,21 @@ class Benchmark:
             self._on_metrics(message, now_ns)
         elif message.type in _HANDLERS:
             handle, field, wanted = _HANDLERS[message.type]
-            found = message.value.get(field)
+            value = message.value
+            found = value.get(field)
             if not isinstance(found, wanted) or (wanted is str and not _name(found)):
                 raise BusError("bad_shape", f"{message.type} without a usable {field}")
             if self._begins_run(message):
                 self._keep_run(now_ns)
                 self._begin(self.run_number + 1)
-            self._profile_id = _name(message.value.get("profile_id")) or self._profile_id
+            self._profile_id = _name(value.get("profile_id")) or self._profile_id
+            self._set_clock(value.get("request_ns"), now_ns)
+            self._signs |= {message.type, "cancelled"} if value.get("was_cancelled") is True else {message.type}
             handle(self, message, now_ns)
             if message.type not in FIGURES_MESSAGE_TYPES:
                 self._facts = None
             self._settle(now_ns)
-        if is_metrics or message.type in ("processing_stats", *_PHASE_CLOCKS):
+        if is_metrics or message.type in ("processing_stats", *PHASE_MESSAGE_TYPES):
             self._fell_silent = False  # only a benchmark under load sends these
         self.version += is_metrics or self.started_ns is None
         self.last_message_ns, self.started_ns = now_ns, _first(self.started_ns, now_ns)
@@ -2464,7 +2454,7 @@ class Benchmark:
             return is_over or self._has_gone_far()
         if word in ("ready", "profiling"):
             return self.end is not None
-        if message.type not in _PHASE_CLOCKS:
+        if message.type not in PHASE_MESSAGE_TYPES:
             return is_over and word in ("register_service", "spawn_workers")
         stats = phase_stats(value)
         known, start_ns = self._phases.get(stats.get("phase_name") or stats["phase"]), _count(stats.get("start_ns"))
@@ -2472,16 +2462,6 @@ class Benchmark:
             return self.end is not None
         begins = message.type == "credit_phase_start" and (known.is_complete or self.end is not None)
         return begins or (None not in (known.start_ns, start_ns) and start_ns != known.start_ns)
-
-    def results_too_large(self, message_type: str, now_ns: int) -> None:
-        """Follow a result message that is too large to be read: its topic alone ends the run."""
-        if message_type in RESULT_MESSAGE_TYPES:
-            is_last = message_type == "process_all_results" or not self._announces_states
-            self._signs |= {"results", "last_results"} if is_last else {"results"}
-            limits = f"{BUS_RESULT_BYTES_MAX} bytes or {_RESULT_ITEMS_MAX} items"
-            self._reason = f"results too large: a message of more than {limits}"
-            self.last_message_ns = now_ns
-            self._settle(now_ns)
 
     def end_child(self, exit_text: str, now_ns: int) -> None:
         """Follow the end of the benchmark's process: how, such as "exit status 1", or "" when it ended well."""
@@ -2556,7 +2536,7 @@ class Benchmark:
 
     def _is_open(self) -> bool:
         """Tell whether more phases may follow: they have names of their own, and nothing says how many there are."""
-        is_known = self._are_announced or self._fact("phases") or self.end or "answered" in self._signs
+        is_known = self._fact("phases") or self.end or self._signs & _ANSWERED
         return not is_known and any(phase.name != phase.kind for phase in self._profiling)
 
     def _percent(self) -> float:
@@ -2565,9 +2545,6 @@ class Benchmark:
         weights: Sequence[float] = [1] * max(len(phases), self._fact("phases") or 0)
         if self._is_open():  # half the way for the first phase, half of the rest for each that follows
             weights = [0.5**place for place in (*range(1, len(phases) + 1), len(phases))]
-        elif self._are_announced:
-            targets = [phase.expected or 0 for phase in phases], [phase.duration_sec or 0 for phase in phases]
-            weights = next((target for target in targets if all(target)), weights)
         shares = sum(phase.percent() * weight for phase, weight in zip(phases, weights))
         now = 100.0 if self.end == "complete" else shares / sum(weights) if weights else 0.0
         # Figures may be corrected downwards, and clocks too: what was once answered is not withdrawn.
@@ -2601,7 +2578,7 @@ class Benchmark:
             "phase": begun[-1].name if begun else None, "phase_number": len(begun),
             "phase_percent": begun[-1].percent() if begun else 0.0, "phases": answers,
             # AIPerf exports before it ends well; the message is often lost.
-            "results_exported": "exported" in self._signs or ("results" in self._signs and self._child_exit == ""),
+            "results_exported": "results_exported" in self._signs or (self._child_exit == "" and self._has_results()),
             "system_state": self.end or self._state,
         }  # fmt: skip
 
@@ -2614,8 +2591,7 @@ class Benchmark:
         share, good, succeeded = (rows.get(tag, {}).get("avg") for tag in tags)
         share = good / succeeded if share is None and good is not None and succeeded else share
         return {
-            "aiperf_version": self._fact("aiperf_version"), **self._identity(),
-            "final": bool(self._final.get("metrics")),
+            "aiperf_version": self._fact("aiperf_version"), **self._identity(), "final": "metrics" in self._final,
             # what makes a request a good one, and the share of those that are
             "goodput": None if thresholds is None else {"thresholds": thresholds, "share": share},
             "metrics": rows, "telemetry": self.figures("telemetry"),
@@ -2662,7 +2638,7 @@ class Benchmark:
 
     def _whole(self, brief: dict[str, Any]) -> dict[str, Any]:
         rows = {"metrics": self.figures("metrics"), "telemetry": self.figures("telemetry")}
-        return {**brief, **rows, "final": bool(self._final.get("metrics")), "error_summary": self._error_summary}
+        return {**brief, **rows, "final": "metrics" in self._final, "error_summary": self._error_summary}
 
     def _keep_run(self, now_ns: int) -> None:
         if not self._has_gone_far():
@@ -2686,13 +2662,14 @@ class Benchmark:
 
 # Message type -> (what follows it, the field without which it cannot be used, that field's type); "", object: none
 _HANDLERS: Mapping[str, tuple[Callable[[Any, BusMessage, int], None], str, type]] = MappingProxyType({
-    **dict.fromkeys(_PHASE_CLOCKS, (Benchmark._on_phase, "", object)),
-    **dict.fromkeys(_SIGNS, (Benchmark._on_sign, "", object)),
+    **dict.fromkeys(PHASE_MESSAGE_TYPES, (Benchmark._on_phase, "", object)),
+    **dict.fromkeys(("benchmark_complete", "results_exported"), (lambda *_: None, "", object)),  # a sign, no more
+    **dict.fromkeys(("error", "service_error", "command_response", "dataset_configuration_failed"),
+        (Benchmark._on_error, "", object)),
+    **dict.fromkeys(_ANSWERED, (Benchmark._on_records, "", object)),
     **dict.fromkeys(RESULT_MESSAGE_TYPES, (Benchmark._on_results, "results", dict)),
     **dict.fromkeys(("worker_health", "worker_startup_state"), (Benchmark._on_workers, "service_id", str)),
-    "all_records_received": (Benchmark._on_records, "", object),
     "command": (Benchmark._on_command, "command", str),
-    "credit_phases_configured": (Benchmark._on_phases_configured, "configs", list),
     "dataset_configured_notification": (Benchmark._on_dataset, "", object),
     "process_server_metrics_result": (Benchmark._on_server_results, "server_metrics_result", dict),
     "process_telemetry_result": (Benchmark._on_telemetry_results, "telemetry_result", dict),
@@ -2708,7 +2685,8 @@ CORE_TOPICS = (b"command.", b"command_response.system_controller$",
     *sorted(f"{name}$".encode() for name in ALWAYS_SUBSCRIBED))  # fmt: skip
 # Every type that some AIPerf from 0.3 to 0.13 has; another one is accepted, but may be a typo.
 KNOWN_MESSAGE_TYPES = CORE_MESSAGE_TYPES | FIGURES_MESSAGE_TYPES | frozenset("""connection_probe conversation_request
-    conversation_response conversation_turn_request conversation_turn_response credit_drop credit_return
+    conversation_response conversation_turn_request conversation_turn_response credit_drop credit_phases_configured
+    credit_return
     dataset_config_status_request dataset_config_status_response dataset_downloaded_notification dataset_timing_request
     dataset_timing_response inference_results metric_records network_latency_record notification
     parsed_inference_results process_accuracy_result profile_progress profile_results records registration
