@@ -1593,32 +1593,24 @@ def server_families(summaries: Any, labels: Labels = (), before: FamilySet | Non
 
 # == 9 == Benchmark ====================================================================================================
 #
-# A reducer: bus messages go in one after the other, answers come out at any moment. Time comes in as an argument, the
-# bus clock at reception, in ns; what a message says of its own time tells how far the benchmark's clock is from that.
-# What a run keeps is bounded, whatever the bus sends.
+# A reducer: bus messages go in one after the other, answers come out at any moment. Time comes in as an argument: the
+# bus clock at reception, in ns.  What a run keeps is bounded, whatever the bus sends.
 
-# AIPerf's states in the order a run goes through them, after `waiting`: nothing was heard yet.
+# `waiting`: nothing was heard yet; then AIPerf's states, in the order a run goes through them
 STATES = ("waiting", "initializing", "configuring", "ready", "profiling", "processing", "stopping", "shutdown")
 ENDS = ("complete", "cancelled", "failed")
 
 METRICS_MESSAGE_TYPES = frozenset("realtime_metrics realtime_telemetry_metrics realtime_server_metrics".split())
-PHASE_MESSAGE_TYPES = frozenset("""credit_phase_start credit_phase_progress credit_phase_sending_complete
-    credit_phase_complete""".split())  # fmt: skip
 RESULT_MESSAGE_TYPES = frozenset(("process_all_results", "process_records_result"))  # of 0.12 and later; of all
 _RESULT_ITEMS_MAX = 4 * JSON_ITEMS_MAX
-# Types whose latest message replaces the one before; what is kept per worker or group is not among them.
+# Their latest message replaces the one before; types that are kept per worker or group are not among them.
 STATE_MESSAGE_TYPES = METRICS_MESSAGE_TYPES | {"credit_phase_progress", "processing_stats", "worker_status_summary"}
-# What carries figures alone, and is therefore never looked through for secrets.
-FIGURES_MESSAGE_TYPES = (
-    METRICS_MESSAGE_TYPES
-    | PHASE_MESSAGE_TYPES - {"credit_phase_start"}
-    | frozenset(
-        """all_records_received worker_group_stats heartbeat credits_complete dataset_configured_notification
-    phase_baseline_request processing_stats worker_health worker_pod_state worker_startup_state
-    worker_status_summary""".split()
-    )
-)
-_ENVELOPE = ("message_type", "service_id", "request_ns", "request_id")  # fields that any message may have
+# These carry figures alone, and are never looked through for secrets.
+FIGURES_MESSAGE_TYPES = METRICS_MESSAGE_TYPES | frozenset("""all_records_received credit_phase_complete
+    credit_phase_progress credit_phase_sending_complete credits_complete dataset_configured_notification heartbeat
+    phase_baseline_request processing_stats worker_group_stats worker_health worker_pod_state worker_startup_state
+    worker_status_summary""".split())  # fmt: skip
+_ENVELOPE = ("message_type", "service_id", "request_ns", "request_id")  # of any message
 
 
 class BusMessage:
@@ -1628,14 +1620,14 @@ class BusMessage:
 
     def __init__(self, type: str, payload: bytes) -> None:  # noqa: A002
         self.type, self.payload = type, payload  # the type is from the topic, without target and `$`
-        self.is_cut = False  # whether parts of huge results are gone, from the payload too
-        self.errors_left_out = 0  # of results
-        self.not_finite = False  # whether NaN or an infinity became null, in the payload too
-        self.parsed: dict[str, Any] | None = None  # what `value` has read
+        self.parsed: dict[str, Any] | None = None
+        self.not_finite = False  # NaN or an infinity became null
+        self.is_cut = False  # parts of huge results are gone
+        self.errors_left_out = 0
 
     @property
     def value(self) -> dict[str, Any]:
-        """The JSON object; reading it may rewrite `payload`.  BusError too_large, not_json, not_object or too_deep."""
+        """The JSON object; may rewrite `payload`.  BusError too_large, not_json, not_object or too_deep."""
         if self.parsed is not None:
             return self.parsed
         items = sum(map(self.payload.count, (b",", b"[", b"{"))) if len(self.payload) > JSON_ITEMS_MAX else 0
@@ -1654,14 +1646,15 @@ class BusMessage:
         return self.parsed
 
     def _without_more(self, value: dict[str, Any], items: int) -> dict[str, Any]:
-        """Return final results without what is not kept: looking through it for secrets would take long."""
+        """Return final results without what is not kept, so that nobody has to look through it."""
         inner = _object((outer := _object(value.get("results"))).get("results"))
         records, errors = _list(inner.get("records")), _list(inner.get("error_summary"))
         self.is_cut = items > JSON_ITEMS_MAX or len(self.payload) > RESULTS_KEPT_BYTES_MAX
         if not self.is_cut and len(records) <= ROWS_MAX and len(errors) <= RUNS_MAX:
             return value
         counted = [one for one in errors if isinstance(one, dict) and _count(one.get("count"))]
-        most = heapq.nlargest(  # 499 first: aborted, and subtracted
+        # 499 is an aborted request, which is no error: these are needed, however few
+        most = heapq.nlargest(
             RUNS_MAX, counted, lambda one: (_object(one.get("error_details")).get("code") == 499, one["count"])
         )
         self.errors_left_out = len(counted) - len(most)
@@ -1671,7 +1664,7 @@ class BusMessage:
         return {**value, "results": {**outer, "results": inner}}
 
 
-# -- Reading values: whatever stands in a field, these return something usable and bounded -----------------------------
+# -- Reading values: something usable and bounded, whatever stands in a field ------------------------------------------
 
 
 def _object(value: Any) -> dict[str, Any]:
@@ -1687,7 +1680,7 @@ def _first(*values: Any) -> Any:
 
 
 def _count(value: Any) -> int | None:
-    """Return a number that counts something (also a time in ns), or None; whole floats count too."""
+    """Return a number that counts something (also a time in ns), or None."""
     return int(value) if is_number(value) and 0 <= value < 2**63 else None
 
 
@@ -1696,18 +1689,18 @@ def _name(value: Any) -> str | None:
 
 
 def _scalars(value: Any, limit: int = EXTRAS_MAX, without: Iterable[str] = ()) -> dict[str, Any]:
-    """Return the first scalars of an object that are neither null nor large; lists of a few numbers count as such."""
+    """Return the first fields of an object that are numbers, short texts or lists of a few numbers."""
     found: dict[str, Any] = {}
     for key, inner in islice(_object(value).items(), 4 * limit):
-        fits = isinstance(inner, (int, float)) or _name(inner) is not None  # the decoder bounds numbers to 64 bits
-        fits = fits or (isinstance(inner, list) and len(inner) <= 8 and all(map(is_number, inner)))
+        numbers = inner if isinstance(inner, list) and len(inner) <= 8 else (inner,)
+        fits = all(isinstance(one, (int, float)) for one in numbers) or _name(inner)
         if fits and len(found) < limit and len(key) <= 64 and key not in without:
             found[key] = inner
     return found
 
 
 def _bounded_summaries(summaries: Any) -> dict[str, Any]:
-    """Return `endpoint_summaries` with as many series and metrics as may be walked in one go."""
+    """Return `endpoint_summaries` with ROWS_MAX series and metrics at most."""
     room, found, parts = ROWS_MAX, {}, ("labels", "stats", "buckets")
     for endpoint, summary in _objects(summaries, 256):
         metrics = {}
@@ -1721,7 +1714,7 @@ def _bounded_summaries(summaries: Any) -> dict[str, Any]:
 
 
 def _error_text(error: Any) -> str | None:
-    """Return an error field as one line: a text, or AIPerf's {code, type, message}."""
+    """Return an error, a text or AIPerf's {code, type, message}, as one line."""
     error = error if isinstance(error, dict) else {"message": error}
     kind, message = text_or(error.get("type"), ""), text_or(error.get("message"), "")
     text = message if message.startswith(kind) else f"{kind}: {message}" if message else kind
@@ -1735,15 +1728,15 @@ def _pairs(text: str) -> Mapping[str, str]:
 
 # -- Phases ------------------------------------------------------------------------------------------------------------
 
-# Names of 0.3 -> the names of 0.6 and later.
-_PHASE_FIELDS = _pairs("""sent=requests_sent completed=requests_completed final_request_count=final_requests_completed
-    end_ns=requests_end_ns processed=success_records errors=error_records""")  # fmt: skip
-_COUNTERS = frozenset("""requests_sent requests_completed requests_cancelled request_errors completed_sessions
+# Names of 0.3 -> those of 0.6 and later
+_PHASE_FIELDS = _pairs("""sent=requests_sent completed=requests_completed end_ns=requests_end_ns
+    processed=success_records errors=error_records""")  # fmt: skip
+_COUNTERS = tuple("""requests_sent requests_completed requests_cancelled request_errors completed_sessions
     success_records error_records""".split())  # fmt: skip
 
 
 def phase_stats(message: dict[str, Any]) -> dict[str, Any]:
-    """Return the `stats` of a credit_phase_* message, flat in 0.3; raise BusError if it names no phase."""
+    """Return the `stats` of a credit_phase_* message, which is flat in 0.3."""
     stats = _object(message["stats"]) if "stats" in message else _scalars(message, without=_ENVELOPE)
     if not _name(stats.get("phase_name") or stats.get("phase")):
         raise BusError("bad_shape", "a phase message without the name of a phase")
@@ -1757,9 +1750,9 @@ class Phase:
         self.name = name  # as the user named it, else its kind
         self.kind = _name(stats.get("phase_kind")) or _name(stats.get("phase")) or name  # warmup or profiling
         self.is_warmup = self.kind == "warmup"
-        self.first_ns = now_ns  # bus clock: when it was first heard of
-        self.stats: dict[str, Any] = dict.fromkeys(sorted(_COUNTERS), 0)  # by AIPerf's names; times by its clock
-        self.aborted = 0  # requests that were cancelled, which AIPerf counts as errors
+        self.first_ns = now_ns  # when it was first heard of
+        self.stats: dict[str, Any] = dict.fromkeys(_COUNTERS, 0)  # by AIPerf's names, times by its clock
+        self.aborted = 0  # cancelled requests, which AIPerf counts as errors
         self.is_complete = False
         self.elapsed_ns = 0
         self.update({}, now_ns)
@@ -1768,10 +1761,9 @@ class Phase:
         self.update_ns, told = now_ns, self.stats
         for name, value in _scalars(stats).items():
             key = _PHASE_FIELDS.get(name, name)
-            counter = key.removeprefix("final_")
-            if counter in _COUNTERS:
-                told[counter] = max(told[counter], _count(value) or 0)
-            if key not in _COUNTERS and (key in told or len(told) < EXTRAS_MAX):
+            if key in _COUNTERS:
+                told[key] = max(told[key], _count(value) or 0)
+            elif key in told or len(told) < EXTRAS_MAX:
                 told[key] = value
         self.start_ns = _count(told.get("start_ns"))
         self.end_ns = _count(told.get("requests_end_ns"))
@@ -1786,19 +1778,16 @@ class Phase:
 
     def percent(self) -> float:
         """Return how far the phase is, 0 to 100: the target that is reached first counts, as in AIPerf."""
-        if self.is_complete:
-            return 100.0
-        duration_sec = self.duration_sec if self.start_ns is not None else None
-        targets = self.expected, duration_sec, _count(self.stats.get("expected_num_sessions"))
+        targets = self.expected, self.duration_sec, _count(self.stats.get("expected_num_sessions"))
         reached = self.done, self.elapsed_ns / 1e9, self.stats["completed_sessions"]
-        return min(100.0, 100.0 * max(now / target if target else 0.0 for now, target in zip(reached, targets)))
+        shares = [now / target for now, target in zip(reached, targets) if target]
+        return 100.0 if self.is_complete else 100.0 * min(1.0, max(shares, default=0.0))
 
     def eta_sec(self) -> float | None:
         percent = self.percent()
         return self.elapsed_ns / 1e9 * (100 - percent) / percent if percent > 0 else self.duration_sec
 
     def figures(self) -> dict[str, int]:
-        """Return what the counters come to, by the names of /api/progress."""
         sent, completed, cancelled = (self.stats[f"requests_{name}"] for name in ("sent", "completed", "cancelled"))
         return {
             "requests_sent": max(sent, self.done), "requests_completed": self.done,
@@ -1809,8 +1798,10 @@ class Phase:
     def answer(self, eta_sec: float | None) -> dict[str, Any]:
         """Return the phase as /api/progress has it: AIPerf's names, with what can be computed from them."""
         seconds, target = self.elapsed_ns / 1e9, self.done + self.aborted if self.is_complete else self.expected
-        records_eta = 0.0 if "records_end_ns" in self.stats else None
-        if records_eta is None and eta_sec is not None and self.records and target:
+        records_eta = None
+        if "records_end_ns" in self.stats:
+            records_eta = 0.0
+        elif eta_sec is not None and self.records and target:
             records_eta = max(0.0, seconds * target / self.records - seconds)
         return {
             **dict.fromkeys("start_ns requests_end_ns total_expected_requests expected_duration_sec".split()),
@@ -1825,8 +1816,8 @@ class Phase:
 
 # -- History -----------------------------------------------------------------------------------------------------------
 
-_SAMPLE_NS = 750_000_000  # figures are read, and rows begun, no more often; messages of one a second may come early
-# Where not all statistics have room, those at the end go; `*` stands for what is not here.
+_SAMPLE_NS = 750_000_000  # between two rows at least: messages of one a second may come early
+# Where there is no room for all, the last go; `*` stands for what is not here.
 _STAT_RANKS = tuple("avg current * count sum p50 p99 max min p90 p95 std p75 p25 p10 p5 p1".split())
 
 
@@ -1835,7 +1826,7 @@ def _rank(stat: str) -> int:
 
 
 def _halved(column: array[Any]) -> array[Any]:
-    """Return every other figure, the last among them; where that is NaN, the one before it."""
+    """Return the second of every two figures, or the first where the second is NaN."""
     newer, older = column[::-2], column[-2::-2]
     if math.isnan(sum(newer)):
         pairs = itertools.zip_longest(newer, older, fillvalue=math.nan)
@@ -1844,23 +1835,23 @@ def _halved(column: array[Any]) -> array[Any]:
 
 
 class History:
-    """Figures over time: one axis of rows, about one a second, and a column for each tag and statistic."""
+    """Figures over time: rows, about one a second, and a column for each tag and statistic."""
 
     def __init__(self) -> None:
-        self.interval_sec = 1.0  # between two rows
-        self.times = array("q")  # bus clock, of what came last into each row; rising
+        self.interval_sec = 1.0
+        self.times = array("q")  # of what came last into each row; rising
         self.columns: dict[str, dict[str, array[float]]] = {}  # by tag and statistic; NaN where nothing came
-        self._about: dict[str, dict[str, Any]] = {}  # by tag: group, unit, header
+        self._about: dict[str, dict[str, Any]] = {}  # by tag
         self._row_ns = 0  # when the last row began
         self._series = 0  # number of columns
-        self._ranks = len(_STAT_RANKS)  # of the statistics that have columns
+        self._ranks = len(_STAT_RANKS)  # that may have columns
         self._tags_left_out = 0
         self._stats_left_out: set[str] = set()
 
     def add(self, now_ns: int, group: str, rows: Mapping[str, Mapping[str, Any]]) -> None:
         """Write figures into the last row, or into a new one if that is a while ago."""
         if self.times and now_ns < self.times[-1]:
-            return  # the times must rise
+            return
         if not self.times or now_ns - self._row_ns >= self.interval_sec * _SAMPLE_NS:
             self._row_ns = now_ns
             self._fit()
@@ -1882,7 +1873,7 @@ class History:
         self._tags_left_out = max(self._tags_left_out, len(rows.keys() - self.columns.keys()))
 
     def _add_column(self, columns: dict[str, array[float]], stat: str) -> bool:
-        """Add a column if there is room, or can be: all tags alike give up their statistics of the last rank."""
+        """Add a column if it fits; where need be, all tags alike give up their statistics of the last rank."""
         while self._series >= HISTORY_SERIES_MAX and _rank(stat) < self._ranks - 1:
             self._ranks -= 1
             for others in self.columns.values():
@@ -1900,7 +1891,7 @@ class History:
         return True
 
     def _fit(self) -> None:
-        """Make room for another row: join every two, of which each series keeps the newer figure."""
+        """Make room for another row, by joining every two."""
         while len(self.times) >= HISTORY_POINTS_MAX or (len(self.times) + 1) * self._series > HISTORY_VALUES_MAX:
             pace_sec = (self.times[-1] - self.times[0]) / 1e9 / max(1, len(self.times) - 1)
             self.interval_sec = 2 * max(self.interval_sec, round(pace_sec))
@@ -1919,7 +1910,7 @@ class History:
         return {**head, "tags": tags, **self._truncated()}
 
     def answer(self, tags: Iterable[str], stats: Sequence[str], since_ns: int, points: int) -> dict[str, Any]:
-        """Return series of at most `points` joined rows; LookupError for what is not there, ValueError for too much."""
+        """Return series of at most `points` rows; LookupError for what is not there, ValueError for too much."""
         found = {tag: [stat for stat in self.columns.get(tag, ()) if not stats or stat in stats] for tag in tags}
         if not all(found.values()):
             raise LookupError("no such tag, or without these statistics")
@@ -1945,16 +1936,16 @@ class History:
 
 # -- Configuration and identity ----------------------------------------------------------------------------------------
 
-# Where configurations come from: the first that tells a fact wins; from the third on they are of one run.
+# Of configurations: the first that tells a fact wins; from the third on they are of one run.
 _ORIGINS = ("file", "command", "artifacts", "bus", "phases")
-# What AIPerf's run_config.json and export hold beside figures.
+# Of AIPerf's run_config.json and export
 _ARTIFACT_FIELDS = frozenset("""aiperf_version artifact_dir benchmark_id cfg cli_command input_config label multi_run
     sweep sweep_id trial variation""".split())  # fmt: skip
 _IDENTITY_FIELDS = ("benchmark_id", "model", "endpoint_type", "streaming", "concurrency", "request_rate")
 
 
 def _plain_keys(value: Any) -> dict[str, Any]:
-    """Return an object with keys that compare: `modelNames`, `model-names` and `model_names` become `modelnames`."""
+    """Return an object with `modelNames`, `model-names` and `model_names` as `modelnames`, and without nulls."""
     items = islice(_object(value).items(), ROWS_MAX)
     return {key.replace("-", "").replace("_", "").lower(): inner for key, inner in items if inner is not None}
 
@@ -1969,7 +1960,7 @@ def _phases_of(section: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _model_names(value: Any) -> str | None:
-    """Return model names joined as AIPerf's exporter joins them; they come as text, list, or objects with a name."""
+    """Return model names, which come as text, list, or objects with a name, as AIPerf's exporter joins them."""
     if isinstance(value, dict):
         value = value.get("names") or value.get("items") or value.get("name")
     if isinstance(value, list):
@@ -1979,7 +1970,7 @@ def _model_names(value: Any) -> str | None:
 
 
 def _positive(value: Any) -> float | None:
-    """Return a positive number, also one written as text (command lines and YAML have such)."""
+    """Return a positive number, which may be written as text (on command lines, in YAML)."""
     if isinstance(value, str) and re.fullmatch(r"\d{1,15}(\.\d{1,15})?", value, re.ASCII):
         value = float(value)
     return value if _count(value) is not None and value > 0 else None
@@ -1993,14 +1984,14 @@ def _thresholds(value: Any) -> dict[str, float] | None:
     return {tag: limit for tag, limit in limits if limit is not None and _name(tag)} or None
 
 
-# What a configuration says, how it is read, and the keys it has: AIPerf 0.3 to 0.13, and flat as on the command line.
+# What a configuration says, how it is read, and its keys in AIPerf 0.3 to 0.13 and on the command line
 _FACTS: tuple[tuple[str, Callable[[Any], Any], str], ...] = (
     ("benchmark_id", _name, "benchmarkid"),
     ("model", _model_names, "modelnames models modelname model"),
     ("endpoint_type", _name, "endpoint.type endpointtype"),
     ("streaming", lambda value: {"true": True, "false": False}.get(str(value).lower()), "streaming"),
     ("concurrency", lambda value: int(_positive(value) or 0) or None, "concurrency"),
-    ("request_rate", _positive, "requestrate rate"),
+    ("request_rate", lambda value: float(_positive(value) or 0) or None, "requestrate rate"),
     ("aiperf_version", _name, "aiperfversion"),
     ("artifact_dir", _name, "artifactdir artifactdirectory output.dir"),
     ("goodput", _thresholds, "goodput slos"),
@@ -2009,7 +2000,7 @@ _FACTS: tuple[tuple[str, Callable[[Any], Any], str], ...] = (
 
 
 def identity_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a configuration says of the benchmark, on its own level or in what it is wrapped in."""
+    """Return what a configuration says of the benchmark, on its own level or in what wraps it."""
     found: dict[str, Any] = {}
     wrappers = "input_config config user_config benchmark benchmark_config cfg".split()
     wrapped = [_object(config.get(key)) for key in wrappers]
@@ -2038,22 +2029,22 @@ def _sweep_size(section: Mapping[str, Any]) -> int | None:
 
 # -- The benchmark -----------------------------------------------------------------------------------------------------
 
-_ANSWERED = frozenset(("all_records_received", "credits_complete"))  # after these no phase will begin
-# The field of one worker, and that of the messages which have it of all.
+_ANSWERED = frozenset(("all_records_received", "credits_complete"))  # no phase begins after these
+# A field of a worker, and that of the messages which have it of all
 _WORKER_FIELDS = _pairs("""status=worker_statuses startup_state=worker_startup_states
     task_stats=worker_task_stats health=worker_health""")  # fmt: skip
 _WORKER_FIGURES_MAX = 12  # of its tasks, and of its health; AIPerf sends 3 and 9
 _COMMAND_STATES = _pairs("""profile_configure=configuring profile_start=profiling profile_complete=processing
     profile_cancel=stopping shutdown=shutdown""")  # fmt: skip
-# The rows of a run that matter when runs are compared, and their statistics.
+# By which runs are compared
 _SUMMARY_TAGS = """request_throughput output_token_throughput total_token_throughput output_token_throughput_per_user
     goodput request_latency time_to_first_token inter_token_latency""".split()
 _SUMMARY_FIELDS = ("unit", "header", "avg", "p50", "p99")
 
 
 class Benchmark:
-    """The run at hand, the answers made from it (to be read, not changed), and the runs before it.  `_on_…` follow
-    messages; `on_late_error` is told of a bad one that had been accepted unread."""
+    """The run at hand, the answers made from it (to be read, not changed), and the runs before it.
+    `on_late_error` is told of a bad message that had been accepted unread."""
 
     def __init__(self, on_late_error: Callable[[BusError], None] = lambda error: None) -> None:
         self._on_late_error = on_late_error
@@ -2066,24 +2057,24 @@ class Benchmark:
         self.run_number = number
         self.started_ns: int | None = None  # first message
         self.last_message_ns: int | None = None
-        self._end_ns: int | None = None  # when the end became known
+        self._end_ns: int | None = None
         self._skew_ns: int | None = None  # bus clock minus the benchmark's
-        self._state = "waiting"  # one of STATES, as far as it was announced or follows from what happens
+        self._state = "waiting"
         self._announces_states = False  # system_state_changed was heard (0.13)
-        self._fell_silent = False  # it was stale: a registration that follows is another run's
+        self._fell_silent = False  # a registration that follows is another run's
         self.end: str | None = None  # one of ENDS
         self._error: str | None = None  # what went wrong, as it was told
         self._reason: str | None = None  # why there are no results, or not all
-        self._signs: set[str] = set()  # of the end: message types, "cancelled", "shutdown", "not_configured"
-        self._child_exit: str | None = None  # how the child ended; "" when it ended well
-        self._benchmark_id: str | None = None  # from the data set's notification, or the server metrics
+        self._signs: set[str] = set()  # types of messages that were heard; cancelled, shutdown, not_configured
+        self._child_exit: str | None = None  # "" when it ended well
+        self._benchmark_id: str | None = None
         self._profile_id: str | None = None
         self._configs = {origin: self._configs[origin] for origin in _ORIGINS[:2] if origin in self._configs}
-        self._facts: dict[str, Any] | None = None  # what all configurations say; None when it must be worked out
+        self._facts: dict[str, Any] | None = None  # what all of them say; None when it must be worked out
         self._phases: dict[str, Phase] = {}  # by name, in order of appearance
         self._phase_name: str | None = None  # of the latest that began
         self._percent_floor = 0.0  # the highest percentage that was ever answered
-        self._workers: dict[str, dict[str, Any]] = {}  # by service id, as /api/workers has them
+        self._workers: dict[str, dict[str, Any]] = {}  # by service id
         self._groups: dict[str, dict[str, Any]] = {}  # by group id, without their workers
         self._group_of: dict[str, str] = {}  # worker -> group
         self._figures: dict[str, dict[str, Any]] = {"metrics": {}, "telemetry": {}, "server": {}}
@@ -2091,18 +2082,18 @@ class Benchmark:
         self._final: set[str] = set()  # those of the results, which no message replaces
         self._sampled_ns = dict.fromkeys((*self._figures, "phase"), -_SAMPLE_NS)  # when they last went into the history
         self._history = History()
-        self._results = b""  # AIPerf's results object, its rows in display units, as JSON
+        self._results = b""  # as JSON, rows in display units
         self._counts: tuple[int, int] | None = None  # requests that succeeded and failed, by the results
         self._error_summary: dict[str, Any] = {"errors": [], "more": 0}
-        self._aborted = 0  # requests that were cancelled, which AIPerf counts as errors
+        self._aborted = 0  # as in Phase, of the whole run
 
     def _set_clock(self, benchmark_ns: Any, now_ns: int) -> None:
         self._skew_ns = now_ns - int(benchmark_ns) if _count(benchmark_ns) else self._skew_ns
 
     def _until_ns(self, now_ns: int) -> int:
-        """Return the moment up to which the run's time counts: its end, or its falling silent."""
-        last_ns = now_ns if self.last_message_ns is None else self.last_message_ns
-        return self._end_ns if self._end_ns is not None else min(now_ns, last_ns + STALE_AFTER_NS)
+        """Return the moment up to which the run's time counts."""
+        last_ns = _first(self.last_message_ns, now_ns)
+        return int(_first(self._end_ns, min(now_ns, last_ns + STALE_AFTER_NS)))
 
     def _look_at_clock(self, now_ns: int) -> None:
         """Bring up to date how long the phases have lasted."""
@@ -2138,18 +2129,17 @@ class Benchmark:
         return counted or bool(self.figures("metrics"))
 
     def _requests(self, phases: list[Phase]) -> tuple[int, int, int]:
-        """Return how many requests of phases succeeded, failed and were cancelled; of the profiling by the results."""
+        """Return how many requests of phases succeeded, failed and were cancelled."""
         cancelled, failed = sum(phase.cancelled for phase in phases), sum(phase.failed for phase in phases)
         if self._counts and not any(phase.is_warmup for phase in phases):
             return self._counts[0], self._counts[1] - self._aborted, max(cancelled, self._aborted)
         return sum(phase.done for phase in phases) - failed, failed, cancelled
 
     def _judge(self) -> str | None:
-        """Return the end that follows from the signs; its message may go missing, and a better sign corrects it."""
+        """Return the end that follows from the signs: its message may go missing, and a later one correct it."""
         signs, child = self._signs, self._child_exit
         last_words = {"process_all_results", "results_exported", "benchmark_complete", "shutdown", "not_configured"}
-        if not self._announces_states:
-            last_words.add("process_records_result")
+        last_words |= set() if self._announces_states else RESULT_MESSAGE_TYPES
         if signs.isdisjoint(last_words) and child is None:
             return None
         succeeded, failed, cancelled = self._requests(self._profiling)
@@ -2175,10 +2165,10 @@ class Benchmark:
         succeeded, failed, cancelled = self._requests(self._profiling)
         if succeeded > 0 or failed + cancelled <= 0:
             return cause
-        failures = sorted(self._error_summary["errors"], key=lambda one: one["code"] == 499)  # aborted ones last
-        top = next(map(_error_text, failures), None) or cause
+        errors = sorted(self._error_summary["errors"], key=lambda one: one["code"] == 499)  # aborted ones last
         what = "failed or were aborted" if cancelled else "failed"
-        return f"All {failed + cancelled} inference request(s) {what}: {top}"[:NAME_BYTES_MAX]
+        text = next(map(_error_text, errors), None) or cause
+        return f"All {failed + cancelled} inference request(s) {what}: {text}"[:NAME_BYTES_MAX]
 
     def _on_state(self, message: BusMessage, now_ns: int) -> None:
         self._announces_states, self._state = True, message.value["state"]
@@ -2203,11 +2193,11 @@ class Benchmark:
 
     def _on_dataset(self, message: BusMessage, now_ns: int) -> None:
         self._benchmark_id, self._facts = _name(message.value.get("benchmark_generation")) or self._benchmark_id, None
-        if not self._announces_states:  # before 0.13 the data set is the last thing to get ready
+        if not self._announces_states:  # it is the last thing to get ready
             self._advance("ready")
 
     def _phase_of(self, stats: Mapping[str, Any], now_ns: int) -> Phase | None:
-        """Return the phase that stats are of, a new one if need be; None past the limit, or for a sum over several."""
+        """Return the phase that stats are of; None past the limit, or for a sum over several."""
         name, kind = _name(stats.get("phase_name")), _name(stats.get("phase")) or "profiling"
         if name is None:
             of_kind = [phase.name for phase in self._phases.values() if phase.kind == kind]
@@ -2224,7 +2214,7 @@ class Benchmark:
         if phase is None:
             return
         phase.update(stats, now_ns)
-        if message.type == "credit_phase_start":  # the only one of them that is looked through for secrets
+        if message.type == "credit_phase_start":  # the only one that is looked through for secrets
             self._set_clock(stats.get("start_ns"), now_ns)
             if config and len(message.payload) <= BUS_TEXT_BYTES_MAX // 8:
                 self._configs.setdefault("phases", {"phases": {}})["phases"][phase.name] = config
@@ -2249,10 +2239,12 @@ class Benchmark:
 
     def _on_records(self, message: BusMessage, now_ns: int) -> None:
         value = message.value
-        for worker_id, stats in _objects(value.get("worker_stats"), WORKERS_MAX):
-            records = self._worker(worker_id)["processing_stats"]
-            for old, field in (("processed", "success_records"), ("errors", "error_records")):
-                records[field] = _first(_count(stats.get(old)), _count(stats.get(field)), records[field])
+        for worker, told in self._workers_in(value.get("worker_stats")):
+            records = worker["processing_stats"]
+            for name, count in _scalars(told).items():
+                field = _PHASE_FIELDS.get(name, name)
+                if field in records:
+                    records[field] = _first(_count(count), records[field])
         stats = _object(value.get("processing_stats")) or _object(value.get("final_processing_stats"))
         phase = self._phase_of(stats, now_ns) if stats else None
         if phase is not None and phase.start_ns in (None, stats.get("start_ns", phase.start_ns)):
@@ -2261,34 +2253,33 @@ class Benchmark:
         if message.type in _ANSWERED:
             self._advance("processing")
 
-    def _worker(self, worker_id: str) -> dict[str, Any]:
-        worker = self._workers.get(worker_id)
-        if worker is None:
-            worker = {"worker_id": worker_id, "status": "idle", "startup_state": None, "health": None}
-            worker["task_stats"] = {"total": 0, "completed": 0, "failed": 0}  # requests, over all phases
-            worker["processing_stats"] = {"success_records": 0, "error_records": 0}
-            worker["last_update_ns"] = None  # bus clock
-            if len(self._workers) < WORKERS_MAX and _name(worker_id):
-                self._workers[worker_id] = worker
-        return worker
+    def _workers_in(self, told: Any) -> Iterator[tuple[dict[str, Any], Any]]:
+        """Yield (worker, what is told of it) of an object by service id; those past the limit are left out."""
+        for worker_id, value in islice(_object(told).items(), WORKERS_MAX):
+            if worker_id not in self._workers and len(self._workers) < WORKERS_MAX and _name(worker_id):
+                self._workers[worker_id] = {
+                    "worker_id": worker_id, "status": "idle", "startup_state": None, "health": None,
+                    "task_stats": {"total": 0, "completed": 0, "failed": 0},
+                    "processing_stats": {"success_records": 0, "error_records": 0}, "last_update_ns": None,
+                }  # fmt: skip
+            if worker_id in self._workers:
+                yield self._workers[worker_id], value
 
     def _on_workers(self, message: BusMessage, now_ns: int) -> None:
-        value, columns = message.value, {}
-        group_id = value["group_id"] if message.type == "worker_group_stats" else None
-        if group_id is not None:
+        value, group_id = message.value, None
+        if message.type == "worker_group_stats":
+            group_id = value["group_id"]
             if group_id not in self._groups and len(self._groups) >= 256:  # a group is a node
                 return
             parts = {part: _scalars(value.get(part), _WORKER_FIGURES_MAX) for part in ("task_stats", "health")}
             self._groups[group_id] = {**_scalars(value, without=_ENVELOPE), **parts, "last_update_ns": now_ns}
+        is_one = message.type in ("worker_health", "worker_startup_state")
         for field, all_of_them in _WORKER_FIELDS.items():
-            is_one = message.type in ("worker_health", "worker_startup_state")
-            columns[field] = {value["service_id"]: value.get(field)} if is_one else _object(value.get(all_of_them))
-        for field, column in columns.items():
-            for worker_id, told in islice(column.items(), WORKERS_MAX):
-                worker = self._worker(worker_id)
+            column = {value["service_id"]: value.get(field)} if is_one else value.get(all_of_them)
+            for worker, told in self._workers_in(column):
                 worker["last_update_ns"] = now_ns
-                if group_id is not None and worker_id in self._workers:
-                    self._group_of[worker_id] = group_id
+                if group_id is not None:
+                    self._group_of[worker["worker_id"]] = group_id
                 if field in ("status", "startup_state"):
                     worker[field] = _name(told) or worker[field]
                 else:
@@ -2297,7 +2288,6 @@ class Benchmark:
                     worker[field] = dict(islice(numbers, _WORKER_FIGURES_MAX)) or None
 
     def _on_results(self, message: BusMessage, now_ns: int) -> None:
-        """Follow final results: process_all_results (0.12 and later), else process_records_result."""
         if message.type == "process_records_result" and "process_all_results" in self._signs:
             return
         inner = _object(message.value["results"].get("results"))
@@ -2321,7 +2311,7 @@ class Benchmark:
             self._reason = f"results too large: of more than {limits}, not all are kept"
             self._results = self._results if len(self._results) <= RESULTS_KEPT_BYTES_MAX else b""
         self._reason = _error_text(inner.get("incomplete_reason")) or self._reason
-        # After a cancel, or for who came late, results count what no phase message did.
+        # After a cancel, or for who came late, these count what no phase message did.
         succeeded, failed = _count(inner.get("successful_request_count")), _count(inner.get("error_request_count"))
         if succeeded is not None and failed is not None:
             self._counts, self._aborted = (succeeded, failed), min(self._aborted, failed)
@@ -2333,7 +2323,7 @@ class Benchmark:
             phase.update({**figures, **times, **{key: phase.stats[key] for key in times if key in phase.stats}}, now_ns)
 
     def results_too_large(self, message_type: str, now_ns: int) -> None:
-        """Follow a result message that is too large to be read: its topic alone ends the run."""
+        """Follow a message that is too large to be read: where it has results, its topic alone ends the run."""
         if message_type in RESULT_MESSAGE_TYPES:
             self._signs.add(message_type)
             limits = f"{BUS_RESULT_BYTES_MAX} bytes or {_RESULT_ITEMS_MAX} items"
@@ -2342,14 +2332,13 @@ class Benchmark:
             self._settle(now_ns)
 
     def _on_server_results(self, message: BusMessage, now_ns: int) -> None:
-        """Follow the final server metrics, which cover the profiling alone, and the benchmark's id."""
         results = _object(message.value["server_metrics_result"].get("results"))
         self._benchmark_id = self._benchmark_id or _name(results.get("benchmark_id"))
         if summaries := _bounded_summaries(results.get("endpoint_summaries")):
             self._finish("server", {**self.figures("server"), "endpoint_summaries": summaries, "final": True})
 
     def _on_telemetry_results(self, message: BusMessage, now_ns: int) -> None:
-        """Follow the final telemetry; its rows get the tags and headers that the real-time messages use."""
+        """Follow the final telemetry, under the tags and headers of the real-time messages."""
         results, live = _object(message.value["telemetry_result"].get("results")), self.figures("telemetry")
         rows: list[MetricRow] = []
         urls = [url for url in _list(_object(results.get("summary")).get("endpoints_configured"))[:256] if _name(url)]
@@ -2371,10 +2360,10 @@ class Benchmark:
             self._final.add(kind)
 
     def _on_metrics(self, message: BusMessage, now_ns: int) -> None:
-        """Keep a message of metrics; they come often, so most are read only when somebody asks."""
+        """Keep a message of metrics; most are read only when somebody asks."""
         kind = message.type.split("_")[1]  # metrics, telemetry or server
         if now_ns - self._sampled_ns[kind] < _SAMPLE_NS:
-            self._unread[kind] = BusMessage(message.type, message.payload)  # without a value that is parsed
+            self._unread[kind] = BusMessage(message.type, message.payload)  # without what is parsed
             return
         rows = figures = self._read_message(message)
         self._unread.pop(kind, None)
@@ -2390,7 +2379,7 @@ class Benchmark:
         self._history.add(now_ns, kind, rows)
 
     def figures(self, kind: str) -> dict[str, Any]:
-        """Return what the results, else the last good message, said of "metrics", "telemetry" (by tag) or "server"."""
+        """Return the newest, or final, "metrics", "telemetry" (both by tag) or "server"."""
         message = self._unread.pop(kind, None)
         if message is not None and kind not in self._final:
             try:
@@ -2402,7 +2391,7 @@ class Benchmark:
         return self._figures[kind]
 
     def _read_message(self, message: BusMessage) -> dict[str, Any]:
-        """Return a message's rows by tag, in display units, or its server metrics; raise BusError if it is bad."""
+        """Return a message's rows by tag, in display units, or its server metrics."""
         value, rows = message.value, message.value.get("metrics")
         if message.type == "realtime_server_metrics":
             if not isinstance(value.get("endpoint_summaries"), dict):
@@ -2417,7 +2406,7 @@ class Benchmark:
         return display_rows(rows)
 
     def apply(self, message: BusMessage, now_ns: int) -> None:
-        """Follow one bus message; raise BusError if it cannot be used, and then nothing has changed."""
+        """Follow one message; BusError if it cannot be used, and then nothing has changed."""
         self._fell_silent = self._fell_silent or self.is_stale(now_ns)
         is_metrics = message.type in METRICS_MESSAGE_TYPES
         if is_metrics:
@@ -2438,14 +2427,14 @@ class Benchmark:
             if message.type not in FIGURES_MESSAGE_TYPES:
                 self._facts = None
             self._settle(now_ns)
-        if is_metrics or message.type in ("processing_stats", *PHASE_MESSAGE_TYPES):
+        if is_metrics or message.type == "processing_stats" or message.type.startswith("credit_phase_"):
             self._fell_silent = False  # only a benchmark under load sends these
         self.version += is_metrics or self.started_ns is None
         self.last_message_ns, self.started_ns = now_ns, _first(self.started_ns, now_ns)
         self._advance("initializing")
 
     def _begins_run(self, message: BusMessage) -> bool:
-        """Tell whether a message can only come from another run than the one at hand."""
+        """Tell whether a message can only come from another run."""
         value, is_over = message.value, self.end is not None or self._fell_silent
         if message.type == "worker_startup_state":
             return is_over and value.get("startup_state") == "starting"
@@ -2454,7 +2443,7 @@ class Benchmark:
             return is_over or self._has_gone_far()
         if word in ("ready", "profiling"):
             return self.end is not None
-        if message.type not in PHASE_MESSAGE_TYPES:
+        if not message.type.startswith("credit_phase_"):
             return is_over and word in ("register_service", "spawn_workers")
         stats = phase_stats(value)
         known, start_ns = self._phases.get(stats.get("phase_name") or stats["phase"]), _count(stats.get("start_ns"))
@@ -2464,12 +2453,12 @@ class Benchmark:
         return begins or (None not in (known.start_ns, start_ns) and start_ns != known.start_ns)
 
     def end_child(self, exit_text: str, now_ns: int) -> None:
-        """Follow the end of the benchmark's process: how, such as "exit status 1", or "" when it ended well."""
+        """Follow the end of the benchmark's process: such as "exit status 1", or "" when it ended well."""
         self._child_exit = exit_text
         self._settle(now_ns)
 
     def configure(self, config: Mapping[str, Any], origin: str) -> None:
-        """Follow a configuration from a "file", a "command", or, for this run alone, AIPerf's "artifacts"."""
+        """Follow a configuration; `origin` is "file", "command" or, for this run alone, "artifacts"."""
         if origin == "artifacts":
             found = {key: value for key, value in config.items() if key in _ARTIFACT_FIELDS}
             config = {**self._configs.get(origin, {}), **found}
@@ -2478,7 +2467,6 @@ class Benchmark:
         self.version += 1
 
     def _fact(self, name: str) -> Any:
-        """Return what the first configuration that tells it says, None if none does; see _FACTS."""
         if self._facts is None:
             facts: dict[str, Any] = {}
             for origin in reversed(_ORIGINS):
@@ -2493,12 +2481,12 @@ class Benchmark:
         return self._facts.get(name)
 
     def config(self) -> dict[str, Any]:
-        """Return the configuration of the first origin that has one, completed by what AIPerf wrote; {} without."""
+        """Return the configuration of the first origin that has one, completed by the artifacts."""
         told = (self._configs[origin] for origin in _ORIGINS if self._configs.get(origin))
         return {**self._configs.get("artifacts", {}), **next(told, {})}
 
     def artifact_dir(self) -> str:
-        """Return where AIPerf writes its export, as the bus or a configuration tells; "" if none does."""
+        """Return where AIPerf writes its export; "" where nothing tells."""
         phases = self._configs.get("phases", {"phases": {}})["phases"].values()
         return str(_first(*(_name(config.get("artifact_dir")) for config in phases), self._fact("artifact_dir"), ""))
 
@@ -2508,16 +2496,16 @@ class Benchmark:
 
     @property
     def label(self) -> str:
-        """The run's name among others, such as "run 2 of 3: concurrency_4"."""
+        """Such as "run 2 of 3: concurrency_4"."""
         of_all, label = self.runs_expected, self._fact("label")
         return f"run {self.run_number}" + (f" of {of_all}" if of_all else "") + (f": {label}" if label else "")
 
     def labels(self) -> dict[str, str]:
-        """Return the identity as labels for Prometheus, as far as it is known, written as AIPerf's exporter does."""
-        shown = {field: value for field, value in self._identity().items() if value is not None}
-        if "request_rate" in shown:
-            shown["request_rate"] = float(shown["request_rate"])
-        texts = {field: str(value).lower() if isinstance(value, bool) else str(value) for field, value in shown.items()}
+        """Return the identity, as far as it is known, as AIPerf's exporter writes it."""
+        texts = {
+            field: str(value).lower() if field == "streaming" else str(value)
+            for field, value in self._identity().items() if value is not None
+        }  # fmt: skip
         return {field: text.encode("utf-8", "replace")[:128].decode("utf-8", "ignore") for field, text in texts.items()}
 
     def status(self, now_ns: int) -> dict[str, Any]:
@@ -2535,32 +2523,31 @@ class Benchmark:
         }  # fmt: skip
 
     def _is_open(self) -> bool:
-        """Tell whether more phases may follow: they have names of their own, and nothing says how many there are."""
+        """Tell whether more phases may follow: they have names of their own, and nothing says how many."""
         is_known = self._fact("phases") or self.end or self._signs & _ANSWERED
         return not is_known and any(phase.name != phase.kind for phase in self._profiling)
 
     def _percent(self) -> float:
-        """Return how far the profiling is, 0 to 100: a warm-up at 100 % followed by 0 % would be going back."""
-        phases = self._profiling
-        weights: Sequence[float] = [1] * max(len(phases), self._fact("phases") or 0)
-        if self._is_open():  # half the way for the first phase, half of the rest for each that follows
-            weights = [0.5**place for place in (*range(1, len(phases) + 1), len(phases))]
-        shares = sum(phase.percent() * weight for phase, weight in zip(phases, weights))
-        now = 100.0 if self.end == "complete" else shares / sum(weights) if weights else 0.0
-        # Figures may be corrected downwards, and clocks too: what was once answered is not withdrawn.
+        """Return how far the profiling is, 0 to 100; with the warm-up it would go back."""
+        percents = [phase.percent() for phase in self._profiling]
+        now = sum(percents) / max(len(percents), self._fact("phases") or 1)
+        if self.end == "complete":
+            now = 100.0
+        elif self._is_open():  # half the way for the first phase, half of the rest for each that follows
+            now = sum(percent * 0.5**place for place, percent in enumerate(percents, 1))
+        # Figures are corrected, and clocks: what was once answered is not withdrawn.
         self._percent_floor = min(100.0, max(self._percent_floor, now))
         return self._percent_floor
 
     def _eta_sec(self, phases: Sequence[Phase], now_ns: int) -> float | None:
-        if all(phase.is_complete for phase in phases) or self.end == "complete":
-            return 0.0 if phases else None
-        if self.end is not None or self.is_stale(now_ns):
-            return None
         left = [phase.eta_sec() for phase in phases]
-        return None if None in left else sum(filter(None, left))
+        if self.end == "complete":
+            left = [0.0 for _ in phases]
+        is_over = self.end is not None or self.is_stale(now_ns)
+        return None if not left or None in left or (is_over and any(left)) else sum(filter(None, left), 0.0)
 
     def progress(self, now_ns: int) -> dict[str, Any]:
-        """Return how far the run is; the top-level figures are of the warm-up until the profiling begins."""
+        """Return how far the run is; figures are of the warm-up until the profiling begins."""
         warmup = [phase for phase in self._phases.values() if phase.is_warmup and phase.has_begun]
         is_warmup = bool(warmup) and not any(phase.has_begun for phase in self._profiling)
         main = warmup if is_warmup else self._profiling
@@ -2587,12 +2574,9 @@ class Benchmark:
 
     def metrics(self) -> dict[str, Any]:
         rows, thresholds = self.figures("metrics"), self._fact("goodput")
-        tags = ("good_request_fraction", "good_request_count", "request_count")
-        share, good, succeeded = (rows.get(tag, {}).get("avg") for tag in tags)
-        share = good / succeeded if share is None and good is not None and succeeded else share
+        share = rows.get("good_request_fraction", {}).get("avg")
         return {
             "aiperf_version": self._fact("aiperf_version"), **self._identity(), "final": "metrics" in self._final,
-            # what makes a request a good one, and the share of those that are
             "goodput": None if thresholds is None else {"thresholds": thresholds, "share": share},
             "metrics": rows, "telemetry": self.figures("telemetry"),
         }  # fmt: skip
@@ -2612,7 +2596,6 @@ class Benchmark:
         return self.figures("server") or {"endpoint_summaries": {}, "message": "No server metrics available yet"}
 
     def results(self, *, whole: bool = True) -> dict[str, Any]:
-        """Return how the run ended ("running" until that is known), with AIPerf's results if `whole`."""
         return {
             "status": self.end or "running",
             "results": json_load(self._results) if whole and self._results else None,
@@ -2622,11 +2605,11 @@ class Benchmark:
 
     def history(self, tags: Sequence[str] = (), stats: Sequence[str] = (), since_ns: int = 0,
                 points: int = HISTORY_POINTS_DEFAULT) -> dict[str, Any]:  # fmt: skip
-        """Return time series of this run, columnar; without tags, what there is. Raises as `History.answer`."""
+        """Return time series; without tags, what there is."""
         return self._history.answer(tags, stats, since_ns, points) if tags else self._history.overview(self.started_ns)
 
     def _brief(self, now_ns: int) -> dict[str, Any]:
-        """Return the run as /api/runs has it: of its metrics only what runs are compared by."""
+        """Return the run as /api/runs has it."""
         status, progress, rows = self.status(now_ns), self.progress(now_ns), self.figures("metrics")
         few = {tag: rows[tag] for tag in _SUMMARY_TAGS if tag in rows}
         return {
@@ -2660,15 +2643,16 @@ class Benchmark:
         return json_load(self._earlier[number][1]) if number in self._earlier else None
 
 
-# Message type -> (what follows it, the field without which it cannot be used, that field's type); "", object: none
+# Message type -> (what follows it, the field that it must have, its type); "", object: none
 _HANDLERS: Mapping[str, tuple[Callable[[Any, BusMessage, int], None], str, type]] = MappingProxyType({
-    **dict.fromkeys(PHASE_MESSAGE_TYPES, (Benchmark._on_phase, "", object)),
-    **dict.fromkeys(("benchmark_complete", "results_exported"), (lambda *_: None, "", object)),  # a sign, no more
+    **{f"credit_phase_{what}": (Benchmark._on_phase, "", object)
+       for what in ("start", "progress", "sending_complete", "complete")},
+    **dict.fromkeys(("benchmark_complete", "results_exported"), (lambda *_: None, "", object)),  # signs, no more
     **dict.fromkeys(("error", "service_error", "command_response", "dataset_configuration_failed"),
-        (Benchmark._on_error, "", object)),
-    **dict.fromkeys(_ANSWERED, (Benchmark._on_records, "", object)),
+                    (Benchmark._on_error, "", object)),
     **dict.fromkeys(RESULT_MESSAGE_TYPES, (Benchmark._on_results, "results", dict)),
     **dict.fromkeys(("worker_health", "worker_startup_state"), (Benchmark._on_workers, "service_id", str)),
+    **dict.fromkeys(_ANSWERED, (Benchmark._on_records, "", object)),
     "command": (Benchmark._on_command, "command", str),
     "dataset_configured_notification": (Benchmark._on_dataset, "", object),
     "process_server_metrics_result": (Benchmark._on_server_results, "server_metrics_result", dict),
@@ -2678,12 +2662,12 @@ _HANDLERS: Mapping[str, tuple[Callable[[Any, BusMessage, int], None], str, type]
     "worker_group_stats": (Benchmark._on_workers, "group_id", str),
     "worker_status_summary": (Benchmark._on_workers, "worker_statuses", dict),
 })  # fmt: skip
-# What the reducer has to hear, and the topics: also targeted commands, and the controller's responses alone.
+# The topics: also targeted commands, and the controller's responses alone
 CORE_MESSAGE_TYPES = METRICS_MESSAGE_TYPES | frozenset(_HANDLERS)
 ALWAYS_SUBSCRIBED = CORE_MESSAGE_TYPES - {"command_response"}
 CORE_TOPICS = (b"command.", b"command_response.system_controller$",
     *sorted(f"{name}$".encode() for name in ALWAYS_SUBSCRIBED))  # fmt: skip
-# Every type that some AIPerf from 0.3 to 0.13 has; another one is accepted, but may be a typo.
+# Of AIPerf 0.3 to 0.13; another one may be a typo
 KNOWN_MESSAGE_TYPES = CORE_MESSAGE_TYPES | FIGURES_MESSAGE_TYPES | frozenset("""connection_probe conversation_request
     conversation_response conversation_turn_request conversation_turn_response credit_drop credit_phases_configured
     credit_return
@@ -2696,7 +2680,7 @@ KNOWN_MESSAGE_TYPES = CORE_MESSAGE_TYPES | FIGURES_MESSAGE_TYPES | frozenset("""
 
 # -- The benchmark as families of samples ------------------------------------------------------------------------------
 
-# kind|name|where the value is|help|unit; of each phase, of the progress, of each worker
+# kind|name|field|help|unit
 _FAMILIES = """\
 counter|phase_requests_sent|requests_sent|Requests sent, by phase|
 counter|phase_requests_completed|requests_completed|Requests answered, failed ones included, by phase|
@@ -2706,12 +2690,12 @@ gauge|phase_requests_expected|total_expected_requests|Requests the phase will se
 gauge|progress_ratio|ratio|How far the profiling is, 0 to 1|ratio
 gauge|elapsed_seconds|elapsed_sec|Time the profiling, or the warm-up before it, has lasted|seconds
 gauge|eta_seconds|eta_sec|Time left at the pace so far|seconds
-gauge|worker_cpu_percent|health.cpu_usage|CPU usage of the worker|percent
-gauge|worker_memory_bytes|health.memory_usage|Resident memory of the worker|bytes
-gauge|worker_threads|health.num_threads|Threads of the worker|
-counter|worker_tasks|task_stats.total|Requests given to the worker|
-counter|worker_tasks_completed|task_stats.completed|Requests the worker completed|
-counter|worker_tasks_failed|task_stats.failed|Requests the worker saw fail|"""
+gauge|worker_cpu_percent|cpu_usage|CPU usage of the worker|percent
+gauge|worker_memory_bytes|memory_usage|Resident memory of the worker|bytes
+gauge|worker_threads|num_threads|Threads of the worker|
+counter|worker_tasks|total|Requests given to the worker|
+counter|worker_tasks_completed|completed|Requests the worker completed|
+counter|worker_tasks_failed|failed|Requests the worker saw fail|"""
 
 
 def state_families(benchmark: Benchmark, now_ns: int) -> list[Family]:
@@ -2728,17 +2712,22 @@ def state_families(benchmark: Benchmark, now_ns: int) -> list[Family]:
         own.add(head, (("state", state),), int(state == status["state"]))
     head = ("aiperf_benchmark_stale", "gauge", "Whether a running benchmark has fallen silent", "")
     own.add(head, (), int(status["stale"]))
-    derived = {"ratio": progress["percent_complete"] / 100, "elapsed_sec": progress["elapsed_ns"] / 1e9}
-    things: dict[str, list[tuple[Labels, Any]]] = {
-        "phase": [((*labels, ("phase", name)), phase) for name, phase in progress["phases"].items()],
-        "worker": [((*labels, ("worker", name)), worker) for name, worker in workers["workers"].items()],
+    progress.update(ratio=progress["percent_complete"] / 100, elapsed_sec=progress["elapsed_ns"] / 1e9)
+    things = {
+        "phase": progress["phases"],
+        "worker": {name: {**one["task_stats"], **(one["health"] or {})} for name, one in workers["workers"].items()},
     }
     for line in _FAMILIES.splitlines():
-        kind, name, path, text, unit = line.split("|")
-        for own_labels, value in things.get(name.partition("_")[0], [(labels, {**progress, **derived})]):
-            for field in path.split("."):
-                value = _object(value).get(field)  # noqa: PLW2901
-            own.add((f"aiperf_{name}", kind, text, unit), own_labels, value, "_total" if kind == "counter" else "")
+        kind, name, field, text, unit = line.split("|")
+        of = name.partition("_")[0]
+        for one, value in things.get(of, {"": progress}).items():
+            own_labels = (*labels, (of, one)) if one else labels
+            own.add(
+                (f"aiperf_{name}", kind, text, unit),
+                own_labels,
+                value.get(field),
+                "_total" if kind == "counter" else "",
+            )
     statuses = collections.Counter(workers["worker_statuses"].values())
     for state in dict.fromkeys(("healthy", "high_load", "error", "idle", "stale", *statuses)):
         own.add(("aiperf_workers", "gauge", "Workers by status", ""), (*labels, ("status", state)), statuses[state])
