@@ -1593,19 +1593,19 @@ def server_families(summaries: Any, labels: Labels = (), before: FamilySet | Non
 
 # == 9 == Benchmark ====================================================================================================
 #
-# A reducer: bus messages go in one after the other, answers come out at any moment. Time comes in as an argument: the
-# bus clock at reception, in ns.  What a run keeps is bounded, whatever the bus sends.
+# A reducer: bus messages go in, answers come out at any moment. Time comes in as an argument: the bus clock, in ns.
+# What a run keeps is bounded, whatever the bus sends.
 
-# `waiting`: nothing was heard yet; then AIPerf's states, in the order a run goes through them
+# Nothing was heard yet; then AIPerf's states, in their order
 STATES = ("waiting", "initializing", "configuring", "ready", "profiling", "processing", "stopping", "shutdown")
 ENDS = ("complete", "cancelled", "failed")
 
 METRICS_MESSAGE_TYPES = frozenset("realtime_metrics realtime_telemetry_metrics realtime_server_metrics".split())
 RESULT_MESSAGE_TYPES = frozenset(("process_all_results", "process_records_result"))  # of 0.12 and later; of all
 _RESULT_ITEMS_MAX = 4 * JSON_ITEMS_MAX
-# Their latest message replaces the one before; types that are kept per worker or group are not among them.
+# The latest message replaces the one before, which it does not where each tells of another worker or group.
 STATE_MESSAGE_TYPES = METRICS_MESSAGE_TYPES | {"credit_phase_progress", "processing_stats", "worker_status_summary"}
-# These carry figures alone, and are never looked through for secrets.
+# Never looked through for secrets
 FIGURES_MESSAGE_TYPES = METRICS_MESSAGE_TYPES | frozenset("""all_records_received credit_phase_complete
     credit_phase_progress credit_phase_sending_complete credits_complete dataset_configured_notification heartbeat
     phase_baseline_request processing_stats worker_group_stats worker_health worker_pod_state worker_startup_state
@@ -1614,12 +1614,12 @@ _ENVELOPE = ("message_type", "service_id", "request_ns", "request_id")  # of any
 
 
 class BusMessage:
-    """A message of the bus: its type, its bytes, and what they say, parsed once when somebody asks."""
+    """A message of the bus, parsed once when somebody asks."""
 
     __slots__ = ("errors_left_out", "is_cut", "not_finite", "parsed", "payload", "type")
 
     def __init__(self, type: str, payload: bytes) -> None:  # noqa: A002
-        self.type, self.payload = type, payload  # the type is from the topic, without target and `$`
+        self.type, self.payload = type, payload  # as the topic names it
         self.parsed: dict[str, Any] | None = None
         self.not_finite = False  # NaN or an infinity became null
         self.is_cut = False  # parts of huge results are gone
@@ -1646,14 +1646,14 @@ class BusMessage:
         return self.parsed
 
     def _without_more(self, value: dict[str, Any], items: int) -> dict[str, Any]:
-        """Return final results without what is not kept, so that nobody has to look through it."""
+        """Return final results without what is not kept."""
         inner = _object((outer := _object(value.get("results"))).get("results"))
         records, errors = _list(inner.get("records")), _list(inner.get("error_summary"))
         self.is_cut = items > JSON_ITEMS_MAX or len(self.payload) > RESULTS_KEPT_BYTES_MAX
         if not self.is_cut and len(records) <= ROWS_MAX and len(errors) <= RUNS_MAX:
             return value
         counted = [one for one in errors if isinstance(one, dict) and _count(one.get("count"))]
-        # 499 is an aborted request, which is no error: these are needed, however few
+        # Those with 499, which were aborted, count apart, however few
         most = heapq.nlargest(
             RUNS_MAX, counted, lambda one: (_object(one.get("error_details")).get("code") == 499, one["count"])
         )
@@ -1689,7 +1689,7 @@ def _name(value: Any) -> str | None:
 
 
 def _scalars(value: Any, limit: int = EXTRAS_MAX, without: Iterable[str] = ()) -> dict[str, Any]:
-    """Return the first fields of an object that are numbers, short texts or lists of a few numbers."""
+    """Return the first fields that hold a number, a short text or a few numbers."""
     found: dict[str, Any] = {}
     for key, inner in islice(_object(value).items(), 4 * limit):
         numbers = inner if isinstance(inner, list) and len(inner) <= 8 else (inner,)
@@ -1700,7 +1700,7 @@ def _scalars(value: Any, limit: int = EXTRAS_MAX, without: Iterable[str] = ()) -
 
 
 def _bounded_summaries(summaries: Any) -> dict[str, Any]:
-    """Return `endpoint_summaries` with ROWS_MAX series and metrics at most."""
+    """Return `endpoint_summaries` with at most ROWS_MAX series and metrics."""
     room, found, parts = ROWS_MAX, {}, ("labels", "stats", "buckets")
     for endpoint, summary in _objects(summaries, 256):
         metrics = {}
@@ -1714,7 +1714,7 @@ def _bounded_summaries(summaries: Any) -> dict[str, Any]:
 
 
 def _error_text(error: Any) -> str | None:
-    """Return an error, a text or AIPerf's {code, type, message}, as one line."""
+    """Return a text or AIPerf's {code, type, message} as one line."""
     error = error if isinstance(error, dict) else {"message": error}
     kind, message = text_or(error.get("type"), ""), text_or(error.get("message"), "")
     text = message if message.startswith(kind) else f"{kind}: {message}" if message else kind
@@ -1744,13 +1744,13 @@ def phase_stats(message: dict[str, Any]) -> dict[str, Any]:
 
 
 class Phase:
-    """One phase of a run: what AIPerf tells of it, and what follows from that."""
+    """What AIPerf tells of one phase of a run, and what follows from that."""
 
     def __init__(self, name: str, stats: Mapping[str, Any], now_ns: int) -> None:
         self.name = name  # as the user named it, else its kind
         self.kind = _name(stats.get("phase_kind")) or _name(stats.get("phase")) or name  # warmup or profiling
         self.is_warmup = self.kind == "warmup"
-        self.first_ns = now_ns  # when it was first heard of
+        self.first_ns = now_ns
         self.stats: dict[str, Any] = dict.fromkeys(_COUNTERS, 0)  # by AIPerf's names, times by its clock
         self.aborted = 0  # cancelled requests, which AIPerf counts as errors
         self.is_complete = False
@@ -1770,14 +1770,14 @@ class Phase:
         self.expected = _count(told.get("total_expected_requests"))
         self.duration_sec = _positive(told.get("expected_duration_sec"))
         self.records = told["success_records"] + told["error_records"]
-        # Versions differ in which counters they keep up to date: the one that is ahead is right.
+        # Versions differ in which counters are up to date: the one that is ahead is right.
         self.done = max(told["requests_completed"], self.records) - self.aborted
         self.failed = max(told["request_errors"], told["error_records"]) - self.aborted
         self.cancelled = max(told["requests_cancelled"], self.aborted)
         self.has_begun = self.start_ns is not None or told["requests_sent"] > 0 or self.done > 0
 
     def percent(self) -> float:
-        """Return how far the phase is, 0 to 100: the target that is reached first counts, as in AIPerf."""
+        """Return 0 to 100; the target that is reached first counts, as in AIPerf."""
         targets = self.expected, self.duration_sec, _count(self.stats.get("expected_num_sessions"))
         reached = self.done, self.elapsed_ns / 1e9, self.stats["completed_sessions"]
         shares = [now / target for now, target in zip(reached, targets) if target]
@@ -1796,7 +1796,7 @@ class Phase:
         }  # fmt: skip
 
     def answer(self, eta_sec: float | None) -> dict[str, Any]:
-        """Return the phase as /api/progress has it: AIPerf's names, with what can be computed from them."""
+        """Return the phase as /api/progress has it, under AIPerf's names."""
         seconds, target = self.elapsed_ns / 1e9, self.done + self.aborted if self.is_complete else self.expected
         records_eta = None
         if "records_end_ns" in self.stats:
@@ -1835,7 +1835,7 @@ def _halved(column: array[Any]) -> array[Any]:
 
 
 class History:
-    """Figures over time: rows, about one a second, and a column for each tag and statistic."""
+    """Rows, about one a second, with a column for each tag and statistic."""
 
     def __init__(self) -> None:
         self.interval_sec = 1.0
@@ -1849,7 +1849,7 @@ class History:
         self._stats_left_out: set[str] = set()
 
     def add(self, now_ns: int, group: str, rows: Mapping[str, Mapping[str, Any]]) -> None:
-        """Write figures into the last row, or into a new one if that is a while ago."""
+        """Write into the last row, or into a new one if that is a while ago."""
         if self.times and now_ns < self.times[-1]:
             return
         if not self.times or now_ns - self._row_ns >= self.interval_sec * _SAMPLE_NS:
@@ -1873,7 +1873,7 @@ class History:
         self._tags_left_out = max(self._tags_left_out, len(rows.keys() - self.columns.keys()))
 
     def _add_column(self, columns: dict[str, array[float]], stat: str) -> bool:
-        """Add a column if it fits; where need be, all tags alike give up their statistics of the last rank."""
+        """Add a column if it fits, or does once all tags have given up their statistics of the last rank."""
         while self._series >= HISTORY_SERIES_MAX and _rank(stat) < self._ranks - 1:
             self._ranks -= 1
             for others in self.columns.values():
@@ -1960,7 +1960,7 @@ def _phases_of(section: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _model_names(value: Any) -> str | None:
-    """Return model names, which come as text, list, or objects with a name, as AIPerf's exporter joins them."""
+    """Return text, a list, or objects with a name, as AIPerf's exporter joins them."""
     if isinstance(value, dict):
         value = value.get("names") or value.get("items") or value.get("name")
     if isinstance(value, list):
@@ -1970,21 +1970,21 @@ def _model_names(value: Any) -> str | None:
 
 
 def _positive(value: Any) -> float | None:
-    """Return a positive number, which may be written as text (on command lines, in YAML)."""
+    """Return a positive number, also of a text (on command lines, in YAML)."""
     if isinstance(value, str) and re.fullmatch(r"\d{1,15}(\.\d{1,15})?", value, re.ASCII):
         value = float(value)
     return value if _count(value) is not None and value > 0 else None
 
 
 def _thresholds(value: Any) -> dict[str, float] | None:
-    """Return the thresholds of a goodput: an object, or words `tag:number`."""
+    """Return thresholds given as an object, or in words `tag:number`."""
     words = value.split() if isinstance(value, str) else _list(value)
     pairs = [word.partition(":")[::2] for word in words[:EXTRAS_MAX] if isinstance(word, str)]
     limits = ((tag, _positive(limit)) for tag, limit in (*pairs, *islice(_object(value).items(), EXTRAS_MAX)))
     return {tag: limit for tag, limit in limits if limit is not None and _name(tag)} or None
 
 
-# What a configuration says, how it is read, and its keys in AIPerf 0.3 to 0.13 and on the command line
+# How a fact is read, and its keys in AIPerf 0.3 to 0.13 and on the command line
 _FACTS: tuple[tuple[str, Callable[[Any], Any], str], ...] = (
     ("benchmark_id", _name, "benchmarkid"),
     ("model", _model_names, "modelnames models modelname model"),
@@ -2000,7 +2000,7 @@ _FACTS: tuple[tuple[str, Callable[[Any], Any], str], ...] = (
 
 
 def identity_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a configuration says of the benchmark, on its own level or in what wraps it."""
+    """Return the facts that a configuration has, on its own level or in what wraps it."""
     found: dict[str, Any] = {}
     wrappers = "input_config config user_config benchmark benchmark_config cfg".split()
     wrapped = [_object(config.get(key)) for key in wrappers]
@@ -2018,7 +2018,6 @@ def identity_of(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _sweep_size(section: Mapping[str, Any]) -> int | None:
-    """Return how many runs a sweep has, where a configuration tells."""
     sweep, repeats = _plain_keys(section.get("sweep")), _plain_keys(section.get("multirun"))
     size = len(_list(sweep.get("runs"))) or 1
     for values in islice(_object(sweep.get("parameters") or sweep.get("variables")).values(), EXTRAS_MAX):
@@ -2029,8 +2028,9 @@ def _sweep_size(section: Mapping[str, Any]) -> int | None:
 
 # -- The benchmark -----------------------------------------------------------------------------------------------------
 
+_TOO_LARGE = f"results too large: {JSON_ITEMS_MAX} items and {RESULTS_KEPT_BYTES_MAX} bytes are kept at most"
 _ANSWERED = frozenset(("all_records_received", "credits_complete"))  # no phase begins after these
-# A field of a worker, and that of the messages which have it of all
+# A field of a worker, and the same of all
 _WORKER_FIELDS = _pairs("""status=worker_statuses startup_state=worker_startup_states
     task_stats=worker_task_stats health=worker_health""")  # fmt: skip
 _WORKER_FIGURES_MAX = 12  # of its tasks, and of its health; AIPerf sends 3 and 9
@@ -2043,14 +2043,13 @@ _SUMMARY_FIELDS = ("unit", "header", "avg", "p50", "p99")
 
 
 class Benchmark:
-    """The run at hand, the answers made from it (to be read, not changed), and the runs before it.
-    `on_late_error` is told of a bad message that had been accepted unread."""
+    """The run at hand, the answers made from it (to be read, not changed), and the runs before it."""
 
     def __init__(self, on_late_error: Callable[[BusError], None] = lambda error: None) -> None:
-        self._on_late_error = on_late_error
+        self._on_late_error = on_late_error  # told of bad messages that had been accepted unread
         self.version = 0  # grows whenever an answer may have changed
         self._configs: dict[str, dict[str, Any]] = {}  # by origin
-        self._earlier: dict[int, tuple[dict[str, Any], bytes]] = {}  # runs by number: in brief, and whole as JSON
+        self._earlier: dict[int, tuple[dict[str, Any], bytes]] = {}  # by number: in brief, and whole as JSON
         self._begin(1)
 
     def _begin(self, number: int) -> None:
@@ -2065,7 +2064,7 @@ class Benchmark:
         self.end: str | None = None  # one of ENDS
         self._error: str | None = None  # what went wrong, as it was told
         self._reason: str | None = None  # why there are no results, or not all
-        self._signs: set[str] = set()  # types of messages that were heard; cancelled, shutdown, not_configured
+        self._signs: set[str] = set()  # what was heard: types of messages, and what they say of the end
         self._child_exit: str | None = None  # "" when it ended well
         self._benchmark_id: str | None = None
         self._profile_id: str | None = None
@@ -2079,7 +2078,7 @@ class Benchmark:
         self._group_of: dict[str, str] = {}  # worker -> group
         self._figures: dict[str, dict[str, Any]] = {"metrics": {}, "telemetry": {}, "server": {}}
         self._unread: dict[str, BusMessage] = {}  # newer messages of these that nobody has asked for
-        self._final: set[str] = set()  # those of the results, which no message replaces
+        self._final: set[str] = set()  # those that the results gave
         self._sampled_ns = dict.fromkeys((*self._figures, "phase"), -_SAMPLE_NS)  # when they last went into the history
         self._history = History()
         self._results = b""  # as JSON, rows in display units
@@ -2091,12 +2090,10 @@ class Benchmark:
         self._skew_ns = now_ns - int(benchmark_ns) if _count(benchmark_ns) else self._skew_ns
 
     def _until_ns(self, now_ns: int) -> int:
-        """Return the moment up to which the run's time counts."""
         last_ns = _first(self.last_message_ns, now_ns)
         return int(_first(self._end_ns, min(now_ns, last_ns + STALE_AFTER_NS)))
 
     def _look_at_clock(self, now_ns: int) -> None:
-        """Bring up to date how long the phases have lasted."""
         for phase in self._phases.values():
             if phase.start_ns is not None and phase.end_ns is not None:
                 phase.elapsed_ns = max(0, phase.end_ns - phase.start_ns)
@@ -2129,23 +2126,24 @@ class Benchmark:
         return counted or bool(self.figures("metrics"))
 
     def _requests(self, phases: list[Phase]) -> tuple[int, int, int]:
-        """Return how many requests of phases succeeded, failed and were cancelled."""
+        """Return how many succeeded, failed and were cancelled."""
         cancelled, failed = sum(phase.cancelled for phase in phases), sum(phase.failed for phase in phases)
         if self._counts and not any(phase.is_warmup for phase in phases):
             return self._counts[0], self._counts[1] - self._aborted, max(cancelled, self._aborted)
         return sum(phase.done for phase in phases) - failed, failed, cancelled
 
     def _judge(self) -> str | None:
-        """Return the end that follows from the signs: its message may go missing, and a later one correct it."""
+        """Return the end that follows from the signs: its own message may go missing."""
         signs, child = self._signs, self._child_exit
         last_words = {"process_all_results", "results_exported", "benchmark_complete", "shutdown", "not_configured"}
         last_words |= set() if self._announces_states else RESULT_MESSAGE_TYPES
         if signs.isdisjoint(last_words) and child is None:
             return None
+        was_cancelled = signs & {"was_cancelled", "profile_cancel"}
         succeeded, failed, cancelled = self._requests(self._profiling)
-        if succeeded <= 0 and (failed or (cancelled and "cancelled" not in signs)):
+        if succeeded <= 0 and (failed or (cancelled and not was_cancelled)):
             return "failed"
-        if "cancelled" in signs:
+        if was_cancelled:
             return "cancelled"
         ended_well = self._has_results() or (not self._error and ("benchmark_complete" in signs or child == ""))
         if child or not ended_well:
@@ -2159,7 +2157,6 @@ class Benchmark:
             self._end_ns = _first(self._end_ns, now_ns)
 
     def _verdict(self) -> str:
-        """Return why the run failed."""
         anything = "ended without results" if self._did_anything() else "ended before a request was sent"
         cause = self._error or self._child_exit or anything
         succeeded, failed, cancelled = self._requests(self._profiling)
@@ -2172,16 +2169,14 @@ class Benchmark:
 
     def _on_state(self, message: BusMessage, now_ns: int) -> None:
         self._announces_states, self._state = True, message.value["state"]
-        if self._state == "shutdown":
-            self._signs.add("shutdown")
+        self._signs |= {self._state} & {"shutdown"}
 
     def _on_command(self, message: BusMessage, now_ns: int) -> None:
         command, config = message.value["command"], _object(message.value.get("config"))
         self._advance(_COMMAND_STATES.get(command, "waiting"))
         if command == "profile_configure" and config:
             self._configs["bus"] = config
-        elif command in ("profile_cancel", "shutdown"):
-            self._signs.add("cancelled" if command == "profile_cancel" else command)
+        self._signs |= {command} & {"profile_cancel", "shutdown"}
 
     def _on_error(self, message: BusMessage, now_ns: int) -> None:
         value = message.value
@@ -2254,7 +2249,7 @@ class Benchmark:
             self._advance("processing")
 
     def _workers_in(self, told: Any) -> Iterator[tuple[dict[str, Any], Any]]:
-        """Yield (worker, what is told of it) of an object by service id; those past the limit are left out."""
+        """Yield each worker of an object by service id, as far as they fit, and what is told of it."""
         for worker_id, value in islice(_object(told).items(), WORKERS_MAX):
             if worker_id not in self._workers and len(self._workers) < WORKERS_MAX and _name(worker_id):
                 self._workers[worker_id] = {
@@ -2292,7 +2287,7 @@ class Benchmark:
             return
         inner = _object(message.value["results"].get("results"))
         if inner.get("was_cancelled") is True:
-            self._signs.add("cancelled")
+            self._signs.add("was_cancelled")
         self._advance("processing")
         errors: list[dict[str, Any]] = []
         for one in map(_object, _list(inner.get("error_summary"))):
@@ -2307,8 +2302,7 @@ class Benchmark:
         self._finish("metrics", display_rows(_object(shown.get("results")).get("records")))
         self._results = json_bytes(shown)
         if message.is_cut or len(self._results) > RESULTS_KEPT_BYTES_MAX:
-            limits = f"{RESULTS_KEPT_BYTES_MAX} bytes or {JSON_ITEMS_MAX} items"
-            self._reason = f"results too large: of more than {limits}, not all are kept"
+            self._reason = _TOO_LARGE
             self._results = self._results if len(self._results) <= RESULTS_KEPT_BYTES_MAX else b""
         self._reason = _error_text(inner.get("incomplete_reason")) or self._reason
         # After a cancel, or for who came late, these count what no phase message did.
@@ -2318,17 +2312,15 @@ class Benchmark:
         phase = self._phase_of({"phase": "profiling"}, now_ns)
         if phase is not None and len(self._profiling) == 1:
             phase.aborted = min(self._aborted, max(failed or 0, phase.stats["error_records"]))
-            figures = {"success_records": succeeded, "error_records": failed}
             times = {"start_ns": inner.get("start_ns"), "requests_end_ns": inner.get("end_ns")}
-            phase.update({**figures, **times, **{key: phase.stats[key] for key in times if key in phase.stats}}, now_ns)
+            told = {key: value for key, value in times.items() if key not in phase.stats}
+            phase.update({"success_records": succeeded, "error_records": failed, **told}, now_ns)
 
     def results_too_large(self, message_type: str, now_ns: int) -> None:
-        """Follow a message that is too large to be read: where it has results, its topic alone ends the run."""
+        """Follow a message that is too large to be read: the topic of results alone ends the run."""
         if message_type in RESULT_MESSAGE_TYPES:
             self._signs.add(message_type)
-            limits = f"{BUS_RESULT_BYTES_MAX} bytes or {_RESULT_ITEMS_MAX} items"
-            self._reason = f"results too large: a message of more than {limits}"
-            self.last_message_ns = now_ns
+            self._reason, self.last_message_ns = _TOO_LARGE, now_ns
             self._settle(now_ns)
 
     def _on_server_results(self, message: BusMessage, now_ns: int) -> None:
@@ -2338,7 +2330,6 @@ class Benchmark:
             self._finish("server", {**self.figures("server"), "endpoint_summaries": summaries, "final": True})
 
     def _on_telemetry_results(self, message: BusMessage, now_ns: int) -> None:
-        """Follow the final telemetry, under the tags and headers of the real-time messages."""
         results, live = _object(message.value["telemetry_result"].get("results")), self.figures("telemetry")
         rows: list[MetricRow] = []
         urls = [url for url in _list(_object(results.get("summary")).get("endpoints_configured"))[:256] if _name(url)]
@@ -2348,28 +2339,28 @@ class Benchmark:
                 index, uuid = _count(gpu.get("gpu_index")) or 0, text_or(gpu.get("gpu_uuid"), "")
                 place = f"{endpoint} | GPU {index} | {text_or(gpu.get('gpu_name'), '')}"
                 for metric, row in _objects(gpu.get("metrics"), ROWS_MAX - len(rows)):
-                    tag = f"{metric}_dcgm_{source}_gpu{index}_{uuid[:12]}"
+                    tag = f"{metric}_dcgm_{source}_gpu{index}_{uuid[:12]}"  # as in real-time messages
                     header = f"{text_or(row.get('display_name'), metric.replace('_', ' '))} | {place}"
                     rows.append({**row, "tag": tag, "header": _object(live.get(tag)).get("header", header)})
         self._finish("telemetry", display_rows(rows))
 
     def _finish(self, kind: str, figures: dict[str, Any]) -> None:
-        """Have final figures, if there are any, replace the live ones."""
         if figures:
             self._figures[kind] = figures
             self._final.add(kind)
+            self._unread.pop(kind, None)
 
     def _on_metrics(self, message: BusMessage, now_ns: int) -> None:
         """Keep a message of metrics; most are read only when somebody asks."""
         kind = message.type.split("_")[1]  # metrics, telemetry or server
+        if kind in self._final:
+            return
         if now_ns - self._sampled_ns[kind] < _SAMPLE_NS:
             self._unread[kind] = BusMessage(message.type, message.payload)  # without what is parsed
             return
-        rows = figures = self._read_message(message)
+        rows = figures = self._figures[kind] = self._read_message(message)
         self._unread.pop(kind, None)
         self._sampled_ns[kind] = now_ns
-        if kind not in self._final:
-            self._figures[kind] = figures
         if kind == "server":  # by tags `server:ENDPOINT:METRIC{label="value"}`
             rows = {}
             for endpoint, name, _, title, labels, stats in server_series(figures["endpoint_summaries"]):
@@ -2379,9 +2370,9 @@ class Benchmark:
         self._history.add(now_ns, kind, rows)
 
     def figures(self, kind: str) -> dict[str, Any]:
-        """Return the newest, or final, "metrics", "telemetry" (both by tag) or "server"."""
+        """Return the newest, or final, "metrics", "telemetry" (by tag) or "server"."""
         message = self._unread.pop(kind, None)
-        if message is not None and kind not in self._final:
+        if message is not None:
             try:
                 self._figures[kind] = self._read_message(message)
                 if message.not_finite:
@@ -2391,13 +2382,12 @@ class Benchmark:
         return self._figures[kind]
 
     def _read_message(self, message: BusMessage) -> dict[str, Any]:
-        """Return a message's rows by tag, in display units, or its server metrics."""
         value, rows = message.value, message.value.get("metrics")
         if message.type == "realtime_server_metrics":
             if not isinstance(value.get("endpoint_summaries"), dict):
                 raise BusError("bad_shape", "server metrics without endpoint_summaries")
             summaries, snapshot = _bounded_summaries(value["endpoint_summaries"]), _scalars(value.get("snapshot"))
-            return {**_scalars(value, without=_ENVELOPE), "endpoint_summaries": summaries, "snapshot": snapshot}
+            return {"endpoint_summaries": summaries, "snapshot": snapshot}
         if not isinstance(rows, list):
             raise BusError("bad_shape", "a metrics message without a list of metrics")
         tags = (row.get("tag") for row in rows[:ROWS_MAX] if isinstance(row, dict))
@@ -2422,7 +2412,7 @@ class Benchmark:
                 self._begin(self.run_number + 1)
             self._profile_id = _name(value.get("profile_id")) or self._profile_id
             self._set_clock(value.get("request_ns"), now_ns)
-            self._signs |= {message.type, "cancelled"} if value.get("was_cancelled") is True else {message.type}
+            self._signs |= {message.type, "was_cancelled"} if value.get("was_cancelled") is True else {message.type}
             handle(self, message, now_ns)
             if message.type not in FIGURES_MESSAGE_TYPES:
                 self._facts = None
@@ -2434,7 +2424,7 @@ class Benchmark:
         self._advance("initializing")
 
     def _begins_run(self, message: BusMessage) -> bool:
-        """Tell whether a message can only come from another run."""
+        """Tell whether a message must be another run's."""
         value, is_over = message.value, self.end is not None or self._fell_silent
         if message.type == "worker_startup_state":
             return is_over and value.get("startup_state") == "starting"
@@ -2453,7 +2443,7 @@ class Benchmark:
         return begins or (None not in (known.start_ns, start_ns) and start_ns != known.start_ns)
 
     def end_child(self, exit_text: str, now_ns: int) -> None:
-        """Follow the end of the benchmark's process: such as "exit status 1", or "" when it ended well."""
+        """Follow the end of the benchmark's process: "exit status 1", or "" when it ended well."""
         self._child_exit = exit_text
         self._settle(now_ns)
 
@@ -2481,7 +2471,7 @@ class Benchmark:
         return self._facts.get(name)
 
     def config(self) -> dict[str, Any]:
-        """Return the configuration of the first origin that has one, completed by the artifacts."""
+        """Return the first configuration, completed by the artifacts."""
         told = (self._configs[origin] for origin in _ORIGINS if self._configs.get(origin))
         return {**self._configs.get("artifacts", {}), **next(told, {})}
 
@@ -2496,12 +2486,12 @@ class Benchmark:
 
     @property
     def label(self) -> str:
-        """Such as "run 2 of 3: concurrency_4"."""
+        """run 2 of 3: concurrency_4"""
         of_all, label = self.runs_expected, self._fact("label")
         return f"run {self.run_number}" + (f" of {of_all}" if of_all else "") + (f": {label}" if label else "")
 
     def labels(self) -> dict[str, str]:
-        """Return the identity, as far as it is known, as AIPerf's exporter writes it."""
+        """Return the identity as AIPerf's exporter writes it."""
         texts = {
             field: str(value).lower() if field == "streaming" else str(value)
             for field, value in self._identity().items() if value is not None
@@ -2523,12 +2513,11 @@ class Benchmark:
         }  # fmt: skip
 
     def _is_open(self) -> bool:
-        """Tell whether more phases may follow: they have names of their own, and nothing says how many."""
+        """Tell whether more phases may follow: they have names, and nothing says how many."""
         is_known = self._fact("phases") or self.end or self._signs & _ANSWERED
         return not is_known and any(phase.name != phase.kind for phase in self._profiling)
 
     def _percent(self) -> float:
-        """Return how far the profiling is, 0 to 100; with the warm-up it would go back."""
         percents = [phase.percent() for phase in self._profiling]
         now = sum(percents) / max(len(percents), self._fact("phases") or 1)
         if self.end == "complete":
@@ -2547,7 +2536,7 @@ class Benchmark:
         return None if not left or None in left or (is_over and any(left)) else sum(filter(None, left), 0.0)
 
     def progress(self, now_ns: int) -> dict[str, Any]:
-        """Return how far the run is; figures are of the warm-up until the profiling begins."""
+        """Return figures of the warm-up until the profiling begins."""
         warmup = [phase for phase in self._phases.values() if phase.is_warmup and phase.has_begun]
         is_warmup = bool(warmup) and not any(phase.has_begun for phase in self._profiling)
         main = warmup if is_warmup else self._profiling
@@ -2605,11 +2594,9 @@ class Benchmark:
 
     def history(self, tags: Sequence[str] = (), stats: Sequence[str] = (), since_ns: int = 0,
                 points: int = HISTORY_POINTS_DEFAULT) -> dict[str, Any]:  # fmt: skip
-        """Return time series; without tags, what there is."""
         return self._history.answer(tags, stats, since_ns, points) if tags else self._history.overview(self.started_ns)
 
     def _brief(self, now_ns: int) -> dict[str, Any]:
-        """Return the run as /api/runs has it."""
         status, progress, rows = self.status(now_ns), self.progress(now_ns), self.figures("metrics")
         few = {tag: rows[tag] for tag in _SUMMARY_TAGS if tag in rows}
         return {
@@ -2699,14 +2686,12 @@ counter|worker_tasks_failed|failed|Requests the worker saw fail|"""
 
 
 def state_families(benchmark: Benchmark, now_ns: int) -> list[Family]:
-    """Return everything the benchmark tells Prometheus: its metrics first, whose names nobody else may have."""
+    """Return everything the benchmark tells Prometheus."""
     labels: Labels = tuple(benchmark.labels().items())
     status, progress, workers = benchmark.status(now_ns), benchmark.progress(now_ns), benchmark.workers()
-    version = benchmark.metrics()["aiperf_version"]
-    about: Labels = (*labels, ("version", version)) if version else labels
-    own = FamilySet(info := FamilySet())  # with one room
-    if about:
-        info.add(("aiperf", "info", "AIPerf benchmark information", ""), about, 1, "_info")
+    version, own = benchmark.metrics()["aiperf_version"], FamilySet()
+    if about := (*labels, *((("version", version),) if version else ())):
+        own.add(("aiperf", "info", "AIPerf benchmark information", ""), about, 1, "_info")
     head = ("aiperf_benchmark_state", "gauge", "State of the benchmark: 1 for the one it is in", "")
     for state in dict.fromkeys((*STATES, *ENDS, status["state"])):  # there before anything is known: without identity
         own.add(head, (("state", state),), int(state == status["state"]))
@@ -2719,22 +2704,17 @@ def state_families(benchmark: Benchmark, now_ns: int) -> list[Family]:
     }
     for line in _FAMILIES.splitlines():
         kind, name, field, text, unit = line.split("|")
-        of = name.partition("_")[0]
+        of, suffix = name.partition("_")[0], "_total" if kind == "counter" else ""
         for one, value in things.get(of, {"": progress}).items():
             own_labels = (*labels, (of, one)) if one else labels
-            own.add(
-                (f"aiperf_{name}", kind, text, unit),
-                own_labels,
-                value.get(field),
-                "_total" if kind == "counter" else "",
-            )
+            own.add((f"aiperf_{name}", kind, text, unit), own_labels, value.get(field), suffix)
     statuses = collections.Counter(workers["worker_statuses"].values())
     for state in dict.fromkeys(("healthy", "high_load", "error", "idle", "stale", *statuses)):
         own.add(("aiperf_workers", "gauge", "Workers by status", ""), (*labels, ("status", state)), statuses[state])
     metrics = metric_families(benchmark.figures("metrics"), labels, own)
     gpus = telemetry_families(benchmark.figures("telemetry"), labels, own)
     servers = server_families(benchmark.server_metrics()["endpoint_summaries"], labels, own)
-    families = unique_families((*info.families.values(), *metrics, *own.families.values(), *gpus, *servers))
+    families = unique_families((*own.families.values(), *metrics, *gpus, *servers))
     text = "Samples that did not fit in this answer"
     return [*families, Family("aiperf_api_samples_left_out", "gauge", text, "", {"": own.room[2]})]
 
