@@ -1616,14 +1616,13 @@ _ENVELOPE = ("message_type", "service_id", "request_ns", "request_id")  # of any
 class BusMessage:
     """A message of the bus, parsed once when somebody asks."""
 
-    __slots__ = ("errors_left_out", "is_cut", "not_finite", "parsed", "payload", "type")
+    parsed: dict[str, Any] | None = None
+    not_finite = False  # NaN or an infinity became null
+    is_cut = False  # parts of huge results are gone
+    errors_left_out = 0
 
     def __init__(self, type: str, payload: bytes) -> None:  # noqa: A002
         self.type, self.payload = type, payload  # as the topic names it
-        self.parsed: dict[str, Any] | None = None
-        self.not_finite = False  # NaN or an infinity became null
-        self.is_cut = False  # parts of huge results are gone
-        self.errors_left_out = 0
 
     @property
     def value(self) -> dict[str, Any]:
@@ -1652,12 +1651,10 @@ class BusMessage:
         self.is_cut = items > JSON_ITEMS_MAX or len(self.payload) > RESULTS_KEPT_BYTES_MAX
         if not self.is_cut and len(records) <= ROWS_MAX and len(errors) <= RUNS_MAX:
             return value
-        counted = [one for one in errors if isinstance(one, dict) and _count(one.get("count"))]
         # Those with 499, which were aborted, count apart, however few
-        most = heapq.nlargest(
-            RUNS_MAX, counted, lambda one: (_object(one.get("error_details")).get("code") == 499, one["count"])
-        )
-        self.errors_left_out = len(counted) - len(most)
+        most = heapq.nlargest(RUNS_MAX, map(_object, errors), lambda one: (
+            _object(one.get("error_details")).get("code") == 499, _count(one.get("count")) or 0))  # fmt: skip
+        self.errors_left_out = len(errors) - len(most)
         if self.is_cut:
             value, outer, inner = map(_scalars, (value, outer, inner))
         inner = {**inner, "records": records[:ROWS_MAX], "error_summary": most}
@@ -1746,15 +1743,16 @@ def phase_stats(message: dict[str, Any]) -> dict[str, Any]:
 class Phase:
     """What AIPerf tells of one phase of a run, and what follows from that."""
 
+    aborted = 0  # cancelled requests, which AIPerf counts as errors
+    is_complete = False
+    elapsed_ns = 0
+
     def __init__(self, name: str, stats: Mapping[str, Any], now_ns: int) -> None:
         self.name = name  # as the user named it, else its kind
         self.kind = _name(stats.get("phase_kind")) or _name(stats.get("phase")) or name  # warmup or profiling
         self.is_warmup = self.kind == "warmup"
         self.first_ns = now_ns
         self.stats: dict[str, Any] = dict.fromkeys(_COUNTERS, 0)  # by AIPerf's names, times by its clock
-        self.aborted = 0  # cancelled requests, which AIPerf counts as errors
-        self.is_complete = False
-        self.elapsed_ns = 0
         self.update({}, now_ns)
 
     def update(self, stats: Mapping[str, Any], now_ns: int) -> None:
@@ -1774,7 +1772,7 @@ class Phase:
         self.done = max(told["requests_completed"], self.records) - self.aborted
         self.failed = max(told["request_errors"], told["error_records"]) - self.aborted
         self.cancelled = max(told["requests_cancelled"], self.aborted)
-        self.has_begun = self.start_ns is not None or told["requests_sent"] > 0 or self.done > 0
+        self.has_begun = bool(self.start_ns or told["requests_sent"] or self.done > 0)
 
     def percent(self) -> float:
         """Return 0 to 100; the target that is reached first counts, as in AIPerf."""
@@ -2090,22 +2088,20 @@ class Benchmark:
         self._skew_ns = now_ns - int(benchmark_ns) if _count(benchmark_ns) else self._skew_ns
 
     def _until_ns(self, now_ns: int) -> int:
-        last_ns = _first(self.last_message_ns, now_ns)
-        return int(_first(self._end_ns, min(now_ns, last_ns + STALE_AFTER_NS)))
+        return self._end_ns or min(now_ns, (self.last_message_ns or now_ns) + STALE_AFTER_NS)
 
     def _look_at_clock(self, now_ns: int) -> None:
         for phase in self._phases.values():
-            if phase.start_ns is not None and phase.end_ns is not None:
+            if phase.start_ns and phase.end_ns:
                 phase.elapsed_ns = max(0, phase.end_ns - phase.start_ns)
             elif not phase.is_complete:
                 begin_ns = phase.first_ns
-                if phase.start_ns is not None and self._skew_ns is not None:
+                if phase.start_ns and self._skew_ns is not None:
                     begin_ns = phase.start_ns + self._skew_ns
                 phase.elapsed_ns = max(0, self._until_ns(now_ns) - begin_ns) if phase.has_begun else 0
 
     def is_stale(self, now_ns: int) -> bool:
-        last_ns = self.last_message_ns
-        return self.end is None and last_ns is not None and now_ns - last_ns >= STALE_AFTER_NS
+        return not self.end and now_ns - (self.last_message_ns or now_ns) >= STALE_AFTER_NS
 
     def _advance(self, state: str) -> None:
         if self._state in STATES[: STATES.index(state)]:
@@ -2152,9 +2148,9 @@ class Benchmark:
 
     def _settle(self, now_ns: int) -> None:
         self.version += 1
-        self.started_ns, self.end = _first(self.started_ns, now_ns), self._judge()
-        if self.end is not None:
-            self._end_ns = _first(self._end_ns, now_ns)
+        self.started_ns, self.end = self.started_ns or now_ns, self._judge()
+        if self.end:
+            self._end_ns = self._end_ns or now_ns
 
     def _verdict(self) -> str:
         anything = "ended without results" if self._did_anything() else "ended before a request was sent"
@@ -2194,11 +2190,11 @@ class Benchmark:
     def _phase_of(self, stats: Mapping[str, Any], now_ns: int) -> Phase | None:
         """Return the phase that stats are of; None past the limit, or for a sum over several."""
         name, kind = _name(stats.get("phase_name")), _name(stats.get("phase")) or "profiling"
-        if name is None:
+        if not name:
             of_kind = [phase.name for phase in self._phases.values() if phase.kind == kind]
-            if len(of_kind) > 1 and kind not in of_kind:
+            if len(of_kind) > 1:
                 return None
-            name = kind if kind in of_kind or not of_kind else of_kind[0]
+            name = (*of_kind, kind)[0]
         if name not in self._phases and len(self._phases) < EXTRAS_MAX:
             self._phases[name] = Phase(name, stats, now_ns)
         return self._phases.get(name)
@@ -2219,8 +2215,7 @@ class Benchmark:
         else:
             self._phase_name = phase.name
         self._sample_phases(now_ns, at_once=phase.is_complete)
-        if not self._announces_states:
-            self._advance("profiling")
+        self._advance("profiling")
 
     def _sample_phases(self, now_ns: int, *, at_once: bool = False) -> None:
         if not at_once and now_ns - self._sampled_ns["phase"] < _SAMPLE_NS:
@@ -2242,7 +2237,7 @@ class Benchmark:
                     records[field] = _first(_count(count), records[field])
         stats = _object(value.get("processing_stats")) or _object(value.get("final_processing_stats"))
         phase = self._phase_of(stats, now_ns) if stats else None
-        if phase is not None and phase.start_ns in (None, stats.get("start_ns", phase.start_ns)):
+        if phase and phase.start_ns in (None, stats.get("start_ns", phase.start_ns)):
             phase.update(stats, now_ns)
             self._sample_phases(now_ns)
         if message.type in _ANSWERED:
@@ -2266,14 +2261,14 @@ class Benchmark:
             group_id = value["group_id"]
             if group_id not in self._groups and len(self._groups) >= 256:  # a group is a node
                 return
-            parts = {part: _scalars(value.get(part), _WORKER_FIGURES_MAX) for part in ("task_stats", "health")}
+            parts = {part: _scalars(value.get(part)) for part in ("task_stats", "health")}
             self._groups[group_id] = {**_scalars(value, without=_ENVELOPE), **parts, "last_update_ns": now_ns}
         is_one = message.type in ("worker_health", "worker_startup_state")
         for field, all_of_them in _WORKER_FIELDS.items():
             column = {value["service_id"]: value.get(field)} if is_one else value.get(all_of_them)
             for worker, told in self._workers_in(column):
                 worker["last_update_ns"] = now_ns
-                if group_id is not None:
+                if group_id:
                     self._group_of[worker["worker_id"]] = group_id
                 if field in ("status", "startup_state"):
                     worker[field] = _name(told) or worker[field]
@@ -2310,7 +2305,7 @@ class Benchmark:
         if succeeded is not None and failed is not None:
             self._counts, self._aborted = (succeeded, failed), min(self._aborted, failed)
         phase = self._phase_of({"phase": "profiling"}, now_ns)
-        if phase is not None and len(self._profiling) == 1:
+        if phase and len(self._profiling) == 1:
             phase.aborted = min(self._aborted, max(failed or 0, phase.stats["error_records"]))
             times = {"start_ns": inner.get("start_ns"), "requests_end_ns": inner.get("end_ns")}
             told = {key: value for key, value in times.items() if key not in phase.stats}
@@ -2372,7 +2367,7 @@ class Benchmark:
     def figures(self, kind: str) -> dict[str, Any]:
         """Return the newest, or final, "metrics", "telemetry" (by tag) or "server"."""
         message = self._unread.pop(kind, None)
-        if message is not None:
+        if message:
             try:
                 self._figures[kind] = self._read_message(message)
                 if message.not_finite:
@@ -2420,26 +2415,27 @@ class Benchmark:
         if is_metrics or message.type == "processing_stats" or message.type.startswith("credit_phase_"):
             self._fell_silent = False  # only a benchmark under load sends these
         self.version += is_metrics or self.started_ns is None
-        self.last_message_ns, self.started_ns = now_ns, _first(self.started_ns, now_ns)
+        self.last_message_ns, self.started_ns = now_ns, self.started_ns or now_ns
         self._advance("initializing")
 
     def _begins_run(self, message: BusMessage) -> bool:
         """Tell whether a message must be another run's."""
-        value, is_over = message.value, self.end is not None or self._fell_silent
+        value, has_ended = message.value, self.end is not None
+        is_over = has_ended or self._fell_silent
         if message.type == "worker_startup_state":
             return is_over and value.get("startup_state") == "starting"
         word = value.get({"system_state_changed": "state", "command": "command"}.get(message.type, ""))
         if word in ("initializing", "configuring", "profile_configure"):
             return is_over or self._has_gone_far()
         if word in ("ready", "profiling"):
-            return self.end is not None
+            return has_ended
         if not message.type.startswith("credit_phase_"):
             return is_over and word in ("register_service", "spawn_workers")
         stats = phase_stats(value)
         known, start_ns = self._phases.get(stats.get("phase_name") or stats["phase"]), _count(stats.get("start_ns"))
         if known is None:
-            return self.end is not None
-        begins = message.type == "credit_phase_start" and (known.is_complete or self.end is not None)
+            return has_ended
+        begins = message.type == "credit_phase_start" and (known.is_complete or has_ended)
         return begins or (None not in (known.start_ns, start_ns) and start_ns != known.start_ns)
 
     def end_child(self, exit_text: str, now_ns: int) -> None:
@@ -2500,16 +2496,16 @@ class Benchmark:
 
     def status(self, now_ns: int) -> dict[str, Any]:
         error = {None: self._error, "cancelled": self._reason}.get(self.end)
-        starts = [phase.start_ns for phase in self._phases.values() if phase.start_ns is not None]
+        starts = [phase.start_ns for phase in self._phases.values() if phase.start_ns]
         self._look_at_clock(now_ns)
         begun = [phase.elapsed_ns for phase in self._phases.values() if phase.has_begun]
-        elapsed_ns = sum(begun) if begun else max(0, self._until_ns(now_ns) - _first(self.started_ns, now_ns))
+        elapsed_ns = sum(begun) if begun else max(0, self._until_ns(now_ns) - (self.started_ns or now_ns))
         return {
             "state": self.end or self._state, "phase": self._phase_name, "run": self.run_number, "label": self.label,
             "benchmark_id": self._fact("benchmark_id"), "profile_id": self._profile_id,
             "error": self._verdict() if self.end == "failed" else error, "stale": self.is_stale(now_ns),
             "started_ns": min(starts, default=self.started_ns),
-            "elapsed_sec": None if self.started_ns is None else elapsed_ns / 1e9,
+            "elapsed_sec": elapsed_ns / 1e9 if self.started_ns else None,
         }  # fmt: skip
 
     def _is_open(self) -> bool:
@@ -2532,7 +2528,7 @@ class Benchmark:
         left = [phase.eta_sec() for phase in phases]
         if self.end == "complete":
             left = [0.0 for _ in phases]
-        is_over = self.end is not None or self.is_stale(now_ns)
+        is_over = self.end or self.is_stale(now_ns)
         return None if not left or None in left or (is_over and any(left)) else sum(filter(None, left), 0.0)
 
     def progress(self, now_ns: int) -> dict[str, Any]:
@@ -2548,7 +2544,7 @@ class Benchmark:
         return {
             "total": sum(filter(None, expected)) if expected and None not in expected and not self._is_open() else None,
             "completed": succeeded + failed, "errors": failed, "cancelled": cancelled, "warmup": is_warmup,
-            "start_ns": min((phase.start_ns for phase in main if phase.start_ns is not None), default=None),
+            "start_ns": min((phase.start_ns for phase in main if phase.start_ns), default=None),
             "elapsed_ns": sum(phase.elapsed_ns for phase in main), "percent_complete": self._percent(),
             "eta_sec": None if self._is_open() and not is_warmup else self._eta_sec(main, now_ns),
             "phase": begun[-1].name if begun else None, "phase_number": len(begun),
@@ -2566,7 +2562,7 @@ class Benchmark:
         share = rows.get("good_request_fraction", {}).get("avg")
         return {
             "aiperf_version": self._fact("aiperf_version"), **self._identity(), "final": "metrics" in self._final,
-            "goodput": None if thresholds is None else {"thresholds": thresholds, "share": share},
+            "goodput": {"thresholds": thresholds, "share": share} if thresholds else None,
             "metrics": rows, "telemetry": self.figures("telemetry"),
         }  # fmt: skip
 
@@ -2614,18 +2610,18 @@ class Benchmark:
         if not self._has_gone_far():
             return
         brief = self._brief(now_ns)
-        if self.end is None:
+        if not self.end:
             brief.update(state="failed", error="fell silent: it was killed, or the network was gone")
         self._earlier[self.run_number] = brief, json_bytes(self._whole(brief))
         while len(self._earlier) >= RUNS_MAX or sum(len(one) for _, one in self._earlier.values()) > RUNS_BYTES_MAX:
             del self._earlier[min(self._earlier)]
 
     def runs(self, now_ns: int) -> list[dict[str, Any]]:
-        at_hand = [self._brief(now_ns)] if self.started_ns is not None else []
+        at_hand = [self._brief(now_ns)] if self.started_ns else []
         return [brief for brief, _ in self._earlier.values()] + at_hand
 
     def run(self, number: int, now_ns: int) -> dict[str, Any] | None:
-        if number == self.run_number and self.started_ns is not None:
+        if number == self.run_number and self.started_ns:
             return self._whole(self._brief(now_ns))
         return json_load(self._earlier[number][1]) if number in self._earlier else None
 
