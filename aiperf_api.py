@@ -1713,10 +1713,9 @@ def _bounded_summaries(summaries: Any) -> dict[str, Any]:
 def _error_text(error: Any) -> str | None:
     """Return a text or AIPerf's {code, type, message} as one line."""
     error = error if isinstance(error, dict) else {"message": error}
-    kind, message = text_or(error.get("type"), ""), text_or(error.get("message"), "")
-    text = message if message.startswith(kind) else f"{kind}: {message}" if message else kind
-    code = _count(error.get("code"))
-    return (f"{code} {text}" if code is not None else text)[:NAME_BYTES_MAX] or None
+    code, kind, message = _count(error.get("code")), text_or(error.get("type"), ""), text_or(error.get("message"), "")
+    text = message if message.startswith(kind) else ": ".join(filter(None, (kind, message)))
+    return (text if code is None else f"{code} {text}")[:NAME_BYTES_MAX] or None
 
 
 def _pairs(text: str) -> Mapping[str, str]:
@@ -1837,7 +1836,7 @@ class History:
 
     def __init__(self) -> None:
         self.interval_sec = 1.0
-        self.times = array("q")  # of what came last into each row; rising
+        self.times = array("q")  # of what came last into each row
         self.columns: dict[str, dict[str, array[float]]] = {}  # by tag and statistic; NaN where nothing came
         self._about: dict[str, dict[str, Any]] = {}  # by tag
         self._row_ns = 0  # when the last row began
@@ -1854,8 +1853,9 @@ class History:
             self._row_ns = now_ns
             self._fit()
             self.times.append(now_ns)
-            for column in itertools.chain(*(columns.values() for columns in self.columns.values())):
-                column.append(math.nan)
+            for columns in self.columns.values():
+                for column in columns.values():
+                    column.append(math.nan)
         self.times[-1] = now_ns
         for tag, row in rows.items():
             if tag not in self.columns:
@@ -2027,6 +2027,7 @@ def _sweep_size(section: Mapping[str, Any]) -> int | None:
 # -- The benchmark -----------------------------------------------------------------------------------------------------
 
 _TOO_LARGE = f"results too large: {JSON_ITEMS_MAX} items and {RESULTS_KEPT_BYTES_MAX} bytes are kept at most"
+_HAS_RESULTS = RESULT_MESSAGE_TYPES | {"results_exported"}
 _ANSWERED = frozenset(("all_records_received", "credits_complete"))  # no phase begins after these
 # A field of a worker, and the same of all
 _WORKER_FIELDS = _pairs("""status=worker_statuses startup_state=worker_startup_states
@@ -2080,9 +2081,8 @@ class Benchmark:
         self._sampled_ns = dict.fromkeys((*self._figures, "phase"), -_SAMPLE_NS)  # when they last went into the history
         self._history = History()
         self._results = b""  # as JSON, rows in display units
-        self._counts: tuple[int, int] | None = None  # requests that succeeded and failed, by the results
+        self._counts: tuple[int, int, int] | None = None  # succeeded, failed, of these aborted: by the results
         self._error_summary: dict[str, Any] = {"errors": [], "more": 0}
-        self._aborted = 0  # as in Phase, of the whole run
 
     def _set_clock(self, benchmark_ns: Any, now_ns: int) -> None:
         self._skew_ns = now_ns - int(benchmark_ns) if _count(benchmark_ns) else self._skew_ns
@@ -2114,9 +2114,6 @@ class Benchmark:
     def _has_gone_far(self) -> bool:  # past its configuration
         return self.end is not None or self._state not in STATES[:3]
 
-    def _has_results(self) -> bool:
-        return not self._signs.isdisjoint({*RESULT_MESSAGE_TYPES, "results_exported"})
-
     def _did_anything(self) -> bool:
         counted = any(phase.stats["requests_sent"] or phase.done for phase in self._phases.values())
         return counted or bool(self.figures("metrics"))
@@ -2125,7 +2122,8 @@ class Benchmark:
         """Return how many succeeded, failed and were cancelled."""
         cancelled, failed = sum(phase.cancelled for phase in phases), sum(phase.failed for phase in phases)
         if self._counts and not any(phase.is_warmup for phase in phases):
-            return self._counts[0], self._counts[1] - self._aborted, max(cancelled, self._aborted)
+            succeeded, failed, aborted = self._counts
+            return succeeded, failed - aborted, max(cancelled, aborted)
         return sum(phase.done for phase in phases) - failed, failed, cancelled
 
     def _judge(self) -> str | None:
@@ -2141,7 +2139,7 @@ class Benchmark:
             return "failed"
         if was_cancelled:
             return "cancelled"
-        ended_well = self._has_results() or (not self._error and ("benchmark_complete" in signs or child == ""))
+        ended_well = signs & _HAS_RESULTS or (not self._error and ("benchmark_complete" in signs or child == ""))
         if child or not ended_well:
             return "failed"
         return "complete" if "results_exported" in signs or self._reason or self._did_anything() else "failed"
@@ -2292,7 +2290,7 @@ class Benchmark:
                 errors.append({"code": _count(details.get("code")), **texts, "count": count})
         errors.sort(key=lambda one: -one["count"])
         self._error_summary = {"errors": errors, "more": message.errors_left_out}
-        self._aborted = sum(one["count"] for one in errors if one["code"] == 499)
+        aborted = sum(one["count"] for one in errors if one["code"] == 499)
         shown = shown_message(message.value)["results"]
         self._finish("metrics", display_rows(_object(shown.get("results")).get("records")))
         self._results = json_bytes(shown)
@@ -2303,10 +2301,10 @@ class Benchmark:
         # After a cancel, or for who came late, these count what no phase message did.
         succeeded, failed = _count(inner.get("successful_request_count")), _count(inner.get("error_request_count"))
         if succeeded is not None and failed is not None:
-            self._counts, self._aborted = (succeeded, failed), min(self._aborted, failed)
+            self._counts = succeeded, failed, min(aborted, failed)
         phase = self._phase_of({"phase": "profiling"}, now_ns)
         if phase and len(self._profiling) == 1:
-            phase.aborted = min(self._aborted, max(failed or 0, phase.stats["error_records"]))
+            phase.aborted = min(aborted, max(failed or 0, phase.stats["error_records"]))
             times = {"start_ns": inner.get("start_ns"), "requests_end_ns": inner.get("end_ns")}
             told = {key: value for key, value in times.items() if key not in phase.stats}
             phase.update({"success_records": succeeded, "error_records": failed, **told}, now_ns)
@@ -2377,12 +2375,13 @@ class Benchmark:
         return self._figures[kind]
 
     def _read_message(self, message: BusMessage) -> dict[str, Any]:
-        value, rows = message.value, message.value.get("metrics")
+        value = message.value
         if message.type == "realtime_server_metrics":
             if not isinstance(value.get("endpoint_summaries"), dict):
                 raise BusError("bad_shape", "server metrics without endpoint_summaries")
-            summaries, snapshot = _bounded_summaries(value["endpoint_summaries"]), _scalars(value.get("snapshot"))
-            return {"endpoint_summaries": summaries, "snapshot": snapshot}
+            summaries = _bounded_summaries(value["endpoint_summaries"])
+            return {"endpoint_summaries": summaries, "snapshot": _scalars(value.get("snapshot"))}
+        rows = value.get("metrics")
         if not isinstance(rows, list):
             raise BusError("bad_shape", "a metrics message without a list of metrics")
         tags = (row.get("tag") for row in rows[:ROWS_MAX] if isinstance(row, dict))
@@ -2482,7 +2481,7 @@ class Benchmark:
 
     @property
     def label(self) -> str:
-        """run 2 of 3: concurrency_4"""
+        """Such as "run 2 of 3: concurrency_4"."""
         of_all, label = self.runs_expected, self._fact("label")
         return f"run {self.run_number}" + (f" of {of_all}" if of_all else "") + (f": {label}" if label else "")
 
@@ -2525,22 +2524,20 @@ class Benchmark:
         return self._percent_floor
 
     def _eta_sec(self, phases: Sequence[Phase], now_ns: int) -> float | None:
-        left = [phase.eta_sec() for phase in phases]
-        if self.end == "complete":
-            left = [0.0 for _ in phases]
+        left = [0.0 if self.end == "complete" else phase.eta_sec() for phase in phases]
         is_over = self.end or self.is_stale(now_ns)
         return None if not left or None in left or (is_over and any(left)) else sum(filter(None, left), 0.0)
 
     def progress(self, now_ns: int) -> dict[str, Any]:
         """Return figures of the warm-up until the profiling begins."""
-        warmup = [phase for phase in self._phases.values() if phase.is_warmup and phase.has_begun]
-        is_warmup = bool(warmup) and not any(phase.has_begun for phase in self._profiling)
-        main = warmup if is_warmup else self._profiling
+        is_warmup = {phase.is_warmup for phase in self._phases.values() if phase.has_begun} == {True}
+        main = [phase for phase in self._phases.values() if phase.is_warmup == is_warmup]
         expected = [phase.expected for phase in main]
         begun = [phase for phase in main if phase.has_begun]
         self._look_at_clock(now_ns)
         answers = {name: phase.answer(self._eta_sec([phase], now_ns)) for name, phase in self._phases.items()}
         succeeded, failed, cancelled = self._requests(main)
+        has_results = self._signs & _HAS_RESULTS
         return {
             "total": sum(filter(None, expected)) if expected and None not in expected and not self._is_open() else None,
             "completed": succeeded + failed, "errors": failed, "cancelled": cancelled, "warmup": is_warmup,
@@ -2550,7 +2547,7 @@ class Benchmark:
             "phase": begun[-1].name if begun else None, "phase_number": len(begun),
             "phase_percent": begun[-1].percent() if begun else 0.0, "phases": answers,
             # AIPerf exports before it ends well; the message is often lost.
-            "results_exported": "results_exported" in self._signs or (self._child_exit == "" and self._has_results()),
+            "results_exported": "results_exported" in self._signs or bool(self._child_exit == "" and has_results),
             "system_state": self.end or self._state,
         }  # fmt: skip
 
@@ -2626,24 +2623,25 @@ class Benchmark:
         return json_load(self._earlier[number][1]) if number in self._earlier else None
 
 
-# Message type -> (what follows it, the field that it must have, its type); "", object: none
+# What follows a message, the field that it must have, its type; "", object: none
 _HANDLERS: Mapping[str, tuple[Callable[[Any, BusMessage, int], None], str, type]] = MappingProxyType({
-    **{f"credit_phase_{what}": (Benchmark._on_phase, "", object)
-       for what in ("start", "progress", "sending_complete", "complete")},
-    **dict.fromkeys(("benchmark_complete", "results_exported"), (lambda *_: None, "", object)),  # signs, no more
-    **dict.fromkeys(("error", "service_error", "command_response", "dataset_configuration_failed"),
-                    (Benchmark._on_error, "", object)),
-    **dict.fromkeys(RESULT_MESSAGE_TYPES, (Benchmark._on_results, "results", dict)),
-    **dict.fromkeys(("worker_health", "worker_startup_state"), (Benchmark._on_workers, "service_id", str)),
-    **dict.fromkeys(_ANSWERED, (Benchmark._on_records, "", object)),
-    "command": (Benchmark._on_command, "command", str),
-    "dataset_configured_notification": (Benchmark._on_dataset, "", object),
-    "process_server_metrics_result": (Benchmark._on_server_results, "server_metrics_result", dict),
-    "process_telemetry_result": (Benchmark._on_telemetry_results, "telemetry_result", dict),
-    "processing_stats": (Benchmark._on_records, "processing_stats", dict),
-    "system_state_changed": (Benchmark._on_state, "state", str),
-    "worker_group_stats": (Benchmark._on_workers, "group_id", str),
-    "worker_status_summary": (Benchmark._on_workers, "worker_statuses", dict),
+    message_type: (handle, field, wanted) for handle, field, wanted, types in (
+        (Benchmark._on_command, "command", str, "command"),
+        (Benchmark._on_dataset, "", object, "dataset_configured_notification"),
+        (Benchmark._on_error, "", object, "command_response dataset_configuration_failed error service_error"),
+        (Benchmark._on_phase, "", object, """credit_phase_start credit_phase_progress credit_phase_sending_complete
+            credit_phase_complete"""),
+        (Benchmark._on_records, "", object, "all_records_received credits_complete"),
+        (Benchmark._on_records, "processing_stats", dict, "processing_stats"),
+        (Benchmark._on_results, "results", dict, "process_all_results process_records_result"),
+        (Benchmark._on_server_results, "server_metrics_result", dict, "process_server_metrics_result"),
+        (Benchmark._on_state, "state", str, "system_state_changed"),
+        (Benchmark._on_telemetry_results, "telemetry_result", dict, "process_telemetry_result"),
+        (Benchmark._on_workers, "group_id", str, "worker_group_stats"),
+        (Benchmark._on_workers, "service_id", str, "worker_health worker_startup_state"),
+        (Benchmark._on_workers, "worker_statuses", dict, "worker_status_summary"),
+        (lambda *_: None, "", object, "benchmark_complete results_exported"),  # signs, no more
+    ) for message_type in types.split()
 })  # fmt: skip
 # The topics: also targeted commands, and the controller's responses alone
 CORE_MESSAGE_TYPES = METRICS_MESSAGE_TYPES | frozenset(_HANDLERS)
