@@ -1596,6 +1596,8 @@ def server_families(summaries: Any, labels: Labels = (), before: FamilySet | Non
 # A reducer: bus messages go in, answers come out at any moment. Time comes in as an argument: the bus clock, in ns.
 # What a run keeps is bounded, whatever the bus sends.
 
+Fields = dict[str, Any]  # of a JSON object
+
 # Nothing was heard yet; then AIPerf's states, in their order
 STATES = ("waiting", "initializing", "configuring", "ready", "profiling", "processing", "stopping", "shutdown")
 ENDS = ("complete", "cancelled", "failed")
@@ -1616,7 +1618,7 @@ _ENVELOPE = ("message_type", "service_id", "request_ns", "request_id")  # of any
 class BusMessage:
     """A message of the bus, parsed once when somebody asks."""
 
-    parsed: dict[str, Any] | None = None
+    parsed: Fields | None = None
     not_finite = False  # NaN or an infinity became null
     is_cut = False  # parts of huge results are gone
     errors_left_out = 0
@@ -1625,7 +1627,7 @@ class BusMessage:
         self.type, self.payload = type, payload  # as the topic names it
 
     @property
-    def value(self) -> dict[str, Any]:
+    def value(self) -> Fields:
         """The JSON object; may rewrite `payload`.  BusError too_large, not_json, not_object or too_deep."""
         if self.parsed is not None:
             return self.parsed
@@ -1644,7 +1646,7 @@ class BusMessage:
             self.payload = json_bytes(self.parsed)
         return self.parsed
 
-    def _without_more(self, value: dict[str, Any], items: int) -> dict[str, Any]:
+    def _without_more(self, value: Fields, items: int) -> Fields:
         """Return final results without what is not kept."""
         inner = _object((outer := _object(value.get("results"))).get("results"))
         records, errors = _list(inner.get("records")), _list(inner.get("error_summary"))
@@ -1664,7 +1666,7 @@ class BusMessage:
 # -- Reading values: something usable and bounded, whatever stands in a field ------------------------------------------
 
 
-def _object(value: Any) -> dict[str, Any]:
+def _object(value: Any) -> Fields:
     return value if isinstance(value, dict) else {}
 
 
@@ -1685,9 +1687,9 @@ def _name(value: Any) -> str | None:
     return value if isinstance(value, str) and value and is_name(value) else None
 
 
-def _scalars(value: Any, limit: int = EXTRAS_MAX, without: Iterable[str] = ()) -> dict[str, Any]:
+def _scalars(value: Any, limit: int = EXTRAS_MAX, without: Iterable[str] = ()) -> Fields:
     """Return the first fields that hold a number, a short text or a few numbers."""
-    found: dict[str, Any] = {}
+    found: Fields = {}
     for key, inner in islice(_object(value).items(), 4 * limit):
         numbers = inner if isinstance(inner, list) and len(inner) <= 8 else (inner,)
         fits = all(isinstance(one, (int, float)) for one in numbers) or _name(inner)
@@ -1696,7 +1698,7 @@ def _scalars(value: Any, limit: int = EXTRAS_MAX, without: Iterable[str] = ()) -
     return found
 
 
-def _bounded_summaries(summaries: Any) -> dict[str, Any]:
+def _bounded_summaries(summaries: Any) -> Fields:
     """Return `endpoint_summaries` with at most ROWS_MAX series and metrics."""
     room, found, parts = ROWS_MAX, {}, ("labels", "stats", "buckets")
     for endpoint, summary in _objects(summaries, 256):
@@ -1731,7 +1733,7 @@ _COUNTERS = tuple("""requests_sent requests_completed requests_cancelled request
     success_records error_records""".split())  # fmt: skip
 
 
-def phase_stats(message: dict[str, Any]) -> dict[str, Any]:
+def phase_stats(message: Fields) -> Fields:
     """Return the `stats` of a credit_phase_* message, which is flat in 0.3."""
     stats = _object(message["stats"]) if "stats" in message else _scalars(message, without=_ENVELOPE)
     if not _name(stats.get("phase_name") or stats.get("phase")):
@@ -1751,7 +1753,7 @@ class Phase:
         self.kind = _name(stats.get("phase_kind")) or _name(stats.get("phase")) or name  # warmup or profiling
         self.is_warmup = self.kind == "warmup"
         self.first_ns = now_ns
-        self.stats: dict[str, Any] = dict.fromkeys(_COUNTERS, 0)  # by AIPerf's names, times by its clock
+        self.stats: Fields = dict.fromkeys(_COUNTERS, 0)  # by AIPerf's names, times by its clock
         self.update({}, now_ns)
 
     def update(self, stats: Mapping[str, Any], now_ns: int) -> None:
@@ -1792,7 +1794,7 @@ class Phase:
             "requests_in_flight": 0 if self.is_complete else max(0, sent - completed - cancelled),
         }  # fmt: skip
 
-    def answer(self, eta_sec: float | None) -> dict[str, Any]:
+    def answer(self, eta_sec: float | None) -> Fields:
         """Return the phase as /api/progress has it, under AIPerf's names."""
         seconds, target = self.elapsed_ns / 1e9, self.done + self.aborted if self.is_complete else self.expected
         records_eta = None
@@ -1838,7 +1840,7 @@ class History:
         self.interval_sec = 1.0
         self.times = array("q")  # of what came last into each row
         self.columns: dict[str, dict[str, array[float]]] = {}  # by tag and statistic; NaN where nothing came
-        self._about: dict[str, dict[str, Any]] = {}  # by tag
+        self._about: dict[str, Fields] = {}  # by tag
         self._row_ns = 0  # when the last row began
         self._series = 0  # number of columns
         self._ranks = len(_STAT_RANKS)  # that may have columns
@@ -1898,16 +1900,16 @@ class History:
                 for stat, column in columns.items():
                     columns[stat] = _halved(column)
 
-    def _truncated(self) -> dict[str, Any]:
+    def _truncated(self) -> Fields:
         stats = sorted(self._stats_left_out, key=_rank)
         return {"truncated": {"tags": self._tags_left_out, "stats": stats}} if stats or self._tags_left_out else {}
 
-    def overview(self, start_ns: int | None) -> dict[str, Any]:
+    def overview(self, start_ns: int | None) -> Fields:
         tags = {tag: {**about, "stats": sorted(self.columns[tag], key=_rank)} for tag, about in self._about.items()}
         head = {"start_ns": start_ns, "interval_sec": self.interval_sec, "points": len(self.times)}
         return {**head, "tags": tags, **self._truncated()}
 
-    def answer(self, tags: Iterable[str], stats: Sequence[str], since_ns: int, points: int) -> dict[str, Any]:
+    def answer(self, tags: Iterable[str], stats: Sequence[str], since_ns: int, points: int) -> Fields:
         """Return series of at most `points` rows; LookupError for what is not there, ValueError for too much."""
         found = {tag: [stat for stat in self.columns.get(tag, ()) if not stats or stat in stats] for tag in tags}
         if not all(found.values()):
@@ -1942,13 +1944,13 @@ _ARTIFACT_FIELDS = frozenset("""aiperf_version artifact_dir benchmark_id cfg cli
 _IDENTITY_FIELDS = ("benchmark_id", "model", "endpoint_type", "streaming", "concurrency", "request_rate")
 
 
-def _plain_keys(value: Any) -> dict[str, Any]:
+def _plain_keys(value: Any) -> Fields:
     """Return an object with `modelNames`, `model-names` and `model_names` as `modelnames`, and without nulls."""
     items = islice(_object(value).items(), ROWS_MAX)
     return {key.replace("-", "").replace("_", "").lower(): inner for key, inner in items if inner is not None}
 
 
-def _phases_of(section: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _phases_of(section: Mapping[str, Any]) -> list[Fields]:
     phases = section.get("phases")
     if isinstance(phases, dict):
         phases = [{"name": name, **phase} for name, phase in _objects(phases, EXTRAS_MAX)]
@@ -1997,9 +1999,9 @@ _FACTS: tuple[tuple[str, Callable[[Any], Any], str], ...] = (
 )
 
 
-def identity_of(config: Mapping[str, Any]) -> dict[str, Any]:
+def identity_of(config: Mapping[str, Any]) -> Fields:
     """Return the facts that a configuration has, on its own level or in what wraps it."""
-    found: dict[str, Any] = {}
+    found: Fields = {}
     wrappers = "input_config config user_config benchmark benchmark_config cfg".split()
     wrapped = [_object(config.get(key)) for key in wrappers]
     for section in map(_plain_keys, (config, *wrapped, *(inner.get("benchmark") for inner in wrapped))):
@@ -2047,8 +2049,8 @@ class Benchmark:
     def __init__(self, on_late_error: Callable[[BusError], None] = lambda error: None) -> None:
         self._on_late_error = on_late_error  # told of bad messages that had been accepted unread
         self.version = 0  # grows whenever an answer may have changed
-        self._configs: dict[str, dict[str, Any]] = {}  # by origin
-        self._earlier: dict[int, tuple[dict[str, Any], bytes]] = {}  # by number: in brief, and whole as JSON
+        self._configs: dict[str, Fields] = {}  # by origin
+        self._earlier: dict[int, tuple[Fields, bytes]] = {}  # by number: in brief, and whole as JSON
         self._begin(1)
 
     def _begin(self, number: int) -> None:
@@ -2068,21 +2070,21 @@ class Benchmark:
         self._benchmark_id: str | None = None
         self._profile_id: str | None = None
         self._configs = {origin: self._configs[origin] for origin in _ORIGINS[:2] if origin in self._configs}
-        self._facts: dict[str, Any] | None = None  # what all of them say; None when it must be worked out
+        self._facts: Fields | None = None  # what all of them say; None when it must be worked out
         self._phases: dict[str, Phase] = {}  # by name, in order of appearance
         self._phase_name: str | None = None  # of the latest that began
         self._percent_floor = 0.0  # the highest percentage that was ever answered
-        self._workers: dict[str, dict[str, Any]] = {}  # by service id
-        self._groups: dict[str, dict[str, Any]] = {}  # by group id, without their workers
+        self._workers: dict[str, Fields] = {}  # by service id
+        self._groups: dict[str, Fields] = {}  # by group id, without their workers
         self._group_of: dict[str, str] = {}  # worker -> group
-        self._figures: dict[str, dict[str, Any]] = {"metrics": {}, "telemetry": {}, "server": {}}
+        self._figures: dict[str, Fields] = {"metrics": {}, "telemetry": {}, "server": {}}
         self._unread: dict[str, BusMessage] = {}  # newer messages of these that nobody has asked for
         self._final: set[str] = set()  # those that the results gave
         self._sampled_ns = dict.fromkeys((*self._figures, "phase"), -_SAMPLE_NS)  # when they last went into the history
         self._history = History()
         self._results = b""  # as JSON, rows in display units
         self._counts: tuple[int, int, int] | None = None  # succeeded, failed, of these aborted: by the results
-        self._error_summary: dict[str, Any] = {"errors": [], "more": 0}
+        self._error_summary: Fields = {"errors": [], "more": 0}
 
     def _set_clock(self, benchmark_ns: Any, now_ns: int) -> None:
         self._skew_ns = now_ns - int(benchmark_ns) if _count(benchmark_ns) else self._skew_ns
@@ -2241,7 +2243,7 @@ class Benchmark:
         if message.type in _ANSWERED:
             self._advance("processing")
 
-    def _workers_in(self, told: Any) -> Iterator[tuple[dict[str, Any], Any]]:
+    def _workers_in(self, told: Any) -> Iterator[tuple[Fields, Any]]:
         """Yield each worker of an object by service id, as far as they fit, and what is told of it."""
         for worker_id, value in islice(_object(told).items(), WORKERS_MAX):
             if worker_id not in self._workers and len(self._workers) < WORKERS_MAX and _name(worker_id):
@@ -2282,7 +2284,7 @@ class Benchmark:
         if inner.get("was_cancelled") is True:
             self._signs.add("was_cancelled")
         self._advance("processing")
-        errors: list[dict[str, Any]] = []
+        errors: list[Fields] = []
         for one in map(_object, _list(inner.get("error_summary"))):
             if count := _count(one.get("count")):
                 details = _object(one.get("error_details"))
@@ -2337,7 +2339,7 @@ class Benchmark:
                     rows.append({**row, "tag": tag, "header": _object(live.get(tag)).get("header", header)})
         self._finish("telemetry", display_rows(rows))
 
-    def _finish(self, kind: str, figures: dict[str, Any]) -> None:
+    def _finish(self, kind: str, figures: Fields) -> None:
         if figures:
             self._figures[kind] = figures
             self._final.add(kind)
@@ -2362,7 +2364,7 @@ class Benchmark:
                 rows[tag] = {"unit": "", **stats, "header": title}
         self._history.add(now_ns, kind, rows)
 
-    def figures(self, kind: str) -> dict[str, Any]:
+    def figures(self, kind: str) -> Fields:
         """Return the newest, or final, "metrics", "telemetry" (by tag) or "server"."""
         message = self._unread.pop(kind, None)
         if message:
@@ -2374,7 +2376,7 @@ class Benchmark:
                 self._on_late_error(error)
         return self._figures[kind]
 
-    def _read_message(self, message: BusMessage) -> dict[str, Any]:
+    def _read_message(self, message: BusMessage) -> Fields:
         value = message.value
         if message.type == "realtime_server_metrics":
             if not isinstance(value.get("endpoint_summaries"), dict):
@@ -2453,7 +2455,7 @@ class Benchmark:
 
     def _fact(self, name: str) -> Any:
         if self._facts is None:
-            facts: dict[str, Any] = {}
+            facts: Fields = {}
             for origin in reversed(_ORIGINS):
                 facts.update(identity_of(self._configs.get(origin, {})))
                 if origin == "phases":
@@ -2465,7 +2467,7 @@ class Benchmark:
             self._facts = facts
         return self._facts.get(name)
 
-    def config(self) -> dict[str, Any]:
+    def config(self) -> Fields:
         """Return the first configuration, completed by the artifacts."""
         told = (self._configs[origin] for origin in _ORIGINS if self._configs.get(origin))
         return {**self._configs.get("artifacts", {}), **next(told, {})}
@@ -2493,7 +2495,7 @@ class Benchmark:
         }  # fmt: skip
         return {field: text.encode("utf-8", "replace")[:128].decode("utf-8", "ignore") for field, text in texts.items()}
 
-    def status(self, now_ns: int) -> dict[str, Any]:
+    def status(self, now_ns: int) -> Fields:
         error = {None: self._error, "cancelled": self._reason}.get(self.end)
         starts = [phase.start_ns for phase in self._phases.values() if phase.start_ns]
         self._look_at_clock(now_ns)
@@ -2528,7 +2530,7 @@ class Benchmark:
         is_over = self.end or self.is_stale(now_ns)
         return None if not left or None in left or (is_over and any(left)) else sum(filter(None, left), 0.0)
 
-    def progress(self, now_ns: int) -> dict[str, Any]:
+    def progress(self, now_ns: int) -> Fields:
         """Return figures of the warm-up until the profiling begins."""
         is_warmup = {phase.is_warmup for phase in self._phases.values() if phase.has_begun} == {True}
         main = [phase for phase in self._phases.values() if phase.is_warmup == is_warmup]
@@ -2551,19 +2553,22 @@ class Benchmark:
             "system_state": self.end or self._state,
         }  # fmt: skip
 
-    def _identity(self) -> dict[str, Any]:
+    def _identity(self) -> Fields:
         return {field: self._fact(field) for field in _IDENTITY_FIELDS}
 
-    def metrics(self) -> dict[str, Any]:
+    def metrics(self) -> Fields:
         rows, thresholds = self.figures("metrics"), self._fact("goodput")
-        share = rows.get("good_request_fraction", {}).get("avg")
+        tags = ("good_request_fraction", "good_request_count", "request_count")
+        share, good, succeeded = (rows.get(tag, {}).get("avg") for tag in tags)
+        if share is None and good is not None and succeeded:
+            share = good / succeeded  # before 0.13
         return {
             "aiperf_version": self._fact("aiperf_version"), **self._identity(), "final": "metrics" in self._final,
             "goodput": {"thresholds": thresholds, "share": share} if thresholds else None,
             "metrics": rows, "telemetry": self.figures("telemetry"),
         }  # fmt: skip
 
-    def workers(self) -> dict[str, Any]:
+    def workers(self) -> Fields:
         statuses = {worker_id: worker["status"] for worker_id, worker in self._workers.items()}
         groups = {group_id: {**figures, "workers": {}} for group_id, figures in self._groups.items()}
         for worker_id, group_id in self._group_of.items():
@@ -2574,10 +2579,10 @@ class Benchmark:
             "workers": self._workers, "worker_groups": groups,
         }  # fmt: skip
 
-    def server_metrics(self) -> dict[str, Any]:
+    def server_metrics(self) -> Fields:
         return self.figures("server") or {"endpoint_summaries": {}, "message": "No server metrics available yet"}
 
-    def results(self, *, whole: bool = True) -> dict[str, Any]:
+    def results(self, *, whole: bool = True) -> Fields:
         return {
             "status": self.end or "running",
             "results": json_load(self._results) if whole and self._results else None,
@@ -2586,10 +2591,10 @@ class Benchmark:
         }
 
     def history(self, tags: Sequence[str] = (), stats: Sequence[str] = (), since_ns: int = 0,
-                points: int = HISTORY_POINTS_DEFAULT) -> dict[str, Any]:  # fmt: skip
+                points: int = HISTORY_POINTS_DEFAULT) -> Fields:  # fmt: skip
         return self._history.answer(tags, stats, since_ns, points) if tags else self._history.overview(self.started_ns)
 
-    def _brief(self, now_ns: int) -> dict[str, Any]:
+    def _brief(self, now_ns: int) -> Fields:
         status, progress, rows = self.status(now_ns), self.progress(now_ns), self.figures("metrics")
         few = {tag: rows[tag] for tag in _SUMMARY_TAGS if tag in rows}
         return {
@@ -2599,7 +2604,7 @@ class Benchmark:
             "metrics": {tag: {key: row[key] for key in _SUMMARY_FIELDS if key in row} for tag, row in few.items()},
         }  # fmt: skip
 
-    def _whole(self, brief: dict[str, Any]) -> dict[str, Any]:
+    def _whole(self, brief: Fields) -> Fields:
         rows = {"metrics": self.figures("metrics"), "telemetry": self.figures("telemetry")}
         return {**brief, **rows, "final": "metrics" in self._final, "error_summary": self._error_summary}
 
@@ -2613,11 +2618,11 @@ class Benchmark:
         while len(self._earlier) >= RUNS_MAX or sum(len(one) for _, one in self._earlier.values()) > RUNS_BYTES_MAX:
             del self._earlier[min(self._earlier)]
 
-    def runs(self, now_ns: int) -> list[dict[str, Any]]:
+    def runs(self, now_ns: int) -> list[Fields]:
         at_hand = [self._brief(now_ns)] if self.started_ns else []
         return [brief for brief, _ in self._earlier.values()] + at_hand
 
-    def run(self, number: int, now_ns: int) -> dict[str, Any] | None:
+    def run(self, number: int, now_ns: int) -> Fields | None:
         if number == self.run_number and self.started_ns:
             return self._whole(self._brief(now_ns))
         return json_load(self._earlier[number][1]) if number in self._earlier else None

@@ -2470,7 +2470,7 @@ class TestConfiguration(BenchmarkTestCase):
         for config in (flag, {"input": {"goodput": thresholds}}):
             self.benchmark.configure(config, "command")
             self.assertEqual(self.benchmark.metrics()["goodput"], {"thresholds": thresholds, "share": None})
-        self.send_metrics(1, {"tag": "good_request_fraction", "avg": 0.75})
+        self.send_metrics(1, {"tag": "request_count", "avg": 8}, {"tag": "good_request_count", "avg": 6})
         self.assertEqual(self.benchmark.metrics()["goodput"]["share"], 0.75)
 
 
