@@ -1480,52 +1480,42 @@ def server_families(summaries: Any, labels: Labels = (), before: FamilySet | Non
 
 # == 9 == Benchmark ====================================================================================================
 #
-# A reducer: bus messages go in one after the other, answers come out at any moment. Time comes in as an argument, the
-# bus clock at reception, in ns; what a message says of its own time tells how far the benchmark's clock is from that.
+# A reducer: bus messages go in, answers come out at any moment. Time comes in as an argument: the bus clock, in ns.
 # What a run keeps is bounded, whatever the bus sends.
 
-# AIPerf's states in the order a run goes through them, after `waiting`: nothing was heard yet.
+Fields = dict[str, Any]  # of a JSON object
+
+# Nothing was heard yet; then AIPerf's states, in their order
 STATES = ("waiting", "initializing", "configuring", "ready", "profiling", "processing", "stopping", "shutdown")
 ENDS = ("complete", "cancelled", "failed")
 
 METRICS_MESSAGE_TYPES = frozenset("realtime_metrics realtime_telemetry_metrics realtime_server_metrics".split())
 RESULT_MESSAGE_TYPES = frozenset(("process_all_results", "process_records_result"))  # of 0.12 and later; of all
 _RESULT_ITEMS_MAX = 4 * JSON_ITEMS_MAX
-# Types whose latest message replaces the one before; what is kept per worker or group is not among them.
+# The latest message replaces the one before, which it does not where each tells of another worker or group.
 STATE_MESSAGE_TYPES = METRICS_MESSAGE_TYPES | {"credit_phase_progress", "processing_stats", "worker_status_summary"}
-# What carries figures alone, and is therefore never looked through for secrets.
-FIGURES_MESSAGE_TYPES = METRICS_MESSAGE_TYPES | frozenset("""all_records_received worker_group_stats heartbeat
-    credit_phase_complete credit_phase_progress credit_phase_sending_complete credits_complete
-    dataset_configured_notification phase_baseline_request processing_stats worker_health worker_pod_state
-    worker_startup_state worker_status_summary""".split())  # fmt: skip
-_ENVELOPE = ("message_type", "service_id", "request_ns", "request_id")  # fields that any message may have
-
-
-def _pairs(text: str) -> Mapping[str, str]:
-    """Return the mapping that `key=value key=value …` says."""
-    return MappingProxyType(dict(pair.split("=") for pair in text.split()))
-
-
-# The field of a phase's message that says when it was sent; credit_phase_progress does not say.
-_PHASE_CLOCKS = _pairs("""credit_phase_start=start_ns credit_phase_progress= credit_phase_sending_complete=sent_end_ns
-    credit_phase_complete=requests_end_ns""")  # fmt: skip
+# Never looked through for secrets
+FIGURES_MESSAGE_TYPES = METRICS_MESSAGE_TYPES | frozenset("""all_records_received credit_phase_complete
+    credit_phase_progress credit_phase_sending_complete credits_complete dataset_configured_notification heartbeat
+    phase_baseline_request processing_stats worker_group_stats worker_health worker_pod_state worker_startup_state
+    worker_status_summary""".split())  # fmt: skip
+_ENVELOPE = ("message_type", "service_id", "request_ns", "request_id")  # of any message
 
 
 class BusMessage:
-    """A message of the bus: its type, its bytes, and what they say, parsed once when somebody asks."""
+    """A message of the bus, parsed once when somebody asks."""
 
-    __slots__ = ("errors_left_out", "is_cut", "not_finite", "parsed", "payload", "type")
+    parsed: Fields | None = None
+    not_finite = False  # NaN or an infinity became null
+    is_cut = False  # parts of huge results are gone
+    errors_left_out = 0
 
     def __init__(self, type: str, payload: bytes) -> None:  # noqa: A002
-        self.type, self.payload = type, payload  # the type is from the topic, without target and `$`
-        self.is_cut = False  # whether parts of huge results are gone, from the payload too
-        self.errors_left_out = 0  # of results
-        self.not_finite = False  # whether NaN or an infinity became null, in the payload too
-        self.parsed: dict[str, Any] | None = None  # what `value` has read
+        self.type, self.payload = type, payload  # as the topic names it
 
     @property
-    def value(self) -> dict[str, Any]:
-        """The JSON object; reading it may rewrite `payload`.  BusError too_large, not_json, not_object or too_deep."""
+    def value(self) -> Fields:
+        """The JSON object; may rewrite `payload`.  BusError too_large, not_json, not_object or too_deep."""
         if self.parsed is not None:
             return self.parsed
         items = sum(map(self.payload.count, (b",", b"[", b"{"))) if len(self.payload) > JSON_ITEMS_MAX else 0
@@ -1539,31 +1529,31 @@ class BusMessage:
         if not isinstance(value, dict):
             raise BusError("not_object", f"a {type(value).__name__} instead of an object")
         self.parsed = self._without_more(value, items) if self.type in RESULT_MESSAGE_TYPES else value
-        self.payload = json_bytes(self.parsed) if self.not_finite or self.parsed is not value else self.payload
+        if self.not_finite or self.parsed is not value:
+            self.payload = json_bytes(self.parsed)
         return self.parsed
 
-    def _without_more(self, value: dict[str, Any], items: int) -> dict[str, Any]:
-        """Return final results without what is not kept: looking through it for secrets would take long."""
+    def _without_more(self, value: Fields, items: int) -> Fields:
+        """Return final results without what is not kept."""
         inner = _object((outer := _object(value.get("results"))).get("results"))
         records, errors = _list(inner.get("records")), _list(inner.get("error_summary"))
         self.is_cut = items > JSON_ITEMS_MAX or len(self.payload) > RESULTS_KEPT_BYTES_MAX
         if not self.is_cut and len(records) <= ROWS_MAX and len(errors) <= RUNS_MAX:
             return value
-        counted = [one for one in errors if isinstance(one, dict) and _count(one.get("count"))]
-        most = heapq.nlargest(  # 499 first: aborted, and subtracted
-            RUNS_MAX, counted, lambda one: (_object(one.get("error_details")).get("code") == 499, one["count"])
-        )
-        self.errors_left_out = len(counted) - len(most)
+        # Those with 499, which were aborted, count apart, however few
+        most = heapq.nlargest(RUNS_MAX, map(_object, errors), lambda one: (
+            _object(one.get("error_details")).get("code") == 499, _count(one.get("count")) or 0))  # fmt: skip
+        self.errors_left_out = len(errors) - len(most)
         if self.is_cut:
             value, outer, inner = map(_scalars, (value, outer, inner))
         inner = {**inner, "records": records[:ROWS_MAX], "error_summary": most}
         return {**value, "results": {**outer, "results": inner}}
 
 
-# -- Reading values: whatever stands in a field, these return something usable and bounded -----------------------------
+# -- Reading values: something usable and bounded, whatever stands in a field ------------------------------------------
 
 
-def _object(value: Any) -> dict[str, Any]:
+def _object(value: Any) -> Fields:
     return value if isinstance(value, dict) else {}
 
 
@@ -1576,28 +1566,27 @@ def _first(*values: Any) -> Any:
 
 
 def _count(value: Any) -> int | None:
-    """Return a number that counts something (also a time in ns), or None; whole floats count too."""
+    """Return a number that counts something (also a time in ns), or None."""
     return int(value) if is_number(value) and 0 <= value < 2**63 else None
 
 
 def _name(value: Any) -> str | None:
-    """Return a text that may name something, or None."""
     return value if isinstance(value, str) and value and is_name(value) else None
 
 
-def _scalars(value: Any, limit: int = EXTRAS_MAX, without: Iterable[str] = ()) -> dict[str, Any]:
-    """Return the first scalars of an object that are neither null nor large; lists of a few numbers count as such."""
-    found: dict[str, Any] = {}
+def _scalars(value: Any, limit: int = EXTRAS_MAX, without: Iterable[str] = ()) -> Fields:
+    """Return the first fields that hold a number, a short text or a few numbers."""
+    found: Fields = {}
     for key, inner in islice(_object(value).items(), 4 * limit):
-        fits = isinstance(inner, (int, float)) or _name(inner) is not None  # the decoder bounds numbers to 64 bits
-        fits = fits or (isinstance(inner, list) and len(inner) <= 8 and all(map(is_number, inner)))
+        numbers = inner if isinstance(inner, list) and len(inner) <= 8 else (inner,)
+        fits = all(isinstance(one, (int, float)) for one in numbers) or _name(inner)
         if fits and len(found) < limit and len(key) <= 64 and key not in without:
             found[key] = inner
     return found
 
 
-def _bounded_summaries(summaries: Any) -> dict[str, Any]:
-    """Return `endpoint_summaries` with as many series and metrics as may be walked in one go."""
+def _bounded_summaries(summaries: Any) -> Fields:
+    """Return `endpoint_summaries` with at most ROWS_MAX series and metrics."""
     room, found, parts = ROWS_MAX, {}, ("labels", "stats", "buckets")
     for endpoint, summary in _objects(summaries, 256):
         metrics = {}
@@ -1611,23 +1600,28 @@ def _bounded_summaries(summaries: Any) -> dict[str, Any]:
 
 
 def _error_text(error: Any) -> str | None:
-    """Return an error field as one line: a text, or AIPerf's {code, type, message}."""
+    """Return a text or AIPerf's {code, type, message} as one line."""
     error = error if isinstance(error, dict) else {"message": error}
-    kind, message = text_or(error.get("type"), ""), text_or(error.get("message"), "")
-    text = message if message.startswith(kind) else f"{kind}: {message}" if message else kind
-    code = _count(error.get("code"))
-    return (f"{code} {text}" if code is not None else text)[:NAME_BYTES_MAX] or None
+    code, kind, message = _count(error.get("code")), text_or(error.get("type"), ""), text_or(error.get("message"), "")
+    text = message if message.startswith(kind) else ": ".join(filter(None, (kind, message)))
+    return (text if code is None else f"{code} {text}")[:NAME_BYTES_MAX] or None
+
+
+def _pairs(text: str) -> Mapping[str, str]:
+    return MappingProxyType(dict(pair.split("=") for pair in text.split()))
 
 
 # -- Phases ------------------------------------------------------------------------------------------------------------
 
-# Names of 0.3 -> the names of 0.6 and later.
-_PHASE_FIELDS = _pairs("""sent=requests_sent completed=requests_completed final_request_count=final_requests_completed
-    end_ns=requests_end_ns processed=success_records errors=error_records""")  # fmt: skip
+# Names of 0.3 -> those of 0.6 and later
+_PHASE_FIELDS = _pairs("""sent=requests_sent completed=requests_completed end_ns=requests_end_ns
+    processed=success_records errors=error_records""")  # fmt: skip
+_COUNTERS = tuple("""requests_sent requests_completed requests_cancelled request_errors completed_sessions
+    success_records error_records""".split())  # fmt: skip
 
 
-def phase_stats(message: dict[str, Any]) -> dict[str, Any]:
-    """Return the `stats` of a credit_phase_* message, flat in 0.3; raise BusError if it names no phase."""
+def phase_stats(message: Fields) -> Fields:
+    """Return the `stats` of a credit_phase_* message, which is flat in 0.3."""
     stats = _object(message["stats"]) if "stats" in message else _scalars(message, without=_ENVELOPE)
     if not _name(stats.get("phase_name") or stats.get("phase")):
         raise BusError("bad_shape", "a phase message without the name of a phase")
@@ -1635,72 +1629,69 @@ def phase_stats(message: dict[str, Any]) -> dict[str, Any]:
 
 
 class Phase:
-    """One phase of a run: what AIPerf tells of it, and what follows from that."""
+    """What AIPerf tells of one phase of a run, and what follows from that."""
+
+    aborted = 0  # cancelled requests, which AIPerf counts as errors
+    is_complete = False
+    elapsed_ns = 0
 
     def __init__(self, name: str, stats: Mapping[str, Any], now_ns: int) -> None:
         self.name = name  # as the user named it, else its kind
         self.kind = _name(stats.get("phase_kind")) or _name(stats.get("phase")) or name  # warmup or profiling
         self.is_warmup = self.kind == "warmup"
-        self.first_ns = now_ns  # bus clock: when it was first heard of
-        self.counts = dict.fromkeys("""requests_sent requests_completed requests_cancelled request_errors
-            completed_sessions success_records error_records""".split(), 0)  # they never go back  # fmt: skip
-        self.stats: dict[str, Any] = {}  # what else AIPerf told, by name; times are of the benchmark's clock
-        self.aborted = 0  # records of requests that were cancelled, which AIPerf counts as errors
-        self.is_complete = False  # credit_phase_complete was heard
-        self.elapsed_ns = 0  # by the benchmark's clock, as far as that is known
+        self.first_ns = now_ns
+        self.stats: Fields = dict.fromkeys(_COUNTERS, 0)  # by AIPerf's names, times by its clock
         self.update({}, now_ns)
 
     def update(self, stats: Mapping[str, Any], now_ns: int) -> None:
-        self.update_ns, counts = now_ns, self.counts
+        self.update_ns, told = now_ns, self.stats
         for name, value in _scalars(stats).items():
             key = _PHASE_FIELDS.get(name, name)
-            counter = key.removeprefix("final_")
-            if counter in counts:
-                counts[counter] = max(counts[counter], _count(value) or 0)
-            if key in self.stats or len(self.stats) < EXTRAS_MAX:
-                self.stats[key] = value
-        self.start_ns = _count(self.stats.get("start_ns"))
-        self.end_ns = _count(self.stats.get("requests_end_ns"))
-        self.expected = _count(self.stats.get("total_expected_requests"))
-        self.duration_sec = _positive(self.stats.get("expected_duration_sec"))
-        self.records = counts["success_records"] + counts["error_records"]
-        # Versions differ in which counters they keep up to date: the one that is ahead is right.
-        self.done = max(counts["requests_completed"], self.records) - self.aborted
-        self.failed = max(counts["request_errors"], counts["error_records"]) - self.aborted
-        self.cancelled = max(counts["requests_cancelled"], self.aborted)
-        self.has_begun = self.start_ns is not None or counts["requests_sent"] > 0 or self.done > 0
+            if key in _COUNTERS:
+                told[key] = max(told[key], _count(value) or 0)
+            elif key in told or len(told) < EXTRAS_MAX:
+                told[key] = value
+        self.start_ns = _count(told.get("start_ns"))
+        self.end_ns = _count(told.get("requests_end_ns"))
+        self.expected = _count(told.get("total_expected_requests"))
+        self.duration_sec = _positive(told.get("expected_duration_sec"))
+        self.records = told["success_records"] + told["error_records"]
+        # Versions differ in which counters are up to date: the one that is ahead is right.
+        self.done = max(told["requests_completed"], self.records) - self.aborted
+        self.failed = max(told["request_errors"], told["error_records"]) - self.aborted
+        self.cancelled = max(told["requests_cancelled"], self.aborted)
+        self.has_begun = bool(self.start_ns or told["requests_sent"] or self.done > 0)
 
     def percent(self) -> float:
-        """Return how far the phase is, 0 to 100: the target that is reached first counts, as in AIPerf."""
-        if self.is_complete:
-            return 100.0
-        duration_sec = self.duration_sec if self.start_ns is not None else None
-        targets = self.expected, duration_sec, _count(self.stats.get("expected_num_sessions"))
-        reached = self.done, self.elapsed_ns / 1e9, self.counts["completed_sessions"]
-        return min(100.0, 100.0 * max(now / target if target else 0.0 for now, target in zip(reached, targets)))
+        """Return 0 to 100; the target that is reached first counts, as in AIPerf."""
+        targets = self.expected, self.duration_sec, _count(self.stats.get("expected_num_sessions"))
+        reached = self.done, self.elapsed_ns / 1e9, self.stats["completed_sessions"]
+        shares = [now / target for now, target in zip(reached, targets) if target]
+        return 100.0 if self.is_complete else 100.0 * min(1.0, max(shares, default=0.0))
 
     def eta_sec(self) -> float | None:
         percent = self.percent()
         return self.elapsed_ns / 1e9 * (100 - percent) / percent if percent > 0 else self.duration_sec
 
     def figures(self) -> dict[str, int]:
-        """Return what the counters come to, by the names of /api/progress."""
-        sent, completed, cancelled = (self.counts[f"requests_{name}"] for name in ("sent", "completed", "cancelled"))
+        sent, completed, cancelled = (self.stats[f"requests_{name}"] for name in ("sent", "completed", "cancelled"))
         return {
             "requests_sent": max(sent, self.done), "requests_completed": self.done,
             "requests_cancelled": self.cancelled, "request_errors": self.failed,
             "requests_in_flight": 0 if self.is_complete else max(0, sent - completed - cancelled),
         }  # fmt: skip
 
-    def answer(self, eta_sec: float | None) -> dict[str, Any]:
-        """Return the phase as /api/progress has it: AIPerf's names, with what can be computed from them."""
+    def answer(self, eta_sec: float | None) -> Fields:
+        """Return the phase as /api/progress has it, under AIPerf's names."""
         seconds, target = self.elapsed_ns / 1e9, self.done + self.aborted if self.is_complete else self.expected
-        records_eta = 0.0 if "records_end_ns" in self.stats else None
-        if records_eta is None and eta_sec is not None and self.records and target:
+        records_eta = None
+        if "records_end_ns" in self.stats:
+            records_eta = 0.0
+        elif eta_sec is not None and self.records and target:
             records_eta = max(0.0, seconds * target / self.records - seconds)
         return {
             **dict.fromkeys("start_ns requests_end_ns total_expected_requests expected_duration_sec".split()),
-            **self.stats, **self.counts, **self.figures(),
+            **self.stats, **self.figures(),
             "phase": self.kind, "phase_name": self.name, "complete": self.is_complete,
             "elapsed_ns": self.elapsed_ns, "percent_complete": self.percent(), "last_update_ns": self.update_ns,
             "eta_sec": eta_sec, "requests_eta_sec": eta_sec, "records_eta_sec": records_eta,
@@ -1711,17 +1702,17 @@ class Phase:
 
 # -- History -----------------------------------------------------------------------------------------------------------
 
-_SAMPLE_NS = 750_000_000  # figures are read, and rows begun, no more often; messages of one a second may come early
-# Where a tag cannot have all its statistics, it has the first of these; `*` stands for those that are not here.
+_SAMPLE_NS = 750_000_000  # between two rows at least: messages of one a second may come early
+# Where there is no room for all, the last go; `*` stands for what is not here.
 _STAT_RANKS = tuple("avg current * count sum p50 p99 max min p90 p95 std p75 p25 p10 p5 p1".split())
 
 
-def _by_rank(stats: Iterable[str]) -> list[str]:
-    return sorted(stats, key=lambda stat: _STAT_RANKS.index(stat if stat in _STAT_RANKS else "*"))
+def _rank(stat: str) -> int:
+    return _STAT_RANKS.index(stat if stat in _STAT_RANKS else "*")
 
 
 def _halved(column: array[Any]) -> array[Any]:
-    """Return every other figure, the last among them; where that is NaN, the one before it."""
+    """Return the second of every two figures, or the first where the second is NaN."""
     newer, older = column[::-2], column[-2::-2]
     if math.isnan(sum(newer)):
         pairs = itertools.zip_longest(newer, older, fillvalue=math.nan)
@@ -1730,84 +1721,83 @@ def _halved(column: array[Any]) -> array[Any]:
 
 
 class History:
-    """Figures over time: one axis of rows, about one a second, and a column for each tag and statistic."""
+    """Rows, about one a second, with a column for each tag and statistic."""
 
     def __init__(self) -> None:
-        self.interval_sec = 1.0  # between two rows
-        self.times = array("q")  # bus clock, of what came last into each row; rising
+        self.interval_sec = 1.0
+        self.times = array("q")  # of what came last into each row
         self.columns: dict[str, dict[str, array[float]]] = {}  # by tag and statistic; NaN where nothing came
-        self._about: dict[str, dict[str, Any]] = {}  # by tag: group, unit, header
+        self._about: dict[str, Fields] = {}  # by tag
         self._row_ns = 0  # when the last row began
         self._series = 0  # number of columns
-        self._stats_max = 16  # of one tag, as AIPerf's rows have
+        self._ranks = len(_STAT_RANKS)  # that may have columns
         self._tags_left_out = 0
         self._stats_left_out: set[str] = set()
 
     def add(self, now_ns: int, group: str, rows: Mapping[str, Mapping[str, Any]]) -> None:
-        """Write figures into the last row, or into a new one if that is a while ago."""
+        """Write into the last row, or into a new one if that is a while ago."""
         if self.times and now_ns < self.times[-1]:
-            return  # the times must rise
+            return
         if not self.times or now_ns - self._row_ns >= self.interval_sec * _SAMPLE_NS:
             self._row_ns = now_ns
             self._fit()
             self.times.append(now_ns)
-            for column in itertools.chain(*(columns.values() for columns in self.columns.values())):
-                column.append(math.nan)
+            for columns in self.columns.values():
+                for column in columns.values():
+                    column.append(math.nan)
         self.times[-1] = now_ns
         for tag, row in rows.items():
-            columns = self.columns.get(tag)
-            if columns is None:
+            if tag not in self.columns:
                 if len(self.columns) >= HISTORY_SERIES_MAX or len(tag) > 2 * NAME_BYTES_MAX:
                     continue
-                columns = self.columns[tag] = {}
                 header = text_or(row.get("header"), tag)[:NAME_BYTES_MAX]
                 self._about[tag] = {"unit": text_or(row.get("unit"), ""), "header": header, "group": group}
-            if len(columns) < self._stats_max:
-                self._add_columns(columns, row)
-            for stat, column in columns.items():
-                if is_number(row.get(stat)):
-                    column[-1] = row[stat]
+                self.columns[tag] = {}
+            columns = self.columns[tag]
+            for stat, value in row.items():
+                if is_number(value) and (stat in columns or self._add_column(columns, stat)):
+                    columns[stat][-1] = value
         self._tags_left_out = max(self._tags_left_out, len(rows.keys() - self.columns.keys()))
 
-    def _add_columns(self, columns: dict[str, array[float]], row: Mapping[str, Any]) -> None:
-        """Add columns to those of a tag, as far as a fair share of all allows."""
-        new = [stat for stat in islice(row, 32) if is_number(row[stat]) and stat not in columns and len(stat) <= 64]
-        for stat in _by_rank(new):
-            if self._series >= HISTORY_SERIES_MAX and len(columns) < self._stats_max:
-                self._stats_max = max(1, HISTORY_SERIES_MAX // len(self.columns))
-                for others in self.columns.values():
-                    for one in _by_rank(others)[self._stats_max :]:
-                        self._stats_left_out.add(one)
-                        del others[one]
-                self._series = sum(map(len, self.columns.values()))
-            if len(columns) < self._stats_max:
-                columns[stat] = array("d", [math.nan]) * len(self.times)
-                self._series += 1
-                self._fit()
-        if len(self._stats_left_out) < EXTRAS_MAX:
-            self._stats_left_out.update(stat for stat in new if stat not in columns)
+    def _add_column(self, columns: dict[str, array[float]], stat: str) -> bool:
+        """Add a column if it fits, or does once all tags have given up their statistics of the last rank."""
+        while self._series >= HISTORY_SERIES_MAX and _rank(stat) < self._ranks - 1:
+            self._ranks -= 1
+            for others in self.columns.values():
+                for one in [one for one in others if _rank(one) >= self._ranks]:
+                    self._stats_left_out.add(one)
+                    del others[one]
+            self._series = sum(map(len, self.columns.values()))
+        if self._series >= HISTORY_SERIES_MAX or _rank(stat) >= self._ranks:
+            if len(self._stats_left_out) < EXTRAS_MAX:
+                self._stats_left_out.add(stat)
+            return False
+        columns[stat] = array("d", [math.nan]) * len(self.times)
+        self._series += 1
+        self._fit()
+        return True
 
     def _fit(self) -> None:
-        """Make room for another row: join every two, of which each series keeps the newer figure."""
+        """Make room for another row, by joining every two."""
         while len(self.times) >= HISTORY_POINTS_MAX or (len(self.times) + 1) * self._series > HISTORY_VALUES_MAX:
             pace_sec = (self.times[-1] - self.times[0]) / 1e9 / max(1, len(self.times) - 1)
-            self.interval_sec = 2 * (pace_sec if pace_sec > 1.5 * self.interval_sec else self.interval_sec)
+            self.interval_sec = 2 * max(self.interval_sec, round(pace_sec))
             self.times = _halved(self.times)
             for columns in self.columns.values():
                 for stat, column in columns.items():
                     columns[stat] = _halved(column)
 
-    def _truncated(self) -> dict[str, Any]:
-        stats = _by_rank(self._stats_left_out)
+    def _truncated(self) -> Fields:
+        stats = sorted(self._stats_left_out, key=_rank)
         return {"truncated": {"tags": self._tags_left_out, "stats": stats}} if stats or self._tags_left_out else {}
 
-    def overview(self, start_ns: int | None) -> dict[str, Any]:
-        tags = {tag: {**about, "stats": list(self.columns[tag])} for tag, about in self._about.items()}
+    def overview(self, start_ns: int | None) -> Fields:
+        tags = {tag: {**about, "stats": sorted(self.columns[tag], key=_rank)} for tag, about in self._about.items()}
         head = {"start_ns": start_ns, "interval_sec": self.interval_sec, "points": len(self.times)}
         return {**head, "tags": tags, **self._truncated()}
 
-    def answer(self, tags: Iterable[str], stats: Sequence[str], since_ns: int, points: int) -> dict[str, Any]:
-        """Return series of at most `points` joined rows; LookupError for what is not there, ValueError for too much."""
+    def answer(self, tags: Iterable[str], stats: Sequence[str], since_ns: int, points: int) -> Fields:
+        """Return series of at most `points` rows; LookupError for what is not there, ValueError for too much."""
         found = {tag: [stat for stat in self.columns.get(tag, ()) if not stats or stat in stats] for tag in tags}
         if not all(found.values()):
             raise LookupError("no such tag, or without these statistics")
@@ -1833,21 +1823,21 @@ class History:
 
 # -- Configuration and identity ----------------------------------------------------------------------------------------
 
-# Where configurations come from: the first that tells a fact wins; from the third on they are of one run.
+# Of configurations: the first that tells a fact wins; from the third on they are of one run.
 _ORIGINS = ("file", "command", "artifacts", "bus", "phases")
-# What AIPerf's run_config.json and export hold beside figures.
+# Of AIPerf's run_config.json and export
 _ARTIFACT_FIELDS = frozenset("""aiperf_version artifact_dir benchmark_id cfg cli_command input_config label multi_run
     sweep sweep_id trial variation""".split())  # fmt: skip
 _IDENTITY_FIELDS = ("benchmark_id", "model", "endpoint_type", "streaming", "concurrency", "request_rate")
 
 
-def _plain_keys(value: Any) -> dict[str, Any]:
-    """Return an object with keys that compare: `modelNames`, `model-names` and `model_names` become `modelnames`."""
+def _plain_keys(value: Any) -> Fields:
+    """Return an object with `modelNames`, `model-names` and `model_names` as `modelnames`, and without nulls."""
     items = islice(_object(value).items(), ROWS_MAX)
     return {key.replace("-", "").replace("_", "").lower(): inner for key, inner in items if inner is not None}
 
 
-def _phases_of(section: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _phases_of(section: Mapping[str, Any]) -> list[Fields]:
     phases = section.get("phases")
     if isinstance(phases, dict):
         phases = [{"name": name, **phase} for name, phase in _objects(phases, EXTRAS_MAX)]
@@ -1857,7 +1847,7 @@ def _phases_of(section: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _model_names(value: Any) -> str | None:
-    """Return model names joined as AIPerf's exporter joins them; they come as text, list, or objects with a name."""
+    """Return text, a list, or objects with a name, as AIPerf's exporter joins them."""
     if isinstance(value, dict):
         value = value.get("names") or value.get("items") or value.get("name")
     if isinstance(value, list):
@@ -1867,28 +1857,28 @@ def _model_names(value: Any) -> str | None:
 
 
 def _positive(value: Any) -> float | None:
-    """Return a positive number, also one written as text (command lines and YAML have such)."""
+    """Return a positive number, also of a text (on command lines, in YAML)."""
     if isinstance(value, str) and re.fullmatch(r"\d{1,15}(\.\d{1,15})?", value, re.ASCII):
         value = float(value)
     return value if _count(value) is not None and value > 0 else None
 
 
 def _thresholds(value: Any) -> dict[str, float] | None:
-    """Return the thresholds of a goodput: an object, or words `tag:number`."""
+    """Return thresholds given as an object, or in words `tag:number`."""
     words = value.split() if isinstance(value, str) else _list(value)
     pairs = [word.partition(":")[::2] for word in words[:EXTRAS_MAX] if isinstance(word, str)]
     limits = ((tag, _positive(limit)) for tag, limit in (*pairs, *islice(_object(value).items(), EXTRAS_MAX)))
     return {tag: limit for tag, limit in limits if limit is not None and _name(tag)} or None
 
 
-# What a configuration says, how it is read, and the keys it has: AIPerf 0.3 to 0.13, and flat as on the command line.
+# How a fact is read, and its keys in AIPerf 0.3 to 0.13 and on the command line
 _FACTS: tuple[tuple[str, Callable[[Any], Any], str], ...] = (
     ("benchmark_id", _name, "benchmarkid"),
     ("model", _model_names, "modelnames models modelname model"),
     ("endpoint_type", _name, "endpoint.type endpointtype"),
     ("streaming", lambda value: {"true": True, "false": False}.get(str(value).lower()), "streaming"),
     ("concurrency", lambda value: int(_positive(value) or 0) or None, "concurrency"),
-    ("request_rate", _positive, "requestrate rate"),
+    ("request_rate", lambda value: float(_positive(value) or 0) or None, "requestrate rate"),
     ("aiperf_version", _name, "aiperfversion"),
     ("artifact_dir", _name, "artifactdir artifactdirectory output.dir"),
     ("goodput", _thresholds, "goodput slos"),
@@ -1896,9 +1886,9 @@ _FACTS: tuple[tuple[str, Callable[[Any], Any], str], ...] = (
 )
 
 
-def identity_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a configuration says of the benchmark, on its own level or in what it is wrapped in."""
-    found: dict[str, Any] = {}
+def identity_of(config: Mapping[str, Any]) -> Fields:
+    """Return the facts that a configuration has, on its own level or in what wraps it."""
+    found: Fields = {}
     wrappers = "input_config config user_config benchmark benchmark_config cfg".split()
     wrapped = [_object(config.get(key)) for key in wrappers]
     for section in map(_plain_keys, (config, *wrapped, *(inner.get("benchmark") for inner in wrapped))):
@@ -1915,7 +1905,6 @@ def identity_of(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _sweep_size(section: Mapping[str, Any]) -> int | None:
-    """Return how many runs a sweep has, where a configuration tells."""
     sweep, repeats = _plain_keys(section.get("sweep")), _plain_keys(section.get("multirun"))
     size = len(_list(sweep.get("runs"))) or 1
     for values in islice(_object(sweep.get("parameters") or sweep.get("variables")).values(), EXTRAS_MAX):
@@ -1926,91 +1915,82 @@ def _sweep_size(section: Mapping[str, Any]) -> int | None:
 
 # -- The benchmark -----------------------------------------------------------------------------------------------------
 
-# What the arrival of a message says about the end; after `answered` no phase will begin.
-_SIGNS = _pairs("""all_records_received=answered credits_complete=answered benchmark_complete=complete error=error
-    service_error=error results_exported=exported command_response=not_configured
-    dataset_configuration_failed=not_configured""")  # fmt: skip
-# The field of one worker, and that of the messages which have it of all.
+_TOO_LARGE = f"results too large: {JSON_ITEMS_MAX} items and {RESULTS_KEPT_BYTES_MAX} bytes are kept at most"
+_HAS_RESULTS = RESULT_MESSAGE_TYPES | {"results_exported"}
+_ANSWERED = frozenset(("all_records_received", "credits_complete"))  # no phase begins after these
+# A field of a worker, and the same of all
 _WORKER_FIELDS = _pairs("""status=worker_statuses startup_state=worker_startup_states
     task_stats=worker_task_stats health=worker_health""")  # fmt: skip
 _WORKER_FIGURES_MAX = 12  # of its tasks, and of its health; AIPerf sends 3 and 9
 _COMMAND_STATES = _pairs("""profile_configure=configuring profile_start=profiling profile_complete=processing
     profile_cancel=stopping shutdown=shutdown""")  # fmt: skip
-# The rows of a run that matter when runs are compared, and their statistics.
+# By which runs are compared
 _SUMMARY_TAGS = """request_throughput output_token_throughput total_token_throughput output_token_throughput_per_user
     goodput request_latency time_to_first_token inter_token_latency""".split()
 _SUMMARY_FIELDS = ("unit", "header", "avg", "p50", "p99")
 
 
 class Benchmark:
-    """The run at hand, its Phases and its History, the answers made from it (to be read, not changed), and the runs
-    before it.  `_on_…` follow messages, `on_late_error` is told of a bad one that had been accepted unread."""
+    """The run at hand, the answers made from it (to be read, not changed), and the runs before it."""
 
     def __init__(self, on_late_error: Callable[[BusError], None] = lambda error: None) -> None:
-        self._on_late_error = on_late_error
+        self._on_late_error = on_late_error  # told of bad messages that had been accepted unread
         self.version = 0  # grows whenever an answer may have changed
-        self._configs: dict[str, dict[str, Any]] = {}  # by origin, one of _ORIGINS
-        self._earlier: dict[int, tuple[dict[str, Any], bytes]] = {}  # runs by number: in brief, and whole as JSON
+        self._configs: dict[str, Fields] = {}  # by origin
+        self._earlier: dict[int, tuple[Fields, bytes]] = {}  # by number: in brief, and whole as JSON
         self._begin(1)
 
     def _begin(self, number: int) -> None:
         self.run_number = number
-        # Bus clock, but for `_skew_ns`, which is the bus clock minus the benchmark's
         self.started_ns: int | None = None  # first message
         self.last_message_ns: int | None = None
-        self._end_ns: int | None = None  # when the end became known
-        self._skew_ns: int | None = None
-        self._state = "waiting"  # one of STATES, as far as it was announced or follows from what happens
+        self._end_ns: int | None = None
+        self._skew_ns: int | None = None  # bus clock minus the benchmark's
+        self._state = "waiting"
         self._announces_states = False  # system_state_changed was heard (0.13)
-        self._fell_silent = False  # it was stale: a registration that follows is another run's
+        self._fell_silent = False  # a registration that follows is another run's
         self.end: str | None = None  # one of ENDS
-        self._error: str | None = None  # what went wrong, in a line, as it was told
+        self._error: str | None = None  # what went wrong, as it was told
         self._reason: str | None = None  # why there are no results, or not all
-        self._signs: set[str] = set()  # of an end: results, last_results, cancelled, shutdown, stopped_early, _SIGNS
-        self._child_exit: str | None = None  # how the child ended; "" when it ended well
-        self._benchmark_id: str | None = None  # from the data set's notification, or the server metrics
-        self._profile_id: str | None = None  # as messages carry it, if they do
+        self._signs: set[str] = set()  # what was heard: types of messages, and what they say of the end
+        self._child_exit: str | None = None  # "" when it ended well
+        self._benchmark_id: str | None = None
+        self._profile_id: str | None = None
         self._configs = {origin: self._configs[origin] for origin in _ORIGINS[:2] if origin in self._configs}
-        self._facts: dict[str, Any] | None = None  # what all configurations say; None when it must be worked out
+        self._facts: Fields | None = None  # what all of them say; None when it must be worked out
         self._phases: dict[str, Phase] = {}  # by name, in order of appearance
         self._phase_name: str | None = None  # of the latest that began
-        self._are_announced = False  # credit_phases_configured was heard, and named all phases to come
         self._percent_floor = 0.0  # the highest percentage that was ever answered
-        self._workers: dict[str, dict[str, Any]] = {}  # by service id, as /api/workers has them
-        self._groups: dict[str, dict[str, Any]] = {}  # by group id, as worker_group_stats has them
+        self._workers: dict[str, Fields] = {}  # by service id
+        self._groups: dict[str, Fields] = {}  # by group id, without their workers
         self._group_of: dict[str, str] = {}  # worker -> group
-        self._figures: dict[str, dict[str, Any]] = {"metrics": {}, "telemetry": {}, "server": {}}  # as last read
+        self._figures: dict[str, Fields] = {"metrics": {}, "telemetry": {}, "server": {}}
         self._unread: dict[str, BusMessage] = {}  # newer messages of these that nobody has asked for
-        self._final: dict[str, dict[str, Any]] = {}  # what replaces them at the end
+        self._final: set[str] = set()  # those that the results gave
         self._sampled_ns = dict.fromkeys((*self._figures, "phase"), -_SAMPLE_NS)  # when they last went into the history
         self._history = History()
-        self._results = b""  # AIPerf's results object, its records in display units, as JSON
-        self._counts: tuple[int, int] | None = None  # requests that succeeded and failed, by the results
-        self._error_summary: dict[str, Any] = {"errors": [], "more": 0}
-        self._aborted = 0  # requests that were cancelled, which AIPerf counts as errors
+        self._results = b""  # as JSON, rows in display units
+        self._counts: tuple[int, int, int] | None = None  # succeeded, failed, of these aborted: by the results
+        self._error_summary: Fields = {"errors": [], "more": 0}
 
     def _set_clock(self, benchmark_ns: Any, now_ns: int) -> None:
         self._skew_ns = now_ns - int(benchmark_ns) if _count(benchmark_ns) else self._skew_ns
 
     def _until_ns(self, now_ns: int) -> int:
-        """Return the moment up to which the run's time counts, in bus time: its end, or its falling silent."""
-        last_ns = now_ns if self.last_message_ns is None else self.last_message_ns
-        return self._end_ns if self._end_ns is not None else min(now_ns, last_ns + STALE_AFTER_NS)
+        return self._end_ns or min(now_ns, (self.last_message_ns or now_ns) + STALE_AFTER_NS)
 
     def _look_at_clock(self, now_ns: int) -> None:
-        """Bring up to date how long the phases have lasted."""
         for phase in self._phases.values():
-            if phase.start_ns is not None and phase.end_ns is not None:
+            if phase.start_ns and phase.end_ns:
                 phase.elapsed_ns = max(0, phase.end_ns - phase.start_ns)
             elif not phase.is_complete:
                 begin_ns = phase.first_ns
-                if phase.start_ns is not None and self._skew_ns is not None:
+                if phase.start_ns and self._skew_ns is not None:
                     begin_ns = phase.start_ns + self._skew_ns
                 phase.elapsed_ns = max(0, self._until_ns(now_ns) - begin_ns) if phase.has_begun else 0
 
     def is_stale(self, now_ns: int) -> bool:
-        last_ns = self.last_message_ns
-        return self.end is None and last_ns is not None and now_ns - last_ns >= STALE_AFTER_NS
+        return not self.end and now_ns - (self.last_message_ns or now_ns) >= STALE_AFTER_NS
 
     def _advance(self, state: str) -> None:
         if self._state in STATES[: STATES.index(state)]:
@@ -2024,131 +2004,105 @@ class Benchmark:
         return self.end is not None or self._state not in STATES[:3]
 
     def _did_anything(self) -> bool:
-        counted = any(phase.counts["requests_sent"] or phase.done for phase in self._phases.values())
+        counted = any(phase.stats["requests_sent"] or phase.done for phase in self._phases.values())
         return counted or bool(self.figures("metrics"))
 
     def _requests(self, phases: list[Phase]) -> tuple[int, int, int]:
-        """Return how many requests of phases succeeded, failed and were cancelled; of the profiling by the results."""
+        """Return how many succeeded, failed and were cancelled."""
         cancelled, failed = sum(phase.cancelled for phase in phases), sum(phase.failed for phase in phases)
         if self._counts and not any(phase.is_warmup for phase in phases):
-            return self._counts[0], self._counts[1] - self._aborted, max(cancelled, self._aborted)
+            succeeded, failed, aborted = self._counts
+            return succeeded, failed - aborted, max(cancelled, aborted)
         return sum(phase.done for phase in phases) - failed, failed, cancelled
 
     def _judge(self) -> str | None:
-        """Return the end that follows from the signs; its message may go missing, and a better sign corrects it."""
+        """Return the end that follows from the signs: its own message may go missing."""
         signs, child = self._signs, self._child_exit
-        if not signs & {"last_results", "shutdown", "exported", "complete"} and child is None:
-            return "failed" if "not_configured" in signs else None
+        last_words = {"process_all_results", "results_exported", "benchmark_complete", "shutdown", "not_configured"}
+        last_words |= set() if self._announces_states else RESULT_MESSAGE_TYPES
+        if signs.isdisjoint(last_words) and child is None:
+            return None
+        was_cancelled = signs & {"was_cancelled", "profile_cancel"}
         succeeded, failed, cancelled = self._requests(self._profiling)
-        is_told = child is not None or signs & {"results", "answered", "complete", "exported"}
-        if succeeded <= 0 and is_told and (failed or (cancelled and "cancelled" not in signs)):
+        if succeeded <= 0 and (failed or (cancelled and not was_cancelled)):
             return "failed"
-        if "cancelled" in signs:
+        if was_cancelled:
             return "cancelled"
-        has_results = signs & {"results", "exported"}
-        if child or (self._error and not has_results):
+        ended_well = signs & _HAS_RESULTS or (not self._error and ("benchmark_complete" in signs or child == ""))
+        if child or not ended_well:
             return "failed"
-        if has_results or "complete" in signs or child == "":
-            return "complete" if self._did_anything() or "exported" in signs or self._reason else "failed"
-        return "cancelled" if "stopped_early" in signs else "failed"
+        return "complete" if "results_exported" in signs or self._reason or self._did_anything() else "failed"
 
     def _settle(self, now_ns: int) -> None:
-        """Adopt the end that follows from what is known."""
         self.version += 1
-        self.started_ns, self.end = _first(self.started_ns, now_ns), self._judge()
-        if self.end is not None:
-            self._end_ns = _first(self._end_ns, now_ns)
+        self.started_ns, self.end = self.started_ns or now_ns, self._judge()
+        if self.end:
+            self._end_ns = self._end_ns or now_ns
 
     def _verdict(self) -> str:
-        """Return why the run failed."""
         anything = "ended without results" if self._did_anything() else "ended before a request was sent"
         cause = self._error or self._child_exit or anything
         succeeded, failed, cancelled = self._requests(self._profiling)
         if succeeded > 0 or failed + cancelled <= 0:
             return cause
-        failures = sorted(self._error_summary["errors"], key=lambda one: one["code"] == 499)  # aborted ones last
-        top = next(map(_error_text, failures), None) or cause
+        errors = sorted(self._error_summary["errors"], key=lambda one: one["code"] == 499)  # aborted ones last
         what = "failed or were aborted" if cancelled else "failed"
-        return f"All {failed + cancelled} inference request(s) {what}: {top}"[:NAME_BYTES_MAX]
+        text = next(map(_error_text, errors), None) or cause
+        return f"All {failed + cancelled} inference request(s) {what}: {text}"[:NAME_BYTES_MAX]
 
     def _on_state(self, message: BusMessage, now_ns: int) -> None:
         self._announces_states, self._state = True, message.value["state"]
-        if self._state == "shutdown":
-            self._signs.add("shutdown")
-        is_finished = self._profiling and all(phase.is_complete for phase in self._profiling)
-        if self._state == "stopping" and self._phases and not is_finished and "results" not in self._signs:
-            self._signs.add("stopped_early")
+        self._signs |= {self._state} & {"shutdown"}
 
     def _on_command(self, message: BusMessage, now_ns: int) -> None:
-        command = message.value["command"]
+        command, config = message.value["command"], _object(message.value.get("config"))
         self._advance(_COMMAND_STATES.get(command, "waiting"))
-        if command == "profile_configure":
-            self._configs["bus"] = self._config_in(message, BUS_TEXT_BYTES_MAX) or self._configs.get("bus", {})
-        elif command in ("profile_cancel", "shutdown"):
-            self._signs.add("cancelled" if command == "profile_cancel" else command)
+        if command == "profile_configure" and config:
+            self._configs["bus"] = config
+        self._signs |= {command} & {"profile_cancel", "shutdown"}
 
-    def _config_in(self, message: BusMessage, limit: int) -> dict[str, Any]:
-        """Return a message's configuration; {} if there is none, or if it is too large to be kept."""
-        config = _object(message.value.get("config"))
-        if not config or len(message.payload) <= limit:
-            return config
-        self._on_late_error(BusError("too_large", f"a configuration of more than {limit} bytes"))
-        return {}
-
-    def _on_sign(self, message: BusMessage, now_ns: int) -> None:
-        """Follow a message whose coming says it all, but for an error or a cancel that it tells of."""
-        sign, value = _SIGNS[message.type], message.value
+    def _on_error(self, message: BusMessage, now_ns: int) -> None:
+        value = message.value
         is_failure = value.get("status") == "failure" and value.get("command") in ("profile_configure", "profile_start")
-        if message.type == "command_response" and not is_failure:
-            return
-        if sign in ("not_configured", "error"):
+        if is_failure or message.type != "command_response":
             self._error = self._error or _error_text(value.get("error")) or "unknown error"
-        if sign == "answered":
-            self._advance("processing")
-        self._signs |= {sign, "cancelled"} if value.get("was_cancelled") is True else {sign}
+        if is_failure or message.type == "dataset_configuration_failed":
+            self._signs.add("not_configured")
 
     def _on_dataset(self, message: BusMessage, now_ns: int) -> None:
         self._benchmark_id, self._facts = _name(message.value.get("benchmark_generation")) or self._benchmark_id, None
-        if not self._announces_states:  # before 0.13 the data set is the last thing to get ready
+        if not self._announces_states:  # it is the last thing to get ready
             self._advance("ready")
 
-    def _on_phases_configured(self, message: BusMessage, now_ns: int) -> None:
-        self._are_announced = True
-        for config in map(_object, message.value["configs"][:EXTRAS_MAX]):
-            phase, targets = self._phase_of(config, now_ns), ("total_expected_requests", "expected_duration_sec")
-            if phase is not None:
-                phase.update({key: config[key] for key in targets if key in config}, now_ns)
-
     def _phase_of(self, stats: Mapping[str, Any], now_ns: int) -> Phase | None:
-        """Return the phase that stats are of, a new one if need be; None past the limit, or for a sum over several."""
+        """Return the phase that stats are of; None past the limit, or for a sum over several."""
         name, kind = _name(stats.get("phase_name")), _name(stats.get("phase")) or "profiling"
-        if name is None:
+        if not name:
             of_kind = [phase.name for phase in self._phases.values() if phase.kind == kind]
-            if len(of_kind) > 1 and kind not in of_kind:
+            if len(of_kind) > 1:
                 return None
-            name = kind if kind in of_kind or not of_kind else of_kind[0]
+            name = (*of_kind, kind)[0]
         if name not in self._phases and len(self._phases) < EXTRAS_MAX:
             self._phases[name] = Phase(name, stats, now_ns)
         return self._phases.get(name)
 
     def _on_phase(self, message: BusMessage, now_ns: int) -> None:
-        stats = phase_stats(message.value)
+        stats, config = phase_stats(message.value), _object(message.value.get("config"))
         phase = self._phase_of(stats, now_ns)
         if phase is None:
             return
         phase.update(stats, now_ns)
-        config = self._config_in(message, BUS_TEXT_BYTES_MAX // 8)
-        if config and message.type not in FIGURES_MESSAGE_TYPES:  # which are not looked through for secrets
-            self._configs.setdefault("phases", {"phases": {}})["phases"][phase.name] = config
-        self._set_clock(stats.get(_PHASE_CLOCKS[message.type]), now_ns)
+        if message.type == "credit_phase_start":  # the only one that is looked through for secrets
+            self._set_clock(stats.get("start_ns"), now_ns)
+            if config and len(message.payload) <= BUS_TEXT_BYTES_MAX // 8:
+                self._configs.setdefault("phases", {"phases": {}})["phases"][phase.name] = config
         if message.type == "credit_phase_complete":
             self._look_at_clock(now_ns)
             phase.is_complete = True
         else:
             self._phase_name = phase.name
         self._sample_phases(now_ns, at_once=phase.is_complete)
-        if not self._announces_states:
-            self._advance("profiling")
+        self._advance("profiling")
 
     def _sample_phases(self, now_ns: int, *, at_once: bool = False) -> None:
         if not at_once and now_ns - self._sampled_ns["phase"] < _SAMPLE_NS:
@@ -2162,102 +2116,102 @@ class Benchmark:
 
     def _on_records(self, message: BusMessage, now_ns: int) -> None:
         value = message.value
-        self._set_clock(value.get("request_ns"), now_ns)
-        for worker_id, stats in _objects(value.get("worker_stats"), WORKERS_MAX):
-            records = self._worker(worker_id)["processing_stats"]
-            for old, field in (("processed", "success_records"), ("errors", "error_records")):
-                records[field] = _first(_count(stats.get(old)), _count(stats.get(field)), records[field])
+        for worker, told in self._workers_in(value.get("worker_stats")):
+            records = worker["processing_stats"]
+            for name, count in _scalars(told).items():
+                field = _PHASE_FIELDS.get(name, name)
+                if field in records:
+                    records[field] = _first(_count(count), records[field])
         stats = _object(value.get("processing_stats")) or _object(value.get("final_processing_stats"))
         phase = self._phase_of(stats, now_ns) if stats else None
-        if phase is not None and phase.start_ns in (None, stats.get("start_ns", phase.start_ns)):
+        if phase and phase.start_ns in (None, stats.get("start_ns", phase.start_ns)):
             phase.update(stats, now_ns)
             self._sample_phases(now_ns)
-        if message.type in _SIGNS:
-            self._on_sign(message, now_ns)
+        if message.type in _ANSWERED:
+            self._advance("processing")
 
-    def _worker(self, worker_id: str) -> dict[str, Any]:
-        worker = self._workers.get(worker_id)
-        if worker is None:
-            worker = {"worker_id": worker_id, "status": "idle", "startup_state": None, "health": None}
-            worker["task_stats"] = {"total": 0, "completed": 0, "failed": 0}  # requests, over all phases
-            worker["processing_stats"] = {"success_records": 0, "error_records": 0}
-            worker["last_update_ns"] = None  # bus clock
-            if len(self._workers) < WORKERS_MAX and _name(worker_id):
-                self._workers[worker_id] = worker
-        return worker
+    def _workers_in(self, told: Any) -> Iterator[tuple[Fields, Any]]:
+        """Yield each worker of an object by service id, as far as they fit, and what is told of it."""
+        for worker_id, value in islice(_object(told).items(), WORKERS_MAX):
+            if worker_id not in self._workers and len(self._workers) < WORKERS_MAX and _name(worker_id):
+                self._workers[worker_id] = {
+                    "worker_id": worker_id, "status": "idle", "startup_state": None, "health": None,
+                    "task_stats": {"total": 0, "completed": 0, "failed": 0},
+                    "processing_stats": {"success_records": 0, "error_records": 0}, "last_update_ns": None,
+                }  # fmt: skip
+            if worker_id in self._workers:
+                yield self._workers[worker_id], value
 
     def _on_workers(self, message: BusMessage, now_ns: int) -> None:
-        value = message.value
-        group_id = value["group_id"] if message.type == "worker_group_stats" else None
-        self._set_clock(value.get("request_ns"), now_ns)
-        if group_id is not None:
+        value, group_id = message.value, None
+        if message.type == "worker_group_stats":
+            group_id = value["group_id"]
             if group_id not in self._groups and len(self._groups) >= 256:  # a group is a node
                 return
-            parts = {part: _scalars(value.get(part), _WORKER_FIGURES_MAX) for part in ("task_stats", "health")}
+            parts = {part: _scalars(value.get(part)) for part in ("task_stats", "health")}
             self._groups[group_id] = {**_scalars(value, without=_ENVELOPE), **parts, "last_update_ns": now_ns}
         is_one = message.type in ("worker_health", "worker_startup_state")
         for field, all_of_them in _WORKER_FIELDS.items():
-            column = {value["service_id"]: value.get(field)} if is_one else _object(value.get(all_of_them))
-            for worker_id, told in islice(column.items(), WORKERS_MAX):
-                worker = self._worker(worker_id)
+            column = {value["service_id"]: value.get(field)} if is_one else value.get(all_of_them)
+            for worker, told in self._workers_in(column):
                 worker["last_update_ns"] = now_ns
-                if group_id is not None and worker_id in self._workers:
-                    self._group_of[worker_id] = group_id
-                if isinstance(told, dict) and field in ("task_stats", "health"):
+                if group_id:
+                    self._group_of[worker["worker_id"]] = group_id
+                if field in ("status", "startup_state"):
+                    worker[field] = _name(told) or worker[field]
+                else:
                     found = {**(worker[field] or {}), **_scalars(told, _WORKER_FIGURES_MAX)}.items()
                     numbers = ((key, one) for key, one in found if not isinstance(one, str))
                     worker[field] = dict(islice(numbers, _WORKER_FIGURES_MAX)) or None
-                elif _name(told) and field in ("status", "startup_state"):
-                    worker[field] = told
 
     def _on_results(self, message: BusMessage, now_ns: int) -> None:
-        """Follow final results: process_all_results (0.12 and later), else process_records_result."""
-        is_last = message.type == "process_all_results"
-        if "last_results" in self._signs and not is_last:
+        if message.type == "process_records_result" and "process_all_results" in self._signs:
             return
-        self._signs |= {"results", "last_results"} if is_last or not self._announces_states else {"results"}
-        self._advance("processing")
         inner = _object(message.value["results"].get("results"))
-        self._signs |= {"cancelled"} if inner.get("was_cancelled") is True else set()
-        errors: list[dict[str, Any]] = []
-        for one in _list(inner.get("error_summary")):
-            if count := _count(_object(one).get("count")):
+        if inner.get("was_cancelled") is True:
+            self._signs.add("was_cancelled")
+        self._advance("processing")
+        errors: list[Fields] = []
+        for one in map(_object, _list(inner.get("error_summary"))):
+            if count := _count(one.get("count")):
                 details = _object(one.get("error_details"))
                 texts = {key: text_or(details.get(key), "")[:NAME_BYTES_MAX] for key in ("type", "message")}
                 errors.append({"code": _count(details.get("code")), **texts, "count": count})
         errors.sort(key=lambda one: -one["count"])
         self._error_summary = {"errors": errors, "more": message.errors_left_out}
-        self._aborted = sum(one["count"] for one in errors if one["code"] == 499)
-        kept = {**inner, **{part: _list(inner.get(part)) for part in ("records", "error_summary")}}
-        kept = shown_message({"results": {"results": kept}})["results"]["results"]
-        self._final["metrics"] = display_rows(kept["records"]) or self._final.get("metrics", {})
-        self._results = json_bytes({**message.value["results"], "results": kept})
+        aborted = sum(one["count"] for one in errors if one["code"] == 499)
+        shown = shown_message(message.value)["results"]
+        self._finish("metrics", display_rows(_object(shown.get("results")).get("records")))
+        self._results = json_bytes(shown)
         if message.is_cut or len(self._results) > RESULTS_KEPT_BYTES_MAX:
-            limits = f"{RESULTS_KEPT_BYTES_MAX} bytes or {JSON_ITEMS_MAX} items"
-            self._reason = f"results too large: of more than {limits}, not all are kept"
+            self._reason = _TOO_LARGE
             self._results = self._results if len(self._results) <= RESULTS_KEPT_BYTES_MAX else b""
         self._reason = _error_text(inner.get("incomplete_reason")) or self._reason
-        # After a cancel, or for who came late, results count what no phase message did.
+        # After a cancel, or for who came late, these count what no phase message did.
         succeeded, failed = _count(inner.get("successful_request_count")), _count(inner.get("error_request_count"))
         if succeeded is not None and failed is not None:
-            self._counts, self._aborted = (succeeded, failed), min(self._aborted, failed)
+            self._counts = succeeded, failed, min(aborted, failed)
         phase = self._phase_of({"phase": "profiling"}, now_ns)
-        if phase is not None and len(self._profiling) == 1:
-            phase.aborted = min(self._aborted, max(failed or 0, phase.counts["error_records"]))
-            figures = {"success_records": succeeded, "error_records": failed}
+        if phase and len(self._profiling) == 1:
+            phase.aborted = min(aborted, max(failed or 0, phase.stats["error_records"]))
             times = {"start_ns": inner.get("start_ns"), "requests_end_ns": inner.get("end_ns")}
-            phase.update({**figures, **times, **{key: phase.stats[key] for key in times if key in phase.stats}}, now_ns)
+            told = {key: value for key, value in times.items() if key not in phase.stats}
+            phase.update({"success_records": succeeded, "error_records": failed, **told}, now_ns)
+
+    def results_too_large(self, message_type: str, now_ns: int) -> None:
+        """Follow a message that is too large to be read: the topic of results alone ends the run."""
+        if message_type in RESULT_MESSAGE_TYPES:
+            self._signs.add(message_type)
+            self._reason, self.last_message_ns = _TOO_LARGE, now_ns
+            self._settle(now_ns)
 
     def _on_server_results(self, message: BusMessage, now_ns: int) -> None:
-        """Follow the final server metrics, which cover the profiling alone, and the benchmark's id."""
         results = _object(message.value["server_metrics_result"].get("results"))
         self._benchmark_id = self._benchmark_id or _name(results.get("benchmark_id"))
-        summaries = _bounded_summaries(results.get("endpoint_summaries"))
-        if summaries:
-            self._final["server"] = {**self.figures("server"), "endpoint_summaries": summaries, "final": True}
+        if summaries := _bounded_summaries(results.get("endpoint_summaries")):
+            self._finish("server", {**self.figures("server"), "endpoint_summaries": summaries, "final": True})
 
     def _on_telemetry_results(self, message: BusMessage, now_ns: int) -> None:
-        """Follow the final telemetry; its rows get the tags and headers that the real-time messages use."""
         results, live = _object(message.value["telemetry_result"].get("results")), self.figures("telemetry")
         rows: list[MetricRow] = []
         urls = [url for url in _list(_object(results.get("summary")).get("endpoints_configured"))[:256] if _name(url)]
@@ -2267,16 +2221,24 @@ class Benchmark:
                 index, uuid = _count(gpu.get("gpu_index")) or 0, text_or(gpu.get("gpu_uuid"), "")
                 place = f"{endpoint} | GPU {index} | {text_or(gpu.get('gpu_name'), '')}"
                 for metric, row in _objects(gpu.get("metrics"), ROWS_MAX - len(rows)):
-                    tag = f"{metric}_dcgm_{source}_gpu{index}_{uuid[:12]}"
+                    tag = f"{metric}_dcgm_{source}_gpu{index}_{uuid[:12]}"  # as in real-time messages
                     header = f"{text_or(row.get('display_name'), metric.replace('_', ' '))} | {place}"
                     rows.append({**row, "tag": tag, "header": _object(live.get(tag)).get("header", header)})
-        self._final["telemetry"] = display_rows(rows) or self._final.get("telemetry", {})
+        self._finish("telemetry", display_rows(rows))
+
+    def _finish(self, kind: str, figures: Fields) -> None:
+        if figures:
+            self._figures[kind] = figures
+            self._final.add(kind)
+            self._unread.pop(kind, None)
 
     def _on_metrics(self, message: BusMessage, now_ns: int) -> None:
-        """Keep a message of metrics; they come often, so most are read only when somebody asks."""
+        """Keep a message of metrics; most are read only when somebody asks."""
         kind = message.type.split("_")[1]  # metrics, telemetry or server
+        if kind in self._final:
+            return
         if now_ns - self._sampled_ns[kind] < _SAMPLE_NS:
-            self._unread[kind] = BusMessage(message.type, message.payload)  # without a value that is parsed
+            self._unread[kind] = BusMessage(message.type, message.payload)  # without what is parsed
             return
         rows = figures = self._figures[kind] = self._read_message(message)
         self._unread.pop(kind, None)
@@ -2289,26 +2251,26 @@ class Benchmark:
                 rows[tag] = {"unit": "", **stats, "header": title}
         self._history.add(now_ns, kind, rows)
 
-    def figures(self, kind: str) -> dict[str, Any]:
-        """Return what the results, else the last good message, said of "metrics", "telemetry" (by tag) or "server"."""
-        message = None if self._final.get(kind) else self._unread.pop(kind, None)
-        if message is not None:
+    def figures(self, kind: str) -> Fields:
+        """Return the newest, or final, "metrics", "telemetry" (by tag) or "server"."""
+        message = self._unread.pop(kind, None)
+        if message:
             try:
                 self._figures[kind] = self._read_message(message)
                 if message.not_finite:
                     raise BusError("not_finite", f"NaN or an infinity in {message.type}")
             except BusError as error:
                 self._on_late_error(error)
-        return self._final.get(kind) or self._figures[kind]
+        return self._figures[kind]
 
-    def _read_message(self, message: BusMessage) -> dict[str, Any]:
-        """Return a message's rows by tag, in display units, or its server metrics; raise BusError if it is bad."""
-        value, rows = message.value, message.value.get("metrics")
+    def _read_message(self, message: BusMessage) -> Fields:
+        value = message.value
         if message.type == "realtime_server_metrics":
             if not isinstance(value.get("endpoint_summaries"), dict):
                 raise BusError("bad_shape", "server metrics without endpoint_summaries")
-            summaries, snapshot = _bounded_summaries(value["endpoint_summaries"]), _scalars(value.get("snapshot"))
-            return {**_scalars(value, without=_ENVELOPE), "endpoint_summaries": summaries, "snapshot": snapshot}
+            summaries = _bounded_summaries(value["endpoint_summaries"])
+            return {"endpoint_summaries": summaries, "snapshot": _scalars(value.get("snapshot"))}
+        rows = value.get("metrics")
         if not isinstance(rows, list):
             raise BusError("bad_shape", "a metrics message without a list of metrics")
         tags = (row.get("tag") for row in rows[:ROWS_MAX] if isinstance(row, dict))
@@ -2317,66 +2279,60 @@ class Benchmark:
         return display_rows(rows)
 
     def apply(self, message: BusMessage, now_ns: int) -> None:
-        """Follow one bus message; raise BusError if it cannot be used, and then nothing has changed."""
+        """Follow one message; BusError if it cannot be used, and then nothing has changed."""
         self._fell_silent = self._fell_silent or self.is_stale(now_ns)
         is_metrics = message.type in METRICS_MESSAGE_TYPES
         if is_metrics:
             self._on_metrics(message, now_ns)
         elif message.type in _HANDLERS:
             handle, field, wanted = _HANDLERS[message.type]
-            found = message.value.get(field)
+            value = message.value
+            found = value.get(field)
             if not isinstance(found, wanted) or (wanted is str and not _name(found)):
                 raise BusError("bad_shape", f"{message.type} without a usable {field}")
             if self._begins_run(message):
                 self._keep_run(now_ns)
                 self._begin(self.run_number + 1)
-            self._profile_id = _name(message.value.get("profile_id")) or self._profile_id
+            self._profile_id = _name(value.get("profile_id")) or self._profile_id
+            self._set_clock(value.get("request_ns"), now_ns)
+            self._signs |= {message.type, "was_cancelled"} if value.get("was_cancelled") is True else {message.type}
             handle(self, message, now_ns)
             if message.type not in FIGURES_MESSAGE_TYPES:
                 self._facts = None
             self._settle(now_ns)
-        if is_metrics or message.type in ("processing_stats", *_PHASE_CLOCKS):
+        if is_metrics or message.type == "processing_stats" or message.type.startswith("credit_phase_"):
             self._fell_silent = False  # only a benchmark under load sends these
         self.version += is_metrics or self.started_ns is None
-        self.last_message_ns, self.started_ns = now_ns, _first(self.started_ns, now_ns)
+        self.last_message_ns, self.started_ns = now_ns, self.started_ns or now_ns
         self._advance("initializing")
 
     def _begins_run(self, message: BusMessage) -> bool:
-        """Tell whether a message can only come from another run than the one at hand."""
-        value, is_over = message.value, self.end is not None or self._fell_silent
+        """Tell whether a message must be another run's."""
+        value, has_ended = message.value, self.end is not None
+        is_over = has_ended or self._fell_silent
         if message.type == "worker_startup_state":
             return is_over and value.get("startup_state") == "starting"
         word = value.get({"system_state_changed": "state", "command": "command"}.get(message.type, ""))
         if word in ("initializing", "configuring", "profile_configure"):
             return is_over or self._has_gone_far()
         if word in ("ready", "profiling"):
-            return self.end is not None
-        if message.type not in _PHASE_CLOCKS:
+            return has_ended
+        if not message.type.startswith("credit_phase_"):
             return is_over and word in ("register_service", "spawn_workers")
         stats = phase_stats(value)
         known, start_ns = self._phases.get(stats.get("phase_name") or stats["phase"]), _count(stats.get("start_ns"))
         if known is None:
-            return self.end is not None
-        begins = message.type == "credit_phase_start" and (known.is_complete or self.end is not None)
+            return has_ended
+        begins = message.type == "credit_phase_start" and (known.is_complete or has_ended)
         return begins or (None not in (known.start_ns, start_ns) and start_ns != known.start_ns)
 
-    def results_too_large(self, message_type: str, now_ns: int) -> None:
-        """Follow a result message that is too large to be read: its topic alone ends the run."""
-        if message_type in RESULT_MESSAGE_TYPES:
-            is_last = message_type == "process_all_results" or not self._announces_states
-            self._signs |= {"results", "last_results"} if is_last else {"results"}
-            limits = f"{BUS_RESULT_BYTES_MAX} bytes or {_RESULT_ITEMS_MAX} items"
-            self._reason = f"results too large: a message of more than {limits}"
-            self.last_message_ns = now_ns
-            self._settle(now_ns)
-
     def end_child(self, exit_text: str, now_ns: int) -> None:
-        """Follow the end of the benchmark's process: how, such as "exit status 1", or "" when it ended well."""
+        """Follow the end of the benchmark's process: "exit status 1", or "" when it ended well."""
         self._child_exit = exit_text
         self._settle(now_ns)
 
     def configure(self, config: Mapping[str, Any], origin: str) -> None:
-        """Follow a configuration from a "file", a "command", or, for this run alone, AIPerf's "artifacts"."""
+        """Follow a configuration; `origin` is "file", "command" or, for this run alone, "artifacts"."""
         if origin == "artifacts":
             found = {key: value for key, value in config.items() if key in _ARTIFACT_FIELDS}
             config = {**self._configs.get(origin, {}), **found}
@@ -2385,9 +2341,8 @@ class Benchmark:
         self.version += 1
 
     def _fact(self, name: str) -> Any:
-        """Return what the first configuration that tells it says, None if none does; see _FACTS."""
         if self._facts is None:
-            facts: dict[str, Any] = {}
+            facts: Fields = {}
             for origin in reversed(_ORIGINS):
                 facts.update(identity_of(self._configs.get(origin, {})))
                 if origin == "phases":
@@ -2399,13 +2354,13 @@ class Benchmark:
             self._facts = facts
         return self._facts.get(name)
 
-    def config(self) -> dict[str, Any]:
-        """Return the configuration of the first origin that has one, completed by what AIPerf wrote; {} without."""
+    def config(self) -> Fields:
+        """Return the first configuration, completed by the artifacts."""
         told = (self._configs[origin] for origin in _ORIGINS if self._configs.get(origin))
         return {**self._configs.get("artifacts", {}), **next(told, {})}
 
     def artifact_dir(self) -> str:
-        """Return where AIPerf writes its export, as the bus or a configuration tells; "" if none does."""
+        """Return where AIPerf writes its export; "" where nothing tells."""
         phases = self._configs.get("phases", {"phases": {}})["phases"].values()
         return str(_first(*(_name(config.get("artifact_dir")) for config in phases), self._fact("artifact_dir"), ""))
 
@@ -2415,100 +2370,92 @@ class Benchmark:
 
     @property
     def label(self) -> str:
-        """The run's name among others, such as "run 2 of 3: concurrency_4"."""
+        """Such as "run 2 of 3: concurrency_4"."""
         of_all, label = self.runs_expected, self._fact("label")
         return f"run {self.run_number}" + (f" of {of_all}" if of_all else "") + (f": {label}" if label else "")
 
     def labels(self) -> dict[str, str]:
-        """Return the identity as labels for Prometheus, as far as it is known, written as AIPerf's exporter does."""
-        shown = {field: value for field, value in self._identity().items() if value is not None}
-        if "request_rate" in shown:
-            shown["request_rate"] = float(shown["request_rate"])
-        texts = {field: str(value).lower() if isinstance(value, bool) else str(value) for field, value in shown.items()}
+        """Return the identity as AIPerf's exporter writes it."""
+        texts = {
+            field: str(value).lower() if field == "streaming" else str(value)
+            for field, value in self._identity().items() if value is not None
+        }  # fmt: skip
         return {field: text.encode("utf-8", "replace")[:128].decode("utf-8", "ignore") for field, text in texts.items()}
 
-    def status(self, now_ns: int) -> dict[str, Any]:
+    def status(self, now_ns: int) -> Fields:
         error = {None: self._error, "cancelled": self._reason}.get(self.end)
-        starts = [phase.start_ns for phase in self._phases.values() if phase.start_ns is not None]
+        starts = [phase.start_ns for phase in self._phases.values() if phase.start_ns]
         self._look_at_clock(now_ns)
         begun = [phase.elapsed_ns for phase in self._phases.values() if phase.has_begun]
-        elapsed_ns = sum(begun) if begun else max(0, self._until_ns(now_ns) - _first(self.started_ns, now_ns))
+        elapsed_ns = sum(begun) if begun else max(0, self._until_ns(now_ns) - (self.started_ns or now_ns))
         return {
             "state": self.end or self._state, "phase": self._phase_name, "run": self.run_number, "label": self.label,
             "benchmark_id": self._fact("benchmark_id"), "profile_id": self._profile_id,
             "error": self._verdict() if self.end == "failed" else error, "stale": self.is_stale(now_ns),
             "started_ns": min(starts, default=self.started_ns),
-            "elapsed_sec": None if self.started_ns is None else elapsed_ns / 1e9,
+            "elapsed_sec": elapsed_ns / 1e9 if self.started_ns else None,
         }  # fmt: skip
 
     def _is_open(self) -> bool:
-        """Tell whether more phases may follow: they have names of their own, and nothing says how many there are."""
-        is_known = self._are_announced or self._fact("phases") or self.end or "answered" in self._signs
+        """Tell whether more phases may follow: they have names, and nothing says how many."""
+        is_known = self._fact("phases") or self.end or self._signs & _ANSWERED
         return not is_known and any(phase.name != phase.kind for phase in self._profiling)
 
     def _percent(self) -> float:
-        """Return how far the profiling is, 0 to 100: a warm-up at 100 % followed by 0 % would be going back."""
-        phases = self._profiling
-        weights: Sequence[float] = [1] * max(len(phases), self._fact("phases") or 0)
-        if self._is_open():  # half the way for the first phase, half of the rest for each that follows
-            weights = [0.5**place for place in (*range(1, len(phases) + 1), len(phases))]
-        elif self._are_announced:
-            targets = [phase.expected or 0 for phase in phases], [phase.duration_sec or 0 for phase in phases]
-            weights = next((target for target in targets if all(target)), weights)
-        shares = sum(phase.percent() * weight for phase, weight in zip(phases, weights))
-        now = 100.0 if self.end == "complete" else shares / sum(weights) if weights else 0.0
-        # Figures may be corrected downwards, and clocks too: what was once answered is not withdrawn.
+        percents = [phase.percent() for phase in self._profiling]
+        now = sum(percents) / max(len(percents), self._fact("phases") or 1)
+        if self.end == "complete":
+            now = 100.0
+        elif self._is_open():  # half the way for the first phase, half of the rest for each that follows
+            now = sum(percent * 0.5**place for place, percent in enumerate(percents, 1))
+        # Figures are corrected, and clocks: what was once answered is not withdrawn.
         self._percent_floor = min(100.0, max(self._percent_floor, now))
         return self._percent_floor
 
     def _eta_sec(self, phases: Sequence[Phase], now_ns: int) -> float | None:
-        if all(phase.is_complete for phase in phases) or self.end == "complete":
-            return 0.0 if phases else None
-        if self.end is not None or self.is_stale(now_ns):
-            return None
-        left = [phase.eta_sec() for phase in phases]
-        return None if None in left else sum(filter(None, left))
+        left = [0.0 if self.end == "complete" else phase.eta_sec() for phase in phases]
+        is_over = self.end or self.is_stale(now_ns)
+        return None if not left or None in left or (is_over and any(left)) else sum(filter(None, left), 0.0)
 
-    def progress(self, now_ns: int) -> dict[str, Any]:
-        """Return how far the run is; the top-level figures are of the warm-up until the profiling begins."""
-        warmup = [phase for phase in self._phases.values() if phase.is_warmup and phase.has_begun]
-        is_warmup = bool(warmup) and not any(phase.has_begun for phase in self._profiling)
-        main = warmup if is_warmup else self._profiling
+    def progress(self, now_ns: int) -> Fields:
+        """Return figures of the warm-up until the profiling begins."""
+        is_warmup = {phase.is_warmup for phase in self._phases.values() if phase.has_begun} == {True}
+        main = [phase for phase in self._phases.values() if phase.is_warmup == is_warmup]
         expected = [phase.expected for phase in main]
         begun = [phase for phase in main if phase.has_begun]
         self._look_at_clock(now_ns)
         answers = {name: phase.answer(self._eta_sec([phase], now_ns)) for name, phase in self._phases.items()}
         succeeded, failed, cancelled = self._requests(main)
+        has_results = self._signs & _HAS_RESULTS
         return {
             "total": sum(filter(None, expected)) if expected and None not in expected and not self._is_open() else None,
             "completed": succeeded + failed, "errors": failed, "cancelled": cancelled, "warmup": is_warmup,
-            "start_ns": min((phase.start_ns for phase in main if phase.start_ns is not None), default=None),
+            "start_ns": min((phase.start_ns for phase in main if phase.start_ns), default=None),
             "elapsed_ns": sum(phase.elapsed_ns for phase in main), "percent_complete": self._percent(),
             "eta_sec": None if self._is_open() and not is_warmup else self._eta_sec(main, now_ns),
             "phase": begun[-1].name if begun else None, "phase_number": len(begun),
             "phase_percent": begun[-1].percent() if begun else 0.0, "phases": answers,
             # AIPerf exports before it ends well; the message is often lost.
-            "results_exported": "exported" in self._signs or ("results" in self._signs and self._child_exit == ""),
+            "results_exported": "results_exported" in self._signs or bool(self._child_exit == "" and has_results),
             "system_state": self.end or self._state,
         }  # fmt: skip
 
-    def _identity(self) -> dict[str, Any]:
+    def _identity(self) -> Fields:
         return {field: self._fact(field) for field in _IDENTITY_FIELDS}
 
-    def metrics(self) -> dict[str, Any]:
+    def metrics(self) -> Fields:
         rows, thresholds = self.figures("metrics"), self._fact("goodput")
         tags = ("good_request_fraction", "good_request_count", "request_count")
         share, good, succeeded = (rows.get(tag, {}).get("avg") for tag in tags)
-        share = good / succeeded if share is None and good is not None and succeeded else share
+        if share is None and good is not None and succeeded:
+            share = good / succeeded  # before 0.13
         return {
-            "aiperf_version": self._fact("aiperf_version"), **self._identity(),
-            "final": bool(self._final.get("metrics")),
-            # what makes a request a good one, and the share of those that are
-            "goodput": None if thresholds is None else {"thresholds": thresholds, "share": share},
+            "aiperf_version": self._fact("aiperf_version"), **self._identity(), "final": "metrics" in self._final,
+            "goodput": {"thresholds": thresholds, "share": share} if thresholds else None,
             "metrics": rows, "telemetry": self.figures("telemetry"),
         }  # fmt: skip
 
-    def workers(self) -> dict[str, Any]:
+    def workers(self) -> Fields:
         statuses = {worker_id: worker["status"] for worker_id, worker in self._workers.items()}
         groups = {group_id: {**figures, "workers": {}} for group_id, figures in self._groups.items()}
         for worker_id, group_id in self._group_of.items():
@@ -2519,11 +2466,10 @@ class Benchmark:
             "workers": self._workers, "worker_groups": groups,
         }  # fmt: skip
 
-    def server_metrics(self) -> dict[str, Any]:
+    def server_metrics(self) -> Fields:
         return self.figures("server") or {"endpoint_summaries": {}, "message": "No server metrics available yet"}
 
-    def results(self, *, whole: bool = True) -> dict[str, Any]:
-        """Return how the run ended ("running" until that is known), with AIPerf's results if `whole`."""
+    def results(self, *, whole: bool = True) -> Fields:
         return {
             "status": self.end or "running",
             "results": json_load(self._results) if whole and self._results else None,
@@ -2532,12 +2478,10 @@ class Benchmark:
         }
 
     def history(self, tags: Sequence[str] = (), stats: Sequence[str] = (), since_ns: int = 0,
-                points: int = HISTORY_POINTS_DEFAULT) -> dict[str, Any]:  # fmt: skip
-        """Return time series of this run, columnar; without tags, what there is. Raises as `History.answer`."""
+                points: int = HISTORY_POINTS_DEFAULT) -> Fields:  # fmt: skip
         return self._history.answer(tags, stats, since_ns, points) if tags else self._history.overview(self.started_ns)
 
-    def _brief(self, now_ns: int) -> dict[str, Any]:
-        """Return the run as /api/runs has it: of its metrics only what runs are compared by."""
+    def _brief(self, now_ns: int) -> Fields:
         status, progress, rows = self.status(now_ns), self.progress(now_ns), self.figures("metrics")
         few = {tag: rows[tag] for tag in _SUMMARY_TAGS if tag in rows}
         return {
@@ -2547,55 +2491,59 @@ class Benchmark:
             "metrics": {tag: {key: row[key] for key in _SUMMARY_FIELDS if key in row} for tag, row in few.items()},
         }  # fmt: skip
 
-    def _whole(self, brief: dict[str, Any]) -> dict[str, Any]:
+    def _whole(self, brief: Fields) -> Fields:
         rows = {"metrics": self.figures("metrics"), "telemetry": self.figures("telemetry")}
-        return {**brief, **rows, "final": bool(self._final.get("metrics")), "error_summary": self._error_summary}
+        return {**brief, **rows, "final": "metrics" in self._final, "error_summary": self._error_summary}
 
     def _keep_run(self, now_ns: int) -> None:
         if not self._has_gone_far():
             return
         brief = self._brief(now_ns)
-        if self.end is None:
+        if not self.end:
             brief.update(state="failed", error="fell silent: it was killed, or the network was gone")
         self._earlier[self.run_number] = brief, json_bytes(self._whole(brief))
         while len(self._earlier) >= RUNS_MAX or sum(len(one) for _, one in self._earlier.values()) > RUNS_BYTES_MAX:
             del self._earlier[min(self._earlier)]
 
-    def runs(self, now_ns: int) -> list[dict[str, Any]]:
-        at_hand = [self._brief(now_ns)] if self.started_ns is not None else []
+    def runs(self, now_ns: int) -> list[Fields]:
+        at_hand = [self._brief(now_ns)] if self.started_ns else []
         return [brief for brief, _ in self._earlier.values()] + at_hand
 
-    def run(self, number: int, now_ns: int) -> dict[str, Any] | None:
-        if number == self.run_number and self.started_ns is not None:
+    def run(self, number: int, now_ns: int) -> Fields | None:
+        if number == self.run_number and self.started_ns:
             return self._whole(self._brief(now_ns))
         return json_load(self._earlier[number][1]) if number in self._earlier else None
 
 
-# Message type -> (what follows it, the field without which it cannot be used, that field's type); "", object: none
+# What follows a message, the field that it must have, its type; "", object: none
 _HANDLERS: Mapping[str, tuple[Callable[[Any, BusMessage, int], None], str, type]] = MappingProxyType({
-    **dict.fromkeys(_PHASE_CLOCKS, (Benchmark._on_phase, "", object)),
-    **dict.fromkeys(_SIGNS, (Benchmark._on_sign, "", object)),
-    **dict.fromkeys(RESULT_MESSAGE_TYPES, (Benchmark._on_results, "results", dict)),
-    **dict.fromkeys(("worker_health", "worker_startup_state"), (Benchmark._on_workers, "service_id", str)),
-    "all_records_received": (Benchmark._on_records, "", object),
-    "command": (Benchmark._on_command, "command", str),
-    "credit_phases_configured": (Benchmark._on_phases_configured, "configs", list),
-    "dataset_configured_notification": (Benchmark._on_dataset, "", object),
-    "process_server_metrics_result": (Benchmark._on_server_results, "server_metrics_result", dict),
-    "process_telemetry_result": (Benchmark._on_telemetry_results, "telemetry_result", dict),
-    "processing_stats": (Benchmark._on_records, "processing_stats", dict),
-    "system_state_changed": (Benchmark._on_state, "state", str),
-    "worker_group_stats": (Benchmark._on_workers, "group_id", str),
-    "worker_status_summary": (Benchmark._on_workers, "worker_statuses", dict),
+    message_type: (handle, field, wanted) for handle, field, wanted, types in (
+        (Benchmark._on_command, "command", str, "command"),
+        (Benchmark._on_dataset, "", object, "dataset_configured_notification"),
+        (Benchmark._on_error, "", object, "command_response dataset_configuration_failed error service_error"),
+        (Benchmark._on_phase, "", object, """credit_phase_start credit_phase_progress credit_phase_sending_complete
+            credit_phase_complete"""),
+        (Benchmark._on_records, "", object, "all_records_received credits_complete"),
+        (Benchmark._on_records, "processing_stats", dict, "processing_stats"),
+        (Benchmark._on_results, "results", dict, "process_all_results process_records_result"),
+        (Benchmark._on_server_results, "server_metrics_result", dict, "process_server_metrics_result"),
+        (Benchmark._on_state, "state", str, "system_state_changed"),
+        (Benchmark._on_telemetry_results, "telemetry_result", dict, "process_telemetry_result"),
+        (Benchmark._on_workers, "group_id", str, "worker_group_stats"),
+        (Benchmark._on_workers, "service_id", str, "worker_health worker_startup_state"),
+        (Benchmark._on_workers, "worker_statuses", dict, "worker_status_summary"),
+        (lambda *_: None, "", object, "benchmark_complete results_exported"),  # signs, no more
+    ) for message_type in types.split()
 })  # fmt: skip
-# What the reducer has to hear, and the topics: also targeted commands, and the controller's responses alone.
+# The topics: also targeted commands, and the controller's responses alone
 CORE_MESSAGE_TYPES = METRICS_MESSAGE_TYPES | frozenset(_HANDLERS)
 ALWAYS_SUBSCRIBED = CORE_MESSAGE_TYPES - {"command_response"}
 CORE_TOPICS = (b"command.", b"command_response.system_controller$",
     *sorted(f"{name}$".encode() for name in ALWAYS_SUBSCRIBED))  # fmt: skip
-# Every type that some AIPerf from 0.3 to 0.13 has; another one is accepted, but may be a typo.
+# Of AIPerf 0.3 to 0.13; another one may be a typo
 KNOWN_MESSAGE_TYPES = CORE_MESSAGE_TYPES | FIGURES_MESSAGE_TYPES | frozenset("""connection_probe conversation_request
-    conversation_response conversation_turn_request conversation_turn_response credit_drop credit_return
+    conversation_response conversation_turn_request conversation_turn_response credit_drop credit_phases_configured
+    credit_return
     dataset_config_status_request dataset_config_status_response dataset_downloaded_notification dataset_timing_request
     dataset_timing_response inference_results metric_records network_latency_record notification
     parsed_inference_results process_accuracy_result profile_progress profile_results records registration
@@ -2605,7 +2553,7 @@ KNOWN_MESSAGE_TYPES = CORE_MESSAGE_TYPES | FIGURES_MESSAGE_TYPES | frozenset("""
 
 # -- The benchmark as families of samples ------------------------------------------------------------------------------
 
-# kind|name|where the value is|help|unit; of each phase, of the progress, of each worker
+# kind|name|field|help|unit
 _FAMILIES = """\
 counter|phase_requests_sent|requests_sent|Requests sent, by phase|
 counter|phase_requests_completed|requests_completed|Requests answered, failed ones included, by phase|
@@ -2615,46 +2563,44 @@ gauge|phase_requests_expected|total_expected_requests|Requests the phase will se
 gauge|progress_ratio|ratio|How far the profiling is, 0 to 1|ratio
 gauge|elapsed_seconds|elapsed_sec|Time the profiling, or the warm-up before it, has lasted|seconds
 gauge|eta_seconds|eta_sec|Time left at the pace so far|seconds
-gauge|worker_cpu_percent|health.cpu_usage|CPU usage of the worker|percent
-gauge|worker_memory_bytes|health.memory_usage|Resident memory of the worker|bytes
-gauge|worker_threads|health.num_threads|Threads of the worker|
-counter|worker_tasks|task_stats.total|Requests given to the worker|
-counter|worker_tasks_completed|task_stats.completed|Requests the worker completed|
-counter|worker_tasks_failed|task_stats.failed|Requests the worker saw fail|"""
+gauge|worker_cpu_percent|cpu_usage|CPU usage of the worker|percent
+gauge|worker_memory_bytes|memory_usage|Resident memory of the worker|bytes
+gauge|worker_threads|num_threads|Threads of the worker|
+counter|worker_tasks|total|Requests given to the worker|
+counter|worker_tasks_completed|completed|Requests the worker completed|
+counter|worker_tasks_failed|failed|Requests the worker saw fail|"""
 
 
 def state_families(benchmark: Benchmark, now_ns: int) -> list[Family]:
-    """Return everything the benchmark tells Prometheus: its metrics first, whose names nobody else may have."""
+    """Return everything the benchmark tells Prometheus."""
     labels: Labels = tuple(benchmark.labels().items())
     status, progress, workers = benchmark.status(now_ns), benchmark.progress(now_ns), benchmark.workers()
-    version = benchmark.metrics()["aiperf_version"]
-    about: Labels = (*labels, ("version", version)) if version else labels
-    own = FamilySet(info := FamilySet())  # with one room
-    if about:
-        info.add(("aiperf", "info", "AIPerf benchmark information", ""), about, 1)
+    version, own = benchmark.metrics()["aiperf_version"], FamilySet()
+    if about := (*labels, *((("version", version),) if version else ())):
+        own.add(("aiperf", "info", "AIPerf benchmark information", ""), about, 1)
     head = ("aiperf_benchmark_state", "gauge", "State of the benchmark: 1 for the one it is in", "")
     for state in dict.fromkeys((*STATES, *ENDS, status["state"])):  # there before anything is known: without identity
         own.add(head, (("state", state),), int(state == status["state"]))
     head = ("aiperf_benchmark_stale", "gauge", "Whether a running benchmark has fallen silent", "")
     own.add(head, (), int(status["stale"]))
-    derived = {"ratio": progress["percent_complete"] / 100, "elapsed_sec": progress["elapsed_ns"] / 1e9}
-    things: dict[str, list[tuple[Labels, Any]]] = {
-        "phase": [((*labels, ("phase", name)), phase) for name, phase in progress["phases"].items()],
-        "worker": [((*labels, ("worker", name)), worker) for name, worker in workers["workers"].items()],
+    progress.update(ratio=progress["percent_complete"] / 100, elapsed_sec=progress["elapsed_ns"] / 1e9)
+    things = {
+        "phase": progress["phases"],
+        "worker": {name: {**one["task_stats"], **(one["health"] or {})} for name, one in workers["workers"].items()},
     }
     for line in _FAMILIES.splitlines():
-        kind, name, path, text, unit = line.split("|")
-        for own_labels, value in things.get(name.partition("_")[0], [(labels, {**progress, **derived})]):
-            for field in path.split("."):
-                value = _object(value).get(field)  # noqa: PLW2901
-            own.add((f"aiperf_{name}", kind, text, unit), own_labels, value)
+        kind, name, field, text, unit = line.split("|")
+        of = name.partition("_")[0]
+        for one, value in things.get(of, {"": progress}).items():
+            own_labels = (*labels, (of, one)) if one else labels
+            own.add((f"aiperf_{name}", kind, text, unit), own_labels, value.get(field))
     statuses = collections.Counter(workers["worker_statuses"].values())
     for state in dict.fromkeys(("healthy", "high_load", "error", "idle", "stale", *statuses)):
         own.add(("aiperf_workers", "gauge", "Workers by status", ""), (*labels, ("status", state)), statuses[state])
     metrics = metric_families(benchmark.figures("metrics"), labels, own)
     gpus = telemetry_families(benchmark.figures("telemetry"), labels, own)
     servers = server_families(benchmark.server_metrics()["endpoint_summaries"], labels, own)
-    families = unique_families((*info.families.values(), *metrics, *own.families.values(), *gpus, *servers))
+    families = unique_families((*own.families.values(), *metrics, *gpus, *servers))
     text = "Samples that did not fit in this answer"
     return [*families, Family("aiperf_api_samples_left_out", "gauge", text, "", {"": own.room[2]})]
 
