@@ -470,7 +470,6 @@ class Program:
 
     def __enter__(self) -> str:
         self.process = subprocess.Popen(self.command, stderr=subprocess.PIPE, text=True)
-        assert self.process.stderr is not None
         for line in self.process.stderr:
             self.lines.append(line.rstrip("\n"))
             if line.startswith("  source"):
@@ -479,7 +478,6 @@ class Program:
 
     def __exit__(self, *_: object) -> None:
         self.process.terminate()
-        assert self.process.stderr is not None
         self.process.stderr.read()
         self.process.stderr.close()
         self.process.wait()
@@ -1931,7 +1929,7 @@ class BenchmarkTestCase(unittest.TestCase):
         self.assertEqual({field: progress[field] for field in wanted}, wanted)
 
 
-class EndState(NamedTuple):
+class EndState(NamedTuple):  # its first four fields as figures() has them
     state: str
     total: int | None
     completed: int
@@ -1939,6 +1937,11 @@ class EndState(NamedTuple):
     latency: float | None  # avg of request_latency in ms; None without final results
     percent: float
     states: str  # all states in order
+
+
+def figures(progress: dict[str, Any]) -> tuple[Any, ...]:
+    """Return what a run has come to, of an answer of /api/progress."""
+    return tuple(progress[field] for field in ("system_state", "total", "completed", "errors"))
 
 
 RUN = "initializing configuring ready profiling processing complete"
@@ -1987,11 +1990,9 @@ class TestRecordedRuns(unittest.TestCase):
                         self.assertTrue(before <= percent <= 100, f"{before} to {percent}")
                     before = percent
                 progress, results = benchmark.progress(now_ns), benchmark.results()
-                figures = (progress["total"], progress["completed"], progress["errors"])
-                self.assertEqual(figures, (wanted.total, wanted.completed, wanted.errors))
+                self.assertEqual(figures(progress), wanted[:4])
                 self.assertAlmostEqual(progress["percent_complete"], wanted.percent, 3)
                 self.assertEqual(" ".join(key for key, _ in itertools.groupby(states)), wanted.states)
-                self.assertEqual(progress["system_state"], wanted.state)
                 self.assertEqual(results["status"], wanted.state if wanted.state in aiperf_api.ENDS else "running")
                 if wanted.latency is not None:
                     row = benchmark.metrics()["metrics"]["request_latency"]
@@ -2937,12 +2938,6 @@ class TestBusAddresses(unittest.TestCase):
             with self.subTest(text), self.assertRaisesRegex(aiperf_api.UsageError, "^not a bus address: "):
                 aiperf_api.bus_source(text, "zmq")
 
-    @unittest.skipUnless(zmq, "needs the pyzmq package")
-    def test_to_bind_never_removes_a_file(self):
-        with tempfile.NamedTemporaryFile() as file:
-            self.assertEqual(run_main("--api-port", "0", "--zmq-bind", f"ipc://{file.name}")[0], 1)
-            self.assertTrue(os.path.isfile(file.name))
-
     def test_without_pyzmq_there_is_the_built_in_subscriber_and_no_binding(self):
         with mock.patch.object(aiperf_api, "zmq", None):
             self.assertEqual(aiperf_api.bus_source("tcp://h:1", "zmq").backend, "builtin")
@@ -3856,9 +3851,10 @@ class WireTestCase(ServiceTestCase):
     LARGE = HEALTH.replace(b"health", b"large")
     LAST = HEALTH.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
     expected_log: tuple[str, ...] = ()
+    log_level = logging.INFO
 
     async def asyncSetUp(self) -> None:
-        context = log_lines()
+        context = log_lines(self.log_level)
         self.log = context.__enter__()
         self.addCleanup(self._check_log)
         self.addCleanup(context.__exit__, None, None, None)
@@ -4111,7 +4107,7 @@ class TestConnectionCaps(WireTestCase):
 
 class TestMistakesOfOthersInWebSockets(EchoTestCase):  # that need a connection; in frames alone: room 4
     async def test_autobahn_cases_over_a_socket(self) -> None:
-        for number, frames, expected in AUTOBAHN_CASES if DEEP else AUTOBAHN_CASES[::9]:
+        for number, frames, expected in AUTOBAHN_CASES if DEEP else AUTOBAHN_CASES[3::7]:
             with self.subTest(number):
                 client = await self.open()
                 for piece in frames:
@@ -4119,25 +4115,9 @@ class TestMistakesOfOthersInWebSockets(EchoTestCase):  # that need a connection;
                     await client.writer.drain()
                 found = [await client.read_frame() for _ in expected]
                 self.assertTrue([(kind, data[:2] if kind == 8 else data) for kind, data in found] == expected)
-                if expected[-1][0] == 8:
-                    self.assertEqual(await client.read_to_end(), b"")
+                self.assertEqual(await client.read_to_end(), b"")
                 client.close()
-
-    async def test_a_fault_or_a_close_ends_the_connection_and_nothing_behind_it_is_read(self) -> None:
-        for sent, payload in (
-            (aiperf_api.encode_frame(1, b"not masked"), struct.pack("!H", 1002)),
-            (client_frame(8), b""),
-            (client_close(4000, b"bye"), struct.pack("!H", 4000)),
-            (client_frame(9, b"1") + client_frame(1, b"{}") + client_frame(9, b"2") + client_close(1000), b"\x03\xe8"),
-        ):
-            client = await self.open()
-            client.send(sent + client_frame(1, b"{}"))
-            frames = [await client.read_frame() for _ in range(4 if payload == b"\x03\xe8" else 1)]
-            self.assertEqual([kind for kind, _ in frames], [10, 1, 10, 8][-len(frames) :])
-            self.assertEqual([data for kind, data in frames if kind == 10], [b"1", b"2"] if len(frames) > 1 else [])
-            self.assertEqual((frames[-1][1][:2], await client.read_to_end()), (payload, b""))
-            client.close()
-            await self.no_connections()
+        await self.no_connections()
 
     async def test_text_and_binary_frames_that_come_with_the_upgrade_are_read_alike(self) -> None:
         client = await self.client(self.service)
@@ -4268,44 +4248,31 @@ class TestRecordingsThroughARealProxy(ServiceTestCase):  # all at full speed
         self.service = await self.serve(source=source)
         await self.until(self.bus.has_subscribed, *aiperf_api.CORE_TOPICS)
 
-    async def play(self, name: str) -> None:
-        """Publish a recording, and wait until its last message that the server asks for is in."""
-        wanted = [m for m in wire_recording(name) if m[1].startswith(aiperf_api.CORE_TOPICS)]
-        before = self.service.bus_total
-        for _, topic, payload in wire_recording(name):
-            self.bus.publish(topic, payload)
-        await self.until(lambda: self.service.bus_total == before + len(wanted))
-
-    async def check_end(self, name: str) -> None:
-        wanted, paths = END_STATES[name], ("status", "progress", "metrics")
-        status, progress, metrics = [(await self.get(self.service, f"/api/{path}")).json for path in paths]
-        self.assertEqual(status["state"], wanted.state, status)
-        figures = progress["total"], progress["completed"], progress["errors"]
-        self.assertEqual(figures, (wanted.total, wanted.completed, wanted.errors), name)
-        self.assertEqual(metrics["final"], wanted.latency is not None)
-
-    async def test_each_run_ends_in_its_state_with_its_figures(self) -> None:
-        for name in PLAYED:  # one server for all: every run but the first also shows that nothing of the last is left
+    async def test_each_run_comes_to_its_end_and_a_client_of_everything_hears_it_as_it_was(self) -> None:
+        client = None
+        for number, name in enumerate(PLAYED):  # one server for all: of each run nothing is left in the next
             with self.subTest(name):
-                await self.play(name)
-                await self.check_end(name)
+                messages = wire_recording(name)
+                if number == 5:  # before, only what the state needs is subscribed to
+                    client = await self.listen(self.service, "*", snapshot=False)
+                    await self.until(self.bus.has_subscribed, b"")
+                due = [topic for _, topic, _ in messages if client or topic.startswith(aiperf_api.CORE_TOPICS)]
+                total = self.service.bus_total + len(due)
+                for _, topic, payload in messages:
+                    self.bus.publish(topic, payload)
+                await self.until(lambda total=total: self.service.bus_total == total)
+                self.assertEqual(figures((await self.get(self.service, "/api/progress")).json), END_STATES[name][:4])
+                final = (await self.get(self.service, "/api/metrics")).json["final"]
+                self.assertEqual(final, END_STATES[name].latency is not None)
+                for _, topic, payload in messages if client else ():
+                    while json.loads(heard := (await client.read_frame())[1]).get("message_type") == "run":
+                        pass  # ours: a new run has begun
+                    if topic.startswith((b"realtime_", b"process_")):  # display units, internal fields out
+                        self.assertEqual(json.loads(heard)["message_type"], topic.decode().rstrip("$"))
+                    elif heard != payload:
+                        self.assertIn(b"***", heard, "only a credential may change a message")
         runs = (await self.get(self.service, "/api/runs")).json["runs"]
         self.assertEqual([run["state"] for run in runs], [END_STATES[name].state for name in PLAYED])
-
-    async def test_every_message_reaches_a_client_of_everything_once_in_order_as_it_was(self) -> None:
-        client = await self.listen(self.service, "*")
-        await self.until(self.bus.has_subscribed, b"")
-        for name in PLAYED:
-            messages = wire_recording(name)
-            for _, topic, payload in messages:
-                self.bus.publish(topic, payload)
-            for _, topic, payload in messages:
-                while json.loads(heard := (await client.read_frame())[1]).get("message_type") == "run":
-                    pass  # ours: a new run has begun
-                if topic.startswith((b"realtime_", b"process_")):  # display units, internal fields out
-                    self.assertEqual(json.loads(heard)["message_type"], topic.decode().rstrip("$"))
-                elif heard != payload:
-                    self.assertIn(b"***", heard, "only a credential may change a message")
         self.assertEqual(self.service.hub.totals()[1], 0)
 
 
@@ -4512,7 +4479,6 @@ class TestServiceAnswers(ServiceTestCase):
         self.assertNotIn("no bus", text)  # which is gone when a run is over
         row = re.search(r"request latency, ms +([\d.]+) +([\d.]+) +([\d.]+)", text)
         metrics = service.benchmark.metrics()["metrics"]["request_latency"]
-        assert row is not None
         self.assertEqual([float(cell) for cell in row.groups()], [round(metrics[s], 2) for s in ("avg", "p50", "p99")])
 
     async def test_credentials_show_nowhere(self) -> None:
@@ -4671,18 +4637,15 @@ class TestUnixSocket(ServiceTestCase):  # only its owner opens it, and no server
         self.assertEqual((await self.ask()).status, 200)
 
     async def test_what_is_no_socket_stays_and_a_path_that_cannot_be_is_one_line(self) -> None:
-        file = Path(self.path)
-        file.write_text("precious")
-        with self.assertRaisesRegex(aiperf_api.StartError, "is not a socket"):
-            await self.serve(unix_path=self.path)
-        self.assertEqual(file.read_text(), "precious")
-        file.unlink()
-        os.symlink("/nowhere", self.path)
-        with self.assertRaisesRegex(aiperf_api.StartError, "is not a socket"):
-            await self.serve(unix_path=self.path)
-        for path in (self.path + "/below", "/tmp/" + "x" * 200):
-            with self.assertRaisesRegex(aiperf_api.StartError, "cannot listen on [^\n]+$"):
+        Path(self.path).write_text("precious")
+        os.symlink("/nowhere", self.path + ".link")
+        for path, words in (
+            *((self.path + end, "is not a socket") for end in ("", ".link")),
+            *((path, "cannot listen on [^\n]+$") for path in (self.path + "/below", "/tmp/" + "x" * 200)),
+        ):
+            with self.assertRaisesRegex(aiperf_api.StartError, words):
                 await self.serve(unix_path=path)
+        self.assertEqual(Path(self.path).read_text(), "precious")
 
 
 class TestWebSocketProtocol(ServiceTestCase):
@@ -4820,7 +4783,6 @@ class TestStreams(ServiceTestCase):
         self.assertEqual(sorted(source.topics), sorted(aiperf_api.CORE_TOPICS))
         listener = await self.listen(service, "command_response")  # of these the state needs the controller's alone
         self.assertIn(b"command_response.", source.topics)
-        assert service._sweep_timer is not None
         service._sweep_timer.cancel()
         for kind in ("unsubscribe", "subscribe", "unsubscribe"):  # who toggles costs the bus nothing
             listener.say({"type": kind, "message_types": ["command_response"]})
@@ -4903,15 +4865,10 @@ class TestSecurity(WireTestCase):
         self.assertEqual((await self.get(self.service, "/health")).status, 200)
 
 
-class TestTokens(ServiceTestCase):
+class TestTokens(WireTestCase):
     TOKEN, QUOTED = "s3cret/token+with=signs", "s3cret%2Ftoken%2Bwith%3Dsigns"
     options: Mapping[str, Any] = {"token": TOKEN}
-
-    async def asyncSetUp(self) -> None:
-        context = log_lines(logging.DEBUG)
-        self.lines = context.__enter__()
-        self.addCleanup(context.__exit__, None, None, None)
-        await super().asyncSetUp()
+    log_level, expected_log = logging.DEBUG, ("DEBUG", "INFO")
 
     async def upgrade(self, subprotocols: str) -> Answer:
         return await (await self.client(self.service)).upgrade(headers={"Sec-WebSocket-Protocol": subprotocols})
@@ -4962,11 +4919,11 @@ class TestTokens(ServiceTestCase):
         client.send(f"GET /?token={self.TOKEN} HTTP/1.1\r\nBad : header\r\n\r\n".encode())
         await client.read_answer()
         await self.service.stop()
-        self.assertGreater(len(self.lines), 5)
+        self.assertGreater(len(self.log), 5)
         for text in (self.TOKEN, self.QUOTED, "plain-token", "s3cret"):
-            self.assertNotIn(text, "".join(self.lines))
+            self.assertNotIn(text, "".join(self.log))
         quoted = r'127\.0\.0\.1:\d+ "GET /api/status\?token=\*\*\*&x=%0d%0a" 200 "curl\\" 200 \\""\n'
-        self.assertRegex("\n".join(self.lines), quoted)
+        self.assertRegex("\n".join(self.log), quoted)
 
     def test_an_empty_token_is_a_mistake_and_not_a_token(self) -> None:
         with self.assertRaisesRegex(aiperf_api.UsageError, "empty token"):
@@ -5101,11 +5058,19 @@ class TestCommandLine(unittest.TestCase):
                     self.assertRegex(errors, ONE_LINE)
                     self.assertIn(words, errors)
 
-    def test_a_port_in_use_is_one_line_and_exit_1(self) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as busy:
-            done = run_program("--api-port", str(busy.getsockname()[1]), "--demo")
-        self.assertEqual((done.returncode, done.stdout), (1, ""))
-        self.assertRegex(done.stderr, r"\Aaiperf-api: cannot listen on 127.0.0.1 port \d+: Address already in use\n\Z")
+    def test_what_the_machine_refuses_is_one_line_and_exit_1(self) -> None:
+        missing = mock.patch.object(tempfile, "mkdtemp", side_effect=FileNotFoundError(2, "No such file"))
+        with tempfile.NamedTemporaryFile() as file, socket.create_server(("127.0.0.1", 0)) as busy, missing:
+            port = str(busy.getsockname()[1])
+            refused = [(("--api-port", port, "--demo"), f"cannot listen on 127.0.0.1 port {port}: Address already in use")]
+            for argv, words in ((("--zmq-bind", f"ipc://{file.name}"), "is not a socket"), (("--", "true"), "No such file")):
+                refused += [(("--api-port", "0", *argv), words)] if zmq else []
+            for argv, words in refused:
+                code, errors = run_main(*argv)
+                self.assertEqual(code, 1)
+                self.assertRegex(errors, ONE_LINE)
+                self.assertIn(words, errors)
+            self.assertTrue(os.path.isfile(file.name), "to bind never removes a file")
 
     def test_help_and_version(self) -> None:
         shown = run_program("--help")
@@ -5137,7 +5102,6 @@ class TestCommandLine(unittest.TestCase):
         ):
             with self.subTest(argv):
                 source = aiperf_api.parse_arguments(["--api-port", "0", *argv], {}).source
-                assert source is not None
                 self.assertEqual((source.kind, source.address), (kind, address))
                 self.assertEqual(source.backend, "pyzmq" if zmq else "builtin")
         asked = ["--api-port", "0", "--zmq-backend", "builtin"]
@@ -5258,7 +5222,6 @@ class TestChild(unittest.TestCase):  # `-- COMMAND`; the commands are small scri
         return process.returncode, out, err
 
     def url_of(self, process: subprocess.Popen[str]) -> str:
-        assert process.stderr is not None
         return process.stderr.readline().split()[-1]
 
     def test_the_exit_code_is_the_childs(self) -> None:
@@ -5280,17 +5243,10 @@ class TestChild(unittest.TestCase):  # `-- COMMAND`; the commands are small scri
         self.assertEqual((is_socket, mode), ("True", "0o700"))
         self.assertFalse(os.path.exists(os.path.dirname(path)))
 
-    def test_without_a_folder_for_temporary_files_it_is_one_line_and_exit_1(self) -> None:
-        with mock.patch.object(tempfile, "mkdtemp", side_effect=FileNotFoundError(2, "No such file")):
-            code, errors = run_main("--api-port", "0", "--", "true")
-        self.assertEqual(code, 1)
-        self.assertRegex(errors, ONE_LINE)
-
     def test_a_command_that_never_reports_has_failed_only_if_it_ends_badly(self) -> None:
         for code, state, error in ((7, "failed", "exit status 7; see its output above"), (0, "waiting", None)):
             process = self.start("--linger", "60", "--", "sh", "-c", f"exit {code}")
             url = self.url_of(process)
-            assert process.stderr is not None
             while "the benchmark ended" not in process.stderr.readline():
                 pass
             status = json.loads(fetched(url + "/api/status"))
@@ -5307,7 +5263,6 @@ class TestChild(unittest.TestCase):  # `-- COMMAND`; the commands are small scri
         for way in ("process", "group", "both"):
             with self.subTest(way):
                 process = self.start("--linger", "0", "--", sys.executable, "-c", script)
-                assert process.stdout is not None
                 self.assertEqual(process.stdout.readline(), "up\n")
                 if way in ("process", "both"):  # `timeout` sends it to the process and to its group
                     process.send_signal(signal.SIGINT)
@@ -5323,7 +5278,6 @@ class TestChild(unittest.TestCase):  # `-- COMMAND`; the commands are small scri
                     continue
                 script = 'echo "$AIPERF_API_ZMQ_ADDRESS $$"; exec sleep 60'
                 process = self.start("--linger", "60", "--", "sh", "-c", script)
-                assert process.stdout is not None
                 address, pid = process.stdout.readline().split()
                 process.send_signal(number)
                 self.assertEqual(process.wait(20), code)
@@ -5373,7 +5327,6 @@ class TestChild(unittest.TestCase):  # `-- COMMAND`; the commands are small scri
             aiperf.chmod(0o755)
             command = (str(aiperf), "profile", "--api-key", key, "-H", f"X-Team: {key}", "--model", "m")
             process = self.start("--linger", "0", "--log-level", "debug", "--", *command, HF_TOKEN=key)
-            assert process.stdout is not None
             process.stdout.readline()
             config = json.loads(fetched(self.url_of(process) + "/api/config"))
             self.assertEqual((config["api_key"], config["model"]), ("***", "m"))
@@ -5406,9 +5359,7 @@ class TestWithNothingInstalled(LoopTestCase):  # by an interpreter that sees no 
         wanted = END_STATES[self.RUN]
         status = status_when(url, lambda status: status["state"] == wanted.state)
         self.assertEqual((status["source"]["kind"], status["source"]["backend"]), (kind, backend))
-        progress = json.loads(fetched(url + "/api/progress"))
-        figures = progress["total"], progress["completed"], progress["errors"]
-        self.assertEqual(figures, (wanted.total, wanted.completed, wanted.errors))
+        self.assertEqual(figures(json.loads(fetched(url + "/api/progress"))), wanted[:4])
         self.assertIn('"final":true', fetched(url + "/api/metrics"))
         self.assertRegex(fetched(url + "/metrics"), r"(?m)^aiperf_request_latency_ms\{.*quantile=\"0.5\"\} [0-9.]+$")
 
