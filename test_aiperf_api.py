@@ -76,7 +76,6 @@ needs_recordings = unittest.skipUnless(RECORDINGS.is_dir(), "needs the recording
 
 
 def chopped(data: bytes, size: int) -> list[bytes]:
-    """Return `data` in pieces of `size` bytes."""
     return [data[at : at + size] for at in range(0, len(data), size)]
 
 
@@ -91,8 +90,7 @@ def for_all(*strategies: Any, examples: int) -> Callable[[Callable[..., None]], 
 
 
 @functools.cache
-def wire_recording(name: str) -> tuple[tuple[int, bytes, bytes], ...]:
-    """Return (t in ns, topic, payload) of each message of a recording of a real run."""
+def wire_recording(name: str) -> tuple[tuple[int, bytes, bytes], ...]:  # (t in ns, topic, payload)
     if not RECORDINGS.is_dir():
         raise unittest.SkipTest("needs the recordings in .ci/recordings")
     with gzip.open(RECORDINGS / f"{name}.jsonl.gz", "rb") as file:
@@ -130,17 +128,19 @@ class Client:
         body = await self.within(self.reader.readexactly(length))
         return Answer(int(status_line.split()[1]), headers, body)
 
+    async def ask(self, data: bytes, method: str = "GET") -> Answer:
+        self.send(data)
+        return await self.read_answer(method)
+
     async def get(self, path: str, method: str = "GET", headers: dict[str, str] | None = None) -> Answer:
         lines = [f"{method} {path} HTTP/1.1", "Host: localhost", *(f"{k}: {v}" for k, v in (headers or {}).items())]
-        self.send(("\r\n".join(lines) + "\r\n\r\n").encode())
-        return await self.read_answer(method)
+        return await self.ask(("\r\n".join(lines) + "\r\n\r\n").encode(), method)
 
     async def upgrade(self, path: str = "/ws", headers: dict[str, str] | None = None) -> Answer:
         key = {"Sec-WebSocket-Version": "13", "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ=="}
         return await self.get(path, headers={"Connection": "Upgrade", "Upgrade": "websocket", **key, **(headers or {})})
 
     def say(self, message: Any) -> None:
-        """Send a WebSocket text message."""
         text = message if isinstance(message, bytes) else json.dumps(message).encode()
         self.send(client_frame(aiperf_api.OP_TEXT, text))
 
@@ -151,7 +151,6 @@ class Client:
         return first & 0x0F, await self.within(self.reader.readexactly(size))
 
     async def hear(self) -> Any:
-        """Return the next text message, as a JSON value."""
         while True:
             opcode, payload = await self.read_frame()
             if opcode == aiperf_api.OP_TEXT:
@@ -203,28 +202,38 @@ class ServiceTestCase(LoopTestCase):
         self.addAsyncCleanup(service.stop)
         return service
 
-    async def client(self, service: aiperf_api.APIService) -> Client:
-        host, _, port = service.url.partition("://")[2].rpartition(":")
+    async def client(self, service: aiperf_api.APIService | None = None) -> Client:
+        host, _, port = (service or self.service).url.partition("://")[2].rpartition(":")
         client = Client(*await asyncio.open_connection(host.strip("[]"), int(port)))
         self.addCleanup(client.close)
         return client
 
-    async def get(self, service: aiperf_api.APIService, path: str, **more: Any) -> Answer:
+    async def get(self, path: str, service: aiperf_api.APIService | None = None, **more: Any) -> Answer:
         client = await self.client(service)
         answer = await client.get(path, **more)
         client.close()
         return answer
 
-    async def listen(self, service: aiperf_api.APIService, *types: str, **more: Any) -> Client:
-        """Return a WebSocket that has subscribed."""
+    async def value(self, path: str) -> Any:
+        return (await self.get(path)).json
+
+    async def open(self, service: aiperf_api.APIService | None = None) -> Client:
         client = await self.client(service)
-        self.assertEqual((await client.upgrade()).status, 101)
+        self.assertEqual((await client.upgrade()).headers["sec-websocket-accept"], "s3pPLMBiTxaQ9kYGzzhZRbK+xOo=")
+        return client
+
+    async def listen(self, *types: str, service: aiperf_api.APIService | None = None, **more: Any) -> Client:
+        client = await self.open(service)
         client.say({"type": "subscribe", "message_types": list(types), **more})
         self.assertEqual((await client.hear())["type"], "subscribed")
         return client
 
-    def feed(self, service: aiperf_api.APIService, name: str, count: int | None = None) -> None:
+    def publish(self, message_type: str, **fields: Any) -> None:
+        self.service.publish({"message_type": message_type, **fields})
+
+    def feed(self, name: str, count: int | None = None, service: aiperf_api.APIService | None = None) -> None:
         """Hand the messages of a recording to a service that has no bus, on the recording's clock."""
+        service = service or self.service
         for t_ns, topic, payload in wire_recording(name)[:count]:
             service.source.now_ns = lambda t_ns=t_ns: t_ns  # type: ignore[method-assign, misc]
             service._deliver([[topic, payload]])
@@ -331,11 +340,9 @@ class SourceRules:
                         self.modules[(alias.asname or alias.name).split(".")[0]] = name.split(".")[0]
 
     def room(self, line: int) -> int:
-        """Return the number of the room that a line stands in; 0 above the first banner."""
         return max((number for start, number in self.banners if start <= line), default=0)
 
     def faults(self) -> list[str]:
-        """Return every broken rule, in the order of lines."""
         rules = (self._arrows(), self._walls(), self._mutables(), self._lengths())
         return [f"line {line}: {what}" for line, what in sorted(itertools.chain(*rules))]
 
@@ -377,7 +384,6 @@ class SourceRules:
                     yield node.lineno, "mutable"
 
     def _lengths(self) -> Iterator[tuple[int, str]]:
-        """Functions that are too long, docstring and all."""
         for node in self.nodes:
             if isinstance(node, FUNCTIONS) and (node.end_lineno or 0) - node.lineno >= FUNCTION_LINES:
                 yield node.lineno, f"{node.name}() is too long"
@@ -450,13 +456,11 @@ needs_static = unittest.skipUnless((STATIC / "dashboard.html").exists(), "needs 
 
 
 def needs_program(*names: str) -> Callable[[Any], Any]:
-    """Skip a test where a program is missing."""
     missing = [name for name in names if shutil.which(name) is None]
     return unittest.skipIf(bool(missing), f"needs the {', '.join(missing)} program")
 
 
 def free_port() -> int:
-    """Return a port that nobody listens on."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         return int(probe.getsockname()[1])
 
@@ -484,19 +488,16 @@ class Program:
 
 
 def run_program(*arguments: str, program: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
-    """Run the program to its end."""
     command = [sys.executable, *(program or (str(ROOT / "aiperf_api.py"),)), *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 
 def fetched(url: str) -> str:
-    """Return the body of an answer."""
     with urllib.request.urlopen(url, timeout=10) as answer:
         return str(answer.read().decode())
 
 
 def status_when(url: str, condition: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
-    """Return the first /api/status for which the condition holds."""
     deadline = time.monotonic() + 30
     while not condition(status := json.loads(fetched(url + "/api/status"))):
         assert time.monotonic() < deadline, f"it did not happen in time: {status}"
@@ -777,7 +778,6 @@ def client_close(code: int, reason: bytes = b"") -> bytes:
 
 
 def fragments(opcode: int, *parts: bytes) -> list[bytes]:
-    """One message in several frames."""
     last = len(parts) - 1
     return [client_frame(0 if at else opcode, part, fin=at == last) for at, part in enumerate(parts)]
 
@@ -1000,7 +1000,6 @@ DATE = b"Mon, 23 Nov 2026 00:00:00 GMT"
 
 
 def head(*lines: bytes, first: bytes = b"GET / HTTP/1.1") -> bytes:
-    """A request head with a Host and further header lines."""
     return b"\r\n".join((first, b"Host: localhost:9090", *lines, b"", b""))
 
 
@@ -1455,12 +1454,9 @@ class TestResponses(unittest.TestCase):
 
     def test_cr_lf_in_response_headers(self) -> None:
         for pair in (("X", "a\r\nY: b"), ("X", "a\n"), ("X", "a\0"), ("X\r\nY", "a"), ("X Y", "a"), ("", "a")):
-            with self.assertRaises(ValueError):
-                aiperf_api.Response(headers=(pair,))
-            with self.assertRaises(ValueError):
-                aiperf_api.Response().encode(date=DATE, extra=(pair,))
-        with self.assertRaises(ValueError):
-            aiperf_api.Response(content_type="text/plain\r\n")
+            self.assertRaises(ValueError, aiperf_api.Response, headers=(pair,))
+            self.assertRaises(ValueError, aiperf_api.Response().encode, date=DATE, extra=(pair,))
+        self.assertRaises(ValueError, aiperf_api.Response, content_type="text/plain\r\n")
 
 
 # == 6 == Router and static files ======================================================================================
@@ -1696,7 +1692,6 @@ aiperf_things_total 3
 
 
 def lines_of(families: Iterable[aiperf_api.Family], render: Any = aiperf_api.render_text) -> list[str]:
-    """Return the lines of families that hold samples."""
     return [line for line in render(families).decode().splitlines() if not line.startswith("#")]
 
 
@@ -2512,8 +2507,7 @@ class TestHistory(BenchmarkTestCase):
         with self.assertRaisesRegex(ValueError, "300 series of 1000 points .* fewer tags"):
             self.benchmark.history(tags)
         for unknown, stats in ((["x"], []), (["t1", "x"], []), (["t1"], ["min"])):
-            with self.assertRaises(LookupError):
-                self.benchmark.history(unknown, stats)
+            self.assertRaises(LookupError, self.benchmark.history, unknown, stats)
         self.assertEqual(len(self.benchmark.history(tags, ["avg"])["series"]), 150)
         self.assertEqual(len(self.benchmark.history(tags, points=600)["times"]), 500)
 
@@ -2946,9 +2940,7 @@ class TestBusAddresses(unittest.TestCase):
                     aiperf_api.bus_source("tcp://h:1", "zmq", **options)
 
 
-class Inbox:
-    """What a source delivers and notifies."""
-
+class Inbox:  # what a source delivers and notifies
     def __init__(self, source: aiperf_api.Source, *prefixes: bytes) -> None:
         self.source = source
         self.messages: list[list[bytes]] = []
@@ -3428,8 +3420,7 @@ class TestReplayAndRecord(BusTestCase):  # whole lines, and nothing that was the
                     recorder.write(10**18 + number, topic.decode(), payload)
                     recorder.flush()  # a reader finds whole lines at any time
                     self.assertEqual(len((await self.played(path, speed=0)).messages), number + 1)
-                with self.assertRaises(UnicodeDecodeError):
-                    recorder.write(1, "t$", b"\xff")
+                self.assertRaises(UnicodeDecodeError, recorder.write, 1, "t$", b"\xff")
                 recorder.close()
             for name in (path, path + ".1"):
                 self.assertEqual((await self.played(name, speed=0)).messages, wanted)
@@ -3449,10 +3440,8 @@ class TestReplayAndRecord(BusTestCase):  # whole lines, and nothing that was the
             path = os.path.join(folder, name) if name else ""
             with self.assertRaisesRegex(aiperf_api.UsageError, "^--record .*: (not a regular file|no such folder)$"):
                 aiperf_api.check_output(path, "--record")
-            with self.assertRaisesRegex(aiperf_api.UsageError, "^--record "):
-                aiperf_api.Recorder(path)
-            with self.assertRaises(OSError):
-                aiperf_api.write_file(path, b"x")
+            self.assertRaises(aiperf_api.UsageError, aiperf_api.Recorder, path)
+            self.assertRaises(OSError, aiperf_api.write_file, path, b"x")
         for name in ("link", "new"):
             for text in (b"1", b"2"):
                 aiperf_api.write_file(os.path.join(folder, name), text)
@@ -3473,8 +3462,7 @@ class TestReplayAndRecord(BusTestCase):  # whole lines, and nothing that was the
             file, recorder._file = recorder._file, mock.Mock(wraps=recorder._file)
             writes = iter((lambda data, file=file: file.write(data[:9]), mock.Mock(side_effect=OSError)))
             recorder._file.write.side_effect = lambda data, writes=writes: next(writes)(data)
-            with self.assertRaises(OSError):
-                recorder.flush()
+            self.assertRaises(OSError, recorder.flush)
             recorder._file = file
             recorder.close()
             with aiperf_api.open_recording(path) as lines:
@@ -3519,7 +3507,6 @@ class PipeTransport:
         self.outlet.paused = self.outlet.paused or len(self.buffer) > self.HIGH
 
     def drain(self, size: int) -> None:
-        """The peer reads so many bytes."""
         self.read += self.buffer[:size]
         del self.buffer[:size]
         if self.outlet.paused and len(self.buffer) <= self.LOW:
@@ -3865,14 +3852,13 @@ class WireTestCase(ServiceTestCase):
 
     async def exchange(self, *pieces: bytes) -> bytes:
         """Send, and read until the server ends the connection, which it must."""
-        client = await self.client(self.service)
+        client = await self.client()
         for piece in pieces:
             client.send(piece)
             await asyncio.sleep(0)
         return await client.read_to_end()
 
     def connection(self) -> aiperf_api.Connection:
-        """The only one that the server has."""
         [connection] = self.service.connections
         return cast(aiperf_api.Connection, connection)
 
@@ -3906,13 +3892,7 @@ class EchoTestCase(WireTestCase):  # whose service echoes, and sweeps when the t
         cast(asyncio.TimerHandle, service._sweep_timer).cancel()
         return service
 
-    async def open(self) -> Client:
-        client = await self.client(self.service)
-        self.assertEqual((await client.upgrade()).status, 101)
-        return client
-
     async def swept(self) -> None:
-        """Sweep until all connections have ended."""
         await self.until(lambda: self.service.sweep() or not self.service.connections)
 
 
@@ -3942,11 +3922,10 @@ class TestMistakesOfOthersInHTTP(EchoTestCase):  # that need a connection; in a 
         self.assertTrue(answer.startswith(b"HTTP/1.1 400 ") and answer.endswith(b"\r\n\r\n"), answer)
 
     async def test_others_have_their_turn_between_pipelined_requests(self) -> None:
-        busy, other = await self.client(self.service), await self.client(self.service)
+        busy, other = await self.client(), await self.client()
         busy.send(b"HEAD /nosuch HTTP/1.1\r\nHost: localhost\r\n\r\n" * 200)
         busy.writer.write_eof()
-        other.send(self.HEALTH)
-        await other.read_answer()
+        await other.ask(self.HEALTH)
         self.assertEqual((await busy.read_to_end()).count(b"HTTP/1.1 404 "), 200)
         self.assertLess(self.service.served.index("/health"), 100)
 
@@ -3978,20 +3957,20 @@ class TestMistakesOfOthersInHTTP(EchoTestCase):  # that need a connection; in a 
             self.assertIs(connection.outlet.pending[0][0].obj, body)
             self.assertLess(connection.transport.get_write_buffer_size(), 80_000)
             connection.end()  # the server stops: what has begun still goes out
-        answer = await self.get(self.service, "/fresh")
+        answer = await self.get("/fresh")
         self.assertEqual((answer.status, answer.headers["retry-after"]), (503, "5"))
-        self.assertEqual((await self.get(self.service, "/health")).status, 200)
+        self.assertEqual((await self.get("/health")).status, 200)
         self.assertEqual(statuses(await self.read_all(peers[0])), [200])
         for peer in peers:
             peer.close()
         await self.swept()  # one that does not end its side is ended
         self.assertEqual(self.service.unsent.total, 0)
-        self.assertEqual((await self.get(self.service, "/fresh")).status, 200)
+        self.assertEqual((await self.get("/fresh")).status, 200)
 
 
 class TestDeadlines(EchoTestCase):  # counted in sweeps, which are the test's: nobody waits here
     async def test_slowloris_has_one_deadline_for_the_whole_head(self) -> None:
-        client = await self.client(self.service)
+        client = await self.client()
         client.send(b"GET /health HTTP/1.1\r\n")
         await self.until(lambda: self.service.connections and self.connection()._requests.started)
         for second in range(aiperf_api.HTTP_HEAD_TIMEOUT_SEC):  # a header a second: there is always something new
@@ -4003,7 +3982,7 @@ class TestDeadlines(EchoTestCase):  # counted in sweeps, which are the test's: n
 
     async def test_a_silent_or_idle_connection_ends_after_its_time_without_a_word_and_not_before(self) -> None:
         for questions, limit in ((0, aiperf_api.HTTP_HEAD_TIMEOUT_SEC), (2, aiperf_api.HTTP_IDLE_TIMEOUT_SEC)):
-            client = await self.client(self.service)
+            client = await self.client()
             await self.until(lambda: self.service.connections)
             for _ in range(questions):
                 await client.get("/health")
@@ -4045,7 +4024,7 @@ class TestDeadlines(EchoTestCase):  # counted in sweeps, which are the test's: n
 
     async def test_no_time_goes_by_while_the_process_is_stopped(self) -> None:
         await self.open()
-        await (await self.client(self.service)).get("/health")
+        await (await self.client()).get("/health")
         for data in (b"", self.HEALTH[:20], self.LARGE):
             await self.raw(data)
         await self.until(lambda: any(connection.paused for connection in self.service.connections))
@@ -4055,7 +4034,7 @@ class TestDeadlines(EchoTestCase):  # counted in sweeps, which are the test's: n
 
     async def test_streams_get_comments_also_half_closed_ones_and_end_with_their_peer(self) -> None:
         for query, comment in (("", b": keepalive\n"), ("?format=ndjson&snapshot=0", b"\n")):
-            client = await self.client(self.service)
+            client = await self.client()
             read_line = client.reader.readline
             await client.get("/api/stream" + query)
             self.service.sweep(aiperf_api.STREAM_COMMENT_INTERVAL_SEC)
@@ -4066,11 +4045,11 @@ class TestDeadlines(EchoTestCase):  # counted in sweeps, which are the test's: n
             await self.until(lambda: self.connection()._eof)
             self.service.sweep()
             self.assertEqual(await client.within(read_line()), comment)
-            self.service.publish({"message_type": "a", "n": 1})
+            self.publish("a", n=1)
             while b'"n":1' not in await client.within(read_line()):
                 pass
             client.close()
-            self.service.publish({"message_type": "a"})
+            self.publish("a")
             await self.swept()
 
 
@@ -4080,29 +4059,29 @@ class TestConnectionCaps(WireTestCase):
         return await super().serve(ws_max_connections=2, **arguments)
 
     async def test_who_finds_no_room_or_no_bus_gets_503_before_the_upgrade_and_is_told_when_to_come_back(self) -> None:
-        first, _ = await self.listen(self.service, "*"), await self.listen(self.service, "*")
-        refused = await (await self.client(self.service)).upgrade()
-        stream = await self.get(self.service, "/api/stream")
+        first, _ = await self.listen("*"), await self.listen("*")
+        refused = await (await self.client()).upgrade()
+        stream = await self.get("/api/stream")
         self.service.source.connected = False
-        ready = await self.get(self.service, "/readyz")
+        ready = await self.get("/readyz")
         for answer, seconds in ((refused, "5"), (stream, "5"), (ready, "2")):
             self.assertEqual((answer.status, answer.headers["retry-after"]), (503, seconds))
         first.close()
         await self.until(lambda: len(self.service.hub.subscribers) == 1)
-        await self.listen(self.service, "*")
+        await self.listen("*")
 
     async def test_half_open_connections_count_and_one_more_gets_503_then_none_a_word(self) -> None:
         peers = [await self.raw() for _ in range(5 + 2)]
         await self.until(lambda: len(self.service.connections) == 7)
         for _ in range(4):
-            answer = await (await self.client(self.service)).read_answer()
+            answer = await (await self.client()).read_answer()
             self.assertEqual((answer.status, answer.headers["retry-after"]), (503, "5"))
         with contextlib.suppress(ConnectionResetError):
             self.assertEqual(await self.read_all(await self.raw()), b"")
         for peer in peers:
             peer.close()
         await self.until(lambda: len(self.service.connections) <= 4)
-        self.assertEqual((await self.get(self.service, "/health")).status, 200)
+        self.assertEqual((await self.get("/health")).status, 200)
 
 
 class TestMistakesOfOthersInWebSockets(EchoTestCase):  # that need a connection; in frames alone: room 4
@@ -4120,9 +4099,8 @@ class TestMistakesOfOthersInWebSockets(EchoTestCase):  # that need a connection;
         await self.no_connections()
 
     async def test_text_and_binary_frames_that_come_with_the_upgrade_are_read_alike(self) -> None:
-        client = await self.client(self.service)
-        client.send(UPGRADE + client_frame(1, b"{}") + client_frame(2, b"{}"))  # curl sends binary frames only
-        await client.read_answer("HEAD")
+        client = await self.client()
+        await client.ask(UPGRADE + client_frame(1, b"{}") + client_frame(2, b"{}"))  # curl sends binary frames only
         self.assertEqual([await client.read_frame(), await client.read_frame()], [(1, b"{}"), (2, b"{}")])
 
     async def test_of_a_ping_flood_at_most_ten_are_answered_a_read_the_last_among_them(self) -> None:
@@ -4161,7 +4139,7 @@ class TestMistakesOfOthersInWebSockets(EchoTestCase):  # that need a connection;
                     peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 peer.close()
                 self._cleanups.pop()  # type: ignore[attr-defined]  # or the test itself would keep the sockets
-                self.service.publish({"message_type": "a"})
+                self.publish("a")
             await self.swept()
             self.assertEqual((dict(self.service.hub.subscribers), self.service.hub.wants("*")), ({}, False))
             self.assertEqual((self.service.hub.unsent.total, self.service.unsent.total), (0, 0))
@@ -4182,12 +4160,12 @@ class TestMistakesOfOthersInWebSockets(EchoTestCase):  # that need a connection;
     async def test_a_close_is_answered_by_a_close_also_while_bytes_are_on_their_way(self) -> None:
         client, good = await self.open(), await self.open()
         for _ in range(200):
-            self.service.publish({"message_type": "a", "fill": "x" * 20_000})
+            self.publish("a", fill="x" * 20_000)
         client.send(client_close(1000))
         while (frame := await client.read_frame())[0] != 8:
             pass
         self.assertEqual(frame[1], struct.pack("!H", 1000))
-        self.service.publish({"message_type": "last"})  # behind our write_eof() to the other one
+        self.publish("last")  # behind our write_eof() to the other one
         self.assertEqual(await client.read_to_end(), b"")
         while (await good.hear())["message_type"] != "last":
             pass
@@ -4200,15 +4178,15 @@ class TestStopping(WireTestCase):  # the numbered procedure of the service
         subscribe = client_frame(1, b'{"type":"subscribe","message_types":["command"]}')
         for data in [self.HEALTH, b""] * 50 + [UPGRADE + subscribe] * 5:
             await self.raw(data)
-        sockets = [await self.listen(self.service, "heartbeat") for _ in range(100)]
-        streams = [await self.client(self.service) for _ in range(50)]
+        sockets = [await self.listen("heartbeat") for _ in range(100)]
+        streams = [await self.client() for _ in range(50)]
         for client in streams:
             await client.get("/api/stream?types=status")
         await self.until(lambda: sum("command" in s.asked for s in self.service.hub.subscribers) == 5)
         while sum(connection.paused for connection in self.service.connections) < 5:
-            self.service.publish({"message_type": "command", "command": "x", "fill": "x" * 12_000})
+            self.publish("command", command="x", fill="x" * 12_000)
             await asyncio.sleep(0)
-        self.service.publish({"message_type": "status", "n": 1})
+        self.publish("status", n=1)
         tasks, began = asyncio.all_tasks(), time.monotonic()
         await self.service.stop()
         self.assertLess(time.monotonic() - began, aiperf_api.STOP_TIMEOUT_SEC)
@@ -4222,9 +4200,9 @@ class TestStopping(WireTestCase):  # the numbered procedure of the service
             await self.raw()
 
     async def test_what_waits_for_a_good_client_is_sent_before_the_goodbye(self) -> None:
-        client = await self.listen(self.service, "status")
+        client = await self.listen("status")
         for n in range(300):
-            self.service.publish({"message_type": "status", "n": n, "fill": "x" * 20_000})
+            self.publish("status", n=n, fill="x" * 20_000)
         self.assertTrue(self.connection().paused)
         stopping = asyncio.ensure_future(self.service.stop())
         self.assertEqual([(await client.hear())["n"] for _ in range(300)], list(range(300)))
@@ -4254,15 +4232,15 @@ class TestRecordingsThroughARealProxy(ServiceTestCase):  # all at full speed
             with self.subTest(name):
                 messages = wire_recording(name)
                 if number == 5:  # before, only what the state needs is subscribed to
-                    client = await self.listen(self.service, "*", snapshot=False)
+                    client = await self.listen("*", snapshot=False)
                     await self.until(self.bus.has_subscribed, b"")
                 due = [topic for _, topic, _ in messages if client or topic.startswith(aiperf_api.CORE_TOPICS)]
                 total = self.service.bus_total + len(due)
                 for _, topic, payload in messages:
                     self.bus.publish(topic, payload)
                 await self.until(lambda total=total: self.service.bus_total == total)
-                self.assertEqual(figures((await self.get(self.service, "/api/progress")).json), END_STATES[name][:4])
-                final = (await self.get(self.service, "/api/metrics")).json["final"]
+                self.assertEqual(figures(await self.value("/api/progress")), END_STATES[name][:4])
+                final = (await self.value("/api/metrics"))["final"]
                 self.assertEqual(final, END_STATES[name].latency is not None)
                 for _, topic, payload in messages if client else ():
                     while json.loads(heard := (await client.read_frame())[1]).get("message_type") == "run":
@@ -4271,7 +4249,7 @@ class TestRecordingsThroughARealProxy(ServiceTestCase):  # all at full speed
                         self.assertEqual(json.loads(heard)["message_type"], topic.decode().rstrip("$"))
                     elif heard != payload:
                         self.assertIn(b"***", heard, "only a credential may change a message")
-        runs = (await self.get(self.service, "/api/runs")).json["runs"]
+        runs = (await self.value("/api/runs"))["runs"]
         self.assertEqual([run["state"] for run in runs], [END_STATES[name].state for name in PLAYED])
         self.assertEqual(self.service.hub.totals()[1], 0)
 
@@ -4282,13 +4260,13 @@ class TestRecordingsThroughARealProxyToTheBuiltinSubscriber(TestRecordingsThroug
 
 class TestServiceAnswers(ServiceTestCase):
     async def test_every_route_answers_get_and_head_with_the_same_head(self) -> None:
-        self.feed(self.service, "run_0_13_success", 120)
+        self.feed("run_0_13_success", 120)
         for route in aiperf_api.ROUTES:
             path = route.path.replace("{n}", "1").replace("{file}", "favicon.svg")
             if route.name in ("stream", "websocket") or (not self.service.static and "." in path + "/dashboard."):
                 continue
             with self.subTest(path):
-                got, head = await self.get(self.service, path), await self.get(self.service, path, method="HEAD")
+                got, head = await self.get(path), await self.get(path, method="HEAD")
                 self.assertEqual((got.status, head.body), (200, b""), got.body[:200])
                 volatile = ("date", "content-length", "etag")  # a clock stands in some answers
                 kept = [{k: v for k, v in a.headers.items() if k not in volatile} for a in (got, head)]
@@ -4309,28 +4287,27 @@ class TestServiceAnswers(ServiceTestCase):
             ("/api/runs/x", "GET", 404, "/api/runs lists"), ("/static/nosuch.js", "GET", 404, ""),
         ):  # fmt: skip
             with self.subTest(path):
-                answer = await self.get(self.service, path, method=method)
+                answer = await self.get(path, method=method)
                 self.assertEqual((answer.status, answer.headers["content-type"]), (status, "application/json"))
                 self.assertEqual(list(answer.json), ["error"])
                 self.assertIn(words, answer.json["error"])
                 self.assertNotIn(b"<", answer.body)
 
     async def test_publish_feeds_the_state_without_zmq_and_wait_complete_returns_the_end(self) -> None:
-        status = (await self.get(self.service, "/api/status")).json
+        status = await self.value("/api/status")
         self.assertEqual((status["state"], status["source"]["messages"], status["stale"]), ("waiting", 0, False))
         self.assertIsNone(status["source"]["last_message_age_sec"])
         waiting = asyncio.ensure_future(self.service.wait_complete())
-        self.service.publish({"message_type": "system_state_changed", "state": "profiling"})
-        self.assertEqual((await self.get(self.service, "/api/status")).json["state"], "profiling")
-        self.feed(self.service, "run_0_13_success")
+        self.publish("system_state_changed", state="profiling")
+        self.assertEqual((await self.value("/api/status"))["state"], "profiling")
+        self.feed("run_0_13_success")
         self.assertEqual(await asyncio.wait_for(waiting, 5), "complete")
-        self.assertEqual((await self.get(self.service, "/api/progress")).json["system_state"], "complete")
-        with self.assertRaises(ValueError):
-            self.service.publish({"metrics": []})
+        self.assertEqual((await self.value("/api/progress"))["system_state"], "complete")
+        self.assertRaises(ValueError, self.service.publish, {"metrics": []})
 
     async def test_between_two_runs_of_a_sweep_an_attached_server_is_not_complete(self) -> None:
         service = await self.serve(source=SpySource())
-        self.feed(service, "run_0_13_success")
+        self.feed("run_0_13_success", service=service)
         self.assertEqual(service.status()["state"], "complete")
         for connected, seconds, over in ((True, 100, False), (False, 59, False), (False, 2, True)):
             service.source.connected = connected
@@ -4349,10 +4326,10 @@ class TestServiceAnswers(ServiceTestCase):
                 self.assertEqual("endpoint_type" in service.benchmark.labels(), told, address)
 
     async def test_costly_answers_are_shared_for_a_second_and_no_longer(self) -> None:
-        self.feed(self.service, "run_0_13_killed")
+        self.feed("run_0_13_killed")
         with mock.patch.object(aiperf_api, "time", wraps=time) as clock:
             clock.monotonic = lambda: 1000.0
-            client = await self.client(self.service)
+            client = await self.client()
             told = [await client.get(path) for path in ("/api/runs", "/metrics")]
             kept = dict(self.service._answers)
             self.assertEqual(len(kept), 2)
@@ -4365,7 +4342,7 @@ class TestServiceAnswers(ServiceTestCase):
                 self.assertTrue((await client.get("/api/status")).json["stale"])
             self.assertGreater(again[0].json["runs"][0]["elapsed_sec"], told[0].json["runs"][0]["elapsed_sec"])
             self.assertNotEqual(again[1].body, told[1].body)
-            self.service.publish({"message_type": "system_state_changed", "state": "processing"})
+            self.publish("system_state_changed", state="processing")
             await client.get("/metrics")
             self.assertEqual(len(self.service._answers), 1)
             for n in range(40):
@@ -4375,7 +4352,7 @@ class TestServiceAnswers(ServiceTestCase):
     async def test_metrics_negotiates_by_accept(self) -> None:
         text, openmetrics = aiperf_api.CONTENT_TYPE_TEXT_0_0_4, aiperf_api.CONTENT_TYPE_OPENMETRICS_1_0_0
         for accept, kind in (("application/openmetrics-text", openmetrics), ("application/vnd.google.protobuf", text)):
-            answer = await self.get(self.service, "/metrics", headers={"Accept": accept})
+            answer = await self.get("/metrics", headers={"Accept": accept})
             self.assertEqual(answer.headers["content-type"], kind)
             self.assertEqual(answer.body.endswith(b"# EOF\n"), kind == openmetrics)
 
@@ -4386,7 +4363,7 @@ class TestServiceAnswers(ServiceTestCase):
             {"message_type": "benchmark_complete", "was_cancelled": False},
             {"message_type": "system_state_changed", "state": "configuring"},
         )
-        heard = await self.listen(self.service, "*")
+        heard = await self.listen("*")
         self.service._deliver([[f"{one['message_type']}$".encode(), json.dumps(one).encode()] for one in fields])
         told = [await heard.hear() for _ in range(5)]
         self.assertEqual([one for one in told if one["message_type"] != "run"], list(fields))
@@ -4394,7 +4371,7 @@ class TestServiceAnswers(ServiceTestCase):
         self.assertEqual(set(self.service.hub.retained), {"system_state_changed", "run"})
 
     async def test_one_nan_costs_its_own_value_only(self) -> None:
-        client = await self.listen(self.service, "*")
+        client = await self.listen("*")
         row = b'{"tag":"request_latency","unit":"ms","avg":1.5,"p99":NaN}'
         for topic in (b"realtime_metrics$", b"realtime_telemetry_metrics$", b"home_made$"):
             self.service._deliver([[topic, b'{"metrics":[' + row + b"]}"]])
@@ -4408,17 +4385,17 @@ class TestServiceAnswers(ServiceTestCase):
         self.service._deliver([[b"heartbeat$", b'{"load":NaN}'], [b"worker_pod_state$", b"{"]])  # looked at by nobody
         self.assertFalse(gc.isenabled())
         with self.assertLogs("aiperf_api", "WARNING"):
-            late = await self.listen(self.service, "heartbeat", "worker_pod_state")
+            late = await self.listen("heartbeat", "worker_pod_state")
             self.assertEqual(await late.read_frame(), (aiperf_api.OP_TEXT, b'{"load":null}'))
         prepared = self.service.hub.retained["heartbeat"]
-        await self.listen(self.service, "heartbeat")
+        await self.listen("heartbeat")
         self.assertIs(self.service.hub.retained["heartbeat"], prepared)  # once for all who come
         self.assertEqual(self.service.bus_errors.pop("not_json"), 1)
-        self.assertEqual((await self.get(self.service, "/api/metrics")).json["metrics"]["request_latency"]["avg"], 1.5)
+        self.assertEqual((await self.value("/api/metrics"))["metrics"]["request_latency"]["avg"], 1.5)
         self.assertEqual(self.service.bus_errors, {"not_finite": 3})
 
     async def test_bad_messages_are_counted_logged_once_a_kind_and_stop_nothing(self) -> None:
-        client = await self.listen(self.service, "*")
+        client = await self.listen("*")
         payloads = (b"{", b"not json", b"[1]", b"{}", b'{"stats":{"phase":null,"start_ns":"x"}}', b"\xff\xfe")
         bad = [[b"credit_phase_progress$", payload] for payload in payloads]
         bad += [[b"credit_phase_progress$"], [b"credit_phase_progress$", b"{}", b"{}"], [b"\xff\xff$", b"{}"]]
@@ -4431,32 +4408,32 @@ class TestServiceAnswers(ServiceTestCase):
         self.assertEqual(sum(self.service.bus_errors.values()), 3 * len(bad))
 
     async def test_results_that_are_too_large_still_end_the_run(self) -> None:
-        self.feed(self.service, "run_0_13_killed")
+        self.feed("run_0_13_killed")
         self.service._deliver([[b"process_all_results$"]])
-        results = (await self.get(self.service, "/api/results")).json
+        results = await self.value("/api/results")
         self.assertEqual((results["status"], results["results"]), ("complete", None))
         self.assertIn("large", results["reason"])
 
     async def test_history_reads_lists_of_tags_each_once(self) -> None:
-        self.feed(self.service, "run_0_13_gpu_and_server_metrics")
-        once = await self.get(self.service, "/api/history?stat=p99&tag=request_latency")
-        many = await self.get(self.service, "/api/history?stat=p99&since=0&tag=" + ",".join(["request_latency"] * 120))
+        self.feed("run_0_13_gpu_and_server_metrics")
+        once = await self.get("/api/history?stat=p99&tag=request_latency")
+        many = await self.get("/api/history?stat=p99&since=0&tag=" + ",".join(["request_latency"] * 120))
         self.assertEqual(once.json, many.json)
-        few = (await self.get(self.service, "/api/history?tag=request_latency&stat=p99&points=3")).json
+        few = await self.value("/api/history?tag=request_latency&stat=p99&points=3")
         self.assertEqual((len(few["times"]) <= 3, few["times"][-1]), (True, once.json["times"][-1]))
-        tags = (await self.get(self.service, "/api/history")).json["tags"]
+        tags = (await self.value("/api/history"))["tags"]
         self.assertEqual({about["group"] for about in tags.values()}, {"metrics", "telemetry", "server", "phase"})
         server = 'server:127.0.0.1:18051:vllm:num_requests_running{engine="0",model_name="mock"}'
         gpu = "nvidia_power_usage_dcgm_http___127_0_0_1_19400_metrics_gpu1_GPU-8f1c7a52"
         self.assertEqual(tags[gpu]["unit"], "W")
-        both = await self.get(self.service, f"/api/history?tag={gpu},{quote(server)}&stat=avg")
+        both = await self.get(f"/api/history?tag={gpu},{quote(server)}&stat=avg")
         self.assertEqual([one["tag"] for one in both.json["series"]], [gpu, server])
 
     async def test_a_topic_has_a_length_and_a_full_disk_ends_the_recording_alone(self) -> None:
         with tempfile.TemporaryDirectory() as folder:
             service = await self.serve(source=SpySource(), record=f"{folder}/run.jsonl")
             source = cast(SpySource, service.source)
-            listener = await self.listen(service, "*")
+            listener = await self.listen("*", service=service)
             for topic in (b"status." + b"x" * 1000 + b"$", b"status.\xff$"):
                 service._deliver([[topic, b"{}"]])
             self.assertEqual(service.bus_errors, {"topic": 2})
@@ -4469,8 +4446,8 @@ class TestServiceAnswers(ServiceTestCase):
 
     async def test_top_is_one_screen_that_drives_no_terminal(self) -> None:
         service = await self.serve(config={"model": "evil\x1b[2J\u202emodel"})
-        self.feed(service, "run_0_13_gpu_and_server_metrics")
-        answer = await self.get(service, "/top")
+        self.feed("run_0_13_gpu_and_server_metrics", service=service)
+        answer = await self.get("/top", service)
         text = answer.body.decode()
         self.assertEqual(answer.headers["content-type"], "text/plain; charset=utf-8")
         self.assertTrue(all(len(line) <= 80 and line.isprintable() for line in text.splitlines()), text)
@@ -4483,15 +4460,15 @@ class TestServiceAnswers(ServiceTestCase):
 
     async def test_credentials_show_nowhere(self) -> None:
         secret = "sk-live-0123456789abc"
-        client = await self.listen(self.service, "*")
+        client = await self.listen("*")
         headers = [["Authorization", f"Bearer {secret}"], ["X-Team", "hush-hush"]]
         endpoint = {"api_key": secret, "model_names": ["m"], "urls": [f"http://u:{secret}@h/"]}
         config = {"endpoint": endpoint, "input": {"headers": headers}}
-        self.service.publish({"message_type": "command", "command": "profile_configure", "config": config})
-        self.service.publish({"message_type": "service_error", "error": {"message": f"401 for key {secret}"}})
+        self.publish("command", command="profile_configure", config=config)
+        self.publish("service_error", error={"message": f"401 for key {secret}"})
         heard = json.dumps([await client.hear() for _ in range(2)])
         paths = ("/api/config", "/api/status", "/metrics", "/api/metrics", "/top", "/api/runs")
-        answers = [(await self.get(self.service, path)).body for path in paths]
+        answers = [(await self.get(path)).body for path in paths]
         everything = heard.encode() + b"".join(answers)
         self.assertNotIn(secret.encode(), everything)
         self.assertNotIn(b"hush-hush", everything)
@@ -4509,41 +4486,41 @@ class TestServiceAnswers(ServiceTestCase):
             ("", "/api/status", 200, None),
         ):
             headers = {**bearer, **({"Origin": origin} if origin else {})}
-            answer = await self.get(service, path, headers=headers)
+            answer = await self.get(path, service, headers=headers)
             self.assertEqual((answer.status, answer.headers.get("access-control-allow-origin")), (status, allowed))
             self.assertIn("Origin", answer.headers["vary"])
         asked = {"Access-Control-Request-Method": "GET", "Access-Control-Request-Headers": "x-anything, authorization"}
         for origin, told in (("https://ui.example", "x-anything, authorization"), ("https://evil.example", None)):
-            preflight = await self.get(service, "/api/status", method="OPTIONS", headers={**asked, "Origin": origin})
+            preflight = await self.get("/api/status", service, method="OPTIONS", headers={**asked, "Origin": origin})
             self.assertEqual((preflight.status, preflight.headers.get("access-control-allow-headers")), (204, told))
             self.assertEqual("access-control-allow-methods" in preflight.headers, told is not None)
 
     async def test_what_is_unchanged_is_304_compressed_or_not(self) -> None:
-        self.feed(self.service, "run_0_13_success", 150)
+        self.feed("run_0_13_success", 150)
         for path in ("/api/metrics", "/openapi.json", "/", "/dashboard", "/static/dashboard.js"):
             with self.subTest(path):
-                first = await self.get(self.service, path, headers={"Accept-Encoding": "gzip"})
+                first = await self.get(path, headers={"Accept-Encoding": "gzip"})
                 if not self.service.static and path != "/api/metrics":
                     continue
                 told = first.headers["cache-control"], first.headers["content-encoding"]
                 self.assertEqual(told, ("no-cache", "gzip"))
-                plain = await self.get(self.service, path)
+                plain = await self.get(path)
                 self.assertEqual(gzip.decompress(first.body), plain.body)
                 for accepted in ({}, {"Accept-Encoding": "gzip"}):
                     headers = {**accepted, "If-None-Match": first.headers["etag"]}
-                    again = await self.get(self.service, path, headers=headers)
+                    again = await self.get(path, headers=headers)
                     self.assertEqual((again.status, again.body), (304, b""))
         for path in ("/api/status", "/metrics", "/health", "/nothing"):
-            self.assertEqual((await self.get(self.service, path)).headers["cache-control"], "no-store")
+            self.assertEqual((await self.get(path)).headers["cache-control"], "no-store")
 
     async def test_requests_are_counted_by_what_was_answered(self) -> None:
-        etag = dict((await self.get(self.service, "/api")).headers).get("etag", "")
-        await self.get(self.service, "/api", headers={"If-None-Match": etag})
-        await self.get(self.service, "/nothing")
-        await self.get(self.service, "/api", method="OPTIONS")
-        await self.listen(self.service, "*")
-        await (await self.client(self.service)).get("/api/stream")
-        text = (await self.get(self.service, "/metrics")).body.decode()
+        etag = dict((await self.get("/api")).headers).get("etag", "")
+        await self.get("/api", headers={"If-None-Match": etag})
+        await self.get("/nothing")
+        await self.get("/api", method="OPTIONS")
+        await self.listen("*")
+        await (await self.client()).get("/api/stream")
+        text = (await self.get("/metrics")).body.decode()
         counted = re.findall(r'(?m)^aiperf_api_http_requests_total\{route="(\w+)",status="(\d+)"\} (\d+)$', text)
         expected = {("index", "200"), ("index", "304"), ("none", "404"), ("none", "204"), ("websocket", "101")}
         self.assertEqual({one[:2] for one in counted}, expected | {("stream", "200")})
@@ -4566,8 +4543,8 @@ class TestServiceAnswers(ServiceTestCase):
             path.write_text("older")
             service = aiperf_api.APIService(report=str(path))
             await service.start()
-            self.feed(service, "run_0_13_gpu_and_server_metrics")
-            answer = await self.get(service, "/report.html")
+            self.feed("run_0_13_gpu_and_server_metrics", service=service)
+            answer = await self.get("/report.html", service)
             await service.stop()
             self.assertEqual((Path(folder, "report.html.1").read_text(), path.exists()), ("older", True))
             written = path.read_bytes()
@@ -4581,10 +4558,10 @@ class TestServiceAnswers(ServiceTestCase):
 
     @needs_static
     async def test_the_guides_are_listed_and_served_as_text(self) -> None:
-        names = (await self.get(self.service, "/static/guides/")).body.decode().split()
+        names = (await self.get("/static/guides/")).body.decode().split()
         self.assertIn("protocol.md", names)
         for name in names:
-            answer = await self.get(self.service, f"/static/guides/{name}")
+            answer = await self.get(f"/static/guides/{name}")
             self.assertEqual((answer.status, answer.headers["content-type"]), (200, "text/plain; charset=utf-8"))
 
 
@@ -4612,8 +4589,7 @@ class TestUnixSocket(ServiceTestCase):  # only its owner opens it, and no server
 
     async def ask(self, path: str = "/api/status", host: str = "localhost") -> Answer:
         client = Client(*await asyncio.open_unix_connection(self.path))
-        client.send(f"GET {path} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
-        answer = await client.read_answer()
+        answer = await client.ask(f"GET {path} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
         client.close()
         return answer
 
@@ -4649,11 +4625,6 @@ class TestUnixSocket(ServiceTestCase):  # only its owner opens it, and no server
 
 
 class TestWebSocketProtocol(ServiceTestCase):
-    async def open(self) -> Client:
-        client = await self.client(self.service)
-        self.assertEqual((await client.upgrade()).headers["sec-websocket-accept"], "s3pPLMBiTxaQ9kYGzzhZRbK+xOo=")
-        return client
-
     async def test_subscribed_names_the_types_as_asked_and_the_unknown_ones(self) -> None:
         client = await self.open()
         types = ["worker_health", "realtime_metrcs", "realtime_metrics", "run"]
@@ -4682,29 +4653,29 @@ class TestWebSocketProtocol(ServiceTestCase):
         for n, client in enumerate(clients):
             client.say({"type": "subscribe", "message_types": [f"type_{n}_{m}" for m in range(100)]})
             self.assertEqual((await client.hear())["type"], "subscribed" if n < 10 else "error")
-        self.assertEqual((await self.get(self.service, "/api/stream?types=one_more")).status, 503)
+        self.assertEqual((await self.get("/api/stream?types=one_more")).status, 503)
         for name in ("realtime_metrics", "*"):  # nobody is locked out
-            await self.listen(self.service, name)
+            await self.listen(name)
         clients[10].say({"type": "subscribe", "message_types": ["type_0_0"]})
         self.assertEqual((await clients[10].hear())["type"], "subscribed")
 
     async def test_everything_and_single_types_mix_and_the_last_messages_come_first_if_wanted(self) -> None:
-        self.service.publish({"message_type": "status", "n": 1})
-        quiet = await self.listen(self.service, "status", snapshot=False)
+        self.publish("status", n=1)
+        quiet = await self.listen("status", snapshot=False)
         quiet.say({"type": "ping"})
         self.assertEqual(await quiet.hear(), {"type": "pong"})
-        client = await self.listen(self.service, "*", "heartbeat")
+        client = await self.listen("*", "heartbeat")
         self.assertEqual((await client.hear())["n"], 1)
         client.say({"type": "unsubscribe", "message_types": ["heartbeat"]})
         self.assertIn('"*"', (await client.hear())["message"])
         client.say({"type": "unsubscribe", "message_types": ["*"]})
         await client.hear()
-        self.service.publish({"message_type": "status", "n": 2})
-        self.service.publish({"message_type": "heartbeat", "n": 3})
+        self.publish("status", n=2)
+        self.publish("heartbeat", n=3)
         self.assertEqual((await client.hear())["n"], 3)
 
     async def test_messages_are_one_line_in_display_units_without_hidden_tags_nulls_and_internals(self) -> None:
-        client = await self.listen(self.service, "realtime_metrics", "home_made", "process_records_result")
+        client = await self.listen("realtime_metrics", "home_made", "process_records_result")
         self.service._deliver([[b"home_made$", b'{\n  "message_type": "home_made"\n}']])
         self.assertEqual(await client.read_frame(), (aiperf_api.OP_TEXT, b'{"message_type":"home_made"}'))
         rows = [
@@ -4712,15 +4683,17 @@ class TestWebSocketProtocol(ServiceTestCase):
             {"tag": "min_request_timestamp", "unit": "ns", "avg": 1.0},
         ]
         shown = [{"tag": "request_latency", "unit": "ms", "avg": 2.5, "count": 3}]
-        self.service.publish({"message_type": "realtime_metrics", "service_id": "r", "metrics": rows})
+        self.publish("realtime_metrics", service_id="r", metrics=rows)
         message = await client.hear()
         self.assertEqual((message["metrics"], message["service_id"]), (shown, "r"))
-        self.service.publish({"message_type": "process_records_result", "results": {"results": {"records": rows}}})
+        self.publish("process_records_result", results={"results": {"records": rows}})
         self.assertEqual((await client.hear())["results"]["results"]["records"], shown)
+        self.publish("home_made", metrics=[{"name": "x"}, 3])
+        self.assertEqual((await client.hear())["metrics"], [{"name": "x"}, 3])
 
 
 class TestStreams(ServiceTestCase):
-    async def open(self, service: aiperf_api.APIService, query: str = "") -> Client:
+    async def stream(self, query: str, service: aiperf_api.APIService | None = None) -> Client:
         client = await self.client(service)
         self.head = await client.get("/api/stream" + query)
         return client
@@ -4730,8 +4703,8 @@ class TestStreams(ServiceTestCase):
         return dict(line.partition(": ")[::2] for line in text.strip().split("\n"))
 
     async def test_a_stream_begins_with_an_event_and_goes_on_with_the_snapshot(self) -> None:
-        self.service.publish({"message_type": "heartbeat", "n": 0})
-        client = await self.open(self.service, "?types=heartbeat,heartbaet&_=1")
+        self.publish("heartbeat", n=0)
+        client = await self.stream("?types=heartbeat,heartbaet&_=1")
         self.assertEqual(self.head.headers["content-type"], "text/event-stream")
         self.assertEqual(self.head.headers["x-accel-buffering"], "no")
         first, unknown = await self.read_event(client), await self.read_event(client)
@@ -4739,8 +4712,8 @@ class TestStreams(ServiceTestCase):
         self.assertEqual((first["event"], json.loads(first["data"])), ("subscribed", told))
         told = {"type": "unknown", "message_types": ["heartbaet"]}
         self.assertEqual((unknown["event"], json.loads(unknown["data"])), ("unknown", told))
-        self.service.publish({"message_type": "status", "n": 1})
-        self.service.publish({"message_type": "heartbeat", "n": 2})
+        self.publish("status", n=1)
+        self.publish("heartbeat", n=2)
         events = [await self.read_event(client) for _ in range(2)]
         heard = [(event["event"], json.loads(event["data"])["n"]) for event in events]
         self.assertEqual(heard, [("heartbeat", 0), ("heartbeat", 2)])
@@ -4751,19 +4724,18 @@ class TestStreams(ServiceTestCase):
             "GET /api/stream?snapshot=0 HTTP/1.1\r\nHost: localhost\r\nAccept: application/x-ndjson\r\n\r\n",
             "GET /api/stream?format=ndjson&snapshot=0 HTTP/1.0\r\n\r\n",
         ):
-            client = await self.client(self.service)
-            client.send(request.encode())
-            head = await client.read_answer("HEAD")
+            client = await self.client()
+            head = await client.ask(request.encode(), "HEAD")
             self.assertEqual(head.headers["content-type"], "application/x-ndjson")
             self.assertNotIn("transfer-encoding", head.headers)
             for n in range(100):  # more than it reads at once
-                self.service.publish({"message_type": "heartbeat", "n": n, "fill": "x" * 20_000})
+                self.publish("heartbeat", n=n, fill="x" * 20_000)
             lines = [await client.within(client.reader.readline()) for _ in range(100)]
             self.assertEqual([json.loads(line)["n"] for line in lines], list(range(100)))
 
     async def test_head_shows_what_get_would_begin_with_and_ends(self) -> None:
         for query, kind in (("", "text/event-stream"), ("?format=ndjson", "application/x-ndjson")):
-            client = await self.client(self.service)
+            client = await self.client()
             answer = await client.get("/api/stream" + query, method="HEAD")
             self.assertEqual((answer.status, answer.headers["content-type"]), (200, kind))
             self.assertEqual(await client.read_to_end(), b"")
@@ -4772,8 +4744,8 @@ class TestStreams(ServiceTestCase):
     async def test_upstream_subscriptions_last_as_long_as_their_clients(self) -> None:
         source = SpySource()
         service = await self.serve(source=source)
-        stream = await self.open(service, "?types=heartbeat")
-        listener = await self.listen(service, "heartbeat", "*")
+        stream = await self.stream("?types=heartbeat", service)
+        listener = await self.listen("heartbeat", "*", service=service)
         self.assertEqual(sorted(source.topics), sorted([*aiperf_api.CORE_TOPICS, b"", b"heartbeat$", b"heartbeat."]))
         listener.close()
         await self.until(lambda: b"" not in source.topics)
@@ -4781,7 +4753,9 @@ class TestStreams(ServiceTestCase):
         stream.close()
         await self.until(lambda: b"heartbeat$" not in source.topics)
         self.assertEqual(sorted(source.topics), sorted(aiperf_api.CORE_TOPICS))
-        listener = await self.listen(service, "command_response")  # of these the state needs the controller's alone
+        listener = await self.listen(
+            "command_response", service=service
+        )  # of these the state needs the controller's alone
         self.assertIn(b"command_response.", source.topics)
         service._sweep_timer.cancel()
         for kind in ("unsubscribe", "subscribe", "unsubscribe"):  # who toggles costs the bus nothing
@@ -4791,21 +4765,13 @@ class TestStreams(ServiceTestCase):
         service._sweep()
         self.assertNotIn(b"command_response.", source.topics)
 
-    async def test_a_list_of_metrics_in_another_message_is_left_alone(self) -> None:
-        message = {"message_type": "mine", "metrics": [{"name": "x"}, 3]}
-        listener = await self.listen(self.service, "mine")
-        self.service.publish(message)
-        self.assertEqual(await listener.hear(), message)
-
 
 class TestSecurity(WireTestCase):
     hosts = ("Bench.internal", "proxy:8443")
     options: Mapping[str, Any] = {"allow_hosts": hosts, "cors_origins": ("https://ui.example",)}
 
     async def status_of(self, request: str) -> int:
-        client = await self.client(self.service)
-        client.send(request.encode() + b"\r\n\r\n")
-        return (await client.read_answer()).status
+        return (await (await self.client()).ask(request.encode() + b"\r\n\r\n")).status
 
     async def test_dns_rebinding_a_name_that_is_not_ours_is_421_everywhere(self) -> None:
         for request in ("GET /health", "OPTIONS /api/status", "GET /ws"):
@@ -4831,16 +4797,14 @@ class TestSecurity(WireTestCase):
         self.expected_log = ("bad bus message (internal)",)
         with mock.patch.object(self.service.benchmark, "apply", side_effect=RuntimeError("oops")):
             for _ in range(3):
-                self.service.publish({"message_type": "status"})
+                self.publish("status")
         self.assertEqual(self.service.bus_errors, {"internal": 3})
         self.assertEqual(len(self.log), 1)
 
     async def test_log_lines_quote_what_strangers_say(self) -> None:
         with log_lines(logging.DEBUG) as lines:
-            client = await self.client(self.service)
             request = b"GET /x%0d%0aforged?a=%1b[31m HTTP/1.1\r\nHost: localhost\r\n"
-            client.send(request + b"User-Agent: \x9b31m\xff\ttab\r\n\r\n")
-            await client.read_answer()
+            await (await self.client()).ask(request + b"User-Agent: \x9b31m\xff\ttab\r\n\r\n")
             await self.status_of(f"G'ET\" /{'y' * 3000} HTTP/1.1\r\nHost: localhost")
             forged = b"not json \x1b[31m\nINFO forged"
             self.service._deliver([[b"evil\ntopic\x1b$", b"{}"], [b"home_made$", forged], [b"a$", b"b", b"c"]])
@@ -4858,11 +4822,11 @@ class TestSecurity(WireTestCase):
         self.assertNotIn(b"secret", answer)
         self.assertIn("/secret/path", self.log[0])
         with mock.patch.object(aiperf_api.APIService, "_handle_command", side_effect=RuntimeError("x")):
-            client = await self.client(self.service)
+            client = await self.client()
             await client.upgrade()
             client.say({"type": "ping"})
             self.assertEqual(await client.read_frame(), (8, struct.pack("!H", 1011)))
-        self.assertEqual((await self.get(self.service, "/health")).status, 200)
+        self.assertEqual((await self.get("/health")).status, 200)
 
 
 class TestTokens(WireTestCase):
@@ -4871,7 +4835,7 @@ class TestTokens(WireTestCase):
     log_level, expected_log = logging.DEBUG, ("DEBUG", "INFO")
 
     async def upgrade(self, subprotocols: str) -> Answer:
-        return await (await self.client(self.service)).upgrade(headers={"Sec-WebSocket-Protocol": subprotocols})
+        return await (await self.client()).upgrade(headers={"Sec-WebSocket-Protocol": subprotocols})
 
     async def test_an_upgrade_chooses_another_subprotocol_than_the_token(self) -> None:
         self.service.settings = self.service.settings._replace(token="plain-token")  # what a subprotocol can hold
@@ -4882,42 +4846,40 @@ class TestTokens(WireTestCase):
     async def test_every_route_but_health_and_files_needs_it(self) -> None:
         for route in aiperf_api.ROUTES:
             path = route.path.replace("{file}", "favicon.svg").replace("{n}", "1")
-            status = (await self.get(self.service, path)).status
+            status = (await self.get(path)).status
             self.assertEqual(status == 401, route.needs_token, path)
         free = {route.name for route in aiperf_api.ROUTES if not route.needs_token}
         self.assertEqual(free, {"health", "healthz", "readyz", "static"})
-        answer = await self.get(self.service, "/api/status", headers={"Authorization": f"Bearer {self.TOKEN}x"})
+        answer = await self.get("/api/status", headers={"Authorization": f"Bearer {self.TOKEN}x"})
         self.assertEqual((answer.status, answer.headers["www-authenticate"][:6]), (401, "Bearer"))
 
     @needs_static
     async def test_people_get_a_form_and_a_cookie_of_this_port(self) -> None:
-        form = await self.get(self.service, "/dashboard")
+        form = await self.get("/dashboard")
         self.assertEqual((form.status, form.headers["content-type"]), (401, "text/html; charset=utf-8"))
         self.assertIn(b'name="token"', form.body)
-        page = await self.get(self.service, f"/dashboard?token={self.QUOTED}")
+        page = await self.get(f"/dashboard?token={self.QUOTED}")
         cookie, *attributes = page.headers["set-cookie"].split("; ")
         self.assertEqual(attributes, ["HttpOnly", "SameSite=Strict"])
         self.assertIn(self.service.url.rpartition(":")[2], cookie.partition("=")[0])
         self.assertNotIn("s3cret", cookie)
         other = await self.serve(token="another-token")
-        second = (await self.get(other, "/dashboard?token=another-token")).headers["set-cookie"].split("; ")[0]
+        second = (await self.get("/dashboard?token=another-token", other)).headers["set-cookie"].split("; ")[0]
         for service in (self.service, other):  # two servers on one host: a browser sends both cookies to both
-            answer = await self.get(service, "/api/status", headers={"Cookie": f"{cookie}; {second}"})
+            answer = await self.get("/api/status", service, headers={"Cookie": f"{cookie}; {second}"})
             self.assertEqual(answer.status, 200)
             self.assertNotIn("set-cookie", answer.headers)
-        self.assertNotIn("set-cookie", (await self.get(self.service, "/dashboard?token=wrong")).headers)
+        self.assertNotIn("set-cookie", (await self.get("/dashboard?token=wrong")).headers)
 
     async def test_it_is_never_logged_at_any_level_and_the_access_log_is_quoted(self) -> None:
         bearer = {"Authorization": f"Bearer {self.TOKEN}", "User-Agent": f"x?token={self.TOKEN}"}
-        await self.get(self.service, f"/api/status?token={self.TOKEN}&x=1", headers=bearer)
-        await self.get(self.service, f"/api/status?token={self.QUOTED}&x=%0d%0a", headers={"User-Agent": 'curl" 200 "'})
-        await self.get(self.service, f"/api/status/{self.TOKEN}", headers={"User-Agent": self.TOKEN})
-        await self.get(self.service, f"/nosuch?x=1&TOKEN=no&token={self.QUOTED}")
-        await self.get(self.service, f"/ws?%74oken={self.QUOTED}")
+        await self.get(f"/api/status?token={self.TOKEN}&x=1", headers=bearer)
+        await self.get(f"/api/status?token={self.QUOTED}&x=%0d%0a", headers={"User-Agent": 'curl" 200 "'})
+        await self.get(f"/api/status/{self.TOKEN}", headers={"User-Agent": self.TOKEN})
+        await self.get(f"/nosuch?x=1&TOKEN=no&token={self.QUOTED}")
+        await self.get(f"/ws?%74oken={self.QUOTED}")
         await self.upgrade("aiperf.token.plain-token")
-        client = await self.client(self.service)
-        client.send(f"GET /?token={self.TOKEN} HTTP/1.1\r\nBad : header\r\n\r\n".encode())
-        await client.read_answer()
+        await (await self.client()).ask(f"GET /?token={self.TOKEN} HTTP/1.1\r\nBad : header\r\n\r\n".encode())
         await self.service.stop()
         self.assertGreater(len(self.log), 5)
         for text in (self.TOKEN, self.QUOTED, "plain-token", "s3cret"):
@@ -4953,20 +4915,20 @@ class TestTLS(WireTestCase):
             warnings.filterwarnings("ignore", "unclosed transport <asyncio.sslproto", ResourceWarning)
         cls.options = {"tls_cert": cls.certificate, "tls_key": cls.key}
 
-    async def client(self, service: aiperf_api.APIService) -> Client:
-        port = int(service.url.rpartition(":")[2])
+    async def client(self, service: aiperf_api.APIService | None = None) -> Client:
+        port = int((service or self.service).url.rpartition(":")[2])
         client = Client(*await asyncio.open_connection("localhost", port, ssl=self.context, family=socket.AF_INET))
         self.addCleanup(client.close)
         return client
 
     async def test_https_and_wss_to_the_end_of_the_server(self) -> None:
         self.assertTrue(self.service.url.startswith("https://"))
-        client = await self.client(self.service)
+        client = await self.client()
         for _ in range(3):
             self.assertEqual((await client.get("/health")).body, b"ok\n")
         self.assertEqual(statuses(await self.exchange(b"BAD\r\n")), [400])
-        heard, stream = await self.listen(self.service, "status"), await self.client(self.service)
-        self.service.publish({"message_type": "status", "fill": "µ" * 50_000})
+        heard, stream = await self.listen("status"), await self.client()
+        self.publish("status", fill="µ" * 50_000)
         self.assertEqual(len((await heard.hear())["fill"]), 50_000)
         await stream.get("/api/stream")
         await self.service.stop()
@@ -4978,7 +4940,7 @@ class TestTLS(WireTestCase):
         for data in (self.HEALTH, self.HEALTH, b"", b"\x16\x03\x01", bytes(range(256))):
             peer = await self.raw(data)
             await self.read_all(peer) if data == self.HEALTH else peer.close()
-        self.assertEqual((await self.get(self.service, "/health")).status, 200)
+        self.assertEqual((await self.get("/health")).status, 200)
         self.assertEqual(len(self.log), 1)
 
     async def test_handshakes_that_never_end_are_counted_and_ended(self) -> None:
@@ -4989,7 +4951,7 @@ class TestTLS(WireTestCase):
         for peer in silent:
             with contextlib.suppress(ConnectionResetError):
                 self.assertEqual(await self.read_all(peer), b"")
-        self.assertEqual((await self.get(self.service, "/health")).status, 200)
+        self.assertEqual((await self.get("/health")).status, 200)
 
     def test_a_certificate_or_key_that_does_not_fit_is_one_line_that_names_the_file(self) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -5062,8 +5024,13 @@ class TestCommandLine(unittest.TestCase):
         missing = mock.patch.object(tempfile, "mkdtemp", side_effect=FileNotFoundError(2, "No such file"))
         with tempfile.NamedTemporaryFile() as file, socket.create_server(("127.0.0.1", 0)) as busy, missing:
             port = str(busy.getsockname()[1])
-            refused = [(("--api-port", port, "--demo"), f"cannot listen on 127.0.0.1 port {port}: Address already in use")]
-            for argv, words in ((("--zmq-bind", f"ipc://{file.name}"), "is not a socket"), (("--", "true"), "No such file")):
+            refused = [
+                (("--api-port", port, "--demo"), f"cannot listen on 127.0.0.1 port {port}: Address already in use")
+            ]
+            for argv, words in (
+                (("--zmq-bind", f"ipc://{file.name}"), "is not a socket"),
+                (("--", "true"), "No such file"),
+            ):
                 refused += [(("--api-port", "0", *argv), words)] if zmq else []
             for argv, words in refused:
                 code, errors = run_main(*argv)
@@ -5282,8 +5249,7 @@ class TestChild(unittest.TestCase):  # `-- COMMAND`; the commands are small scri
                 process.send_signal(number)
                 self.assertEqual(process.wait(20), code)
                 self.assertFalse(os.path.exists(os.path.dirname(address[len("ipc://") :])))
-                with self.assertRaises(ProcessLookupError):
-                    os.kill(int(pid), 0)
+                self.assertRaises(ProcessLookupError, os.kill, int(pid), 0)
 
     @unittest.skipUnless(pty, "needs a terminal")
     def test_on_a_terminal_ctrl_c_reaches_the_child_alone_and_ctrl_z_stops_both(self) -> None:
@@ -5415,7 +5381,6 @@ def at_once(recording: Path) -> Program:
 
 @contextlib.contextmanager
 def half_way() -> Iterator[str]:
-    """Serve the demo's run as it was half-way."""
     with tempfile.TemporaryDirectory() as folder, gzip.open(DEMO) as demo:
         half = Path(folder) / "demo.jsonl"
         half.write_bytes(b"".join(itertools.islice(demo, HALF_WAY)))
@@ -5515,7 +5480,6 @@ def blocks(language: str = "", marker: str = "") -> list[Block]:
 
 
 def sessions_of(*found: Block) -> list[Session]:
-    """Return the commands of console blocks."""
     sessions = []
     for part in (part for block in found for part in re.split(r"^\$ ", block.text, flags=re.MULTILINE)[1:]):
         command, rest = re.fullmatch(r"((?:.*\\\n)*.*)\n((?:.*\n)*)", part).groups()  # type: ignore[union-attr]
@@ -5713,7 +5677,6 @@ class TestDescriptions(ServiceTestCase):  # made of the routes and types, and he
 
     @staticmethod
     def judge(document: Any, schema: Any) -> Any:
-        """Return a validator of a schema whose references point into the document."""
         return jsonschema.Draft202012Validator({"components": {"schemas": document["components"]["schemas"]}, **schema})
 
     def message_judge(self, name: str) -> Any:
@@ -5762,8 +5725,8 @@ class TestDescriptions(ServiceTestCase):  # made of the routes and types, and he
             for count in (length // 2, length) if DEEP else (length // (1 + number % 2),):
                 with self.subTest(f"{name} after {count} messages"):
                     service = await self.serve()
-                    listener = await self.listen(service, "*")
-                    self.feed(service, name, count)
+                    listener = await self.listen("*", service=service)
+                    self.feed(name, count, service=service)
                     await self.check_answers(service, validators)
                     listener.say({"type": "ping"})
                     while (message := await listener.hear()) != {"type": "pong"}:
@@ -5788,7 +5751,7 @@ class TestDescriptions(ServiceTestCase):  # made of the routes and types, and he
 
     @unittest.skipUnless(jsonschema, "needs the jsonschema package")
     async def test_the_protocol_is_as_described(self) -> None:
-        client = await self.listen(self.service, "heartbeat")
+        client = await self.listen("heartbeat")
         for message, name in (
             ({"type": "subscribe", "message_types": ["nothing_of_the_kind"], "snapshot": False}, "Subscribed"),
             ({"type": "unsubscribe", "message_types": ["heartbeat"]}, "Unsubscribed"),
