@@ -855,25 +855,14 @@ AUTOBAHN_CASES: list[tuple[str, list[bytes], list[tuple[int, bytes]]]] = [
       for code in (0, 999, 1004, 1005, 1006, 1015, 1016, 1100, 2000, 2999, 5000, 65535)),
 ]
 
-# Groups 6.5 to 6.23: Markus Kuhn's sequences.
-UTF8_VALID = {
-    "6.5-6 prefixes": [COSMOS, GREETING, "\N{SNOWMAN}".encode(), "日本語".encode(), *(COSMOS[:at] for at in (2, 5, 7, 9, 11))],
-    "6.7, 6.9": [b"\x00", b"\xc2\x80", b"\xe0\xa0\x80", b"\xf0\x90\x80\x80", b"\x7f", b"\xdf\xbf", b"\xef\xbf\xbf", b"\xf4\x8f\xbf\xbf"],
-    "6.11 other boundaries": [b"\xed\x9f\xbf", b"\xee\x80\x80"],
-    "6.22-23": [chr(code).encode() for code in (0xFFFE, 0xFFFF, 0x1FFFE, 0x10FFFF, *range(0xFFF9, 0xFFFE), *range(0xFDD0, 0xFDF0))],
-}
-
-UTF8_INVALID = {
-    "6.6 cut prefixes": [COSMOS[:at] for at in range(1, 11) if at not in (2, 5, 7, 9)],
-    "6.8 first of length 5, 6": [b"\xf8\x88\x80\x80\x80", b"\xfc\x84\x80\x80\x80\x80"],
-    "6.10-11 above U+10FFFF": [b"\xf7\xbf\xbf\xbf", b"\xfb\xbf\xbf\xbf\xbf", b"\xfd\xbf\xbf\xbf\xbf\xbf", b"\xf4\x90\x80\x80"],
-    "6.12 lone continuations": [b"\x80", b"\xbf", *(b"\x80\xbf" * n for n in range(1, 4)), bytes(range(0x80, 0xC0))],
-    "6.13, 6.16 lonely starts": [bytes((first, 0x20)) for first in range(0xC0, 0x100)],
-    "6.14-15 incomplete ones": [b"\xc0", b"\xe0\x80", b"\xf0\x80\x80", b"\xdf", b"\xef\xbf", b"\xf7\xbf\xbf", b"\xc0\xe0\x80\xf0\x80\x80\xdf"],
-    "6.17, 6.19 overlong": [b"\xc0\xaf", b"\xe0\x80\xaf", b"\xf0\x80\x80\xaf", b"\xc0\x80", b"\xe0\x80\x80", b"\xf0\x80\x80\x80"],
-    "6.18 most overlong": [b"\xc1\xbf", b"\xe0\x9f\xbf", b"\xf0\x8f\xbf\xbf", b"\xf8\x87\xbf\xbf\xbf"],
-    "6.20-21 surrogates": [b"\xed\xa0\x80", b"\xed\xad\xbf", b"\xed\xae\x80", b"\xed\xbf\xbf", b"\xed\xa0\x80\xed\xb0\x80"],
-}
+# Groups 6.5 to 6.23, Markus Kuhn's sequences: of each kind the first and the last; below, each byte that may not start one.
+UTF8_VALID = [COSMOS, *map(str.encode, "\0\x7f\x80\u07ff\u0800\ud7ff\ue000\ufdd0\ufffe\uffff\U00010000\U0010ffff")]
+UTF8_INVALID = [
+    *(COSMOS[:at] for at in (1, 3, 10)), b"\x80\xbf", b"\xed\xa0\x80", b"\xed\xbf\xbf", b"\xed\xa0\x80\xed\xb0\x80",  # surrogates
+    *(b"\xc0\x80", b"\xc1\xbf", b"\xe0\x80\x80", b"\xe0\x9f\xbf", b"\xf0\x80\x80\x80", b"\xf0\x8f\xbf\xbf"),  # overlong
+    *(b"\xf4\x90\x80\x80", b"\xf7\xbf\xbf\xbf", b"\xf8\x88\x80\x80\x80", b"\xfd\xbf\xbf\xbf\xbf\xbf"),  # above U+10FFFF
+    *(bytes((first, 0x20)) for first in range(0x80, 0x100)), *(b"\xe0\x80", b"\xf0\x80\x80", b"\xdf", b"\xef\xbf", b"\xf7\xbf\xbf"),
+]
 # fmt: on
 
 
@@ -889,13 +878,12 @@ class TestAutobahnCases(unittest.TestCase):  # groups 1-7, 9 and 10 of the suite
                     self.assertEqual(echo(chopped(stream, 1)), expected)
 
     def test_6_utf8_is_echoed_or_fails_with_1007_however_it_is_cut(self) -> None:
-        for is_valid, groups in ((True, UTF8_VALID), (False, UTF8_INVALID)):
-            for name, text in ((name, text) for name, texts in groups.items() for text in texts):
-                for frames in ([client_frame(1, text)], fragments(1, *chopped(text, 1))):
-                    with self.subTest(name, text=text, frames=len(frames)):
-                        expected = [(1, text), PONG_BACK] if is_valid else [NOT_UTF8]
-                        self.assertEqual(echo([*frames, PING]), expected)
-                        self.assertEqual(echo(chopped(b"".join(frames) + PING, 1)), expected)
+        for text in (*UTF8_VALID, *UTF8_INVALID):
+            expected = [(1, text), PONG_BACK] if text in UTF8_VALID else [NOT_UTF8]
+            for frames in ([client_frame(1, text)], fragments(1, *chopped(text, 1))):
+                with self.subTest(text=text, frames=len(frames)):
+                    self.assertEqual(echo([*frames, PING]), expected)
+                    self.assertEqual(echo(chopped(b"".join(frames) + PING, 1)), expected)
 
     def test_what_trickles_or_comes_in_tiny_frames_takes_linear_time(self) -> None:
         payload = b"x" * 65536
@@ -1624,15 +1612,6 @@ class TestMetrics(unittest.TestCase):
         for message in unchanged:
             self.assertIs(aiperf_api.shown_message(message), message)
 
-    @needs_recordings
-    def test_showing_is_stable(self) -> None:
-        """What was made fit for clients needs no further change."""
-        for name in ("run_0_3_success", "run_0_6_success", "run_0_13_success"):
-            for _, topic, payload in wire_recording(name):
-                if b"realtime_metrics" in topic or b"_result" in topic:
-                    once = aiperf_api.shown_message(json.loads(payload))
-                    self.assertIs(aiperf_api.shown_message(once), once)
-
 
 # == 8 == Prometheus text ==============================================================================================
 
@@ -1831,17 +1810,6 @@ class TestPrometheusText(unittest.TestCase):
         ):  # fmt: skip
             self.assertEqual(len(lines_of(aiperf_api.server_families(summaries))), count)
 
-    @unittest.skipUnless(prometheus_client, "needs the prometheus_client package")
-    def test_an_independent_parser_reads_both_formats(self) -> None:
-        tag = '"}<script>\n'
-        rows = {**GOLDEN_METRICS, tag: {"header": tag, "unit": tag, "p50": 1.0, "count": 1, "sum": 2, "avg": 3}}
-        metrics = aiperf_api.metric_families(rows, (("model", tag),))
-        families = aiperf_api.unique_families([self.info, *metrics, self.counter])
-        text = read_by(parse_text, aiperf_api.render_text(families))
-        self.assertEqual(text, read_by(parse_openmetrics, aiperf_api.render_openmetrics(families)))
-        self.assertEqual(text["aiperf_things_total", "[]"], 3)
-        self.assertIn(("aiperf_request_latency_avg_ms", str([("model", tag)])), text)
-
 
 @needs_recordings
 @unittest.skipUnless(prometheus_client, "needs the prometheus_client package")
@@ -1932,6 +1900,7 @@ class EndState(NamedTuple):  # its first four fields as figures() has them
     latency: float | None  # avg of request_latency in ms; None without final results
     percent: float
     states: str  # all states in order
+    error: str = ""  # words of it
 
 
 def figures(progress: dict[str, Any]) -> tuple[Any, ...]:
@@ -1946,12 +1915,12 @@ EARLY = "initializing configuring "
 END_STATES = {
     "run_0_3_success": EndState("complete", 300, 300, 5, 270.1859, 100, RUN),
     "run_0_6_success": EndState("complete", 300, 300, 6, 270.1107, 100, RUN),
-    "run_0_12_failed_configure": EndState("failed", None, 0, 0, None, 0, EARLY + "failed"),
-    "run_0_13_all_errors": EndState("failed", 200, 200, 200, None, 100, EARLY + "ready profiling processing failed"),
+    "run_0_12_failed_configure": EndState("failed", None, 0, 0, None, 0, EARLY + "failed", "okenizer"),
+    "run_0_13_all_errors": EndState("failed", 200, 200, 200, None, 100, EARLY + "ready profiling processing failed", "failed: 500 Internal Server Error: "),
     "run_0_13_cancelled": EndState("cancelled", 900, 408, 7, 272.0799, 45.3333, EARLY + "ready profiling stopping cancelled"),
     "run_0_13_duration_rate": EndState("complete", None, 510, 12, 273.3076, 100, STOPPED),
-    "run_0_13_failed_configure": EndState("failed", None, 0, 0, None, 0, EARLY + "failed"),
-    "run_0_13_failed_request_threshold": EndState("cancelled", 400, 11, 7, 444.5401, 2.75, EARLY + "ready profiling processing cancelled"),
+    "run_0_13_failed_configure": EndState("failed", None, 0, 0, None, 0, EARLY + "failed", "okenizer"),
+    "run_0_13_failed_request_threshold": EndState("cancelled", 400, 11, 7, 444.5401, 2.75, EARLY + "ready profiling processing cancelled", "Run cancelled before all records"),
     "run_0_13_four_phases": EndState("complete", None, 359, 7, None, 100, RUN),
     "run_0_13_goodput": EndState("complete", 200, 200, 5, 500.9913, 100, STOPPED),
     "run_0_13_gpu_and_server_metrics": EndState("complete", 1300, 1300, 23, 276.0126, 100, RUN),
@@ -1959,7 +1928,7 @@ END_STATES = {
     "run_0_13_killed": EndState("profiling", 800, 76, 1, None, 9.5, EARLY + "ready profiling"),
     "run_0_13_multi_turn": EndState("complete", None, 77, 2, None, 100, STOPPED),
     "run_0_13_no_realtime_metrics": EndState("complete", 800, 800, 14, 297.6002, 100, RUN),
-    "run_0_13_server_down": EndState("failed", 200, 200, 200, None, 100, EARLY + "ready profiling processing failed"),
+    "run_0_13_server_down": EndState("failed", 200, 200, 200, None, 100, EARLY + "ready profiling processing failed", "failed: ClientConnectorError("),
     "run_0_13_success": EndState("complete", 800, 800, 9, 275.0049, 100, RUN),
     "run_0_13_sweep_of_three": EndState("complete", 60, 60, 0, None, 100, " ".join([RUN] * 3)),
     "run_0_13_timeslices": EndState("complete", None, 232, 1, None, 100, RUN),
@@ -1989,6 +1958,8 @@ class TestRecordedRuns(unittest.TestCase):
                 self.assertAlmostEqual(progress["percent_complete"], wanted.percent, 3)
                 self.assertEqual(" ".join(key for key, _ in itertools.groupby(states)), wanted.states)
                 self.assertEqual(results["status"], wanted.state if wanted.state in aiperf_api.ENDS else "running")
+                for told in (benchmark.status(now_ns)["error"], results["reason"]) if wanted.error else ():
+                    self.assertIn(wanted.error, told)
                 if wanted.latency is not None:
                     row = benchmark.metrics()["metrics"]["request_latency"]
                     self.assertEqual((round(row["avg"], 4), row["unit"]), (wanted.latency, "ms"))
@@ -2013,34 +1984,6 @@ class TestRecordedRuns(unittest.TestCase):
                     for metric, row in gpu["metrics"].items():
                         tag = f"{metric}_dcgm_http___127_0_0_1_19400_metrics_gpu{gpu['gpu_index']}_GPU-8f1c7a52"
                         self.assertLessEqual(row.items(), benchmark.figures("telemetry")[tag].items())
-
-    def test_final_figures_of_old_versions_are_in_display_units(self) -> None:
-        for name, tag, value, unit in (
-            ("run_0_13_success", "benchmark_duration", 28.4438, "sec"),
-            ("run_0_3_success", "benchmark_duration", 14.0966, "sec"),
-            ("run_0_6_success", "http_req_data_received", 5.0225, "KB"),
-        ):
-            benchmark, _ = replayed(recorded_run(name))
-            row = benchmark.figures("metrics")[tag]
-            self.assertEqual((round(row["avg"], 4), row["unit"]), (value, unit))
-            records = benchmark.results()["results"]["results"]["records"]
-            self.assertIn((tag, unit), {(record["tag"], record["unit"]) for record in records})
-            for hidden in ("min_request_timestamp", "credit_drop_latency"):
-                self.assertNotIn(hidden, {**benchmark.figures("metrics"), **benchmark.history()["tags"]})
-
-    def test_failures_name_what_failed(self) -> None:
-        for name, words in (
-            *((f"run_0_{minor}_failed_configure", "okenizer") for minor in (12, 13)),
-            ("run_0_13_all_errors", "All 200 inference request(s) failed: 500 Internal Server Error: "),
-            ("run_0_13_server_down", "All 200 inference request(s) failed: ClientConnectorError(ConnectionKey(host="),
-            ("run_0_13_failed_request_threshold", "Run cancelled before all records were processed."),
-        ):
-            benchmark, now_ns = replayed(recorded_run(name))
-            self.assertIn(words, benchmark.status(now_ns)["error"], name)
-            self.assertIn(words, benchmark.results()["reason"], name)
-        boom = '{"error": {"message": "boom", "type": "mock"}}'
-        wanted = {"code": 500, "type": "Internal Server Error", "message": boom, "count": 7}
-        self.assertEqual(benchmark.results()["error_summary"], {"errors": [wanted], "more": 0})
 
     def test_four_phases_are_counted_once_and_the_percentage_never_stands(self) -> None:
         benchmark, changed_ns, before = aiperf_api.Benchmark(), None, -1.0
@@ -2068,23 +2011,6 @@ class TestRecordedRuns(unittest.TestCase):
         self.assertEqual(first.keys() - runs[0].keys(), {"final", "telemetry", "error_summary"})
         self.assertIsNone(benchmark.run(4, now_ns))
         self.assertEqual(benchmark.run_number, 3)
-
-    def test_gpus_and_servers_are_there(self) -> None:
-        run = recorded_run("run_0_13_gpu_and_server_metrics")
-        for kept in (run, [message for message in run if message[0] != "realtime_telemetry_metrics"]):
-            benchmark, now_ns = replayed(kept)
-            self.assertEqual(len(benchmark.figures("telemetry")), 22)
-        server = benchmark.server_metrics()
-        self.assertIn("vllm:num_requests_running", server["endpoint_summaries"]["127.0.0.1:18051"]["metrics"])
-        self.assertIn("num_running", server["snapshot"])
-        self.assertEqual(benchmark.status(now_ns)["benchmark_id"], "b18be779b8d8")
-
-    def test_the_identity_is_found_in_each_generation(self) -> None:
-        known = {"model": "mock", "endpoint_type": "chat", "streaming": "true", "concurrency": "6"}
-        self.assertEqual(replayed(recorded_run("run_0_3_success"))[0].labels(), known)
-        self.assertLessEqual(known.items(), replayed(recorded_run("run_0_6_success"))[0].labels().items())
-        rate = replayed(recorded_run("run_0_13_duration_rate"))[0].labels()
-        self.assertEqual(rate, {"benchmark_id": "dfc261dc81ea", "request_rate": "25.0"})
 
     def test_nothing_of_one_run_is_left_in_the_next(self) -> None:
         some = "0_3_success 0_6_success 0_12_failed_configure 0_13_killed 0_13_all_errors 0_13_failed_configure"
@@ -2136,13 +2062,6 @@ class TestRecordedRuns(unittest.TestCase):
 
 
 class TestLifeOfARun(BenchmarkTestCase):
-    def test_before_the_first_message_everything_has_an_answer(self) -> None:
-        found = answers(self.benchmark, BASE_NS)
-        self.assertEqual((found["status"]["state"], found["status"]["stale"]), ("waiting", False))
-        self.assertIsNone(found["status"]["elapsed_sec"])
-        self.assertEqual((found["results"]["status"], found["results"]["results"]), ("running", None))
-        self.assertEqual((self.benchmark.runs(1), self.benchmark.run_number, self.benchmark.version), ([], 1, 0))
-
     def test_without_announced_states_the_commands_lead(self) -> None:
         seen = []
         for command in ("profile_configure", "profile_start", "profile_complete", "shutdown"):
@@ -2224,17 +2143,16 @@ class TestLifeOfARun(BenchmarkTestCase):
         self.setUp()
         self.benchmark.apply(message, 1)
         self.assertIn("60000 items", self.benchmark.results()["reason"])
-        self.setUp()
-        self.send_phase(1, "start", "profiling", start_ns=1, total_expected_requests=10)
-        self.send_results(2, successful_request_count=5, error_request_count=5, errors={499: 3, 500: 2})
-        self.check_progress(2, completed=7, errors=2, cancelled=3)
-        self.setUp()
-        self.send_results(2, successful_request_count=5, error_request_count=0, errors={499: 3})  # not among the errors
-        self.check_progress(2, completed=5, errors=0)
-        self.setUp()
-        errors = {**dict.fromkeys(range(1000, 1120), 2), 499: 1}  # aborted ones count, however rare
-        self.send_results(2, successful_request_count=5, error_request_count=241, errors=errors)
-        self.check_progress(2, cancelled=1)
+        aborted = {**dict.fromkeys(range(1000, 1120), 2), 499: 1}  # they count, however rare
+        for count, errors, wanted in (
+            (5, {499: 3, 500: 2}, {"completed": 7, "errors": 2, "cancelled": 3}),
+            (0, {499: 3}, {"completed": 5, "errors": 0}),  # not among the errors
+            (241, aborted, {"cancelled": 1}),
+        ):
+            self.setUp()
+            self.send_phase(1, "start", "profiling", start_ns=1, total_expected_requests=10)
+            self.send_results(2, successful_request_count=5, error_request_count=count, errors=errors)
+            self.check_progress(2, **wanted)
 
     def test_results_that_are_too_large_still_end_the_run(self) -> None:
         self.send_phase(1, "progress", "profiling", requests_sent=1, requests_completed=1)
@@ -2341,11 +2259,6 @@ class TestProgress(BenchmarkTestCase):
         self.send(9 * SECOND, "credits_complete")
         self.check_progress(9 * SECOND, percent_complete=100)
 
-    def test_a_run_by_duration_counts_time(self) -> None:
-        begin = 100 * SECOND
-        self.send_phase(begin, "start", "profiling", start_ns=begin, expected_duration_sec=20)
-        self.check_progress(begin + 5 * SECOND, total=None, percent_complete=25, eta_sec=15, elapsed_ns=5 * SECOND)
-
     def test_pace_and_time_left_are_named_as_in_aiperf(self) -> None:
         begin = 100 * SECOND
         self.send_phase(begin, "start", "profiling", start_ns=begin, total_expected_requests=100)
@@ -2363,7 +2276,7 @@ class TestProgress(BenchmarkTestCase):
     def test_a_different_clock_is_told_from_the_messages(self) -> None:
         theirs, ours = 5 * SECOND, BASE_NS
         self.send_phase(ours, "start", "profiling", start_ns=theirs, expected_duration_sec=10)
-        self.assertEqual(self.benchmark.progress(ours + SECOND)["elapsed_ns"], SECOND)
+        self.check_progress(ours + SECOND, total=None, elapsed_ns=SECOND, percent_complete=10, eta_sec=9)
         sent_ns = theirs + 4 * SECOND
         self.send(ours + 2 * SECOND, "processing_stats", request_ns=sent_ns, processing_stats={"errors": 0})
         self.assertEqual(self.benchmark.progress(ours + 2 * SECOND)["elapsed_ns"], 4 * SECOND)
@@ -2680,16 +2593,6 @@ class TestBadMessages(BenchmarkTestCase):
         self.assertEqual(self.benchmark.config(), {})
         self.assertEqual({error.kind for error in self.late_errors}, {"too_large"})
 
-    def test_a_message_is_walked_so_far_and_no_further(self) -> None:
-        self.send_metrics(BASE_NS, {"tag": "u" * 513, "avg": 1}, *({"tag": f"t{i}", "avg": 1} for i in range(9000)))
-        self.assertEqual(len(self.benchmark.figures("metrics")), aiperf_api.ROWS_MAX - 1)
-        self.assertEqual([error.kind for error in self.late_errors], ["bad_shape"])
-        series = [{"labels": {"a": str(index)}, "stats": {"avg": 1.0}} for index in range(9000)]
-        summaries = {"e": {"metrics": {"m": {"type": "gauge", "series": series}}}}
-        self.send(BASE_NS, "realtime_server_metrics", endpoint_summaries=summaries)
-        kept = self.benchmark.server_metrics()["endpoint_summaries"]["e"]["metrics"]["m"]["series"]
-        self.assertLessEqual(len(kept), aiperf_api.ROWS_MAX)
-
 
 class TestMessageTypes(unittest.TestCase):
     def test_the_lists_fit_together(self) -> None:
@@ -2699,10 +2602,6 @@ class TestMessageTypes(unittest.TestCase):
         for topic in aiperf_api.CORE_TOPICS:  # a topic is a prefix: it must match no other type
             others = [kind for kind in known if kind.encode() != re.split(b"[.$]", topic)[0]]
             self.assertFalse([kind for kind in others if f"{kind}$".encode().startswith(topic)])
-
-    def test_a_message_is_parsed_once(self) -> None:
-        message = aiperf_api.BusMessage("t", b'{"a":1}')
-        self.assertIs(message.value, message.value)
 
 
 class TestStateFamilies(BenchmarkTestCase):
@@ -3635,14 +3534,6 @@ class TestSlowClients(HubTestCase):  # they cost nobody else anything, and know 
         self.assertLess(max(slow.subscriber.outstanding, self.hub.unsent.total), 2 * size)
         self.assertEqual(slow.drain_all(), [("a", 1), {"S": 39}, ("S", 41)])
 
-    def test_it_is_behind_by_the_age_of_what_waits_not_by_how_long_it_has_queued(self) -> None:
-        slow = self.full_client()
-        for _ in range(40):  # a second each: always behind, never by five seconds
-            self.now += 1
-            self.send("S", size=slow.HIGH)
-            slow.drain(slow.HIGH)
-        self.assertEqual((slow.subscriber.slow, slow.subscriber.skipped), (False, 0))
-
     def test_events_are_bounded_in_number_and_bytes_dropped_ones_are_counted_the_newest_state_fits(self) -> None:
         for count, size in ((aiperf_api.CLIENT_QUEUE_EVENTS_MAX + 7, 0), (30, 1 << 20)):
             slow = self.full_client()
@@ -4349,13 +4240,6 @@ class TestServiceAnswers(ServiceTestCase):
                 await client.get(f"/api/config?{n}")
             self.assertLessEqual(len(self.service._answers), 16)
 
-    async def test_metrics_negotiates_by_accept(self) -> None:
-        text, openmetrics = aiperf_api.CONTENT_TYPE_TEXT_0_0_4, aiperf_api.CONTENT_TYPE_OPENMETRICS_1_0_0
-        for accept, kind in (("application/openmetrics-text", openmetrics), ("application/vnd.google.protobuf", text)):
-            answer = await self.get("/metrics", headers={"Accept": accept})
-            self.assertEqual(answer.headers["content-type"], kind)
-            self.assertEqual(answer.body.endswith(b"# EOF\n"), kind == openmetrics)
-
     async def test_a_new_run_starts_from_empty_also_within_one_batch_of_messages(self) -> None:
         fields = (
             {"message_type": "system_state_changed", "state": "profiling"},
@@ -4836,12 +4720,6 @@ class TestTokens(WireTestCase):
 
     async def upgrade(self, subprotocols: str) -> Answer:
         return await (await self.client()).upgrade(headers={"Sec-WebSocket-Protocol": subprotocols})
-
-    async def test_an_upgrade_chooses_another_subprotocol_than_the_token(self) -> None:
-        self.service.settings = self.service.settings._replace(token="plain-token")  # what a subprotocol can hold
-        for offered, chosen in (("aiperf.token.plain-token, aiperf", "aiperf"), ("aiperf.token.plain-token", None)):
-            answer = await self.upgrade(offered)
-            self.assertEqual((answer.status, answer.headers.get("sec-websocket-protocol")), (101, chosen))
 
     async def test_every_route_but_health_and_files_needs_it(self) -> None:
         for route in aiperf_api.ROUTES:
@@ -5495,16 +5373,15 @@ def masked(text: str) -> str:
 class Shell:
     """Runs a line of shell in a process group of its own and gives the lines that it prints; half a minute ends it."""
 
-    def __init__(self, command: str, folder: str, errors: int | None = None) -> None:
+    def __init__(self, command: str, folder: str) -> None:
         for name, target in (("aiperf-api", f'"{ROOT}/aiperf_api.py" "$@"'), ("python3", '"$@"')):
             self.program(folder, name, f'exec "{sys.executable}" {target}')
         self.program(folder, "aiperf", "sleep 30")  # somebody else's benchmark
         path = f"{folder}/bin{os.pathsep}{os.environ['PATH']}"
         environ = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "COLUMNS": "80"}
-        output = {"stdout": subprocess.DEVNULL if errors else subprocess.PIPE, "stderr": errors}
         where: Any = {"cwd": folder, "env": environ, "stdin": subprocess.DEVNULL, "start_new_session": True}
-        self.process = subprocess.Popen(["bash", "-c", command], **where, **output)
-        self.pipe = cast(IO[bytes], self.process.stdout or self.process.stderr)
+        self.process = subprocess.Popen(["bash", "-c", command], **where, stdout=subprocess.PIPE)
+        self.pipe = cast(IO[bytes], self.process.stdout)
         self.timer = threading.Timer(30, self._kill)
         self.timer.start()
 
@@ -5588,8 +5465,8 @@ class TestReadmeSessions(unittest.TestCase):
         self.addCleanup(folder.cleanup)
         self.folder = folder.name
 
-    def shell(self, command: str, errors: int | None = None) -> Shell:
-        shell = Shell(command, self.folder, errors)
+    def shell(self, command: str) -> Shell:
+        shell = Shell(command, self.folder)
         self.addCleanup(shell.close)
         return shell
 
@@ -5620,7 +5497,7 @@ class TestReadmeSessions(unittest.TestCase):
         for command, shown in sessions_of(*blocks("console", "start")):
             with self.subTest(command):
                 port, lines = str(free_port()), [""]
-                shell = self.shell(command.replace("9090", port), subprocess.PIPE)
+                shell = self.shell(command.replace("9090", port) + " 2>&1 >/dev/null")
                 while not lines[-1].startswith("  source"):
                     lines.append(next(shell.lines()).replace(port, "9090"))
                 self.assertIn(shown, (lines[1:], []))
@@ -5676,11 +5553,9 @@ class TestDescriptions(ServiceTestCase):  # made of the routes and types, and he
         cls.openapi, cls.asyncapi = (json.loads((STATIC / f"{name}.json").read_text("utf-8")) for name in names)
 
     @staticmethod
-    def judge(document: Any, schema: Any) -> Any:
+    def judge(document: Any, schema: Any) -> Any:  # a name is one of the document's
+        schema = {"$ref": f"#/components/schemas/{schema}"} if isinstance(schema, str) else schema
         return jsonschema.Draft202012Validator({"components": {"schemas": document["components"]["schemas"]}, **schema})
-
-    def message_judge(self, name: str) -> Any:
-        return self.judge(self.asyncapi, {"$ref": f"#/components/schemas/{name}"})
 
     def validators(self) -> dict[str, Any]:
         """Return a validator for each path that answers in JSON of a known shape."""
@@ -5713,9 +5588,9 @@ class TestDescriptions(ServiceTestCase):  # made of the routes and types, and he
     @needs_recordings
     @unittest.skipUnless(jsonschema, "needs the jsonschema package")
     async def test_answers_and_messages_are_as_described_through_every_recording(self) -> None:
-        schemas, any_message = self.asyncapi["components"]["schemas"], self.message_judge("BusMessage")
+        schemas, any_message = self.asyncapi["components"]["schemas"], self.judge(self.asyncapi, "BusMessage")
         kinds = {shape["properties"].get("message_type", {}).get("const"): name for name, shape in schemas.items()}
-        judges = {kind: self.message_judge(name) for kind, name in kinds.items() if kind}
+        judges = {kind: self.judge(self.asyncapi, name) for kind, name in kinds.items() if kind}
         validators, seen = self.validators(), set()
         with self.subTest("before a message"):
             await self.check_answers(self.service, validators)
@@ -5759,7 +5634,7 @@ class TestDescriptions(ServiceTestCase):  # made of the routes and types, and he
             ({"type": "sing"}, "ClientError"),
         ):
             client.say(message)
-            self.message_judge(name).validate(await client.hear())
+            self.judge(self.asyncapi, name).validate(await client.hear())
 
 
 if __name__ == "__main__":
