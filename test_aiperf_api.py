@@ -79,16 +79,6 @@ def chopped(data: bytes, size: int) -> list[bytes]:
     return [data[at : at + size] for at in range(0, len(data), size)]
 
 
-def for_all(*strategies: Any, examples: int) -> Callable[[Callable[..., None]], None]:
-    """Run the decorated check at once, over examples of the strategies; so that hypothesis may be missing on import."""
-
-    def run(check: Callable[..., None]) -> None:
-        settings = hypothesis.settings(max_examples=examples, deadline=None, database=None)
-        settings(hypothesis.given(*strategies)(check))()
-
-    return run
-
-
 @functools.cache
 def wire_recording(name: str) -> tuple[tuple[int, bytes, bytes], ...]:  # (t in ns, topic, payload)
     if not RECORDINGS.is_dir():
@@ -575,20 +565,16 @@ class TestJSON(unittest.TestCase):  # every case over orjson and over json, wher
                 for unfit in (b"x", {1, 2}, object()):
                     self.assertRaises(TypeError, aiperf_api.json_bytes, unfit)
 
-    @unittest.skipUnless(hypothesis and vars(aiperf_api)["orjson"], "needs the hypothesis and orjson packages")
+    @unittest.skipUnless(vars(aiperf_api)["orjson"], "needs the orjson package")
     def test_random_texts_are_read_alike(self) -> None:
-        alphabet = st.sampled_from(list('{}[]",:0123456789.eE+-\\u dD8fntrue ls\u00e9'))
-
-        @for_all(st.lists(alphabet, max_size=30).map("".join), examples=2000 if DEEP else 500)
-        def check(text: str) -> None:
+        dice = random.Random(1)
+        for _ in range(20_000 if DEEP else 5_000):
+            text = "".join(dice.choices('{}[]",:0123456789.eE+-\\u dD8fntrue ls\u00e9', k=dice.randrange(12)))
             results = []
             for decoder in decoders:
-                with decoder:
-                    try:
-                        results.append(repr(aiperf_api.json_load(text.encode())))
-                    except aiperf_api.JSONError:
-                        results.append("refused")
-            self.assertEqual(results[0], results[1])
+                with decoder, contextlib.suppress(aiperf_api.JSONError):
+                    results.append(repr(aiperf_api.json_load(text.encode())))
+            self.assertIn(results, ([], results[:1] * 2), text)
 
 
 SECRET = "sk-1234567890abcdef"  # looks random: it is remembered
@@ -1076,25 +1062,6 @@ class TestRequestsAccepted(unittest.TestCase):
             for size in (1, 3, 1000):
                 self.assertEqual(len(read_requests(chopped(stream, size))), 2)
 
-    def test_started_and_is_head_tell_of_the_head_at_hand(self) -> None:
-        parser = aiperf_api.RequestParser()
-        for data, started, is_head in ((b"\r\n", 0, 0), (b"HEAD", 1, 0), (b" /\0", 1, 1)):
-            parser.feed(data)
-            self.assertIsNone(parser.next_request())
-            self.assertEqual((parser.started, parser.is_head), (bool(started), bool(is_head)))
-        parser.feed(b"\r\n")
-        self.assertRaises(aiperf_api.HTTPError, parser.next_request)
-        self.assertEqual((parser.started, parser.is_head), (False, True))
-
-    def test_early_bytes_behind_an_upgrade_are_not_lost(self) -> None:
-        for size in (1, 7, 10_000):
-            parser, found = aiperf_api.RequestParser(), None
-            for piece in chopped(UPGRADE + TEXT + PING, size):
-                parser.feed(piece)
-                found = parser.next_request() or found
-            self.assertEqual((found.wants_upgrade, found.keep_alive), (True, False))
-            self.assertEqual((parser.take_rest(), parser.take_rest()), (TEXT + PING, b""))
-
     def test_limits_are_met_exactly(self) -> None:
         target = b"/" + b"a" * (aiperf_api._TARGET_BYTES_MAX - 1)
         lines = [b"X-%d: y" % at for at in range(aiperf_api.HTTP_FIELDS_MAX - 1)]
@@ -1176,7 +1143,8 @@ class TestRequestsRefused(unittest.TestCase):
         streams = st.lists(known | st.binary(max_size=20), max_size=5).map(b"".join)
         changes = st.lists(st.tuples(st.integers(0, 1 << 16), st.integers(0, 255)), max_size=2)
 
-        @for_all(streams, changes, examples=1000 if DEEP else 37)
+        @hypothesis.settings(max_examples=1000 if DEEP else 37, deadline=None, database=None)
+        @hypothesis.given(streams, changes)
         def check(stream: bytes, changes: list[tuple[int, int]]) -> None:
             data = bytearray(stream + GET)
             for place, value in changes:
@@ -1189,6 +1157,8 @@ class TestRequestsRefused(unittest.TestCase):
             self.assertEqual((ours.method.encode(), ours.target.encode()), theirs[:2])
             self.assertEqual({name.encode() for name in ours.headers} | {b"host"}, theirs[2] | {b"host"})
 
+        check()
+
 
 class TestRequestMemo(unittest.TestCase):
     def test_recall_knows_whole_heads_that_were_read_and_may_be_followed_by_others(self) -> None:
@@ -1200,14 +1170,6 @@ class TestRequestMemo(unittest.TestCase):
             self.assertIsNone(parser.recall(data))
         parser.feed(GET[:5])
         self.assertIsNone(parser.recall(GET), "bytes wait to be read first")
-
-    def test_recall_knows_nothing_behind_the_last_request(self) -> None:
-        for last in (head(b"Connection: close"), head(b"Content-Length: 1"), UPGRADE):
-            memo = {}
-            parser = aiperf_api.RequestParser(memo)
-            parser.feed(GET + last)
-            self.assertEqual([parser.next_request().keep_alive, parser.next_request().keep_alive], [True, False])
-            self.assertEqual((parser.recall(GET), parser.recall(last), list(memo)), (None, None, [GET]))
 
     def test_a_flood_of_pipelined_requests_takes_linear_time(self) -> None:
         stream = (GET + b"\r\n") * 10_000
@@ -2524,14 +2486,6 @@ class TestBadMessages(BenchmarkTestCase):
             self.assertEqual(self.benchmark.figures("metrics"), {"t": {"avg": 99}})
         self.assertEqual([error.kind for error in self.late_errors], ["not_json"])
 
-    def test_a_nan_costs_its_own_value_alone(self) -> None:
-        payload = b'{"metrics":[{"tag":"t","avg":NaN,"max":3},{"tag":"u","avg":-Infinity}]}'
-        for now_ns, late in ((BASE_NS, []), (BASE_NS + 1, ["not_finite"])):  # read at once, and when asked for
-            message = aiperf_api.BusMessage("realtime_metrics", payload)
-            self.benchmark.apply(message, now_ns)
-            self.assertEqual(self.benchmark.figures("metrics")["t"], {"max": 3})
-            self.assertEqual([error.kind for error in self.late_errors], late)
-
     def test_a_hostile_publisher_cannot_fill_the_memory(self) -> None:
         junk = "x" * 1000
         for index in range(aiperf_api.EXTRAS_MAX + 10):
@@ -2551,9 +2505,7 @@ class TestBadMessages(BenchmarkTestCase):
         self.assertEqual(self.benchmark.config(), {})
         self.assertEqual({error.kind for error in self.late_errors}, {"too_large"})
 
-
-class TestMessageTypes(unittest.TestCase):
-    def test_the_lists_fit_together(self) -> None:
+    def test_the_lists_of_message_types_fit_together(self) -> None:
         known = aiperf_api.KNOWN_MESSAGE_TYPES
         parts = (aiperf_api.FIGURES_MESSAGE_TYPES, aiperf_api.STATE_MESSAGE_TYPES, aiperf_api.RESULT_MESSAGE_TYPES)
         self.assertLessEqual(frozenset().union(*parts), known)
@@ -5429,17 +5381,6 @@ class TestDescriptions(ServiceTestCase):  # made of the routes and types, and he
             if content.get("application/json", {}).get("schema") and len(content) == 1:
                 found[path.replace("{n}", "1")] = self.judge(self.openapi, content["application/json"]["schema"])
         return found
-
-    def test_every_reference_leads_somewhere_and_every_shape_is_used(self) -> None:
-        for document in (self.openapi, self.asyncapi):
-            references = set(re.findall(r'"\$ref": "#/([^"]+)"', json.dumps(document)))
-            self.assertGreater(len(references), 20)
-            for reference in references:
-                place = document
-                for step in reference.replace("~1", "/").split("/"):
-                    place = place[step]
-            shapes = {f"components/schemas/{name}" for name in document["components"]["schemas"]}
-            self.assertLessEqual(shapes, references)
 
     def test_asyncapi_names_each_message_type(self) -> None:
         schemas = self.asyncapi["components"]["schemas"].values()
