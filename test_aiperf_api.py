@@ -180,7 +180,6 @@ class ServiceTestCase(LoopTestCase):
     """A running service and its clients, all ended with the test."""
 
     options: Mapping[str, Any] = {}  # of the service that each test has
-    service: Any
 
     async def asyncSetUp(self) -> None:
         await super().asyncSetUp()
@@ -348,14 +347,12 @@ class SourceRules:
             yield from self._uses(child, local)
 
     def _arrows(self) -> Iterator[tuple[int, str]]:
-        """Names used above the room that defines them, or in a room that must not know of them."""
         for line, name in self._uses(self.tree):
             here, there = self.room(line), self.defined.get(name, 0)
             if there > here or there in ROOM_WALLS.get(here, ()):
                 yield line, f"room {here} uses {name} of room {there}"
 
     def _walls(self) -> Iterator[tuple[int, str]]:
-        """Modules, files and the environment used outside the rooms that may."""
         used = {(line, self.modules.get(name, "")) for line, name in self._uses(self.tree)}
         called = [node.func for node in self.nodes if isinstance(node, ast.Call)]
         used |= {(node.lineno, getattr(node, "attr", getattr(node, "id", ""))) for node in called}
@@ -365,7 +362,6 @@ class SourceRules:
                 yield line, f"room {self.room(line)} uses {name}"
 
     def _mutables(self) -> Iterator[tuple[int, str]]:
-        """Mutable values bound in the module or in a class body, and `global` statements."""
         yield from ((node.lineno, "global") for node in self.nodes if isinstance(node, ast.Global))
         for node in itertools.chain(self.tree.body, *(n.body for n in self.nodes if isinstance(n, ast.ClassDef))):
             if isinstance(node, (ast.Assign, ast.AnnAssign)) and not ast.unparse(node).startswith("__all__"):
@@ -439,8 +435,6 @@ class TestArchitecture(unittest.TestCase):  # on the module, and on samples that
         self.assertEqual(done.stdout, "[] 1 []\n")
 
 
-# -- The program in a process of its own -------------------------------------------------------------------------------
-
 STATIC = ROOT / "static"
 needs_static = unittest.skipUnless((STATIC / "dashboard.html").exists(), "needs the folder static/ beside it")
 
@@ -460,7 +454,7 @@ class Program:
 
     def __init__(self, *arguments: str, program: Sequence[str] = (str(ROOT / "aiperf_api.py"),)) -> None:
         self.command = [sys.executable, *program, "--api-port", "0", *arguments]
-        self.lines: list[str] = []  # what it said before it was ready
+        self.lines = []  # what it said before it was ready
 
     def __enter__(self) -> str:
         self.process = subprocess.Popen(self.command, stderr=subprocess.PIPE, text=True)
@@ -724,14 +718,12 @@ class TestSecrets(unittest.TestCase):  # hidden by key, by form and by value; al
 
 
 class TestPrintable(unittest.TestCase):  # CR/LF in log lines, control characters in a terminal, bus strings included
-    def test_other_characters_are_escaped_and_it_is_cut(self) -> None:
+    def test_other_characters_are_escaped_it_is_cut_and_tokens_are_never_logged(self) -> None:
         for text, shown in (
             ("a\r\nb\x1b[31m\x7f\u2028é\ud800\\", r"a\r\nb\x1b[31m\x7f\u2028\xe9\ud800\\"), (b"a\xff\n", r"a\xff\n"),
             ("x" * 200, "x" * 200), ("x" * 201, "x" * 200 + "..."), (b"\xff" * 1_000_000, r"\xff" * 50 + "..."),
         ):  # fmt: skip
             self.assertEqual(aiperf_api.printable(text), shown)
-
-    def test_tokens_are_never_logged(self) -> None:
         for text in (
             "/ws?token=s3cret&x=1", "/ws?x=1&token=s3cret", "/?%74oken=s3cret", "/?t%6Fk%65N=s3cret", "Bearer s3cret",
             "chat, aiperf.token.s3cret", "http://h/?TOKEN=s3,cret",
@@ -770,7 +762,6 @@ def feed_all(parser: aiperf_api.FrameParser, pieces: Iterable[bytes]) -> list[ai
 
 
 def echo(pieces: Iterable[bytes], max_message: int = 32 << 20) -> list[tuple[int, bytes]]:
-    """What an echo server sends: (opcode, payload) of each frame; of a Close only its code (b"" for none)."""
     sent = []
     for kind, data, code, _ in feed_all(aiperf_api.FrameParser(max_message), pieces):
         if kind in ("close", "failure"):
@@ -838,10 +829,10 @@ AUTOBAHN_CASES: list[tuple[str, list[bytes], list[tuple[int, bytes]]]] = [
       for code in (0, 999, 1004, 1005, 1006, 1015, 1016, 1100, 2000, 2999, 5000, 65535)),
 ]
 
-# Groups 6.5 to 6.23, Markus Kuhn's sequences: of each kind the first and the last; below, each byte that may not start one.
+# Groups 6.5 to 6.23, Markus Kuhn's sequences: of each kind the first and the last.
 UTF8_VALID = [COSMOS, *map(str.encode, "\0\x7f\x80\u07ff\u0800\ud7ff\ue000\ufdd0\ufffe\uffff\U00010000\U0010ffff")]
 UTF8_INVALID = [
-    *(COSMOS[:at] for at in (1, 3, 10)), b"\x80\xbf", b"\xed\xa0\x80", b"\xed\xbf\xbf", b"\xed\xa0\x80\xed\xb0\x80",  # surrogates
+    *(COSMOS[:at] for at in (1, 3, 10)), b"\x80\xbf", *(b"\xed\xa0\x80", b"\xed\xbf\xbf", b"\xed\xa0\x80\xed\xb0\x80"),
     *(b"\xc0\x80", b"\xc1\xbf", b"\xe0\x80\x80", b"\xe0\x9f\xbf", b"\xf0\x80\x80\x80", b"\xf0\x8f\xbf\xbf"),  # overlong
     *(b"\xf4\x90\x80\x80", b"\xf7\xbf\xbf\xbf", b"\xf8\x88\x80\x80\x80", b"\xfd\xbf\xbf\xbf\xbf\xbf"),  # above U+10FFFF
     *(bytes((first, 0x20)) for first in range(0x80, 0x100)), *(b"\xe0\x80", b"\xf0\x80\x80", b"\xdf", b"\xef\xbf", b"\xf7\xbf\xbf"),
@@ -921,14 +912,12 @@ class TestFrameFaults(unittest.TestCase):  # each is found at the byte that comm
         ):  # fmt: skip
             self.fails(data, 1002)
 
-    def test_a_declared_length_over_the_limit_is_1009_before_a_byte_of_it_is_read(self) -> None:
+    def test_a_length_over_the_limit_of_all_fragments_is_1009_before_a_byte_of_it_is_read(self) -> None:
         self.fails(b"\x81\xff\x7f\xff\xff\xff\xff\xff\xff\xff", 1009)
         self.fails(b"\x82\xff\x00\x00\x00\x00\x00\x01\x00\x01", 1009)
         self.fails(b"\x82\xfe\x03\xe9", 1009, max_message=1000)
         self.fails(b"\x82\x8b", 1009, max_message=10)
         self.assertEqual(echo([client_frame(2, bytes(65536))], 65536), [(2, bytes(65536))])
-
-    def test_the_limit_is_one_of_all_fragments_whatever_stands_between_them(self) -> None:
         part = client_frame(2, bytes(600), fin=False) + PING
         self.fails(part + client_frame(10, b"x") + b"\x80\xfe\x01\x91", 1009, max_message=1000)
         self.assertEqual(echo([(part + client_frame(0, bytes(400))) * 3], 1000), [PONG_BACK, (2, bytes(1000))] * 3)
@@ -1130,10 +1119,6 @@ class TestRequestsRefused(unittest.TestCase):
                 for at in range(0, len(data), max(1, len(data) // 50)):
                     self.assertEqual(read_requests([data[:at], data[at:]]), [status])
 
-    def test_what_can_never_be_a_request_is_refused_at_its_first_byte_or_lf(self) -> None:
-        for data in (b"\x16", b"\0", b"\n", b" ", b"\x7f", b"\x80", b"\xff", b"GET / HTTP/1.1\n"):
-            self.assertEqual(read_requests([data]), [400])
-
     @unittest.skipUnless(hypothesis and h11, "needs the hypothesis and h11 packages")
     def test_what_we_accept_h11_accepts_and_reads_the_same(self) -> None:
         """Heads with every fault that we know of, several in a row, broken anywhere."""
@@ -1170,6 +1155,9 @@ class TestRequestMemo(unittest.TestCase):
             self.assertIsNone(parser.recall(data))
         parser.feed(GET[:5])
         self.assertIsNone(parser.recall(GET), "bytes wait to be read first")
+        parser.feed(GET[5:] + head(b"Connection: close"))
+        self.assertEqual([parser.next_request().keep_alive, parser.next_request().keep_alive], [True, False])
+        self.assertEqual((parser.recall(GET), list(memo)), (None, [GET]), "nothing behind the last one")
 
     def test_a_flood_of_pipelined_requests_takes_linear_time(self) -> None:
         stream = (GET + b"\r\n") * 10_000
@@ -1819,7 +1807,7 @@ class BenchmarkTestCase(unittest.TestCase):
     """A benchmark, and messages for it that are made on the spot."""
 
     def setUp(self) -> None:
-        self.late_errors: list[aiperf_api.BusError] = []
+        self.late_errors = []
         self.benchmark = aiperf_api.Benchmark(self.late_errors.append)
 
     def send(self, now_ns: int, message_type: str, /, **fields: Any) -> None:
@@ -1857,23 +1845,23 @@ class EndState(NamedTuple):  # its first four fields as figures() has them
 
 
 def figures(progress: dict[str, Any]) -> tuple[Any, ...]:
-    """Return what a run has come to, of an answer of /api/progress."""
     return tuple(progress[field] for field in ("system_state", "total", "completed", "errors"))
 
 
 RUN = "initializing configuring ready profiling processing complete"
 STOPPED = "initializing configuring ready profiling processing stopping complete"
 EARLY = "initializing configuring "
+BEGUN = EARLY + "ready profiling "
 
 END_STATES = {
     "run_0_3_success": EndState("complete", 300, 300, 5, 270.1859, 100, RUN),
     "run_0_6_success": EndState("complete", 300, 300, 6, 270.1107, 100, RUN),
     "run_0_12_failed_configure": EndState("failed", None, 0, 0, None, 0, EARLY + "failed", "okenizer"),
-    "run_0_13_all_errors": EndState("failed", 200, 200, 200, None, 100, EARLY + "ready profiling processing failed", "failed: 500 Internal Server Error: "),
-    "run_0_13_cancelled": EndState("cancelled", 900, 408, 7, 272.0799, 45.3333, EARLY + "ready profiling stopping cancelled"),
+    "run_0_13_all_errors": EndState("failed", 200, 200, 200, None, 100, BEGUN + "processing failed", "500 Internal Server Error"),
+    "run_0_13_cancelled": EndState("cancelled", 900, 408, 7, 272.0799, 45.3333, BEGUN + "stopping cancelled"),
     "run_0_13_duration_rate": EndState("complete", None, 510, 12, 273.3076, 100, STOPPED),
     "run_0_13_failed_configure": EndState("failed", None, 0, 0, None, 0, EARLY + "failed", "okenizer"),
-    "run_0_13_failed_request_threshold": EndState("cancelled", 400, 11, 7, 444.5401, 2.75, EARLY + "ready profiling processing cancelled", "Run cancelled before all records"),
+    "run_0_13_failed_request_threshold": EndState("cancelled", 400, 11, 7, 444.5401, 2.75, BEGUN + "processing cancelled", "before all records"),
     "run_0_13_four_phases": EndState("complete", None, 359, 7, None, 100, RUN),
     "run_0_13_goodput": EndState("complete", 200, 200, 5, 500.9913, 100, STOPPED),
     "run_0_13_gpu_and_server_metrics": EndState("complete", 1300, 1300, 23, 276.0126, 100, RUN),
@@ -1881,7 +1869,7 @@ END_STATES = {
     "run_0_13_killed": EndState("profiling", 800, 76, 1, None, 9.5, EARLY + "ready profiling"),
     "run_0_13_multi_turn": EndState("complete", None, 77, 2, None, 100, STOPPED),
     "run_0_13_no_realtime_metrics": EndState("complete", 800, 800, 14, 297.6002, 100, RUN),
-    "run_0_13_server_down": EndState("failed", 200, 200, 200, None, 100, EARLY + "ready profiling processing failed", "failed: ClientConnectorError("),
+    "run_0_13_server_down": EndState("failed", 200, 200, 200, None, 100, BEGUN + "processing failed", "ClientConnectorError"),
     "run_0_13_success": EndState("complete", 800, 800, 9, 275.0049, 100, RUN),
     "run_0_13_sweep_of_three": EndState("complete", 60, 60, 0, None, 100, " ".join([RUN] * 3)),
     "run_0_13_timeslices": EndState("complete", None, 232, 1, None, 100, RUN),
@@ -1994,7 +1982,6 @@ class TestRecordedRuns(unittest.TestCase):
         later = benchmark.progress(now_ns + 3600 * SECOND)
         self.assertIsNone(later["eta_sec"])
         self.assertLess(later["elapsed_ns"], 20 * SECOND)
-        self.assertTrue(benchmark.status(now_ns + 3600 * SECOND)["stale"])
         benchmark, now_ns = replayed(recorded_run("run_0_13_success"))
         self.assertFalse(benchmark.is_stale(now_ns + 3600 * SECOND))
         self.assertEqual(benchmark.progress(now_ns + 3600 * SECOND), benchmark.progress(now_ns))
@@ -2028,7 +2015,7 @@ class TestLifeOfARun(BenchmarkTestCase):
         commands = [command(name) for name in ("profile_configure", "profile_start", "profile_complete", "shutdown")]
         one, start = phase("progress", requests_sent=1, requests_completed=1), phase("start", start_ns=1)
         all_failed = phase("complete", requests_sent=5, requests_completed=5, request_errors=5)
-        done, cancelled = (("benchmark_complete", {"was_cancelled": was_cancelled}) for was_cancelled in (False, True))
+        done, cancelled = (("benchmark_complete", {"was_cancelled": flag}) for flag in (False, True))
         off, cancel = ("system_state_changed", {"state": "shutdown"}), command("profile_cancel")
         some = "process_all_results", self.results({})
         metrics = "realtime_metrics", {"metrics": [{"tag": "t", "avg": 1}]}
@@ -2136,8 +2123,7 @@ class TestLifeOfARun(BenchmarkTestCase):
         self.send_phase(1, "progress", "profiling", start_ns=6)
         self.assertEqual(self.benchmark.run_number, 2)
         first = self.benchmark.runs(1)[0]
-        self.assertEqual(first["state"], "failed")
-        self.assertIn("fell silent", first["error"])
+        self.assertEqual((first["state"], "fell silent" in first["error"]), ("failed", True))
 
     def test_silence_makes_a_registration_the_start_of_another_run(self) -> None:
         self.send_phase(1, "start", "profiling", start_ns=5)
@@ -2227,9 +2213,13 @@ class TestWorkers(BenchmarkTestCase):
         self.send(2, "worker_health", service_id="w1", health=health, task_stats={"total": 5, "failed": None})
         stats = {"w1": {"processed": 3, "errors": 1}, "w3": {"success_records": 2, "error_records": 0}}
         self.send(3, "processing_stats", processing_stats={"errors": 1}, worker_stats=stats)
+        group = {"group_id": "g", "status": "healthy", "declared_workers": 2, "task_stats": {"total": 4}}
+        self.send(4, "worker_group_stats", **group, worker_statuses={"w4": "stale"})
         workers = self.benchmark.workers()
-        self.assertEqual((workers["total_workers"], workers["active_workers"]), (3, 1))
-        self.assertEqual(workers["worker_statuses"], {"w1": "healthy", "w2": "idle", "w3": "idle"})
+        self.assertEqual((workers["total_workers"], workers["active_workers"]), (4, 1))
+        self.assertEqual(workers["worker_statuses"], {"w1": "healthy", "w2": "idle", "w3": "idle", "w4": "stale"})
+        wanted = {**group, "health": {}, "last_update_ns": 4, "workers": {"w4": workers["workers"]["w4"]}}
+        self.assertEqual(workers["worker_groups"], {"g": wanted})
         wanted = {
             "worker_id": "w1", "status": "healthy", "startup_state": "ready", "last_update_ns": 2,
             "task_stats": {"total": 5, "completed": 0, "failed": 0}, "health": {"cpu_usage": 7.0, "io_counters": [1]},
@@ -2285,12 +2275,7 @@ class TestConfiguration(BenchmarkTestCase):
         self.assertEqual(self.benchmark.metrics()["aiperf_version"], "0.13.0")
         self.assertEqual((self.benchmark.label, self.benchmark.runs_expected), ("run 2", None))
 
-    def test_the_message_of_the_data_set_tells_the_id_of_the_benchmark(self) -> None:
-        self.assertIsNone(self.benchmark.status(1)["benchmark_id"])
-        self.send(1, "dataset_configured_notification", benchmark_generation="b")
-        self.assertEqual(self.benchmark.status(1)["benchmark_id"], "b")
-
-    def test_the_artifact_directory_is_the_one_of_the_bus(self) -> None:
+    def test_the_artifact_directory_and_the_id_of_the_benchmark_are_those_of_the_bus(self) -> None:
         self.benchmark.configure({"output": {"artifact_directory": "there"}}, "command")
         self.assertEqual(self.benchmark.artifact_dir(), "there")
         config = {"stats": {"phase": "profiling", "start_ns": 1}, "config": {"artifact_dir": "here/concurrency_2"}}
@@ -2298,6 +2283,8 @@ class TestConfiguration(BenchmarkTestCase):
         self.assertEqual(self.benchmark.artifact_dir(), "there")
         self.send(1, "credit_phase_start", **config)
         self.assertEqual(self.benchmark.artifact_dir(), "here/concurrency_2")
+        self.send(1, "dataset_configured_notification", benchmark_generation="b")
+        self.assertEqual(self.benchmark.status(1)["benchmark_id"], "b")
 
     def test_goodput_shows_its_thresholds_and_share(self) -> None:
         self.assertIsNone(self.benchmark.metrics()["goodput"])
@@ -2484,7 +2471,9 @@ class TestBadMessages(BenchmarkTestCase):
         self.assertEqual(self.late_errors, [])
         for _ in range(2):
             self.assertEqual(self.benchmark.figures("metrics"), {"t": {"avg": 99}})
-        self.assertEqual([error.kind for error in self.late_errors], ["not_json"])
+        self.send_metrics(BASE_NS + 200, *({"tag": f"t{n}", "avg": 1} for n in range(aiperf_api.ROWS_MAX + 1)))
+        self.assertEqual(len(self.benchmark.figures("metrics")), aiperf_api.ROWS_MAX)
+        self.assertEqual([error.kind for error in self.late_errors], ["not_json", "bad_shape"])
 
     def test_a_hostile_publisher_cannot_fill_the_memory(self) -> None:
         junk = "x" * 1000
@@ -2533,7 +2522,8 @@ class TestStateFamilies(BenchmarkTestCase):
         stats = {f"s{index}": 1 for index in range(30)}
         series = [{"labels": {"n": str(index)}, "stats": stats} for index in range(1000)]
         summaries = {"e": {"metrics": {"m": {"type": "gauge", "series": series}}}}
-        self.send(1, "realtime_server_metrics", endpoint_summaries=summaries)
+        self.send(1, "realtime_server_metrics", endpoint_summaries=summaries, snapshot={"num_running": 3, "x": {}})
+        self.assertEqual(self.benchmark.server_metrics()["snapshot"], {"num_running": 3})
         found = [line for line in self.lines() if line.startswith("aiperf_server_m_")]
         self.assertEqual(len(found), 16 * 1000)  # statistics of a series
         self.assertIn(f'benchmark_id="{"b" * 128}"', found[0])
@@ -2740,21 +2730,14 @@ class TestBusAddresses(unittest.TestCase):
             with self.subTest(text), self.assertRaisesRegex(aiperf_api.UsageError, "^not a bus address: "):
                 aiperf_api.bus_source(text, "zmq")
 
-    def test_without_pyzmq_there_is_the_built_in_subscriber_and_no_binding(self):
-        with mock.patch.object(aiperf_api, "zmq", None):
-            self.assertEqual(aiperf_api.bus_source("tcp://h:1", "zmq").backend, "builtin")
-            for options in ({"bind": True}, {"backend": "pyzmq"}):
-                with self.assertRaisesRegex(aiperf_api.UsageError, "need pyzmq"):
-                    aiperf_api.bus_source("tcp://h:1", "zmq", **options)
-
 
 class Inbox:  # what a source delivers and notifies
     def __init__(self, source: aiperf_api.Source, *prefixes: bytes) -> None:
         self.source = source
-        self.messages: list[list[bytes]] = []
-        self.batches: list[int] = []
-        self.times_ns: list[int] = []  # of the bus, when they came
-        self.lines: list[str] = []
+        self.messages = []
+        self.batches = []
+        self.times_ns = []  # of the bus, when they came
+        self.lines = []
         self.cost_sec = 0.0  # of each message
         for prefix in prefixes:
             source.subscribe(prefix)
@@ -2781,8 +2764,8 @@ class RawPublisher:
 
     def __init__(self, handshake: bytes = GREETING_4_3 + READY_XPUB, ipc_path: str = "") -> None:
         self.handshake, self.ipc_path = handshake, ipc_path
-        self.connections: asyncio.Queue[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = asyncio.Queue()
-        self.writers: list[asyncio.StreamWriter] = []
+        self.connections = asyncio.Queue()
+        self.writers = []
 
     async def __aenter__(self):
         if self.ipc_path:
@@ -2893,7 +2876,7 @@ class TestBuiltinBusSource(BusTestCase):  # against peers of literal bytes
         inbox = self.open(aiperf_api.BuiltinBusSource(f"tcp://{'x' * 70}.invalid:5664"))  # IDNA refuses that name
         await self.until(inbox.tells, "no bus at")
 
-    async def test_silence_is_answered_with_pings_and_then_given_up(self):
+    async def test_silence_is_answered_with_pings_and_a_peer_that_does_not_answer_those_is_given_up(self):
         for handshake, constants, line, pings in (
             (GREETING_4_3 + READY_XPUB, {"BUS_HEARTBEAT_SEC": 0.01}, "left 3 PINGs without an answer", 3),
             (GREETING_4_3, {"BUS_HANDSHAKE_SEC": 0.02}, "did not finish the handshake", 0),
@@ -2904,8 +2887,6 @@ class TestBuiltinBusSource(BusTestCase):  # against peers of literal bytes
                 await self.until(inbox.tells, line)
                 await publisher.accept()
                 await inbox.source.stop()
-
-    async def test_a_peer_that_answers_pings_is_kept(self):
         self.patch(BUS_HEARTBEAT_SEC=0.02)
         publisher, inbox = await self.meet()
         reader, writer = await publisher.accept(HELLO)
@@ -3007,7 +2988,6 @@ class TestBusSourcesWithLibzmq(BusTestCase):  # both sources against the real th
         return bus
 
     async def follow(self, bus, source, *prefixes):
-        """Return what a source gets of a bus, which knows its subscriptions."""
         inbox = self.open(source, *prefixes)
         await self.until(bus.has_subscribed, *prefixes)
         return inbox
@@ -3324,7 +3304,7 @@ class HubTestCase(unittest.TestCase):
     """A hub with clients of NDJSON, whose peers and clock the test drives."""
 
     def setUp(self) -> None:
-        self.wanted: list[tuple[str, bool]] = []
+        self.wanted = []
         self.hub = aiperf_api.Hub(lambda name, wanted: self.wanted.append((name, wanted)))
         self.now = 1000.0
         self.count = 0
@@ -3507,10 +3487,8 @@ class TestSlowClients(HubTestCase):  # they cost nobody else anything, and know 
             self.assertEqual((True in found, any(found[: aiperf_api.CLIENT_STALL_SEC])), (stalls, False), name)
 
 
-SMALL_MARKS = {"CLIENT_SOFT_MARK_BYTES": 20_000, "CLIENT_HARD_MARK_BYTES": 90_000, "CLIENT_QUEUE_EVENTS_MAX": 8}
-
-
-@mock.patch.multiple(aiperf_api, CLIENT_WRITE_BYTES_MAX=5_000, **SMALL_MARKS)
+@mock.patch.multiple(aiperf_api, CLIENT_WRITE_BYTES_MAX=5_000, CLIENT_QUEUE_EVENTS_MAX=8)
+@mock.patch.multiple(aiperf_api, CLIENT_SOFT_MARK_BYTES=20_000, CLIENT_HARD_MARK_BYTES=90_000)
 @mock.patch.multiple(PipeTransport, HIGH=2000, LOW=500)
 class TestHubModel(HubTestCase):  # whatever happens in whatever order
     def run_model(self, actions: Iterable[tuple[int, int]]) -> None:
@@ -3564,16 +3542,13 @@ class TestHubModel(HubTestCase):  # whatever happens in whatever order
 
 
 class EchoService(aiperf_api.APIService):
-    """The service, which sends back what a WebSocket sends it: for outside judges, such as the Autobahn suite.
-
-    `python3 test_aiperf_api.py --echo PORT`.  For the tests here it has large answers, too, and time is theirs.
-    """
+    """The service, which sends back what a WebSocket sends it, for judges such as the Autobahn suite."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         self.message_bytes_max = 32 << 20
         self.large = aiperf_api.Response(200, os.urandom(3_000_000), "image/png")
-        self.served: list[str] = []
+        self.served = []
 
     def sweep(self, count: int = 1) -> None:
         for connection in list(self.connections) * count:
@@ -3872,7 +3847,7 @@ class TestConnectionCaps(WireTestCase):
 
 class TestMistakesOfOthersInWebSockets(EchoTestCase):  # that need a connection; in frames alone: room 4
     async def test_autobahn_cases_over_a_socket(self) -> None:
-        for number, frames, expected in AUTOBAHN_CASES if DEEP else AUTOBAHN_CASES[3::7]:
+        for number, frames, expected in AUTOBAHN_CASES if DEEP else AUTOBAHN_CASES[::5]:
             client = await self.open()
             for piece in frames:
                 client.send(piece)
@@ -3957,8 +3932,6 @@ class TestMistakesOfOthersInWebSockets(EchoTestCase):  # that need a connection;
 
 
 class TestStopping(WireTestCase):  # the numbered procedure of the service
-    GOODBYE = (8, struct.pack("!H", 1001) + b"the server stops")
-
     async def test_idle_streaming_and_stalled_clients_end_within_two_seconds(self) -> None:
         subscribe = client_frame(1, b'{"type":"subscribe","message_types":["command"]}')
         for data in [self.HEALTH, b""] * 50 + [UPGRADE + subscribe] * 5:
@@ -3978,7 +3951,7 @@ class TestStopping(WireTestCase):  # the numbered procedure of the service
         self.assertEqual(len(self.service.connections), 0)
         self.assertLessEqual(asyncio.all_tasks(), tasks)
         for client in sockets:
-            self.assertEqual(await client.read_frame(), self.GOODBYE)
+            self.assertEqual(await client.read_frame(), (8, struct.pack("!H", 1001) + b"the server stops"))
         for client in streams:
             self.assertIn(b'"n":1', await client.read_to_end())
         with self.assertRaises(OSError):
@@ -4047,11 +4020,14 @@ class TestServiceAnswers(ServiceTestCase):
                 self.assertEqual(*kept)
                 if got.headers["content-type"] == "application/json" and not path.startswith("/static"):
                     self.assertTrue(path.endswith(".json") or got.body.endswith(b"}\n"), path)
+        if self.service.static:
+            self.assertIn(b"protocol.md\n", (await self.get("/static/guides/")).body)
+        openmetrics = await self.get("/metrics", headers={"Accept": "application/openmetrics-text"})
+        self.assertTrue(openmetrics.body.endswith(b"# EOF\n"), "Accept is heard")
 
     async def test_errors_say_what_to_do(self) -> None:
         for path, method, status, words in (
-            ("/api/metric", "GET", 404, "did you mean /api/metrics?"), ("/api/nope", "GET", 404, "GET /api lists"),
-            ("/api/metrics", "POST", 405, "/api/metrics"), ("/api/metrics", "BREW", 501, ""),
+            ("/api/metric", "GET", 404, "did you mean /api/metrics?"), ("/api/metrics", "POST", 405, "/api/metrics"),
             ("/ws", "GET", 426, "websocat ws://"), ("/api/history?tag=nothing", "GET", 404, "/api/history lists"),
             ("/api/history?tags=x", "GET", 400, "tag, stat, since"), ("/api/runs/0", "GET", 404, "/api/runs lists"),
             ("/api/history?points=0", "GET", 400, "points"), ("/api/history?since=soon", "GET", 400, "since"),
@@ -4076,7 +4052,6 @@ class TestServiceAnswers(ServiceTestCase):
         self.assertEqual((await self.value("/api/status"))["state"], "profiling")
         self.feed("run_0_13_success")
         self.assertEqual(await asyncio.wait_for(waiting, 5), "complete")
-        self.assertEqual((await self.value("/api/progress"))["system_state"], "complete")
         self.assertRaises(ValueError, self.service.publish, {"metrics": []})
 
     async def test_between_two_runs_of_a_sweep_an_attached_server_is_not_complete(self) -> None:
@@ -4162,7 +4137,8 @@ class TestServiceAnswers(ServiceTestCase):
         self.assertEqual(self.service.bus_errors, {"not_finite": 3})
 
     async def test_bad_messages_are_counted_logged_once_a_kind_and_stop_nothing(self) -> None:
-        client = await self.listen("*")
+        self.feed("run_0_13_killed")
+        client = await self.listen("*", snapshot=False)
         payloads = (b"{", b"not json", b"[1]", b"{}", b'{"stats":{"phase":null,"start_ns":"x"}}', b"\xff\xfe")
         bad = [[b"credit_phase_progress$", payload] for payload in payloads]
         bad += [[b"credit_phase_progress$"], [b"credit_phase_progress$", b"{}", b"{}"], [b"\xff\xff$", b"{}"]]
@@ -4173,13 +4149,11 @@ class TestServiceAnswers(ServiceTestCase):
                 pass
         self.assertEqual(len(logs.records), len({record.getMessage().split(")")[0] for record in logs.records}))
         self.assertEqual(sum(self.service.bus_errors.values()), 3 * len(bad))
-
-    async def test_results_that_are_too_large_still_end_the_run(self) -> None:
-        self.feed("run_0_13_killed")
-        self.service._deliver([[b"process_all_results$"]])
+        self.service._deliver([[b"process_all_results$"]])  # too large, and the end all the same
         results = await self.value("/api/results")
-        self.assertEqual((results["status"], results["results"]), ("complete", None))
-        self.assertIn("large", results["reason"])
+        self.assertEqual(
+            (results["status"], results["results"], "large" in results["reason"]), ("complete", None, True)
+        )
 
     async def test_history_reads_lists_of_tags_each_once(self) -> None:
         self.feed("run_0_13_gpu_and_server_metrics")
@@ -4309,7 +4283,7 @@ class SpySource(aiperf_api.Source):
 
     def __init__(self) -> None:
         super().__init__("tcp", "nowhere")
-        self.topics: list[bytes] = []
+        self.topics = []
 
     def subscribe(self, prefix: bytes) -> None:
         self.topics += [prefix] if prefix not in self.topics else []
@@ -4364,6 +4338,15 @@ class TestUnixSocket(ServiceTestCase):  # only its owner opens it, and no server
 
 
 class TestWebSocketProtocol(ServiceTestCase):
+    async def test_what_is_chosen_and_what_is_unknown_is_told(self) -> None:
+        client = await self.client()
+        answer = await client.upgrade(headers={"Sec-WebSocket-Protocol": "chat, aiperf"})
+        self.assertEqual(answer.headers["sec-websocket-protocol"], "aiperf")
+        types = ["worker_health", "realtime_metrcs", "run"]
+        client.say({"type": "subscribe", "message_types": types})
+        expected = {"type": "subscribed", "message_types": types, "unknown": ["realtime_metrcs"]}
+        self.assertEqual(await client.hear(), expected)
+
     async def test_bad_input_gets_an_error_and_the_connection_stays(self) -> None:
         client = await self.open()
         lists = ([], [1], [""], ["x" * 200], ["é"], ["a.b"], ["a$"], [f"t{n}" for n in range(300)])
@@ -4499,8 +4482,10 @@ class TestStreams(ServiceTestCase):
 
 
 class TestSecurity(WireTestCase):
-    hosts = ("Bench.internal", "proxy:8443")
-    options: Mapping[str, Any] = {"allow_hosts": hosts, "cors_origins": ("https://ui.example",)}
+    options: Mapping[str, Any] = {
+        "allow_hosts": ("Bench.internal", "proxy:8443"),
+        "cors_origins": ("https://ui.example",),
+    }
 
     async def status_of(self, request: str) -> int:
         return (await (await self.client()).ask(request.encode() + b"\r\n\r\n")).status
@@ -4562,9 +4547,6 @@ class TestTokens(WireTestCase):
     options: Mapping[str, Any] = {"token": TOKEN}
     log_level, expected_log = logging.DEBUG, ("DEBUG", "INFO")
 
-    async def upgrade(self, subprotocols: str) -> Answer:
-        return await (await self.client()).upgrade(headers={"Sec-WebSocket-Protocol": subprotocols})
-
     async def test_every_route_but_health_and_files_needs_it(self) -> None:
         for route in aiperf_api.ROUTES:
             path = route.path.replace("{file}", "favicon.svg").replace("{n}", "1")
@@ -4600,7 +4582,7 @@ class TestTokens(WireTestCase):
         await self.get(f"/api/status/{self.TOKEN}", headers={"User-Agent": self.TOKEN})
         await self.get(f"/nosuch?x=1&TOKEN=no&token={self.QUOTED}")
         await self.get(f"/ws?%74oken={self.QUOTED}")
-        await self.upgrade("aiperf.token.plain-token")
+        await (await self.client()).upgrade(headers={"Sec-WebSocket-Protocol": "aiperf.token.plain-token"})
         await (await self.client()).ask(f"GET /?token={self.TOKEN} HTTP/1.1\r\nBad : header\r\n\r\n".encode())
         await self.service.stop()
         self.assertGreater(len(self.log), 5)
@@ -4690,7 +4672,6 @@ class TestTLS(WireTestCase):
 
 # == 14 == Command line ================================================================================================
 
-
 ONE_LINE = r"\Aaiperf-api: [^\n]+\n\Z"
 
 
@@ -4772,6 +4753,7 @@ class TestCommandLine(unittest.TestCase):
         self.assertEqual((settings.cors_origins, settings.allow_hosts), (("https://a", "https://b"), ("x", "y")))
         self.assertEqual((settings.linger_sec, settings.ws_max_connections), (7, 0))
         self.assertEqual(aiperf_api.parse_arguments(["--api-port", "1"], environ).settings.port, 1)
+        self.assertRaisesRegex(aiperf_api.UsageError, "empty token", aiperf_api.APIService, token="")
 
     def test_the_source_follows_the_options(self) -> None:
         for argv, kind, address in (
@@ -4897,9 +4879,6 @@ class TestChild(unittest.TestCase):  # `-- COMMAND`; the commands are small scri
     def ended(self, *argv: str) -> subprocess.CompletedProcess[str]:
         return run_program("--api-port", "0", "--linger", "0", "--", *argv)
 
-    def url_of(self, process: subprocess.Popen[str]) -> str:
-        return process.stderr.readline().split()[-1]
-
     def test_the_exit_code_is_the_childs(self) -> None:
         for script, code in (("exit 0", 0), ("exit 3", 3), ("kill -KILL $$", 137), ("kill -TERM $$", 143)):
             self.assertEqual(self.ended("sh", "-c", script).returncode, code, script)
@@ -4920,7 +4899,7 @@ class TestChild(unittest.TestCase):  # `-- COMMAND`; the commands are small scri
     def test_a_command_that_never_reports_has_failed_only_if_it_ends_badly(self) -> None:
         for code, state, error in ((7, "failed", "exit status 7; see its output above"), (0, "waiting", None)):
             process = self.start("--linger", "60", "--", "sh", "-c", f"exit {code}")
-            url = self.url_of(process)
+            url = process.stderr.readline().split()[-1]
             while "the benchmark ended" not in process.stderr.readline():
                 pass
             status = json.loads(fetched(url + "/api/status"))
@@ -5000,7 +4979,7 @@ class TestChild(unittest.TestCase):  # `-- COMMAND`; the commands are small scri
             command = (str(aiperf), "profile", "--api-key", key, "-H", f"X-Team: {key}", "--model", "m")
             process = self.start("--linger", "0", "--log-level", "debug", "--", *command, HF_TOKEN=key)
             process.stdout.readline()
-            config = json.loads(fetched(self.url_of(process) + "/api/config"))
+            config = json.loads(fetched(process.stderr.readline().split()[-1] + "/api/config"))
             self.assertEqual((config["api_key"], config["model"]), ("***", "m"))
             self.assertNotIn(key, json.dumps(config))
             process.terminate()
@@ -5083,16 +5062,6 @@ needs_demo = unittest.skipUnless(DEMO.exists(), "needs the demo in static/")
 
 def at_once(recording: Path) -> Program:
     return Program("--replay", str(recording), "--replay-speed", "0", *DEMO_CONFIG)
-
-
-@contextlib.contextmanager
-def half_way() -> Iterator[str]:
-    with tempfile.TemporaryDirectory() as folder, gzip.open(DEMO) as demo:
-        half = Path(folder) / "demo.jsonl"
-        half.write_bytes(b"".join(itertools.islice(demo, HALF_WAY)))
-        with at_once(half) as url:
-            status_when(url, lambda status: status["source"]["messages"] == HALF_WAY)
-            yield url
 
 
 def markdown_table(head: str, rows: Iterable[Sequence[str]]) -> str:
@@ -5238,8 +5207,9 @@ class TestDocumentation(unittest.TestCase):
         for name, make in TABLES.items():
             if name == "families" and not DEMO.exists():
                 continue
-            with self.subTest(name):
-                self.assertTrue(f"<!-- {name} -->\n{make()}\n\n" in text, "see --write-docs at the top of this room")
+            self.assertTrue(
+                f"<!-- {name} -->\n{make()}\n\n" in text, f"{name}: see --write-docs at the end of this file"
+            )
 
     def test_links_lead_somewhere(self) -> None:
         for document in DOCUMENTS:
@@ -5248,21 +5218,20 @@ class TestDocumentation(unittest.TestCase):
                 place = document.parent / name if name else document
                 if "://" in target or not (document.parent / name.split("/")[0]).exists():  # a copy has no .ci/
                     continue
-                with self.subTest(f"{document.name}: {target}"):
-                    self.assertTrue(place.exists())
-                    titles = re.findall(r"^#+ (.*)$", self.texts.get(place.name, ""), re.MULTILINE)
-                    anchors = {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
-                    self.assertTrue(not anchor or anchor in anchors)
+                titles = re.findall(r"^#+ (.*)$", self.texts.get(place.name, ""), re.MULTILINE)
+                anchors = {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
+                self.assertTrue(place.exists() and (not anchor or anchor in anchors), f"{document.name}: {target}")
 
     def test_options_in_examples_exist(self) -> None:
         known = {option.flag for option in aiperf_api.OPTIONS} | {"--version", "--help"}
         for line in re.findall(rf"^.*{OURS}--.*$", "\n".join(self.texts.values()), re.MULTILINE):
             ours = re.split(OURS, line, maxsplit=1)[1].split(" -- ")[0].split("`")[0]
-            self.assertLessEqual(set(re.findall(r"(?<!\S)--[a-z-]+", ours)), known)
+            self.assertLessEqual(set(re.findall(r"(?<!\S)--[a-z-]+", ours)), known, line)
 
     def test_every_command_is_run_by_a_test_and_python_compiles(self) -> None:
         for block in blocks("console"):
-            self.assertTrue(block.marker in RUN_HERE | RUN_IN_CI or block.marker.startswith("elsewhere: "))
+            is_run = block.marker in RUN_HERE | RUN_IN_CI or block.marker.startswith("elsewhere: ")
+            self.assertTrue(is_run, block.text)
         for block in blocks("python"):
             compile(block.text, block.document, "exec")
 
@@ -5302,7 +5271,11 @@ class TestReadmeSessions(unittest.TestCase):
             shell.close()
 
     def test_what_is_shown_once_a_run_is_half_way(self) -> None:
-        with half_way() as url:
+        half = Path(self.folder) / "demo.jsonl"
+        with gzip.open(DEMO) as demo:
+            half.write_bytes(b"".join(itertools.islice(demo, HALF_WAY)))
+        with at_once(half) as url:
+            status_when(url, lambda status: status["source"]["messages"] == HALF_WAY)
             self.check(sessions_of(*blocks("console", "half-way")), url)
 
     def test_what_goes_on_while_a_run_lasts(self) -> None:
@@ -5358,9 +5331,6 @@ class TestReadmeSessions(unittest.TestCase):
 
 
 class TestDescriptions(ServiceTestCase):  # made of the routes and types, and held against them, by .ci/make_api_docs.py
-    openapi: Any
-    asyncapi: Any
-
     @classmethod
     def setUpClass(cls) -> None:
         if not (STATIC / "openapi.json").exists():
