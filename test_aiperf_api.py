@@ -41,7 +41,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple, cast
+from typing import Any, NamedTuple
 from unittest import mock
 from urllib.parse import quote
 
@@ -76,23 +76,11 @@ needs_recordings = unittest.skipUnless(RECORDINGS.is_dir(), "needs the recording
 
 
 def chopped(data: bytes, size: int) -> list[bytes]:
-    """Return `data` in pieces of `size` bytes."""
     return [data[at : at + size] for at in range(0, len(data), size)]
 
 
-def for_all(*strategies: Any, examples: int) -> Callable[[Callable[..., None]], None]:
-    """Run the decorated check at once, over examples of the strategies; so that hypothesis may be missing on import."""
-
-    def run(check: Callable[..., None]) -> None:
-        settings = hypothesis.settings(max_examples=examples, deadline=None, database=None)
-        settings(hypothesis.given(*strategies)(check))()
-
-    return run
-
-
 @functools.cache
-def wire_recording(name: str) -> tuple[tuple[int, bytes, bytes], ...]:
-    """Return (t in ns, topic, payload) of each message of a recording of a real run."""
+def wire_recording(name: str) -> tuple[tuple[int, bytes, bytes], ...]:  # (t in ns, topic, payload)
     if not RECORDINGS.is_dir():
         raise unittest.SkipTest("needs the recordings in .ci/recordings")
     with gzip.open(RECORDINGS / f"{name}.jsonl.gz", "rb") as file:
@@ -130,17 +118,19 @@ class Client:
         body = await self.within(self.reader.readexactly(length))
         return Answer(int(status_line.split()[1]), headers, body)
 
+    async def ask(self, data: bytes, method: str = "GET") -> Answer:
+        self.send(data)
+        return await self.read_answer(method)
+
     async def get(self, path: str, method: str = "GET", headers: dict[str, str] | None = None) -> Answer:
         lines = [f"{method} {path} HTTP/1.1", "Host: localhost", *(f"{k}: {v}" for k, v in (headers or {}).items())]
-        self.send(("\r\n".join(lines) + "\r\n\r\n").encode())
-        return await self.read_answer(method)
+        return await self.ask(("\r\n".join(lines) + "\r\n\r\n").encode(), method)
 
     async def upgrade(self, path: str = "/ws", headers: dict[str, str] | None = None) -> Answer:
         key = {"Sec-WebSocket-Version": "13", "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ=="}
         return await self.get(path, headers={"Connection": "Upgrade", "Upgrade": "websocket", **key, **(headers or {})})
 
     def say(self, message: Any) -> None:
-        """Send a WebSocket text message."""
         text = message if isinstance(message, bytes) else json.dumps(message).encode()
         self.send(client_frame(aiperf_api.OP_TEXT, text))
 
@@ -151,7 +141,6 @@ class Client:
         return first & 0x0F, await self.within(self.reader.readexactly(size))
 
     async def hear(self) -> Any:
-        """Return the next text message, as a JSON value."""
         while True:
             opcode, payload = await self.read_frame()
             if opcode == aiperf_api.OP_TEXT:
@@ -173,10 +162,10 @@ class LoopTestCase(unittest.IsolatedAsyncioTestCase):
         asyncio.get_running_loop().set_debug(False)
         await asyncio.sleep(0)  # what follows is no more in the step that began in debug mode
 
-    async def until(self, condition: Callable[[], Any], seconds: float = 10.0) -> None:
+    async def until(self, condition: Callable[..., Any], *arguments: Any, seconds: float = 30.0) -> None:
         """Let the loop run until something is so; fail when it never is."""
         deadline = time.monotonic() + seconds
-        while not condition():
+        while not condition(*arguments):
             self.assertLess(time.monotonic(), deadline, "it did not happen in time")
             await asyncio.sleep(0.005)
 
@@ -191,7 +180,6 @@ class ServiceTestCase(LoopTestCase):
     """A running service and its clients, all ended with the test."""
 
     options: Mapping[str, Any] = {}  # of the service that each test has
-    service: Any
 
     async def asyncSetUp(self) -> None:
         await super().asyncSetUp()
@@ -203,47 +191,58 @@ class ServiceTestCase(LoopTestCase):
         self.addAsyncCleanup(service.stop)
         return service
 
-    async def client(self, service: aiperf_api.APIService) -> Client:
-        host, _, port = service.url.partition("://")[2].rpartition(":")
+    async def client(self, service: aiperf_api.APIService | None = None) -> Client:
+        host, _, port = (service or self.service).url.partition("://")[2].rpartition(":")
         client = Client(*await asyncio.open_connection(host.strip("[]"), int(port)))
         self.addCleanup(client.close)
         return client
 
-    async def get(self, service: aiperf_api.APIService, path: str, **more: Any) -> Answer:
+    async def get(self, path: str, service: aiperf_api.APIService | None = None, **more: Any) -> Answer:
         client = await self.client(service)
         answer = await client.get(path, **more)
         client.close()
         return answer
 
-    async def listen(self, service: aiperf_api.APIService, *types: str, **more: Any) -> Client:
-        """Return a WebSocket that has subscribed."""
+    async def value(self, path: str) -> Any:
+        return (await self.get(path)).json
+
+    async def open(self, service: aiperf_api.APIService | None = None) -> Client:
         client = await self.client(service)
-        self.assertEqual((await client.upgrade()).status, 101)
+        self.assertEqual((await client.upgrade()).headers["sec-websocket-accept"], "s3pPLMBiTxaQ9kYGzzhZRbK+xOo=")
+        return client
+
+    async def listen(self, *types: str, service: aiperf_api.APIService | None = None, **more: Any) -> Client:
+        client = await self.open(service)
         client.say({"type": "subscribe", "message_types": list(types), **more})
         self.assertEqual((await client.hear())["type"], "subscribed")
         return client
 
-    def feed(self, service: aiperf_api.APIService, name: str, count: int | None = None) -> None:
+    def publish(self, message_type: str, **fields: Any) -> None:
+        self.service.publish({"message_type": message_type, **fields})
+
+    def feed(self, name: str, count: int | None = None, service: aiperf_api.APIService | None = None) -> None:
         """Hand the messages of a recording to a service that has no bus, on the recording's clock."""
+        service = service or self.service
         for t_ns, topic, payload in wire_recording(name)[:count]:
-            service.source.now_ns = lambda t_ns=t_ns: t_ns  # type: ignore[method-assign, misc]
+            service.source.now_ns = lambda t_ns=t_ns: t_ns
             service._deliver([[topic, payload]])
 
 
 class Bus:
-    """A real XSUB/XPUB proxy with a publisher in front of it, on free ports of the loopback."""
+    """A real XSUB/XPUB proxy with a publisher in front of it, on a free port of the loopback or a given address."""
 
-    def __init__(self) -> None:
+    def __init__(self, address: str = "tcp://127.0.0.1:*") -> None:
         self.context = zmq.Context()
         # An XPUB publisher is told of subscriptions: so a test knows when nothing can be missed any more.
         self.frontend, self.backend, self.publisher = map(self.context.socket, (zmq.XSUB, zmq.XPUB, zmq.XPUB))
         for end in (self.frontend, self.backend, self.publisher):
             end.linger = end.sndhwm = end.rcvhwm = 0
-        ports = [end.bind_to_random_port("tcp://127.0.0.1") for end in (self.frontend, self.backend)]
-        self.address = f"tcp://127.0.0.1:{ports[1]}"
+        self.frontend.bind("inproc://front")
+        self.backend.bind(address)
+        self.address = self.backend.getsockopt(zmq.LAST_ENDPOINT).decode().strip("\0")
+        self.publisher.connect("inproc://front")
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
-        self.publisher.connect(f"tcp://127.0.0.1:{ports[0]}")
         self.subscribed: set[bytes] = set()
 
     def _run(self) -> None:
@@ -263,33 +262,34 @@ class Bus:
         self.publisher.send_multipart(frames)
 
     def stop(self) -> None:
-        self.publisher.close()
-        self.context.term()  # ends the proxy
-        self.thread.join(5)
+        if not self.publisher.closed:
+            self.publisher.close()
+            self.context.term()  # ends the proxy
+            self.thread.join(5)
 
 
 # == Architecture ======================================================================================================
 
 # The most lines of each room, banner and blank lines included: its budget in the design, and what came after, for what.
 ROOMS = (
-    ("Head", 80, 1, "how much asyncio holds for a TLS connection"),
+    ("Head", 80, 0, ""),
     ("Limits", 85, 0, ""),
     ("Errors", 55, 0, ""),
-    ("JSON and secrets", 240, 11, "what a text may hold, as Python and nested JSON show it"),
+    ("JSON and secrets", 240, 4, "what a text may hold, as Python and nested JSON show it"),
     ("WebSocket frames", 175, 0, ""),
     ("HTTP", 560, 0, ""),
     ("Router and static files", 120, 0, ""),
     ("Metrics", 150, 0, ""),
-    ("Prometheus text", 250, 5, "an exposition is bounded, and says what was left out"),
-    ("Benchmark", 1080, 105, "sweeps, the artifacts beside a run, why a run failed, silence, bounds in every field"),
-    ("Bus", 650, 45, "libzmq that gave up is connected anew; output goes to regular files only"),
-    ("Hub", 310, 5, "names are bounded over all clients"),
-    ("Connection", 350, 5, "the messages of one client have a turn, too"),
-    ("Service", 830, 145, "sweeps and their end, the report, the text screen, answers that are shared"),
-    ("Command line", 330, 165, "a benchmark behind --: signals, its output, its last words"),
+    ("Prometheus text", 250, 0, ""),
+    ("Benchmark", 1080, 47, "sweeps, the artifacts beside a run, why a run failed, silence, bounds in every field"),
+    ("Bus", 650, 0, ""),
+    ("Hub", 310, 0, ""),
+    ("Connection", 350, 0, ""),
+    ("Service", 830, 29, "sweeps and their end, the report, the text screen, answers that are shared"),
+    ("Command line", 330, 97, "a benchmark behind --: signals, its output, its last words"),
 )
-MODULE_LINES, MODULE_BYTES = 5600, 321_000  # 5,300 and 240,000 in the design; with what came after
-TEST_LINES, README_LINES, FUNCTION_LINES, LIMITS = 5950, 260, 60, 60
+MODULE_LINES, MODULE_BYTES = 5300, 278_000  # 240,000 in the design
+TEST_LINES, README_LINES, FUNCTION_LINES, LIMITS = 5500, 260, 60, 60
 
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 MUTABLE_DISPLAYS = (ast.Dict, ast.List, ast.Set, ast.DictComp, ast.ListComp, ast.SetComp)
@@ -329,11 +329,9 @@ class SourceRules:
                         self.modules[(alias.asname or alias.name).split(".")[0]] = name.split(".")[0]
 
     def room(self, line: int) -> int:
-        """Return the number of the room that a line stands in; 0 above the first banner."""
         return max((number for start, number in self.banners if start <= line), default=0)
 
     def faults(self) -> list[str]:
-        """Return every broken rule, in the order of lines."""
         rules = (self._arrows(), self._walls(), self._mutables(), self._lengths())
         return [f"line {line}: {what}" for line, what in sorted(itertools.chain(*rules))]
 
@@ -349,14 +347,12 @@ class SourceRules:
             yield from self._uses(child, local)
 
     def _arrows(self) -> Iterator[tuple[int, str]]:
-        """Names used above the room that defines them, or in a room that must not know of them."""
         for line, name in self._uses(self.tree):
             here, there = self.room(line), self.defined.get(name, 0)
             if there > here or there in ROOM_WALLS.get(here, ()):
                 yield line, f"room {here} uses {name} of room {there}"
 
     def _walls(self) -> Iterator[tuple[int, str]]:
-        """Modules, files and the environment used outside the rooms that may."""
         used = {(line, self.modules.get(name, "")) for line, name in self._uses(self.tree)}
         called = [node.func for node in self.nodes if isinstance(node, ast.Call)]
         used |= {(node.lineno, getattr(node, "attr", getattr(node, "id", ""))) for node in called}
@@ -366,7 +362,6 @@ class SourceRules:
                 yield line, f"room {self.room(line)} uses {name}"
 
     def _mutables(self) -> Iterator[tuple[int, str]]:
-        """Mutable values bound in the module or in a class body, and `global` statements."""
         yield from ((node.lineno, "global") for node in self.nodes if isinstance(node, ast.Global))
         for node in itertools.chain(self.tree.body, *(n.body for n in self.nodes if isinstance(n, ast.ClassDef))):
             if isinstance(node, (ast.Assign, ast.AnnAssign)) and not ast.unparse(node).startswith("__all__"):
@@ -375,7 +370,6 @@ class SourceRules:
                     yield node.lineno, "mutable"
 
     def _lengths(self) -> Iterator[tuple[int, str]]:
-        """Functions that are too long, docstring and all."""
         for node in self.nodes:
             if isinstance(node, FUNCTIONS) and (node.end_lineno or 0) - node.lineno >= FUNCTION_LINES:
                 yield node.lineno, f"{node.name}() is too long"
@@ -441,20 +435,16 @@ class TestArchitecture(unittest.TestCase):  # on the module, and on samples that
         self.assertEqual(done.stdout, "[] 1 []\n")
 
 
-# -- The program in a process of its own -------------------------------------------------------------------------------
-
 STATIC = ROOT / "static"
 needs_static = unittest.skipUnless((STATIC / "dashboard.html").exists(), "needs the folder static/ beside it")
 
 
 def needs_program(*names: str) -> Callable[[Any], Any]:
-    """Skip a test where a program is missing."""
     missing = [name for name in names if shutil.which(name) is None]
     return unittest.skipIf(bool(missing), f"needs the {', '.join(missing)} program")
 
 
 def free_port() -> int:
-    """Return a port that nobody listens on."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         return int(probe.getsockname()[1])
 
@@ -464,11 +454,10 @@ class Program:
 
     def __init__(self, *arguments: str, program: Sequence[str] = (str(ROOT / "aiperf_api.py"),)) -> None:
         self.command = [sys.executable, *program, "--api-port", "0", *arguments]
-        self.lines: list[str] = []  # what it said before it was ready
+        self.lines = []  # what it said before it was ready
 
     def __enter__(self) -> str:
         self.process = subprocess.Popen(self.command, stderr=subprocess.PIPE, text=True)
-        assert self.process.stderr is not None
         for line in self.process.stderr:
             self.lines.append(line.rstrip("\n"))
             if line.startswith("  source"):
@@ -477,31 +466,27 @@ class Program:
 
     def __exit__(self, *_: object) -> None:
         self.process.terminate()
-        assert self.process.stderr is not None
         self.process.stderr.read()
         self.process.stderr.close()
         self.process.wait()
 
 
 def run_program(*arguments: str, program: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
-    """Run the program to its end."""
     command = [sys.executable, *(program or (str(ROOT / "aiperf_api.py"),)), *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 
 def fetched(url: str) -> str:
-    """Return the body of an answer."""
     with urllib.request.urlopen(url, timeout=10) as answer:
         return str(answer.read().decode())
 
 
 def status_when(url: str, condition: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
-    """Return the first /api/status for which the condition holds."""
     deadline = time.monotonic() + 30
     while not condition(status := json.loads(fetched(url + "/api/status"))):
         assert time.monotonic() < deadline, f"it did not happen in time: {status}"
         time.sleep(0.05)
-    return cast("dict[str, Any]", status)
+    return status
 
 
 # == 3 == JSON and secrets =============================================================================================
@@ -559,7 +544,7 @@ class TestJSON(unittest.TestCase):  # every case over orjson and over json, wher
 
     def test_both_write_the_same_bytes(self) -> None:
         nan, inf = float("nan"), float("inf")
-        values: tuple[tuple[Any, bytes], ...] = (
+        values = (
             ([nan, inf, -inf, 1.5], b"[null,null,null,1.5]"), (2**64, b"18446744073709551616"),
             ({"n": [-(2**70)]}, b'{"n":[-1180591620717411303424]}'), ({1: 1, None: 2, 1.5: 4}, b'{"1":1,"null":2,"1.5":4}'),
             ("\ud800x", b'"\xef\xbf\xbdx"'), ({"\udfff": nan}, b'{"\xef\xbf\xbd":null}'), ((1, (2,)), b"[1,[2]]"),
@@ -574,20 +559,16 @@ class TestJSON(unittest.TestCase):  # every case over orjson and over json, wher
                 for unfit in (b"x", {1, 2}, object()):
                     self.assertRaises(TypeError, aiperf_api.json_bytes, unfit)
 
-    @unittest.skipUnless(hypothesis and vars(aiperf_api)["orjson"], "needs the hypothesis and orjson packages")
+    @unittest.skipUnless(vars(aiperf_api)["orjson"], "needs the orjson package")
     def test_random_texts_are_read_alike(self) -> None:
-        alphabet = st.sampled_from(list('{}[]",:0123456789.eE+-\\u dD8fntrue ls\u00e9'))
-
-        @for_all(st.lists(alphabet, max_size=30).map("".join), examples=2000 if DEEP else 500)
-        def check(text: str) -> None:
+        dice = random.Random(1)
+        for _ in range(20_000 if DEEP else 5_000):
+            text = "".join(dice.choices('{}[]",:0123456789.eE+-\\u dD8fntrue ls\u00e9', k=dice.randrange(12)))
             results = []
             for decoder in decoders:
-                with decoder:
-                    try:
-                        results.append(repr(aiperf_api.json_load(text.encode())))
-                    except aiperf_api.JSONError:
-                        results.append("refused")
-            self.assertEqual(results[0], results[1])
+                with decoder, contextlib.suppress(aiperf_api.JSONError):
+                    results.append(repr(aiperf_api.json_load(text.encode())))
+            self.assertIn(results, ([], results[:1] * 2), text)
 
 
 SECRET = "sk-1234567890abcdef"  # looks random: it is remembered
@@ -622,13 +603,12 @@ class TestSecrets(unittest.TestCase):  # hidden by key, by form and by value; al
             ([{"key": "HF_TOKEN", "value": SECRET}, ["-H", "X-A: v"]], [{"key": "HF_TOKEN", "value": "***"}, ["-H", "X-A: ***"]]),
             ({"header": ["X-A:v"], "http_header": "X-B: w"}, {"header": ["X-A: ***"], "http_header": "X-B: ***"}),
         ):  # fmt: skip
-            with self.subTest(value):
-                self.assertEqual(self.secrets.redact(value), shown)
-                self.assertIs(self.secrets.redact(shown), shown)
+            self.assertEqual(self.secrets.redact(value), shown)
+            self.assertIs(self.secrets.redact(shown), shown)
 
     def test_what_is_not(self) -> None:
         row = {"tag": "request_latency", "header": "Latency: p99", "unit": "ms", "avg": 1.5}
-        unchanged: tuple[Any, ...] = (
+        unchanged = (
             {"api_key": None, "token": "", "password": False, "secret": 7, "credentials": [], "cookie": "***"},
             {"metric_results": {"time_to_second_token": {**row, "unit": "ms"}}, "time_to_first_token": {"unit": "ms"}},
             {"rows": {"headers": ["tag", "avg", "p99"]}, "header": "Request Latency", "records": [row]},
@@ -638,8 +618,7 @@ class TestSecrets(unittest.TestCase):  # hidden by key, by form and by value; al
             {"name": "x", "value": "y"},
         )  # fmt: skip
         for value in unchanged:
-            with self.subTest(value):
-                self.assertIs(self.secrets.redact(value), value)
+            self.assertIs(self.secrets.redact(value), value)
 
     def test_free_text(self) -> None:
         for text, shown in (
@@ -665,10 +644,9 @@ class TestSecrets(unittest.TestCase):  # hidden by key, by form and by value; al
             (r'\\\"api_key\\\": \\\"a', r'\\\"api_key\\\": \\\"***'), ("Authorization: Bearer 'a.b'", "Authorization: Bearer '***'"),
             ("curl -H 'X-A: b c' --header X-B:d h", "curl -H 'X-A: ***' --header X-B:*** h"),
         ):  # fmt: skip
-            with self.subTest(text):
-                self.assertEqual(self.secrets.redact(text), shown)
-                self.assertEqual(self.secrets.redact([text]), [shown])
-                self.assertIs(self.secrets.redact(shown), shown)
+            self.assertEqual(self.secrets.redact(text), shown)
+            self.assertEqual(self.secrets.redact([text]), [shown])
+            self.assertIs(self.secrets.redact(shown), shown)
         for text in (
             "AIPERF_API_TOKEN and --api-token", "Authorization: Bearer TOKEN", "curl -H 'Authorization: Bearer $TOKEN'",
             "the bearer of bad news", "Basic authentication", "password: none", "http://host/a@b and mail me@x.org",
@@ -726,7 +704,7 @@ class TestSecrets(unittest.TestCase):  # hidden by key, by form and by value; al
         more = '--a |-|-H a:|--api-key |cookie:|cookie: ="|pass$A|password=<a |key  \n|secret=true.|key a1b2c3d4e5'
         pieces += more.split("|")
         texts = [(piece * (size // len(piece) + 1))[:size] for piece in (*pieces, "key " * 4 + "x" * size)]
-        values: list[Any] = [*texts, *(f"secret{text}" for text in texts), {"key": f"{texts[5]}1"}]
+        values = [*texts, *(f"secret{text}" for text in texts), {"key": f"{texts[5]}1"}]
         values += [{texts[5] + "key": "v"}, {"headers": [["k", "x"]] * (size // 12)}]
         values += [[{}] * (size // 3), [["key", "x"]] * (size // 12), [":"] * (size // 5)]
         values += [{f"{n}": {} for n in range(size // 12)}, {f"{n}key": "x" for n in range(size // 14)}]
@@ -740,14 +718,12 @@ class TestSecrets(unittest.TestCase):  # hidden by key, by form and by value; al
 
 
 class TestPrintable(unittest.TestCase):  # CR/LF in log lines, control characters in a terminal, bus strings included
-    def test_other_characters_are_escaped_and_it_is_cut(self) -> None:
+    def test_other_characters_are_escaped_it_is_cut_and_tokens_are_never_logged(self) -> None:
         for text, shown in (
             ("a\r\nb\x1b[31m\x7f\u2028é\ud800\\", r"a\r\nb\x1b[31m\x7f\u2028\xe9\ud800\\"), (b"a\xff\n", r"a\xff\n"),
             ("x" * 200, "x" * 200), ("x" * 201, "x" * 200 + "..."), (b"\xff" * 1_000_000, r"\xff" * 50 + "..."),
         ):  # fmt: skip
             self.assertEqual(aiperf_api.printable(text), shown)
-
-    def test_tokens_are_never_logged(self) -> None:
         for text in (
             "/ws?token=s3cret&x=1", "/ws?x=1&token=s3cret", "/?%74oken=s3cret", "/?t%6Fk%65N=s3cret", "Bearer s3cret",
             "chat, aiperf.token.s3cret", "http://h/?TOKEN=s3,cret",
@@ -777,7 +753,6 @@ def client_close(code: int, reason: bytes = b"") -> bytes:
 
 
 def fragments(opcode: int, *parts: bytes) -> list[bytes]:
-    """One message in several frames."""
     last = len(parts) - 1
     return [client_frame(0 if at else opcode, part, fin=at == last) for at, part in enumerate(parts)]
 
@@ -787,7 +762,6 @@ def feed_all(parser: aiperf_api.FrameParser, pieces: Iterable[bytes]) -> list[ai
 
 
 def echo(pieces: Iterable[bytes], max_message: int = 32 << 20) -> list[tuple[int, bytes]]:
-    """What an echo server sends: (opcode, payload) of each frame; of a Close only its code (b"" for none)."""
     sent = []
     for kind, data, code, _ in feed_all(aiperf_api.FrameParser(max_message), pieces):
         if kind in ("close", "failure"):
@@ -855,25 +829,14 @@ AUTOBAHN_CASES: list[tuple[str, list[bytes], list[tuple[int, bytes]]]] = [
       for code in (0, 999, 1004, 1005, 1006, 1015, 1016, 1100, 2000, 2999, 5000, 65535)),
 ]
 
-# Groups 6.5 to 6.23: Markus Kuhn's sequences.
-UTF8_VALID = {
-    "6.5-6 prefixes": [COSMOS, GREETING, "\N{SNOWMAN}".encode(), "日本語".encode(), *(COSMOS[:at] for at in (2, 5, 7, 9, 11))],
-    "6.7, 6.9": [b"\x00", b"\xc2\x80", b"\xe0\xa0\x80", b"\xf0\x90\x80\x80", b"\x7f", b"\xdf\xbf", b"\xef\xbf\xbf", b"\xf4\x8f\xbf\xbf"],
-    "6.11 other boundaries": [b"\xed\x9f\xbf", b"\xee\x80\x80"],
-    "6.22-23": [chr(code).encode() for code in (0xFFFE, 0xFFFF, 0x1FFFE, 0x10FFFF, *range(0xFFF9, 0xFFFE), *range(0xFDD0, 0xFDF0))],
-}
-
-UTF8_INVALID = {
-    "6.6 cut prefixes": [COSMOS[:at] for at in range(1, 11) if at not in (2, 5, 7, 9)],
-    "6.8 first of length 5, 6": [b"\xf8\x88\x80\x80\x80", b"\xfc\x84\x80\x80\x80\x80"],
-    "6.10-11 above U+10FFFF": [b"\xf7\xbf\xbf\xbf", b"\xfb\xbf\xbf\xbf\xbf", b"\xfd\xbf\xbf\xbf\xbf\xbf", b"\xf4\x90\x80\x80"],
-    "6.12 lone continuations": [b"\x80", b"\xbf", *(b"\x80\xbf" * n for n in range(1, 4)), bytes(range(0x80, 0xC0))],
-    "6.13, 6.16 lonely starts": [bytes((first, 0x20)) for first in range(0xC0, 0x100)],
-    "6.14-15 incomplete ones": [b"\xc0", b"\xe0\x80", b"\xf0\x80\x80", b"\xdf", b"\xef\xbf", b"\xf7\xbf\xbf", b"\xc0\xe0\x80\xf0\x80\x80\xdf"],
-    "6.17, 6.19 overlong": [b"\xc0\xaf", b"\xe0\x80\xaf", b"\xf0\x80\x80\xaf", b"\xc0\x80", b"\xe0\x80\x80", b"\xf0\x80\x80\x80"],
-    "6.18 most overlong": [b"\xc1\xbf", b"\xe0\x9f\xbf", b"\xf0\x8f\xbf\xbf", b"\xf8\x87\xbf\xbf\xbf"],
-    "6.20-21 surrogates": [b"\xed\xa0\x80", b"\xed\xad\xbf", b"\xed\xae\x80", b"\xed\xbf\xbf", b"\xed\xa0\x80\xed\xb0\x80"],
-}
+# Groups 6.5 to 6.23, Markus Kuhn's sequences: of each kind the first and the last.
+UTF8_VALID = [COSMOS, *map(str.encode, "\0\x7f\x80\u07ff\u0800\ud7ff\ue000\ufdd0\ufffe\uffff\U00010000\U0010ffff")]
+UTF8_INVALID = [
+    *(COSMOS[:at] for at in (1, 3, 10)), b"\x80\xbf", *(b"\xed\xa0\x80", b"\xed\xbf\xbf", b"\xed\xa0\x80\xed\xb0\x80"),
+    *(b"\xc0\x80", b"\xc1\xbf", b"\xe0\x80\x80", b"\xe0\x9f\xbf", b"\xf0\x80\x80\x80", b"\xf0\x8f\xbf\xbf"),  # overlong
+    *(b"\xf4\x90\x80\x80", b"\xf7\xbf\xbf\xbf", b"\xf8\x88\x80\x80\x80", b"\xfd\xbf\xbf\xbf\xbf\xbf"),  # above U+10FFFF
+    *(bytes((first, 0x20)) for first in range(0x80, 0x100)), *(b"\xe0\x80", b"\xf0\x80\x80", b"\xdf", b"\xef\xbf", b"\xf7\xbf\xbf"),
+]
 # fmt: on
 
 
@@ -881,21 +844,16 @@ class TestAutobahnCases(unittest.TestCase):  # groups 1-7, 9 and 10 of the suite
     def test_each_case_is_answered_as_the_suite_wants_whole_by_frame_and_by_octet(self) -> None:
         for number, frames, expected in AUTOBAHN_CASES:
             stream = b"".join(frames)
-            for cut, pieces in (("no", [stream]), ("by frame", frames), ("997", chopped(stream, 997))):
-                with self.subTest(number, cut=cut):
-                    self.assertEqual(echo(pieces), expected)
-            if len(stream) < 4096:
-                with self.subTest(number, cut="by octet"):
-                    self.assertEqual(echo(chopped(stream, 1)), expected)
+            cuts = [stream], frames, chopped(stream, 997), chopped(stream, 1)
+            for pieces in cuts[: 4 if len(stream) < 4096 else 3]:
+                self.assertEqual(echo(pieces), expected, number)
 
     def test_6_utf8_is_echoed_or_fails_with_1007_however_it_is_cut(self) -> None:
-        for is_valid, groups in ((True, UTF8_VALID), (False, UTF8_INVALID)):
-            for name, text in ((name, text) for name, texts in groups.items() for text in texts):
-                for frames in ([client_frame(1, text)], fragments(1, *chopped(text, 1))):
-                    with self.subTest(name, text=text, frames=len(frames)):
-                        expected = [(1, text), PONG_BACK] if is_valid else [NOT_UTF8]
-                        self.assertEqual(echo([*frames, PING]), expected)
-                        self.assertEqual(echo(chopped(b"".join(frames) + PING, 1)), expected)
+        for text in (*UTF8_VALID, *UTF8_INVALID):
+            expected = [(1, text), PONG_BACK] if text in UTF8_VALID else [NOT_UTF8]
+            for frames in ([client_frame(1, text)], fragments(1, *chopped(text, 1))):
+                self.assertEqual(echo([*frames, PING]), expected)
+                self.assertEqual(echo(chopped(b"".join(frames) + PING, 1)), expected)
 
     def test_what_trickles_or_comes_in_tiny_frames_takes_linear_time(self) -> None:
         payload = b"x" * 65536
@@ -954,14 +912,12 @@ class TestFrameFaults(unittest.TestCase):  # each is found at the byte that comm
         ):  # fmt: skip
             self.fails(data, 1002)
 
-    def test_a_declared_length_over_the_limit_is_1009_before_a_byte_of_it_is_read(self) -> None:
+    def test_a_length_over_the_limit_of_all_fragments_is_1009_before_a_byte_of_it_is_read(self) -> None:
         self.fails(b"\x81\xff\x7f\xff\xff\xff\xff\xff\xff\xff", 1009)
         self.fails(b"\x82\xff\x00\x00\x00\x00\x00\x01\x00\x01", 1009)
         self.fails(b"\x82\xfe\x03\xe9", 1009, max_message=1000)
         self.fails(b"\x82\x8b", 1009, max_message=10)
         self.assertEqual(echo([client_frame(2, bytes(65536))], 65536), [(2, bytes(65536))])
-
-    def test_the_limit_is_one_of_all_fragments_whatever_stands_between_them(self) -> None:
         part = client_frame(2, bytes(600), fin=False) + PING
         self.fails(part + client_frame(10, b"x") + b"\x80\xfe\x01\x91", 1009, max_message=1000)
         self.assertEqual(echo([(part + client_frame(0, bytes(400))) * 3], 1000), [PONG_BACK, (2, bytes(1000))] * 3)
@@ -1000,7 +956,6 @@ DATE = b"Mon, 23 Nov 2026 00:00:00 GMT"
 
 
 def head(*lines: bytes, first: bytes = b"GET / HTTP/1.1") -> bytes:
-    """A request head with a Host and further header lines."""
     return b"\r\n".join((first, b"Host: localhost:9090", *lines, b"", b""))
 
 
@@ -1095,25 +1050,6 @@ class TestRequestsAccepted(unittest.TestCase):
             for size in (1, 3, 1000):
                 self.assertEqual(len(read_requests(chopped(stream, size))), 2)
 
-    def test_started_and_is_head_tell_of_the_head_at_hand(self) -> None:
-        parser = aiperf_api.RequestParser()
-        for data, started, is_head in ((b"\r\n", 0, 0), (b"HEAD", 1, 0), (b" /\0", 1, 1)):
-            parser.feed(data)
-            self.assertIsNone(parser.next_request())
-            self.assertEqual((parser.started, parser.is_head), (bool(started), bool(is_head)))
-        parser.feed(b"\r\n")
-        self.assertRaises(aiperf_api.HTTPError, parser.next_request)
-        self.assertEqual((parser.started, parser.is_head), (False, True))
-
-    def test_early_bytes_behind_an_upgrade_are_not_lost(self) -> None:
-        for size in (1, 7, 10_000):
-            parser, found = aiperf_api.RequestParser(), None
-            for piece in chopped(UPGRADE + TEXT + PING, size):
-                parser.feed(piece)
-                found = parser.next_request() or found
-            self.assertEqual((found.wants_upgrade, found.keep_alive), (True, False))
-            self.assertEqual((parser.take_rest(), parser.take_rest()), (TEXT + PING, b""))
-
     def test_limits_are_met_exactly(self) -> None:
         target = b"/" + b"a" * (aiperf_api._TARGET_BYTES_MAX - 1)
         lines = [b"X-%d: y" % at for at in range(aiperf_api.HTTP_FIELDS_MAX - 1)]
@@ -1123,9 +1059,9 @@ class TestRequestsAccepted(unittest.TestCase):
         self.assertEqual(read_requests([head(fill + b"y")]), [431])
 
 
-# What is refused: head, status.  Others, such as h11 with its defaults, accept those of LAX.
+# What is refused: head, status.  Others, such as h11 with its defaults, accept those of the second half.
 # fmt: off
-STRICT: list[tuple[bytes, int]] = [
+REFUSED: list[tuple[bytes, int]] = [
     *((head(b"Content-Length: " + value), 400)  # int() is lenient
       for value in (b"+5", b"-0", b"1_0", b"5 5", b"0x5", b"", b"\xd9\xa5", b"1.0", b"9" * 5000, b"0, 1", b"0, 00", b"0,")),
     *((head(*lines), 400) for lines in (
@@ -1140,9 +1076,7 @@ STRICT: list[tuple[bytes, int]] = [
         b"GET / HTTP/1.1\r\n\r\n", b"GET /\r\n", b"GET /\r\nHost: x\r\n\r\n", b" / HTTP/1.1\r\n\r\n",  # no Host, HTTP/0.9, no method
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", TEXT, b"\0GET / HTTP/1.1\r\n\r\n", b"\nGET / HTTP/1.1\r\n\r\n")),  # first a ClientHello
     (b"GET /" + b"a" * 20000, 431), (b"G" * 20000, 431), (head(b"X: ")[:-4] + b"y" * 17000, 431),
-]
 
-LAX: list[tuple[bytes, int]] = [
     *((head(*lines), 400) for lines in (
         (b"Transfer-Encoding: chunked", b"Content-Length: 5"), (b"Content-Length: 0", b"Transfer-Encoding: chunked"),  # smuggling
         (b"Content-Length: " + b"0" * 16,), (b"X: a", b" b"), (b"X: a", b"\tb"), (b"Origin: http://a", b"Origin: http://b"),
@@ -1176,7 +1110,7 @@ def h11_request(data: bytes) -> Any:
 
 class TestRequestsRefused(unittest.TestCase):
     def test_each_fault_gets_its_status_however_it_is_cut_and_nothing_is_read_after_it(self) -> None:
-        for data, status in STRICT + LAX:
+        for data, status in REFUSED:
             with self.subTest(data[:60]):
                 self.assertEqual(read_requests([data + GET, GET]), [status])
                 self.assertEqual(read_requests([GET + data + GET]), [read_request(GET), status])
@@ -1184,20 +1118,17 @@ class TestRequestsRefused(unittest.TestCase):
                 for at in range(0, len(data), max(1, len(data) // 50)):
                     self.assertEqual(read_requests([data[:at], data[at:]]), [status])
 
-    def test_what_can_never_be_a_request_is_refused_at_its_first_byte_or_lf(self) -> None:
-        for data in (b"\x16", b"\0", b"\n", b" ", b"\x7f", b"\x80", b"\xff", b"GET / HTTP/1.1\n"):
-            self.assertEqual(read_requests([data]), [400])
-
     @unittest.skipUnless(hypothesis and h11, "needs the hypothesis and h11 packages")
     def test_what_we_accept_h11_accepts_and_reads_the_same(self) -> None:
         """Heads with every fault that we know of, several in a row, broken anywhere."""
         good = [GET, UPGRADE, head(b"A:", b"a: \tb ", b"!#$%&'*+-.^_`|~: \xff"), get(b"http://h/%41?x=%42")]
-        faults = [data for data, _ in STRICT + LAX]
+        faults = [data for data, _ in REFUSED]
         known = st.sampled_from([*good * 8, b"\r\n", b"\r\n\r\n", head(b"Connection: close"), *faults])
         streams = st.lists(known | st.binary(max_size=20), max_size=5).map(b"".join)
         changes = st.lists(st.tuples(st.integers(0, 1 << 16), st.integers(0, 255)), max_size=2)
 
-        @for_all(streams, changes, examples=1000 if DEEP else 37)
+        @hypothesis.settings(max_examples=1000 if DEEP else 37, deadline=None, database=None)
+        @hypothesis.given(streams, changes)
         def check(stream: bytes, changes: list[tuple[int, int]]) -> None:
             data = bytearray(stream + GET)
             for place, value in changes:
@@ -1210,10 +1141,12 @@ class TestRequestsRefused(unittest.TestCase):
             self.assertEqual((ours.method.encode(), ours.target.encode()), theirs[:2])
             self.assertEqual({name.encode() for name in ours.headers} | {b"host"}, theirs[2] | {b"host"})
 
+        check()
+
 
 class TestRequestMemo(unittest.TestCase):
     def test_recall_knows_whole_heads_that_were_read_and_may_be_followed_by_others(self) -> None:
-        memo: dict[bytes, aiperf_api.Request] = {}
+        memo = {}
         first = read_requests(chopped(GET, 1), memo)[0]
         parser = aiperf_api.RequestParser(memo)
         self.assertIs(parser.recall(GET), first)
@@ -1221,14 +1154,9 @@ class TestRequestMemo(unittest.TestCase):
             self.assertIsNone(parser.recall(data))
         parser.feed(GET[:5])
         self.assertIsNone(parser.recall(GET), "bytes wait to be read first")
-
-    def test_recall_knows_nothing_behind_the_last_request(self) -> None:
-        for last in (head(b"Connection: close"), head(b"Content-Length: 1"), UPGRADE):
-            memo: dict[bytes, aiperf_api.Request] = {}
-            parser = aiperf_api.RequestParser(memo)
-            parser.feed(GET + last)
-            self.assertEqual([parser.next_request().keep_alive, parser.next_request().keep_alive], [True, False])
-            self.assertEqual((parser.recall(GET), parser.recall(last), list(memo)), (None, None, [GET]))
+        parser.feed(GET[5:] + head(b"Connection: close"))
+        self.assertEqual([parser.next_request().keep_alive, parser.next_request().keep_alive], [True, False])
+        self.assertEqual((parser.recall(GET), list(memo)), (None, [GET]), "nothing behind the last one")
 
     def test_a_flood_of_pipelined_requests_takes_linear_time(self) -> None:
         stream = (GET + b"\r\n") * 10_000
@@ -1238,7 +1166,7 @@ class TestRequestMemo(unittest.TestCase):
             self.assertLess(time.perf_counter() - began, 20, "0.4 s on a laptop; anything quadratic takes minutes")
 
     def test_it_is_bounded_in_heads_and_bytes(self) -> None:
-        memo: dict[bytes, Any] = {}
+        memo = {}
         read_requests([get(b"/%d" % at) for at in range(500)], memo)
         read_requests([head(b"X: " + b"y" * aiperf_api._MEMO_HEAD_BYTES_MAX)], memo)
         self.assertEqual(list(memo), [get(b"/%d" % at) for at in range(500 - aiperf_api._MEMO_HEADS_MAX, 500)])
@@ -1370,8 +1298,7 @@ class TestNegotiation(unittest.TestCase):
             *((header, self.TEXT) for header in ("text/*;q=0.1, text/plain;q=0", "image/png", "text/plain;q=2", ",;,/;q", many + "a/b,text/plain")),
             ("application/openmetrics-text;version=0.0.1", self.TEXT),
         ):  # fmt: skip
-            with self.subTest(header):
-                self.assertEqual(aiperf_api.accepts(header, (self.TEXT, self.METRICS)), best)
+            self.assertEqual(aiperf_api.accepts(header, (self.TEXT, self.METRICS)), best, header)
 
     def test_gzip(self) -> None:
         for header in ("gzip", "GZIP;q=0.1", "deflate, gzip", "*", "x-gzip"):
@@ -1452,12 +1379,9 @@ class TestResponses(unittest.TestCase):
 
     def test_cr_lf_in_response_headers(self) -> None:
         for pair in (("X", "a\r\nY: b"), ("X", "a\n"), ("X", "a\0"), ("X\r\nY", "a"), ("X Y", "a"), ("", "a")):
-            with self.assertRaises(ValueError):
-                aiperf_api.Response(headers=(pair,))
-            with self.assertRaises(ValueError):
-                aiperf_api.Response().encode(date=DATE, extra=(pair,))
-        with self.assertRaises(ValueError):
-            aiperf_api.Response(content_type="text/plain\r\n")
+            self.assertRaises(ValueError, aiperf_api.Response, headers=(pair,))
+            self.assertRaises(ValueError, aiperf_api.Response().encode, date=DATE, extra=(pair,))
+        self.assertRaises(ValueError, aiperf_api.Response, content_type="text/plain\r\n")
 
 
 # == 6 == Router and static files ======================================================================================
@@ -1544,7 +1468,9 @@ class TestStaticFiles(unittest.TestCase):  # nothing in a request is ever a path
         table = aiperf_api.static_table({**dict.fromkeys(names, b"1"), "demo.jsonl.gz": b"2", "LICENSE": b"3"})
         self.assertEqual(table.keys(), names.keys())
         for name, content_type in names.items():
-            self.assertIn(b"Content-Type: %b\r\n" % content_type.encode(), table[name].encode(date=b"x"))
+            start = b"Content-Type: %b\r\n" % content_type.encode()
+            for part in (start, b"\r\nETag: W/", b"\r\nCache-Control: no-cache\r\n"):
+                self.assertIn(part, table[name].encode(date=b"x"))
 
     def test_no_spelling_of_a_path_leaves_the_table(self) -> None:
         table = aiperf_api.static_table({"dashboard.js": b"1", "g/a.md": b"2"})
@@ -1594,24 +1520,24 @@ class TestMetrics(unittest.TestCase):
             ({"header": name, "unit": name, name: 1, name + "n": 1}, {"header": name, "unit": name, name: 1}),
         ):
             self.assertEqual(aiperf_api.display_rows([{"tag": "t", **row}]), {"t": shown})
-        unfit_rows: tuple[Any, ...] = (
+        unfit_rows = (
             None, 1, "x", [], {}, {"tag": None}, {"tag": ""}, {"tag": 7}, {"tag": []}, {"tag": "requested_osl", "avg": 1},
             {"tag": name + "n"}, {"tag": "t", "unit": "é" * 257}, {"tag": "t", "header": name + "n"},
             {"tag": "t", **dict.fromkeys(map(str, range(64)), 1)},
         )  # fmt: skip
         for unfit in unfit_rows * 2:
             self.assertEqual(aiperf_api.display_list([unfit, {"tag": "t"}]), [{"tag": "t"}])
-        self.assertEqual([aiperf_api.display_rows(rows) for rows in cast(Any, (None, {}, "x", 7))], [{}] * 4)
+        self.assertEqual([aiperf_api.display_rows(rows) for rows in (None, {}, "x", 7)], [{}] * 4)
         rows = [{"tag": f"{number}", "avg": 1} for number in range(aiperf_api.ROWS_MAX + 1)]
         self.assertEqual(list(aiperf_api.display_rows(rows)), [row["tag"] for row in rows[:-1]])
 
     def test_a_message_keeps_everything_that_needs_no_change(self) -> None:
-        rows: list[dict[str, Any]] = [
+        rows = [
             {"unit": "ns", "avg": 5000000, "tag": "request_latency", "header": "H", "current": None},
             {"tag": "requested_osl", "unit": "tokens", "avg": 1}, {"tag": "x", "unit": "", "console_group": "none"},
         ]  # fmt: skip
         latency = {"unit": "ms", "avg": 5.0, "tag": "request_latency", "header": "H"}
-        shown: list[dict[str, Any]] = [latency, {"tag": "x", "unit": ""}]
+        shown = [latency, {"tag": "x", "unit": ""}]
 
         def final(rows: list[dict[str, Any]]) -> dict[str, Any]:
             slices = [{"start_ns": 1, "metric_results": {row["tag"]: row for row in rows}}]
@@ -1624,15 +1550,6 @@ class TestMetrics(unittest.TestCase):
         )  # fmt: skip
         for message in unchanged:
             self.assertIs(aiperf_api.shown_message(message), message)
-
-    @needs_recordings
-    def test_showing_is_stable(self) -> None:
-        """What was made fit for clients needs no further change."""
-        for name in ("run_0_3_success", "run_0_6_success", "run_0_13_success"):
-            for _, topic, payload in wire_recording(name):
-                if b"realtime_metrics" in topic or b"_result" in topic:
-                    once = aiperf_api.shown_message(json.loads(payload))
-                    self.assertIs(aiperf_api.shown_message(once), once)
 
 
 # == 8 == Prometheus text ==============================================================================================
@@ -1693,7 +1610,6 @@ aiperf_things_total 3
 
 
 def lines_of(families: Iterable[aiperf_api.Family], render: Any = aiperf_api.render_text) -> list[str]:
-    """Return the lines of families that hold samples."""
     return [line for line in render(families).decode().splitlines() if not line.startswith("#")]
 
 
@@ -1761,7 +1677,7 @@ class TestPrometheusText(unittest.TestCase):
 
     def test_values_are_written_as_numbers_and_nothing_else_is_written(self) -> None:
         found = aiperf_api.FamilySet()
-        unfit: tuple[Any, ...] = (float("inf"), float("nan"), None, True, "1", [])
+        unfit = (float("inf"), float("nan"), None, True, "1", [])
         for value in (1, 1.0, 0.1, 1e300, -2.5, 2**63, *unfit):
             found.add(("x", "gauge", "", ""), (("i", str(value)),), value)
             found.add_row("y", {"avg": value}, f'i="{value}"', "Y")
@@ -1821,28 +1737,17 @@ class TestPrometheusText(unittest.TestCase):
 
     def test_malformed_server_metrics_are_passed_over(self) -> None:
         stats = {"avg": "x", "p50": None, "total": -1}
-        series: list[Any] = [
+        series = [
             None, {}, {"stats": []}, {"stats": stats, "labels": {"": 1, "0": 2, "__a": 3}}, {"stats": {"avg": 1}, "labels": 7},
             {"stats": {"avg": 1}, "labels": {"a": "b" * 513}},
         ]  # fmt: skip
-        many: list[Any] = [{"stats": {"avg": 1}, "labels": {"n": n}} for n in range(aiperf_api.ROWS_MAX + 1)]
+        many = [{"stats": {"avg": 1}, "labels": {"n": n}} for n in range(aiperf_api.ROWS_MAX + 1)]
         for summaries, count in (
             (None, 0), ([], 0), ({"e": None}, 0), ({"e": {"metrics": []}}, 0), ({"e": {"metrics": {"m": {"series": 1}}}}, 0),
             ({"e": {"metrics": {"m": {"type": "counter", "description": 7, "series": series}}}}, 0),
             ({"e": {"metrics": {"m": {"series": many}}}, "f": {"metrics": {"m": {"series": many}}}}, aiperf_api.ROWS_MAX),
         ):  # fmt: skip
             self.assertEqual(len(lines_of(aiperf_api.server_families(summaries))), count)
-
-    @unittest.skipUnless(prometheus_client, "needs the prometheus_client package")
-    def test_an_independent_parser_reads_both_formats(self) -> None:
-        tag = '"}<script>\n'
-        rows = {**GOLDEN_METRICS, tag: {"header": tag, "unit": tag, "p50": 1.0, "count": 1, "sum": 2, "avg": 3}}
-        metrics = aiperf_api.metric_families(rows, (("model", tag),))
-        families = aiperf_api.unique_families([self.info, *metrics, self.counter])
-        text = read_by(parse_text, aiperf_api.render_text(families))
-        self.assertEqual(text, read_by(parse_openmetrics, aiperf_api.render_openmetrics(families)))
-        self.assertEqual(text["aiperf_things_total", "[]"], 3)
-        self.assertIn(("aiperf_request_latency_avg_ms", str([("model", tag)])), text)
 
 
 @needs_recordings
@@ -1892,14 +1797,14 @@ def answers(benchmark: aiperf_api.Benchmark, now_ns: int) -> dict[str, Any]:
     names = "metrics workers config server_metrics results history labels".split()
     found = {"status": benchmark.status(now_ns), "progress": benchmark.progress(now_ns)}
     found.update((name, getattr(benchmark, name)()) for name in names)
-    return cast("dict[str, Any]", json.loads(aiperf_api.json_bytes(found)))
+    return json.loads(aiperf_api.json_bytes(found))
 
 
 class BenchmarkTestCase(unittest.TestCase):
     """A benchmark, and messages for it that are made on the spot."""
 
     def setUp(self) -> None:
-        self.late_errors: list[aiperf_api.BusError] = []
+        self.late_errors = []
         self.benchmark = aiperf_api.Benchmark(self.late_errors.append)
 
     def send(self, now_ns: int, message_type: str, /, **fields: Any) -> None:
@@ -1912,21 +1817,20 @@ class BenchmarkTestCase(unittest.TestCase):
     def send_metrics(self, now_ns: int, *rows: dict[str, Any]) -> None:
         self.send(now_ns, "realtime_metrics", metrics=list(rows))
 
-    def send_results(self, now_ns: int, *, errors: Mapping[int, int] = {}, **fields: Any) -> None:
+    def results(self, errors: Mapping[int, int], **fields: Any) -> dict[str, Any]:
         details = {code: {"code": code, "type": "T", "message": f"m{code}"} for code in errors}
         summary = [{"error_details": details[code], "count": count} for code, count in errors.items()]
-        results = {"records": [{"tag": "t", "avg": 1}], "error_summary": summary, **fields}
-        self.send(now_ns, "process_all_results", results={"results": results})
+        return {"results": {"results": {"records": [{"tag": "t", "avg": 1}], "error_summary": summary, **fields}}}
 
-    def state(self) -> str:
-        return str(self.benchmark.status(1)["state"])
+    def send_results(self, now_ns: int, *, errors: Mapping[int, int] = {}, **fields: Any) -> None:
+        self.send(now_ns, "process_all_results", **self.results(errors, **fields))
 
     def check_progress(self, now_ns: int, **wanted: Any) -> None:
         progress = self.benchmark.progress(now_ns)
         self.assertEqual({field: progress[field] for field in wanted}, wanted)
 
 
-class EndState(NamedTuple):
+class EndState(NamedTuple):  # its first four fields as figures() has them
     state: str
     total: int | None
     completed: int
@@ -1934,21 +1838,27 @@ class EndState(NamedTuple):
     latency: float | None  # avg of request_latency in ms; None without final results
     percent: float
     states: str  # all states in order
+    error: str = ""  # words of it
+
+
+def figures(progress: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(progress[field] for field in ("system_state", "total", "completed", "errors"))
 
 
 RUN = "initializing configuring ready profiling processing complete"
 STOPPED = "initializing configuring ready profiling processing stopping complete"
 EARLY = "initializing configuring "
+BEGUN = EARLY + "ready profiling "
 
 END_STATES = {
     "run_0_3_success": EndState("complete", 300, 300, 5, 270.1859, 100, RUN),
     "run_0_6_success": EndState("complete", 300, 300, 6, 270.1107, 100, RUN),
-    "run_0_12_failed_configure": EndState("failed", None, 0, 0, None, 0, EARLY + "failed"),
-    "run_0_13_all_errors": EndState("failed", 200, 200, 200, None, 100, EARLY + "ready profiling processing failed"),
-    "run_0_13_cancelled": EndState("cancelled", 900, 408, 7, 272.0799, 45.3333, EARLY + "ready profiling stopping cancelled"),
+    "run_0_12_failed_configure": EndState("failed", None, 0, 0, None, 0, EARLY + "failed", "okenizer"),
+    "run_0_13_all_errors": EndState("failed", 200, 200, 200, None, 100, BEGUN + "processing failed", "500 Internal Server Error"),
+    "run_0_13_cancelled": EndState("cancelled", 900, 408, 7, 272.0799, 45.3333, BEGUN + "stopping cancelled"),
     "run_0_13_duration_rate": EndState("complete", None, 510, 12, 273.3076, 100, STOPPED),
-    "run_0_13_failed_configure": EndState("failed", None, 0, 0, None, 0, EARLY + "failed"),
-    "run_0_13_failed_request_threshold": EndState("cancelled", 400, 11, 7, 444.5401, 2.75, EARLY + "ready profiling processing cancelled"),
+    "run_0_13_failed_configure": EndState("failed", None, 0, 0, None, 0, EARLY + "failed", "okenizer"),
+    "run_0_13_failed_request_threshold": EndState("cancelled", 400, 11, 7, 444.5401, 2.75, BEGUN + "processing cancelled", "before all records"),
     "run_0_13_four_phases": EndState("complete", None, 359, 7, None, 100, RUN),
     "run_0_13_goodput": EndState("complete", 200, 200, 5, 500.9913, 100, STOPPED),
     "run_0_13_gpu_and_server_metrics": EndState("complete", 1300, 1300, 23, 276.0126, 100, RUN),
@@ -1956,7 +1866,7 @@ END_STATES = {
     "run_0_13_killed": EndState("profiling", 800, 76, 1, None, 9.5, EARLY + "ready profiling"),
     "run_0_13_multi_turn": EndState("complete", None, 77, 2, None, 100, STOPPED),
     "run_0_13_no_realtime_metrics": EndState("complete", 800, 800, 14, 297.6002, 100, RUN),
-    "run_0_13_server_down": EndState("failed", 200, 200, 200, None, 100, EARLY + "ready profiling processing failed"),
+    "run_0_13_server_down": EndState("failed", 200, 200, 200, None, 100, BEGUN + "processing failed", "ClientConnectorError"),
     "run_0_13_success": EndState("complete", 800, 800, 9, 275.0049, 100, RUN),
     "run_0_13_sweep_of_three": EndState("complete", 60, 60, 0, None, 100, " ".join([RUN] * 3)),
     "run_0_13_timeslices": EndState("complete", None, 232, 1, None, 100, RUN),
@@ -1982,12 +1892,12 @@ class TestRecordedRuns(unittest.TestCase):
                         self.assertTrue(before <= percent <= 100, f"{before} to {percent}")
                     before = percent
                 progress, results = benchmark.progress(now_ns), benchmark.results()
-                figures = (progress["total"], progress["completed"], progress["errors"])
-                self.assertEqual(figures, (wanted.total, wanted.completed, wanted.errors))
+                self.assertEqual(figures(progress), wanted[:4])
                 self.assertAlmostEqual(progress["percent_complete"], wanted.percent, 3)
                 self.assertEqual(" ".join(key for key, _ in itertools.groupby(states)), wanted.states)
-                self.assertEqual(progress["system_state"], wanted.state)
                 self.assertEqual(results["status"], wanted.state if wanted.state in aiperf_api.ENDS else "running")
+                for told in (benchmark.status(now_ns)["error"], results["reason"]) if wanted.error else ():
+                    self.assertIn(wanted.error, told)
                 if wanted.latency is not None:
                     row = benchmark.metrics()["metrics"]["request_latency"]
                     self.assertEqual((round(row["avg"], 4), row["unit"]), (wanted.latency, "ms"))
@@ -2012,34 +1922,6 @@ class TestRecordedRuns(unittest.TestCase):
                     for metric, row in gpu["metrics"].items():
                         tag = f"{metric}_dcgm_http___127_0_0_1_19400_metrics_gpu{gpu['gpu_index']}_GPU-8f1c7a52"
                         self.assertLessEqual(row.items(), benchmark.figures("telemetry")[tag].items())
-
-    def test_final_figures_of_old_versions_are_in_display_units(self) -> None:
-        for name, tag, value, unit in (
-            ("run_0_13_success", "benchmark_duration", 28.4438, "sec"),
-            ("run_0_3_success", "benchmark_duration", 14.0966, "sec"),
-            ("run_0_6_success", "http_req_data_received", 5.0225, "KB"),
-        ):
-            benchmark, _ = replayed(recorded_run(name))
-            row = benchmark.figures("metrics")[tag]
-            self.assertEqual((round(row["avg"], 4), row["unit"]), (value, unit))
-            records = benchmark.results()["results"]["results"]["records"]
-            self.assertIn((tag, unit), {(record["tag"], record["unit"]) for record in records})
-            for hidden in ("min_request_timestamp", "credit_drop_latency"):
-                self.assertNotIn(hidden, {**benchmark.figures("metrics"), **benchmark.history()["tags"]})
-
-    def test_failures_name_what_failed(self) -> None:
-        for name, words in (
-            *((f"run_0_{minor}_failed_configure", "okenizer") for minor in (12, 13)),
-            ("run_0_13_all_errors", "All 200 inference request(s) failed: 500 Internal Server Error: "),
-            ("run_0_13_server_down", "All 200 inference request(s) failed: ClientConnectorError(ConnectionKey(host="),
-            ("run_0_13_failed_request_threshold", "Run cancelled before all records were processed."),
-        ):
-            benchmark, now_ns = replayed(recorded_run(name))
-            self.assertIn(words, benchmark.status(now_ns)["error"], name)
-            self.assertIn(words, benchmark.results()["reason"], name)
-        boom = '{"error": {"message": "boom", "type": "mock"}}'
-        wanted = {"code": 500, "type": "Internal Server Error", "message": boom, "count": 7}
-        self.assertEqual(benchmark.results()["error_summary"], {"errors": [wanted], "more": 0})
 
     def test_four_phases_are_counted_once_and_the_percentage_never_stands(self) -> None:
         benchmark, changed_ns, before = aiperf_api.Benchmark(), None, -1.0
@@ -2067,23 +1949,6 @@ class TestRecordedRuns(unittest.TestCase):
         self.assertEqual(first.keys() - runs[0].keys(), {"final", "telemetry", "error_summary"})
         self.assertIsNone(benchmark.run(4, now_ns))
         self.assertEqual(benchmark.run_number, 3)
-
-    def test_gpus_and_servers_are_there(self) -> None:
-        run = recorded_run("run_0_13_gpu_and_server_metrics")
-        for kept in (run, [message for message in run if message[0] != "realtime_telemetry_metrics"]):
-            benchmark, now_ns = replayed(kept)
-            self.assertEqual(len(benchmark.figures("telemetry")), 22)
-        server = benchmark.server_metrics()
-        self.assertIn("vllm:num_requests_running", server["endpoint_summaries"]["127.0.0.1:18051"]["metrics"])
-        self.assertIn("num_running", server["snapshot"])
-        self.assertEqual(benchmark.status(now_ns)["benchmark_id"], "b18be779b8d8")
-
-    def test_the_identity_is_found_in_each_generation(self) -> None:
-        known = {"model": "mock", "endpoint_type": "chat", "streaming": "true", "concurrency": "6"}
-        self.assertEqual(replayed(recorded_run("run_0_3_success"))[0].labels(), known)
-        self.assertLessEqual(known.items(), replayed(recorded_run("run_0_6_success"))[0].labels().items())
-        rate = replayed(recorded_run("run_0_13_duration_rate"))[0].labels()
-        self.assertEqual(rate, {"benchmark_id": "dfc261dc81ea", "request_rate": "25.0"})
 
     def test_nothing_of_one_run_is_left_in_the_next(self) -> None:
         some = "0_3_success 0_6_success 0_12_failed_configure 0_13_killed 0_13_all_errors 0_13_failed_configure"
@@ -2114,7 +1979,6 @@ class TestRecordedRuns(unittest.TestCase):
         later = benchmark.progress(now_ns + 3600 * SECOND)
         self.assertIsNone(later["eta_sec"])
         self.assertLess(later["elapsed_ns"], 20 * SECOND)
-        self.assertTrue(benchmark.status(now_ns + 3600 * SECOND)["stale"])
         benchmark, now_ns = replayed(recorded_run("run_0_13_success"))
         self.assertFalse(benchmark.is_stale(now_ns + 3600 * SECOND))
         self.assertEqual(benchmark.progress(now_ns + 3600 * SECOND), benchmark.progress(now_ns))
@@ -2135,74 +1999,51 @@ class TestRecordedRuns(unittest.TestCase):
 
 
 class TestLifeOfARun(BenchmarkTestCase):
-    def test_before_the_first_message_everything_has_an_answer(self) -> None:
-        found = answers(self.benchmark, BASE_NS)
-        self.assertEqual((found["status"]["state"], found["status"]["stale"]), ("waiting", False))
-        self.assertIsNone(found["status"]["elapsed_sec"])
-        self.assertEqual((found["results"]["status"], found["results"]["results"]), ("running", None))
-        self.assertEqual((self.benchmark.runs(1), self.benchmark.run_number, self.benchmark.version), ([], 1, 0))
+    def test_what_is_heard_and_how_a_child_ended_lead_to_a_state_and_say_why(self) -> None:
+        def command(name: str) -> tuple[str, dict[str, Any]]:
+            return "command", {"command": name}
 
-    def test_without_announced_states_the_commands_lead(self) -> None:
-        seen = []
-        for command in ("profile_configure", "profile_start", "profile_complete", "shutdown"):
-            self.send(1, "command", command=command)
-            seen.append(self.state())
-        self.assertEqual(seen, ["configuring", "profiling", "processing", "failed"])
-        self.assertEqual(self.benchmark.status(1)["error"], "ended before a request was sent")
-        self.setUp()
-        self.send(1, "command", command="profile_cancel")
-        self.assertEqual((self.state(), self.benchmark.end), ("stopping", None))
-        self.send(1, "command", command="shutdown")
-        self.assertEqual(self.benchmark.end, "cancelled")
+        def phase(kind: str, **stats: Any) -> tuple[str, dict[str, Any]]:
+            return f"credit_phase_{kind}", {"stats": {"phase": "profiling", **stats}}
 
-    def test_completion_needs_a_request_and_a_better_sign_corrects_the_end(self) -> None:
-        self.send(1, "benchmark_complete", was_cancelled=False)
-        self.assertEqual(self.benchmark.end, "failed")
-        for was_cancelled, end in ((True, "cancelled"), (False, "complete")):
-            self.setUp()
-            self.send_phase(1, "progress", "profiling", requests_sent=1, requests_completed=1)
-            self.send(1, "system_state_changed", state="shutdown")
-            self.assertEqual(self.benchmark.end, "failed")
-            self.send(2, "benchmark_complete", was_cancelled=was_cancelled)
-            self.assertEqual((self.benchmark.end, self.benchmark.status(2)["error"]), (end, None))
+        def results(errors: Mapping[int, int]) -> tuple[str, dict[str, Any]]:
+            return "process_all_results", self.results(errors, successful_request_count=0, error_request_count=5)
 
-    def test_a_run_without_a_single_success_is_not_complete(self) -> None:
-        aborted = "All 5 inference request(s) failed or were aborted: "
-        for errors, cancel, end, error in (
-            ({500: 5}, False, "failed", "All 5 inference request(s) failed: 500 T: m500"),
-            ({499: 4, 500: 1}, False, "failed", f"{aborted}500 T: m500"),
-            ({499: 5}, False, "failed", f"{aborted}499 T: m499"),
-            ({499: 5}, True, "cancelled", None),
-        ):
-            self.setUp()
-            self.send_phase(1, "start", "profiling", start_ns=1)
-            if cancel:
-                self.send(1, "command", command="profile_cancel")
-            self.send_results(2, errors=errors, successful_request_count=0, error_request_count=5)
-            self.assertEqual((self.benchmark.end, self.benchmark.status(3)["error"]), (end, error))
-
-    def test_the_end_of_a_child_is_a_sign_as_well(self) -> None:
-        metrics: Any = ("realtime_metrics", {"metrics": [{"tag": "t", "avg": 1}]})
-        final = {"results": {"records": [{"tag": "t", "avg": 1}]}}
-        results: Any = ("process_all_results", {"results": final})
-        phase: Any = ("credit_phase_progress", {"stats": {"phase": "profiling", "requests_sent": 1}})
-        cancelled: Any = ("benchmark_complete", {"was_cancelled": True})
-        stats = {"phase": "profiling", "requests_sent": 5, "requests_completed": 5, "request_errors": 5}
-        all_failed: Any = ("credit_phase_complete", {"stats": stats})
-        for messages, exit_text, end, error in (
-            ([phase], "killed by SIGKILL", "failed", "killed by SIGKILL"), ([results], "", "complete", None),
-            ([results], "exit status 1", "failed", "exit status 1"), ([metrics], "", "complete", None),
-            ([phase, cancelled], "exit status 1", "cancelled", None),
-            ([], "", "failed", "ended before a request was sent"),
-            ([all_failed], "", "failed", "All 5 inference request(s) failed: ended without results"),
+        commands = [command(name) for name in ("profile_configure", "profile_start", "profile_complete", "shutdown")]
+        one, start = phase("progress", requests_sent=1, requests_completed=1), phase("start", start_ns=1)
+        all_failed = phase("complete", requests_sent=5, requests_completed=5, request_errors=5)
+        done, cancelled = (("benchmark_complete", {"was_cancelled": flag}) for flag in (False, True))
+        off, cancel = ("system_state_changed", {"state": "shutdown"}), command("profile_cancel")
+        some = "process_all_results", self.results({})
+        metrics = "realtime_metrics", {"metrics": [{"tag": "t", "avg": 1}]}
+        too_early, all_of_them = "ended before a request was sent", "All 5 inference request(s) failed"
+        aborted = f"{all_of_them} or were aborted: "
+        for messages, exit_text, state, error in (
+            (commands[:1], None, "configuring", None), (commands[:2], None, "profiling", None),
+            (commands[:3], None, "processing", None), (commands, None, "failed", too_early),
+            ([cancel], None, "stopping", None), ([cancel, commands[-1]], None, "cancelled", None),
+            ([done], None, "failed", too_early),  # completion needs a request
+            ([one, off], None, "failed", "ended without results"),  # and a better sign corrects an end
+            ([one, off, cancelled], None, "cancelled", None), ([one, off, done], None, "complete", None),
+            ([start, results({500: 5})], None, "failed", f"{all_of_them}: 500 T: m500"),
+            ([start, results({499: 4, 500: 1})], None, "failed", f"{aborted}500 T: m500"),
+            ([start, results({499: 5})], None, "failed", f"{aborted}499 T: m499"),
+            ([start, cancel, results({499: 5})], None, "cancelled", None), ([], "", "failed", too_early),
+            ([one], "killed by SIGKILL", "failed", "killed by SIGKILL"), ([some], "", "complete", None),
+            ([some], "exit status 1", "failed", "exit status 1"), ([metrics], "", "complete", None),
+            ([one, cancelled], "exit status 1", "cancelled", None),
+            ([all_failed], "", "failed", f"{all_of_them}: ended without results"),
         ):  # fmt: skip
             self.setUp()
             for kind, fields in messages:
                 self.send(1, kind, **fields)
-            self.benchmark.end_child(exit_text, 2)
-            self.assertEqual((self.benchmark.end, self.benchmark.status(3)["error"]), (end, error), messages)
+            if exit_text is not None:
+                self.benchmark.end_child(exit_text, 2)
+            status = self.benchmark.status(3)
+            self.assertEqual((status["state"], status["error"]), (state, error), messages)
+            self.assertEqual(self.benchmark.end, state if state in aiperf_api.ENDS else None)
             exported = self.benchmark.progress(3)["results_exported"]
-            self.assertEqual(exported, messages == [results] and not exit_text, messages)
+            self.assertEqual(exported, messages == [some] and not exit_text, messages)
 
     def test_the_most_frequent_errors_are_kept_and_cancelled_requests_count_apart(self) -> None:
         errors = {code: code + 1 for code in range(100, 40_000)}
@@ -2223,17 +2064,16 @@ class TestLifeOfARun(BenchmarkTestCase):
         self.setUp()
         self.benchmark.apply(message, 1)
         self.assertIn("60000 items", self.benchmark.results()["reason"])
-        self.setUp()
-        self.send_phase(1, "start", "profiling", start_ns=1, total_expected_requests=10)
-        self.send_results(2, successful_request_count=5, error_request_count=5, errors={499: 3, 500: 2})
-        self.check_progress(2, completed=7, errors=2, cancelled=3)
-        self.setUp()
-        self.send_results(2, successful_request_count=5, error_request_count=0, errors={499: 3})  # not among the errors
-        self.check_progress(2, completed=5, errors=0)
-        self.setUp()
-        errors = {**dict.fromkeys(range(1000, 1120), 2), 499: 1}  # aborted ones count, however rare
-        self.send_results(2, successful_request_count=5, error_request_count=241, errors=errors)
-        self.check_progress(2, cancelled=1)
+        aborted = {**dict.fromkeys(range(1000, 1120), 2), 499: 1}  # they count, however rare
+        for count, errors, wanted in (
+            (5, {499: 3, 500: 2}, {"completed": 7, "errors": 2, "cancelled": 3}),
+            (0, {499: 3}, {"completed": 5, "errors": 0}),  # not among the errors
+            (241, aborted, {"cancelled": 1}),
+        ):
+            self.setUp()
+            self.send_phase(1, "start", "profiling", start_ns=1, total_expected_requests=10)
+            self.send_results(2, successful_request_count=5, error_request_count=count, errors=errors)
+            self.check_progress(2, **wanted)
 
     def test_results_that_are_too_large_still_end_the_run(self) -> None:
         self.send_phase(1, "progress", "profiling", requests_sent=1, requests_completed=1)
@@ -2249,35 +2089,28 @@ class TestLifeOfARun(BenchmarkTestCase):
         self.assertIn("too large", results["reason"])
         self.assertEqual(results["results"]["results"]["records"], [{"tag": "t", "avg": 1}])
 
-    def test_trailing_messages_do_not_reset_an_ended_run(self) -> None:
-        self.send_results(1)
-        for kind, fields in (
-            *(("system_state_changed", {"state": state}) for state in ("stopping", "shutdown")),
-            *((kind, {}) for kind in ("results_exported", "benchmark_complete", "heartbeat")),
-            ("worker_startup_state", {"startup_state": "shutting_down"}),
-            ("command", {"command": "shutdown"}),
-            ("command_response", {"command": "shutdown", "status": "failure"}),
-            ("worker_status_summary", {"worker_statuses": {}}),
-            ("process_records_result", {"results": {"results": {"records": []}}}),
+    def test_trailing_messages_leave_an_ended_run_and_the_first_sign_of_another_resets_it(self) -> None:
+        for kind, field, values, number in (
+            ("system_state_changed", "state", ("stopping", "shutdown"), 1),
+            ("system_state_changed", "state", ("initializing", "profiling"), 2),
+            ("command", "command", ("shutdown",), 1),
+            ("command", "command", ("register_service", "spawn_workers", "profile_configure"), 2),
+            ("worker_startup_state", "startup_state", ("shutting_down",), 1),
+            ("worker_startup_state", "startup_state", ("starting",), 2),
+            *((kind, "x", (1,), 1) for kind in ("results_exported", "benchmark_complete", "heartbeat")),
+            ("command_response", "command", ("shutdown",), 1),
+            ("worker_status_summary", "worker_statuses", ({},), 1),
+            ("process_records_result", "results", ({"results": {"records": []}},), 1),
+            ("credit_phase_start", "stats", ({"phase": "profiling", "start_ns": 5},), 2),
+            ("credit_phase_progress", "stats", ({"phase": "another"},), 2),
         ):
-            self.send(2, kind, **cast("dict[str, Any]", fields))
-        self.assertEqual((self.benchmark.run_number, self.benchmark.end), (1, "complete"))
-        self.assertEqual(self.benchmark.metrics()["metrics"], {"t": {"avg": 1}})
-
-    def test_the_first_sign_of_another_run_resets_an_ended_one(self) -> None:
-        for kind, fields in (
-            *(("system_state_changed", {"state": state}) for state in ("initializing", "profiling")),
-            *(("command", {"command": name}) for name in ("register_service", "spawn_workers", "profile_configure")),
-            ("worker_startup_state", {"startup_state": "starting"}),
-            ("credit_phase_start", {"stats": {"phase": "profiling", "start_ns": 5}}),
-            ("credit_phase_progress", {"stats": {"phase": "another"}}),
-        ):
-            self.setUp()
-            self.send_phase(1, "start", "profiling", start_ns=5)
-            self.send_results(1)
-            self.send(2, kind, **cast("dict[str, Any]", fields))
-            self.assertEqual((self.benchmark.run_number, self.benchmark.end), (2, None), kind)
-            self.assertEqual(self.benchmark.metrics()["metrics"], {})
+            for value in values:
+                self.setUp()
+                self.send_phase(1, "start", "profiling", start_ns=5)
+                self.send_results(1)
+                self.send(2, kind, status="failure", **{field: value})
+                found = (self.benchmark.run_number, self.benchmark.end, self.benchmark.metrics()["metrics"])
+                self.assertEqual(found, (1, "complete", {"t": {"avg": 1}}) if number == 1 else (2, None, {}), value)
 
     def test_a_phase_that_began_at_another_time_is_another_run(self) -> None:
         self.send_phase(1, "start", "profiling", start_ns=5)
@@ -2287,8 +2120,7 @@ class TestLifeOfARun(BenchmarkTestCase):
         self.send_phase(1, "progress", "profiling", start_ns=6)
         self.assertEqual(self.benchmark.run_number, 2)
         first = self.benchmark.runs(1)[0]
-        self.assertEqual(first["state"], "failed")
-        self.assertIn("fell silent", first["error"])
+        self.assertEqual((first["state"], "fell silent" in first["error"]), ("failed", True))
 
     def test_silence_makes_a_registration_the_start_of_another_run(self) -> None:
         self.send_phase(1, "start", "profiling", start_ns=5)
@@ -2335,11 +2167,6 @@ class TestProgress(BenchmarkTestCase):
         self.send(9 * SECOND, "credits_complete")
         self.check_progress(9 * SECOND, percent_complete=100)
 
-    def test_a_run_by_duration_counts_time(self) -> None:
-        begin = 100 * SECOND
-        self.send_phase(begin, "start", "profiling", start_ns=begin, expected_duration_sec=20)
-        self.check_progress(begin + 5 * SECOND, total=None, percent_complete=25, eta_sec=15, elapsed_ns=5 * SECOND)
-
     def test_pace_and_time_left_are_named_as_in_aiperf(self) -> None:
         begin = 100 * SECOND
         self.send_phase(begin, "start", "profiling", start_ns=begin, total_expected_requests=100)
@@ -2357,7 +2184,7 @@ class TestProgress(BenchmarkTestCase):
     def test_a_different_clock_is_told_from_the_messages(self) -> None:
         theirs, ours = 5 * SECOND, BASE_NS
         self.send_phase(ours, "start", "profiling", start_ns=theirs, expected_duration_sec=10)
-        self.assertEqual(self.benchmark.progress(ours + SECOND)["elapsed_ns"], SECOND)
+        self.check_progress(ours + SECOND, total=None, elapsed_ns=SECOND, percent_complete=10, eta_sec=9)
         sent_ns = theirs + 4 * SECOND
         self.send(ours + 2 * SECOND, "processing_stats", request_ns=sent_ns, processing_stats={"errors": 0})
         self.assertEqual(self.benchmark.progress(ours + 2 * SECOND)["elapsed_ns"], 4 * SECOND)
@@ -2378,25 +2205,19 @@ class TestWorkers(BenchmarkTestCase):
         self.send(2, "worker_health", service_id="w1", health=health, task_stats={"total": 5, "failed": None})
         stats = {"w1": {"processed": 3, "errors": 1}, "w3": {"success_records": 2, "error_records": 0}}
         self.send(3, "processing_stats", processing_stats={"errors": 1}, worker_stats=stats)
+        group = {"group_id": "g", "status": "healthy", "declared_workers": 2, "task_stats": {"total": 4}}
+        self.send(4, "worker_group_stats", **group, worker_statuses={"w4": "stale"})
         workers = self.benchmark.workers()
-        self.assertEqual((workers["total_workers"], workers["active_workers"]), (3, 1))
-        self.assertEqual(workers["worker_statuses"], {"w1": "healthy", "w2": "idle", "w3": "idle"})
+        self.assertEqual((workers["total_workers"], workers["active_workers"]), (4, 1))
+        self.assertEqual(workers["worker_statuses"], {"w1": "healthy", "w2": "idle", "w3": "idle", "w4": "stale"})
+        wanted = {**group, "health": {}, "last_update_ns": 4, "workers": {"w4": workers["workers"]["w4"]}}
+        self.assertEqual(workers["worker_groups"], {"g": wanted})
         wanted = {
             "worker_id": "w1", "status": "healthy", "startup_state": "ready", "last_update_ns": 2,
             "task_stats": {"total": 5, "completed": 0, "failed": 0}, "health": {"cpu_usage": 7.0, "io_counters": [1]},
             "processing_stats": {"success_records": 3, "error_records": 1},
         }  # fmt: skip
         self.assertEqual(workers["workers"]["w1"], wanted)
-
-    def test_groups_hold_their_workers_as_in_aiperf(self) -> None:
-        group = {"group_id": "g", "status": "healthy", "declared_workers": 2, "task_stats": {"total": 4}}
-        parts = {"worker_statuses": {"w": "stale"}, "worker_task_stats": {"w": {"total": 4}}}
-        self.send(1, "worker_group_stats", **group, **parts)
-        workers = self.benchmark.workers()
-        wanted = {**group, "health": {}, "last_update_ns": 1, "workers": {"w": workers["workers"]["w"]}}
-        self.assertEqual(workers["worker_groups"], {"g": wanted})
-        self.assertEqual(workers["workers"]["w"]["task_stats"]["total"], 4)
-        self.assertEqual(workers["active_workers"], 0)
 
 
 class TestConfiguration(BenchmarkTestCase):
@@ -2446,12 +2267,7 @@ class TestConfiguration(BenchmarkTestCase):
         self.assertEqual(self.benchmark.metrics()["aiperf_version"], "0.13.0")
         self.assertEqual((self.benchmark.label, self.benchmark.runs_expected), ("run 2", None))
 
-    def test_the_message_of_the_data_set_tells_the_id_of_the_benchmark(self) -> None:
-        self.assertIsNone(self.benchmark.status(1)["benchmark_id"])
-        self.send(1, "dataset_configured_notification", benchmark_generation="b")
-        self.assertEqual(self.benchmark.status(1)["benchmark_id"], "b")
-
-    def test_the_artifact_directory_is_the_one_of_the_bus(self) -> None:
+    def test_the_artifact_directory_and_the_id_of_the_benchmark_are_those_of_the_bus(self) -> None:
         self.benchmark.configure({"output": {"artifact_directory": "there"}}, "command")
         self.assertEqual(self.benchmark.artifact_dir(), "there")
         config = {"stats": {"phase": "profiling", "start_ns": 1}, "config": {"artifact_dir": "here/concurrency_2"}}
@@ -2459,6 +2275,8 @@ class TestConfiguration(BenchmarkTestCase):
         self.assertEqual(self.benchmark.artifact_dir(), "there")
         self.send(1, "credit_phase_start", **config)
         self.assertEqual(self.benchmark.artifact_dir(), "here/concurrency_2")
+        self.send(1, "dataset_configured_notification", benchmark_generation="b")
+        self.assertEqual(self.benchmark.status(1)["benchmark_id"], "b")
 
     def test_goodput_shows_its_thresholds_and_share(self) -> None:
         self.assertIsNone(self.benchmark.metrics()["goodput"])
@@ -2475,7 +2293,7 @@ class TestHistory(BenchmarkTestCase):
     def values(self, tag: str, stat: str = "avg", **arguments: Any) -> list[float | None]:
         answer = self.benchmark.history([tag], [stat], **arguments)
         self.assertEqual(len(answer["times"]), len(answer["series"][0]["values"]))
-        return cast("list[float | None]", answer["series"][0]["values"])
+        return answer["series"][0]["values"]
 
     def test_a_series_is_columnar_and_in_display_units(self) -> None:
         self.send_metrics(BASE_NS, {"tag": "request_latency", "header": "L", "unit": "ns", "avg": 5e6, "count": 2})
@@ -2501,8 +2319,7 @@ class TestHistory(BenchmarkTestCase):
         with self.assertRaisesRegex(ValueError, "300 series of 1000 points .* fewer tags"):
             self.benchmark.history(tags)
         for unknown, stats in ((["x"], []), (["t1", "x"], []), (["t1"], ["min"])):
-            with self.assertRaises(LookupError):
-                self.benchmark.history(unknown, stats)
+            self.assertRaises(LookupError, self.benchmark.history, unknown, stats)
         self.assertEqual(len(self.benchmark.history(tags, ["avg"])["series"]), 150)
         self.assertEqual(len(self.benchmark.history(tags, points=600)["times"]), 500)
 
@@ -2645,15 +2462,9 @@ class TestBadMessages(BenchmarkTestCase):
         self.assertEqual(self.late_errors, [])
         for _ in range(2):
             self.assertEqual(self.benchmark.figures("metrics"), {"t": {"avg": 99}})
-        self.assertEqual([error.kind for error in self.late_errors], ["not_json"])
-
-    def test_a_nan_costs_its_own_value_alone(self) -> None:
-        payload = b'{"metrics":[{"tag":"t","avg":NaN,"max":3},{"tag":"u","avg":-Infinity}]}'
-        for now_ns, late in ((BASE_NS, []), (BASE_NS + 1, ["not_finite"])):  # read at once, and when asked for
-            message = aiperf_api.BusMessage("realtime_metrics", payload)
-            self.benchmark.apply(message, now_ns)
-            self.assertEqual(self.benchmark.figures("metrics")["t"], {"max": 3})
-            self.assertEqual([error.kind for error in self.late_errors], late)
+        self.send_metrics(BASE_NS + 200, *({"tag": f"t{n}", "avg": 1} for n in range(aiperf_api.ROWS_MAX + 1)))
+        self.assertEqual(len(self.benchmark.figures("metrics")), aiperf_api.ROWS_MAX)
+        self.assertEqual([error.kind for error in self.late_errors], ["not_json", "bad_shape"])
 
     def test_a_hostile_publisher_cannot_fill_the_memory(self) -> None:
         junk = "x" * 1000
@@ -2672,29 +2483,13 @@ class TestBadMessages(BenchmarkTestCase):
         self.assertNotIn(junk.encode(), aiperf_api.json_bytes(workers))
         self.assertEqual(self.benchmark.config(), {})
 
-    def test_a_message_is_walked_so_far_and_no_further(self) -> None:
-        self.send_metrics(BASE_NS, {"tag": "u" * 513, "avg": 1}, *({"tag": f"t{i}", "avg": 1} for i in range(9000)))
-        self.assertEqual(len(self.benchmark.figures("metrics")), aiperf_api.ROWS_MAX - 1)
-        self.assertEqual([error.kind for error in self.late_errors], ["bad_shape"])
-        series = [{"labels": {"a": str(index)}, "stats": {"avg": 1.0}} for index in range(9000)]
-        summaries = {"e": {"metrics": {"m": {"type": "gauge", "series": series}}}}
-        self.send(BASE_NS, "realtime_server_metrics", endpoint_summaries=summaries)
-        kept = self.benchmark.server_metrics()["endpoint_summaries"]["e"]["metrics"]["m"]["series"]
-        self.assertLessEqual(len(kept), aiperf_api.ROWS_MAX)
-
-
-class TestMessageTypes(unittest.TestCase):
-    def test_the_lists_fit_together(self) -> None:
+    def test_the_lists_of_message_types_fit_together(self) -> None:
         known = aiperf_api.KNOWN_MESSAGE_TYPES
         parts = (aiperf_api.FIGURES_MESSAGE_TYPES, aiperf_api.STATE_MESSAGE_TYPES, aiperf_api.RESULT_MESSAGE_TYPES)
         self.assertLessEqual(frozenset().union(*parts), known)
         for topic in aiperf_api.CORE_TOPICS:  # a topic is a prefix: it must match no other type
             others = [kind for kind in known if kind.encode() != re.split(b"[.$]", topic)[0]]
             self.assertFalse([kind for kind in others if f"{kind}$".encode().startswith(topic)])
-
-    def test_a_message_is_parsed_once(self) -> None:
-        message = aiperf_api.BusMessage("t", b'{"a":1}')
-        self.assertIs(message.value, message.value)
 
 
 class TestStateFamilies(BenchmarkTestCase):
@@ -2716,7 +2511,8 @@ class TestStateFamilies(BenchmarkTestCase):
         stats = {f"s{index}": 1 for index in range(30)}
         series = [{"labels": {"n": str(index)}, "stats": stats} for index in range(1000)]
         summaries = {"e": {"metrics": {"m": {"type": "gauge", "series": series}}}}
-        self.send(1, "realtime_server_metrics", endpoint_summaries=summaries)
+        self.send(1, "realtime_server_metrics", endpoint_summaries=summaries, snapshot={"num_running": 3, "x": {}})
+        self.assertEqual(self.benchmark.server_metrics()["snapshot"], {"num_running": 3})
         found = [line for line in self.lines() if line.startswith("aiperf_server_m_")]
         self.assertEqual(len(found), 16 * 1000)  # statistics of a series
         self.assertIn(f'benchmark_id="{"b" * 128}"', found[0])
@@ -2859,13 +2655,12 @@ class TestZMTPCodec(unittest.TestCase):
         ):
             for stream in (start + end for end in ends):
                 for pieces in ([stream], chopped(stream, 1), [stream[:-1], stream[-1:]]):
-                    with self.subTest(stream=stream):
-                        codec, messages = codec_after(*pieces)
-                        self.assertEqual(codec.error and codec.error.kind, kind)
-                        self.assertEqual(messages, [[b"abc", b"1"]] if start == ready else [])
-                        self.assertNotRegex(str(codec.error), r"[\x00-\x1f]")
-                        self.assertIsNone(codec.error.__traceback__, "it would keep what came")
-                        self.assertEqual(codec.feed(GREETING_4_3 + READY_XPUB + ABC_1), [], "after a fault")
+                    codec, messages = codec_after(*pieces)
+                    self.assertEqual(codec.error and codec.error.kind, kind)
+                    self.assertEqual(messages, [[b"abc", b"1"]] if start == ready else [])
+                    self.assertNotRegex(str(codec.error), r"[\x00-\x1f]")
+                    self.assertIsNone(codec.error.__traceback__, "it would keep what came")
+                    self.assertEqual(codec.feed(GREETING_4_3 + READY_XPUB + ABC_1), [], "after a fault")
 
     def test_of_a_message_over_the_limits_the_topic_comes_and_the_next_one_whole(self):
         most, parts = 1000, aiperf_api.BUS_PARTS_MAX
@@ -2924,62 +2719,33 @@ class TestBusAddresses(unittest.TestCase):
             with self.subTest(text), self.assertRaisesRegex(aiperf_api.UsageError, "^not a bus address: "):
                 aiperf_api.bus_source(text, "zmq")
 
-    @unittest.skipUnless(zmq, "needs the pyzmq package")
-    def test_to_bind_never_removes_a_file(self):
-        with tempfile.NamedTemporaryFile() as file:
-            self.assertEqual(run_main("--api-port", "0", "--zmq-bind", f"ipc://{file.name}")[0], 1)
-            self.assertTrue(os.path.isfile(file.name))
 
-    def test_without_pyzmq_there_is_the_built_in_subscriber_and_no_binding(self):
-        with mock.patch.object(aiperf_api, "zmq", None):
-            self.assertEqual(aiperf_api.bus_source("tcp://h:1", "zmq").backend, "builtin")
-            for options in ({"bind": True}, {"backend": "pyzmq"}):
-                with self.assertRaisesRegex(aiperf_api.UsageError, "need pyzmq"):
-                    aiperf_api.bus_source("tcp://h:1", "zmq", **options)
-
-
-class Inbox:
-    """What a source delivers and notifies, to be waited for."""
-
+class Inbox:  # what a source delivers and notifies
     def __init__(self, source: aiperf_api.Source, *prefixes: bytes) -> None:
         self.source = source
-        self.messages: list[list[bytes]] = []
-        self.batches: list[int] = []
-        self.times_ns: list[int] = []  # of the bus, when they came
-        self.lines: list[str] = []
-        self.changed = asyncio.Event()
+        self.messages = []
+        self.batches = []
+        self.times_ns = []  # of the bus, when they came
+        self.lines = []
         self.cost_sec = 0.0  # of each message
         for prefix in prefixes:
             source.subscribe(prefix)
-        source.start(self.deliver, self.notify)
+        source.start(self.deliver, self.lines.append)
 
     def deliver(self, batch):
         time.sleep(self.cost_sec * len(batch))
         self.messages += batch
         self.batches.append(len(batch))
         self.times_ns += [self.source.now_ns()] * len(batch)
-        self.changed.set()
 
-    def notify(self, line):
-        self.lines.append(line)
-        self.changed.set()
+    def has(self, count):
+        return len(self.messages) >= count
 
-    async def until(self, condition, seconds=30):
-        async def wait():
-            while not condition():
-                self.changed.clear()
-                await self.changed.wait()
+    def tells(self, text):
+        return any(text in line for line in self.lines)
 
-        try:
-            await asyncio.wait_for(wait(), seconds)
-        except asyncio.TimeoutError:
-            raise AssertionError(f"{len(self.messages)} messages, lines {self.lines}") from None
-
-    async def has(self, count, seconds=30):
-        await self.until(lambda: len(self.messages) >= count, seconds)
-
-    async def tells(self, text):
-        await self.until(lambda: any(text in line for line in self.lines))
+    def is_connected(self):
+        return self.source.connected
 
 
 class RawPublisher:
@@ -2987,8 +2753,8 @@ class RawPublisher:
 
     def __init__(self, handshake: bytes = GREETING_4_3 + READY_XPUB, ipc_path: str = "") -> None:
         self.handshake, self.ipc_path = handshake, ipc_path
-        self.connections: asyncio.Queue[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = asyncio.Queue()
-        self.writers: list[asyncio.StreamWriter] = []
+        self.connections = asyncio.Queue()
+        self.writers = []
 
     async def __aenter__(self):
         if self.ipc_path:
@@ -3026,16 +2792,14 @@ class RawPublisher:
 
 class BusTestCase(LoopTestCase):  # its sources are stopped at the end
     def open(self, source, *prefixes):
-        if isinstance(source, str):
-            source = aiperf_api.BuiltinBusSource(source)
         self.addAsyncCleanup(source.stop)
         return Inbox(source, *prefixes)
 
-    async def meet(self, *prefixes, handshake=GREETING_4_3 + READY_XPUB):
+    async def meet(self, *prefixes, handshake=GREETING_4_3 + READY_XPUB, source=aiperf_api.BuiltinBusSource):
         """Return a publisher of literal bytes and what the source gets that connects to it."""
         publisher = await RawPublisher(handshake).__aenter__()
         self.addAsyncCleanup(publisher.__aexit__)
-        return publisher, self.open(publisher.address, *prefixes)
+        return publisher, self.open(source(publisher.address), *prefixes)
 
     async def read(self, reader, wanted: bytes):
         self.assertEqual(await asyncio.wait_for(reader.readexactly(len(wanted)), 30), wanted)
@@ -3058,25 +2822,11 @@ class TestBuiltinBusSource(BusTestCase):  # against peers of literal bytes
         reader, _ = await publisher.accept(HELLO)
         await self.read(reader, b"\x00\x03\x01ab")
         beats, beat = [], inbox.source._beat
-        with mock.patch.object(inbox.source, "_beat", lambda: (beats.append(1), beat(), inbox.changed.set())):
-            await inbox.until(lambda: len(beats) > aiperf_api._PINGS_MAX + 2)
+        with mock.patch.object(inbox.source, "_beat", lambda: (beats.append(1), beat())):
+            await self.until(lambda: len(beats) > aiperf_api._PINGS_MAX + 2)
         self.assertTrue(inbox.source.connected)
         inbox.source.subscribe(b"c")
         await self.read(reader, b"\x00\x02\x01c")
-
-    async def test_a_lost_peer_is_found_again_and_told_the_subscriptions_and_news_only_if_it_had_lasted(self):
-        for proven_sec, told in ((0, [False, True] * 4 + [False]), (60, [False])):
-            self.patch(_PROVEN_SEC=proven_sec, BUS_RETRY_MIN_SEC=0.001, BUS_RETRY_MAX_SEC=0.002)
-            publisher, inbox = await self.meet(b"first", b"later")
-            for _ in range(5):
-                reader, writer = await publisher.accept(HELLO)
-                await self.read(reader, b"\x04\x0f\x09SUBSCRIBEfirst\x04\x0f\x09SUBSCRIBElater")
-                await inbox.until(lambda inbox=inbox: inbox.source.connected)
-                if len(publisher.writers) < 5:
-                    writer.close()
-            await inbox.source.stop()
-            self.assertEqual(["is gone" in line for line in inbox.lines], told)
-            self.assertEqual(inbox.lines[0], f"connected to the bus at {publisher.address} (ZMTP 3.1, XPUB)")
 
     async def test_the_same_fault_again_and_again_is_told_once_and_retried_for_ever(self):
         self.patch(BUS_RETRY_MIN_SEC=0.001, BUS_RETRY_MAX_SEC=0.002)
@@ -3106,15 +2856,16 @@ class TestBuiltinBusSource(BusTestCase):  # against peers of literal bytes
             await real_sleep(0)
 
         with mock.patch.object(aiperf_api.asyncio, "sleep", sleep):
-            inbox = self.open(f"tcp://127.0.0.1:{free_port()}")
+            inbox = self.open(aiperf_api.BuiltinBusSource(f"tcp://127.0.0.1:{free_port()}"))
             await asyncio.wait_for(enough.wait(), 30)
             await inbox.source.stop()
         self.assertTrue(all(0.1 <= wait <= 0.25 for wait in waits[:6]), waits)
         [line] = inbox.lines
         self.assertRegex(line, r"^no bus at tcp://127\.0\.0\.1:\d+ yet \(.+\); trying until there is one$")
-        await self.open(f"tcp://{'x' * 70}.invalid:5664").tells("no bus at")  # IDNA refuses that name
+        inbox = self.open(aiperf_api.BuiltinBusSource(f"tcp://{'x' * 70}.invalid:5664"))  # IDNA refuses that name
+        await self.until(inbox.tells, "no bus at")
 
-    async def test_silence_is_answered_with_pings_and_then_given_up(self):
+    async def test_silence_is_answered_with_pings_and_a_peer_that_does_not_answer_those_is_given_up(self):
         for handshake, constants, line, pings in (
             (GREETING_4_3 + READY_XPUB, {"BUS_HEARTBEAT_SEC": 0.01}, "left 3 PINGs without an answer", 3),
             (GREETING_4_3, {"BUS_HANDSHAKE_SEC": 0.02}, "did not finish the handshake", 0),
@@ -3122,11 +2873,9 @@ class TestBuiltinBusSource(BusTestCase):  # against peers of literal bytes
             with self.subTest(line), mock.patch.multiple(aiperf_api, **constants):
                 publisher, inbox = await self.meet(handshake=handshake)
                 self.assertEqual((await publisher.heard()).count(b"\x04\x07\x04PING\0\0"), pings)
-                await inbox.tells(line)
+                await self.until(inbox.tells, line)
                 await publisher.accept()
                 await inbox.source.stop()
-
-    async def test_a_peer_that_answers_pings_is_kept(self):
         self.patch(BUS_HEARTBEAT_SEC=0.02)
         publisher, inbox = await self.meet()
         reader, writer = await publisher.accept(HELLO)
@@ -3152,7 +2901,7 @@ class TestBuiltinBusSource(BusTestCase):  # against peers of literal bytes
             while True:
                 writer.write(zmtp_frame(b"\x04PING\0\0" + b"c" * 16, 4) * 4096)
                 await asyncio.wait_for(writer.drain(), 30)
-        await inbox.tells("does not read")
+        await self.until(inbox.tells, "does not read")
         self.assertLess(sorted(turns)[-len(turns) // 100], 0.02)
 
     async def test_a_peer_that_does_not_read_gets_all_subscriptions_and_is_left_when_they_change_for_ever(self):
@@ -3161,7 +2910,7 @@ class TestBuiltinBusSource(BusTestCase):  # against peers of literal bytes
         publisher, inbox = await self.meet(*prefixes)
         for _ in range(2):
             (await publisher.accept(HELLO))[0]._transport.pause_reading()
-            await inbox.until(lambda: inbox.source.connected)
+            await self.until(inbox.is_connected)
             buffered, transport = 0, inbox.source._transport
             while not transport.is_closing():
                 buffered = max(buffered, transport.get_write_buffer_size())
@@ -3169,8 +2918,8 @@ class TestBuiltinBusSource(BusTestCase):  # against peers of literal bytes
                     change(b"x" * 60_000)
                 await asyncio.sleep(0)
             self.assertLess(buffered, 2 << 20)
-            await inbox.until(lambda: not inbox.source.connected)
-        await inbox.tells("does not read what it is sent; connecting again")
+            await self.until(lambda gone=transport: inbox.source._transport is not gone)
+        await self.until(inbox.tells, "does not read what it is sent; connecting again")
 
     async def test_one_read_with_many_messages_is_spread_over_turns_and_costly_ones_over_more(self):
         for cost_sec, count, most in ((0.0, 2000, 256), (0.002, 400, 20)):
@@ -3179,7 +2928,7 @@ class TestBuiltinBusSource(BusTestCase):  # against peers of literal bytes
             _, writer = await publisher.accept()
             sent = [[b"t$", b"%d" % i] for i in range(count)]
             writer.write(b"".join(zmtp_message(*message) for message in sent))
-            await inbox.has(count)
+            await self.until(inbox.has, count)
             self.assertEqual(inbox.messages, sent)
             self.assertLessEqual(max(inbox.batches[1:]), most)
             await inbox.source.stop()
@@ -3190,11 +2939,11 @@ class TestBuiltinBusSource(BusTestCase):  # against peers of literal bytes
         for end in (b"", b"\x08", b"\x01\x05cut"):
             publisher, inbox = await self.meet(b"", handshake=stream + end)
             (await publisher.accept())[1].close()
-            await inbox.has(1_000)
+            await self.until(inbox.has, 1_000)
             self.assertEqual(inbox.messages[:1_000], many)
             await inbox.source.stop()
         publisher, inbox = await self.meet(b"", handshake=stream * 10)
-        await inbox.has(1)
+        await self.until(inbox.has, 1)
         await inbox.source.stop()
         count = len(inbox.messages)
         await asyncio.sleep(0)
@@ -3203,7 +2952,7 @@ class TestBuiltinBusSource(BusTestCase):  # against peers of literal bytes
     async def test_it_can_be_stopped_at_any_moment_of_a_connection(self):
         async with RawPublisher() as publisher:
             for turns in range(40):
-                inbox = self.open(publisher.address)
+                inbox = self.open(aiperf_api.BuiltinBusSource(publisher.address))
                 for _ in range(turns):
                     await asyncio.sleep(0)
                 await asyncio.wait_for(inbox.source.stop(), 30)
@@ -3213,8 +2962,8 @@ class TestBuiltinBusSource(BusTestCase):  # against peers of literal bytes
         port, loop = free_port(), asyncio.get_running_loop()
         meet = functools.partial(loop.create_connection, local_addr=("127.0.0.1", port))
         with mock.patch.object(loop, "create_connection", meet):
-            inbox = self.open(f"tcp://127.0.0.1:{port}")
-            await inbox.tells("no PUB or XPUB socket")
+            inbox = self.open(aiperf_api.BuiltinBusSource(f"tcp://127.0.0.1:{port}"))
+            await self.until(inbox.tells, "no PUB or XPUB socket")
         self.assertFalse(inbox.source.connected)
 
 
@@ -3222,93 +2971,69 @@ class TestBuiltinBusSource(BusTestCase):  # against peers of literal bytes
 class TestBusSourcesWithLibzmq(BusTestCase):  # both sources against the real thing
     BACKENDS = ("pyzmq", "builtin")
 
-    def setUp(self):
-        self.context = zmq.Context()
-        self.context.rcvtimeo, self.context.linger = 30_000, 0
-        self.addCleanup(self.context.destroy)
-
-    def bus(self):
-        bus = Bus()
+    def bus(self, *address):
+        bus = Bus(*address)
         self.addCleanup(bus.stop)
         return bus
 
-    async def hears(self, publisher):
-        """Return what a publisher, an XPUB, is asked for next."""
-        return await asyncio.get_running_loop().run_in_executor(None, publisher.recv)
+    async def follow(self, bus, source, *prefixes):
+        inbox = self.open(source, *prefixes)
+        await self.until(bus.has_subscribed, *prefixes)
+        return inbox
 
     async def test_of_a_message_over_the_limits_both_deliver_the_topic_and_then_the_next(self):
         most, bus = 1 << 20, self.bus()
         self.patch(BUS_RESULT_BYTES_MAX=most)
         sources = [aiperf_api.bus_source(bus.address, "zmq", backend=backend) for backend in self.BACKENDS]
         inboxes = [self.open(source, b"t$", b"sync-%d" % i) for i, source in enumerate(sources)]
-        await self.until(lambda: bus.has_subscribed(b"t$", b"sync-0", b"sync-1"))
+        await self.until(bus.has_subscribed, b"t$", b"sync-0", b"sync-1")
         kept, dropped = ([b"t$", bytes(most - 2)], [b"t$"] * 64, [b"t$", b"next"]), [b"t$"]
         large = ([b"t$", bytes(most - 1)], [b"t$"] + [bytes(most // 2)] * 3, [b"t$"] * 65, [b"t$", *[b"x"] * 100_000])
         for message in (large[0], kept[0], large[1], large[2], kept[1], large[3], [b"t$" * 300, b"{}"], kept[2]):
             bus.publish(*message)
         for inbox in inboxes:
-            await inbox.has(8)
+            await self.until(inbox.has, 8)
             wanted = [dropped, kept[0], dropped, dropped, kept[1], dropped, [b""], kept[2]]
             self.assertTrue(inbox.messages == wanted, [message[:2] for message in inbox.messages][:9])
             self.assertEqual(len(inbox.lines), 1, "one connection, never lost")
-
-    async def is_asked(self, publisher, *prefixes):
-        missing = {b"\1" + prefix for prefix in prefixes}
-        while missing:
-            missing.discard(await self.hears(publisher))
-            while missing and publisher.poll(0):
-                missing.discard(publisher.recv())
 
     async def test_a_bus_that_comes_back_is_told_every_subscription_and_many_cost_no_more_each(self):
         self.patch(BUS_RETRY_MIN_SEC=0.001, BUS_RETRY_MAX_SEC=0.002)
         prefixes = [b"type_%d$" % number for number in range(20_000 if DEEP else 2_000)]
         for backend in self.BACKENDS:
-            address = f"tcp://127.0.0.1:{free_port()}"
-            publisher = self.context.socket(zmq.XPUB)
-            publisher.rcvhwm = 0
-            publisher.bind(address)
-            source = self.open(aiperf_api.bus_source(address, "zmq", backend=backend), b"first").source
-            await self.is_asked(publisher, b"first")
-            publisher.close()
+            bus = self.bus()
+            source = aiperf_api.bus_source(bus.address, "zmq", backend=backend)
+            await self.follow(bus, source, b"first")
+            bus.stop()
             began = time.thread_time()
             for prefix in prefixes:
                 source.subscribe(prefix)
             cost_sec = time.thread_time() - began
-            again = self.context.socket(zmq.XPUB)
-            again.rcvhwm = 0
-            again.bind(address)
-            await self.is_asked(again, b"first", *prefixes)
+            again = self.bus(bus.address)
+            await self.until(again.has_subscribed, b"first", *prefixes)
             began = time.thread_time()
             for prefix in prefixes:
                 source.unsubscribe(prefix)
             cost_sec += time.thread_time() - began
-            source.subscribe(b"last")
-            await self.is_asked(again, b"last")
+            await self.until(lambda again=again: again.has_subscribed() and again.subscribed == {b"first"})
             self.assertLess(cost_sec, 4)  # 20,000: 0.3 s
-            await source.stop()
-            again.close()
 
     async def test_pyzmq_too_connects_again_after_a_frame_that_is_too_large_and_a_peer_that_is_none(self):
         self.patch(BUS_RESULT_BYTES_MAX=1 << 16, _ANEW_SEC=0.01, _PROVEN_SEC=0)
-        publisher = self.context.socket(zmq.XPUB)
-        publisher.bind("tcp://127.0.0.1:*")
-        address = publisher.getsockopt(zmq.LAST_ENDPOINT).decode().strip("\0")
-        inbox = self.open(aiperf_api.PyzmqBusSource(address), b"t$")
-        await self.is_asked(publisher, b"t$")
+        bus = self.bus()
+        inbox = await self.follow(bus, aiperf_api.PyzmqBusSource(bus.address), b"t$")
         for life in range(3):
             while sum("a frame of over" in line for line in inbox.lines) <= life:
-                publisher.send_multipart([b"t$", bytes((1 << 16) + 1)])  # dropped until it knows the subscription again
+                bus.publish(b"t$", bytes((1 << 16) + 1))  # dropped until it knows the subscription again
                 await asyncio.sleep(0.01)
         while not inbox.messages:
-            publisher.send_multipart([b"t$", b"next"])
+            bus.publish(b"t$", b"next")
             await asyncio.sleep(0.01)
         self.assertEqual(inbox.messages[0], [b"t$", b"next"])
         for handshake in (GREETING_4_3[:12] + b"PLAIN".ljust(52, b"\0"), GREETING_4_3 + READY_XPUB + b"\x08\0"):
-            async with RawPublisher(handshake) as peer:
-                inbox = self.open(aiperf_api.PyzmqBusSource(peer.address), b"")
-                for _ in range(3):
-                    await peer.heard()
-                await inbox.source.stop()
+            peer, inbox = await self.meet(b"", handshake=handshake, source=aiperf_api.PyzmqBusSource)
+            for _ in range(3):
+                await peer.heard()
 
     async def test_a_bus_that_comes_late_goes_and_comes_back_is_heard_over_tcp_and_ipc(self):
         self.patch(_PROVEN_SEC=0)
@@ -3320,13 +3045,12 @@ class TestBusSourcesWithLibzmq(BusTestCase):  # both sources against the real th
             inbox = self.open(aiperf_api.bus_source(address, "zmq", backend=backend), b"abc")
             await asyncio.sleep(0.1)  # some attempts are in vain
             for life in range(2):
-                publisher = self.context.socket(zmq.XPUB)
-                publisher.bind(address.replace("localhost", "127.0.0.1"))
-                self.assertEqual(await self.hears(publisher), b"\1abc")
-                publisher.send_multipart([b"abc$", b"%d" % life])
-                await inbox.has(life + 1)
-                publisher.close(0)
-                await inbox.until(lambda inbox=inbox: not inbox.source.connected)
+                bus = self.bus(address.replace("localhost", "127.0.0.1"))
+                await self.until(bus.has_subscribed, b"abc")
+                bus.publish(b"abc$", b"%d" % life)
+                await self.until(inbox.has, life + 1)
+                bus.stop()
+                await self.until(lambda inbox=inbox: not inbox.source.connected)
             await inbox.source.stop()
             self.assertEqual(inbox.messages, [[b"abc$", b"0"], [b"abc$", b"1"]])
             gone = [" is gone" in line for line in inbox.lines if not line.startswith("no bus")]
@@ -3336,11 +3060,10 @@ class TestBusSourcesWithLibzmq(BusTestCase):  # both sources against the real th
         count = 100_000 if DEEP else 10_000
         for backend in self.BACKENDS:
             bus = self.bus()
-            inbox = self.open(aiperf_api.bus_source(bus.address, "zmq", backend=backend), b"burst$")
-            await self.until(functools.partial(bus.has_subscribed, b"burst$"))
+            inbox = await self.follow(bus, aiperf_api.bus_source(bus.address, "zmq", backend=backend), b"burst$")
             for number in range(count):
                 bus.publish(b"burst$", b"%01024d" % number)
-            await inbox.has(count, 120)
+            await self.until(inbox.has, count, seconds=120)
             wrong = sum(message != [b"burst$", b"%01024d" % i] for i, message in enumerate(inbox.messages))
             self.assertEqual((len(inbox.messages), wrong, len(inbox.lines)), (count, 0, 1))
             self.assertLessEqual(max(inbox.batches), aiperf_api.BUS_TURN_MESSAGES_MAX)
@@ -3349,15 +3072,16 @@ class TestBusSourcesWithLibzmq(BusTestCase):  # both sources against the real th
     async def test_several_publishers_connect_to_a_bound_source(self):
         self.patch(_PROVEN_SEC=0)
         inbox = self.open(aiperf_api.bus_source("tcp://127.0.0.1:*", "bind", bind=True), b"abc")
-        publishers = [self.context.socket(zmq.XPUB) for _ in range(2)]
-        for number, publisher in enumerate(publishers):
-            publisher.connect(inbox.source.address)
-            self.assertEqual(await self.hears(publisher), b"\1abc")
-            publisher.send_multipart([b"abc$", b"%d" % number])
-            await inbox.has(number + 1)
-        for publisher in publishers:
-            publisher.close(0)
-        await inbox.tells("left; waiting for the next")
+        with zmq.Context() as context:
+            publishers = [context.socket(zmq.XPUB) for _ in range(2)]
+            for number, publisher in enumerate(publishers):
+                publisher.connect(inbox.source.address)
+                await self.until(publisher.poll, 0)
+                publisher.send_multipart([b"abc$", b"%d" % number])
+                await self.until(inbox.has, number + 1)
+            for publisher in publishers:
+                publisher.close(0)
+        await self.until(inbox.tells, "left; waiting for the next")
         self.assertEqual(inbox.lines[0], f"a publisher connected to {inbox.source.address}")
         with self.assertRaisesRegex(aiperf_api.StartError, "^cannot bind tcp://.* in use"):
             self.open(aiperf_api.bus_source(inbox.source.address, "bind", bind=True))
@@ -3377,7 +3101,7 @@ class TestReplayAndRecord(BusTestCase):  # whole lines, and nothing that was the
 
     async def played(self, path="", **options):
         inbox = self.open(aiperf_api.ReplaySource(path or self.path, **options))
-        await inbox.until(lambda: inbox.source.ended)
+        await self.until(lambda: inbox.source.ended)
         return inbox
 
     async def test_at_once_each_message_has_its_own_time_and_then_time_passes(self):
@@ -3402,13 +3126,13 @@ class TestReplayAndRecord(BusTestCase):  # whole lines, and nothing that was the
         self.record(*range(3600), 3600.2)
         began = time.monotonic()
         inbox = self.open(aiperf_api.ReplaySource(self.path, start_at=3600, loop=True))
-        await inbox.has(2 * 3601)
+        await self.until(inbox.has, 2 * 3601)
         self.assertTrue(0.4 <= time.monotonic() - began < 30)
         self.assertEqual(inbox.times_ns[:3600], [10**18 + sec * 10**9 for sec in range(3600)])
         self.assertEqual(inbox.times_ns[3601:7201], inbox.times_ns[:3600])
         self.assertFalse(inbox.source.ended)
         os.unlink(self.path)  # the next round finds nothing
-        await inbox.tells("the replay of r.jsonl has ended: ")
+        await self.until(inbox.tells, "the replay of r.jsonl has ended: ")
         self.assertTrue(inbox.source.ended)
 
     async def test_a_turn_has_a_budget_in_bytes_and_time(self):
@@ -3459,8 +3183,7 @@ class TestReplayAndRecord(BusTestCase):  # whole lines, and nothing that was the
                     recorder.write(10**18 + number, topic.decode(), payload)
                     recorder.flush()  # a reader finds whole lines at any time
                     self.assertEqual(len((await self.played(path, speed=0)).messages), number + 1)
-                with self.assertRaises(UnicodeDecodeError):
-                    recorder.write(1, "t$", b"\xff")
+                self.assertRaises(UnicodeDecodeError, recorder.write, 1, "t$", b"\xff")
                 recorder.close()
             for name in (path, path + ".1"):
                 self.assertEqual((await self.played(name, speed=0)).messages, wanted)
@@ -3480,10 +3203,8 @@ class TestReplayAndRecord(BusTestCase):  # whole lines, and nothing that was the
             path = os.path.join(folder, name) if name else ""
             with self.assertRaisesRegex(aiperf_api.UsageError, "^--record .*: (not a regular file|no such folder)$"):
                 aiperf_api.check_output(path, "--record")
-            with self.assertRaisesRegex(aiperf_api.UsageError, "^--record "):
-                aiperf_api.Recorder(path)
-            with self.assertRaises(OSError):
-                aiperf_api.write_file(path, b"x")
+            self.assertRaises(aiperf_api.UsageError, aiperf_api.Recorder, path)
+            self.assertRaises(OSError, aiperf_api.write_file, path, b"x")
         for name in ("link", "new"):
             for text in (b"1", b"2"):
                 aiperf_api.write_file(os.path.join(folder, name), text)
@@ -3504,8 +3225,7 @@ class TestReplayAndRecord(BusTestCase):  # whole lines, and nothing that was the
             file, recorder._file = recorder._file, mock.Mock(wraps=recorder._file)
             writes = iter((lambda data, file=file: file.write(data[:9]), mock.Mock(side_effect=OSError)))
             recorder._file.write.side_effect = lambda data, writes=writes: next(writes)(data)
-            with self.assertRaises(OSError):
-                recorder.flush()
+            self.assertRaises(OSError, recorder.flush)
             recorder._file = file
             recorder.close()
             self.assertEqual([t_ns for t_ns, _ in aiperf_api._read_recording(path)], [1])
@@ -3529,10 +3249,6 @@ def encode_line(message: aiperf_api.Message) -> bytes:
     return message.payload + b"\n"
 
 
-def encode_text(message: aiperf_api.Message) -> bytes:
-    return aiperf_api.encode_frame(aiperf_api.OP_TEXT, message.payload)
-
-
 class PipeTransport:
     """An asyncio transport as the hub sees it, whose peer reads when the test says so; and its subscriber."""
 
@@ -3543,7 +3259,7 @@ class PipeTransport:
         self.writes = 0
         self.aborted = False
         self.is_closing, self.get_write_buffer_size = lambda: self.aborted, self.buffer.__len__
-        self.outlet = aiperf_api.Outlet(cast(asyncio.WriteTransport, self))
+        self.outlet = aiperf_api.Outlet(self)
         self.subscriber = aiperf_api.Subscriber(self.outlet, "ndjson", "peer", encode_line)
 
     def write(self, data: Any) -> None:
@@ -3553,7 +3269,6 @@ class PipeTransport:
         self.outlet.paused = self.outlet.paused or len(self.buffer) > self.HIGH
 
     def drain(self, size: int) -> None:
-        """The peer reads so many bytes."""
         self.read += self.buffer[:size]
         del self.buffer[:size]
         if self.outlet.paused and len(self.buffer) <= self.LOW:
@@ -3577,7 +3292,7 @@ class HubTestCase(unittest.TestCase):
     """A hub with clients of NDJSON, whose peers and clock the test drives."""
 
     def setUp(self) -> None:
-        self.wanted: list[tuple[str, bool]] = []
+        self.wanted = []
         self.hub = aiperf_api.Hub(lambda name, wanted: self.wanted.append((name, wanted)))
         self.now = 1000.0
         self.count = 0
@@ -3682,14 +3397,6 @@ class TestSlowClients(HubTestCase):  # they cost nobody else anything, and know 
         self.assertLess(max(slow.subscriber.outstanding, self.hub.unsent.total), 2 * size)
         self.assertEqual(slow.drain_all(), [("a", 1), {"S": 39}, ("S", 41)])
 
-    def test_it_is_behind_by_the_age_of_what_waits_not_by_how_long_it_has_queued(self) -> None:
-        slow = self.full_client()
-        for _ in range(40):  # a second each: always behind, never by five seconds
-            self.now += 1
-            self.send("S", size=slow.HIGH)
-            slow.drain(slow.HIGH)
-        self.assertEqual((slow.subscriber.slow, slow.subscriber.skipped), (False, 0))
-
     def test_events_are_bounded_in_number_and_bytes_dropped_ones_are_counted_the_newest_state_fits(self) -> None:
         for count, size in ((aiperf_api.CLIENT_QUEUE_EVENTS_MAX + 7, 0), (30, 1 << 20)):
             slow = self.full_client()
@@ -3768,10 +3475,8 @@ class TestSlowClients(HubTestCase):  # they cost nobody else anything, and know 
             self.assertEqual((True in found, any(found[: aiperf_api.CLIENT_STALL_SEC])), (stalls, False), name)
 
 
-SMALL_MARKS = {"CLIENT_SOFT_MARK_BYTES": 20_000, "CLIENT_HARD_MARK_BYTES": 90_000, "CLIENT_QUEUE_EVENTS_MAX": 8}
-
-
-@mock.patch.multiple(aiperf_api, CLIENT_WRITE_BYTES_MAX=5_000, **SMALL_MARKS)
+@mock.patch.multiple(aiperf_api, CLIENT_WRITE_BYTES_MAX=5_000, CLIENT_QUEUE_EVENTS_MAX=8)
+@mock.patch.multiple(aiperf_api, CLIENT_SOFT_MARK_BYTES=20_000, CLIENT_HARD_MARK_BYTES=90_000)
 @mock.patch.multiple(PipeTransport, HIGH=2000, LOW=500)
 class TestHubModel(HubTestCase):  # whatever happens in whatever order
     def run_model(self, actions: Iterable[tuple[int, int]]) -> None:
@@ -3824,72 +3529,28 @@ class TestHubModel(HubTestCase):  # whatever happens in whatever order
 # == 12 == Connection ==================================================================================================
 
 
-class EchoServer:
-    """Rooms 4, 5, 11 and 12 as they are, and the smallest application: every path is a WebSocket that sends back what
-    it is sent.  For outside judges, such as the Autobahn suite: `python3 test_aiperf_api.py --echo PORT`.
+class EchoService(aiperf_api.APIService):
+    """The service, which sends back what a WebSocket sends it, for judges such as the Autobahn suite."""
 
-    For the tests here there are besides /health, /large (the same 3 MB each time), /fresh (others each time), /stream
-    (?format=sse), and /ws, which gets all messages of publish(), too.
-    """
-
-    def __init__(self) -> None:
-        self.memo: dict[bytes, aiperf_api.Request] = {}
-        self.date = b"Mon, 23 Nov 2026 00:00:00 GMT"
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
         self.message_bytes_max = 32 << 20
-        self.unsent = aiperf_api.Unsent()
-        self.hub = aiperf_api.Hub(lambda name, wanted: None)
         self.large = aiperf_api.Response(200, os.urandom(3_000_000), "image/png")
-        self.served: list[str] = []
-        self.errors: list[Exception] = []
-        self.failed = lambda connection, error: self.errors.append(error)
-        self.connections: set[aiperf_api.Connection] = set()
-        self.opened: Any = self.connections.add
-        self.headers_for: Any = lambda request: ()
-
-    async def start(self, port: int = 0) -> None:
-        self.server = await asyncio.start_server(aiperf_api.connection_factory(self), "127.0.0.1", port)
-        self.url = "ws://{}:{}".format(*self.server.sockets[0].getsockname())
+        self.served = []
 
     def sweep(self, count: int = 1) -> None:
         for connection in list(self.connections) * count:
             connection.check()
 
-    async def stop(self) -> None:
-        self.server.close()
-        for connection in list(self.connections):
-            connection.transport.abort()
-        await asyncio.sleep(0)
-
-    def publish(self, name: str, **fields: Any) -> None:
-        payload = json.dumps({"message_type": name, **fields}).encode()
-        self.hub.broadcast([aiperf_api.Message(name, payload, name.isupper())], time.monotonic())
-
-    def closed(self, connection: aiperf_api.Connection) -> None:
-        self.connections.discard(connection)
-        if connection.subscriber is not None:
-            self.hub.remove(connection.subscriber)
-
     def respond(self, connection: aiperf_api.Connection, request: aiperf_api.Request) -> aiperf_api.Response | None:
         self.served.append(request.path)
-        if request.path == "/health":
-            return aiperf_api.Response(200, b"ok\n", "text/plain")
-        if request.path in ("/large", "/fresh"):
-            body = os.urandom(3_000_000)
-            return self.large if request.path == "/large" else aiperf_api.Response(200, body, "image/png")
-        if request.path == "/stream":
-            connection.open_stream(aiperf_api.Response(200, None, "text/plain").encode(date=self.date))
-            self.add(connection, request.arg("format", "ndjson") or "", encode_line)
-            return None
-        subprotocol = next(iter(aiperf_api.subprotocols(request)), "")
-        connection.open_websocket(aiperf_api.upgrade_response(request, subprotocol))
-        if request.path == "/ws":
-            self.add(connection, "websocket", encode_text)
-        return None
-
-    def add(self, connection: aiperf_api.Connection, kind: str, encode: aiperf_api.Encoder) -> None:
-        connection.subscriber = aiperf_api.Subscriber(connection.outlet, kind, connection.address, encode)
-        self.hub.add(connection.subscriber)
-        self.hub.subscribe(connection.subscriber, None)
+        if request.path in ("/large", "/fresh"):  # the same each time, another one each time
+            fresh = aiperf_api.Response(200, os.urandom(3_000_000), "image/png")
+            return self.large if request.path == "/large" else fresh
+        response = super().respond(connection, request)
+        if connection.subscriber is not None:
+            self.hub.subscribe(connection.subscriber, None)
+        return response
 
     def received(self, connection: aiperf_api.Connection, data: str | bytes) -> None:
         text = isinstance(data, str)
@@ -3897,12 +3558,9 @@ class EchoServer:
 
 
 async def run_echo(port: int) -> None:
-    server = EchoServer()
-    await server.start(port)
-    print(server.url, flush=True)
-    while True:
-        await asyncio.sleep(1)
-        server.sweep()
+    async with EchoService(port=port) as service:
+        print(service.url.replace("http", "ws"), flush=True)
+        await asyncio.Event().wait()
 
 
 @contextlib.contextmanager
@@ -3910,7 +3568,7 @@ def log_lines(level: int = logging.INFO) -> Iterator[list[str]]:
     """Collect what the module, from `level` on, and asyncio would have written to the terminal."""
     lines: list[str] = []
     handler, layout, log = logging.Handler(), logging.Formatter("%(levelname)s %(message)s"), aiperf_api.log
-    handler.emit = lambda record: lines.append(layout.format(record))  # type: ignore[method-assign]
+    handler.emit = lambda record: lines.append(layout.format(record))
     with mock.patch.object(log, "propagate", False), mock.patch.object(log, "handlers", [*log.handlers, handler]):
         before = log.level
         log.setLevel(level)
@@ -3929,9 +3587,10 @@ class WireTestCase(ServiceTestCase):
     LARGE = HEALTH.replace(b"health", b"large")
     LAST = HEALTH.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
     expected_log: tuple[str, ...] = ()
+    log_level = logging.INFO
 
     async def asyncSetUp(self) -> None:
-        context = log_lines()
+        context = log_lines(self.log_level)
         self.log = context.__enter__()
         self.addCleanup(self._check_log)
         self.addCleanup(context.__exit__, None, None, None)
@@ -3942,16 +3601,15 @@ class WireTestCase(ServiceTestCase):
 
     async def exchange(self, *pieces: bytes) -> bytes:
         """Send, and read until the server ends the connection, which it must."""
-        client = await self.client(self.service)
+        client = await self.client()
         for piece in pieces:
             client.send(piece)
             await asyncio.sleep(0)
         return await client.read_to_end()
 
     def connection(self) -> aiperf_api.Connection:
-        """The only one that the server has."""
         [connection] = self.service.connections
-        return cast(aiperf_api.Connection, connection)
+        return connection
 
     async def raw(self, data: bytes = b"", receive_bytes: int = 4096) -> socket.socket:
         """A socket that reads only when told to, with a small buffer."""
@@ -3975,20 +3633,15 @@ class WireTestCase(ServiceTestCase):
         self.assertEqual(list(self.service.hub.subscribers), [])
 
 
-class SmallServerTestCase(WireTestCase):  # with an EchoServer as the server
+class EchoTestCase(WireTestCase):  # whose service echoes, and sweeps when the test says so
     async def serve(self, **arguments: Any) -> Any:
-        server = EchoServer()
-        await server.start()
-        self.addAsyncCleanup(server.stop)
-        return server
-
-    async def open(self, path: str = "/ws") -> Client:
-        client = await self.client(self.service)
-        self.assertEqual((await client.upgrade(path)).status, 101)
-        return client
+        service = EchoService(**arguments)
+        await service.start()
+        self.addAsyncCleanup(service.stop)
+        service._sweep_timer.cancel()
+        return service
 
     async def swept(self) -> None:
-        """Sweep until all connections have ended."""
         await self.until(lambda: self.service.sweep() or not self.service.connections)
 
 
@@ -4004,7 +3657,7 @@ def statuses(data: bytes) -> list[int]:
     return found
 
 
-class TestMistakesOfOthersInHTTP(SmallServerTestCase):  # that need a connection; in a head alone: room 5
+class TestMistakesOfOthersInHTTP(EchoTestCase):  # that need a connection; in a head alone: room 5
     async def test_nothing_is_served_behind_a_fault_or_the_end(self) -> None:
         for data, expected in (
             (self.HEALTH + b"GET / HTTP/1.1\r\nHost : x\r\n\r\n" + self.HEALTH, [200, 400]),
@@ -4018,24 +3671,23 @@ class TestMistakesOfOthersInHTTP(SmallServerTestCase):  # that need a connection
         self.assertTrue(answer.startswith(b"HTTP/1.1 400 ") and answer.endswith(b"\r\n\r\n"), answer)
 
     async def test_others_have_their_turn_between_pipelined_requests(self) -> None:
-        busy, other = await self.client(self.service), await self.client(self.service)
-        busy.send(b"HEAD /busy HTTP/1.1\r\nHost: localhost\r\n\r\n" * 200)
+        busy, other = await self.client(), await self.client()
+        busy.send(b"HEAD /nosuch HTTP/1.1\r\nHost: localhost\r\n\r\n" * 200)
         busy.writer.write_eof()
-        other.send(self.HEALTH)
-        await other.read_answer()
-        self.assertEqual((await busy.read_to_end()).count(b"HTTP/1.1 426 "), 200)
+        await other.ask(self.HEALTH)
+        self.assertEqual((await busy.read_to_end()).count(b"HTTP/1.1 404 "), 200)
         self.assertLess(self.service.served.index("/health"), 100)
 
     async def test_pipelined_answers_come_in_order_also_to_a_slow_reader_that_has_half_closed(self) -> None:
         data = (self.HEALTH + b"GET /nosuch HTTP/1.1\r\nHost: localhost\r\n\r\n" + self.LARGE) * 3
-        self.assertEqual(statuses(await self.exchange(*chopped(data + self.LAST, 50))), [200, 426, 200] * 3 + [200])
+        self.assertEqual(statuses(await self.exchange(*chopped(data + self.LAST, 50))), [200, 404, 200] * 3 + [200])
         await self.swept()
         peer = await self.raw(data)
         await self.until(lambda: self.service.connections and self.connection().paused)
         self.assertFalse(self.connection().transport.is_reading(), "it is asked no further")
         self.assertLess(self.connection().outlet.waiting, 3_001_000)
         peer.shutdown(socket.SHUT_WR)
-        self.assertEqual(statuses(await self.read_all(peer)), [200, 426, 200] * 3)
+        self.assertEqual(statuses(await self.read_all(peer)), [200, 404, 200] * 3)
         await self.no_connections()
 
     async def test_an_error_answer_is_not_lost_in_a_reset(self) -> None:
@@ -4054,20 +3706,20 @@ class TestMistakesOfOthersInHTTP(SmallServerTestCase):  # that need a connection
             self.assertIs(connection.outlet.pending[0][0].obj, body)
             self.assertLess(connection.transport.get_write_buffer_size(), 80_000)
             connection.end()  # the server stops: what has begun still goes out
-        answer = await self.get(self.service, "/fresh")
+        answer = await self.get("/fresh")
         self.assertEqual((answer.status, answer.headers["retry-after"]), (503, "5"))
-        self.assertEqual((await self.get(self.service, "/health")).status, 200)
+        self.assertEqual((await self.get("/health")).status, 200)
         self.assertEqual(statuses(await self.read_all(peers[0])), [200])
         for peer in peers:
             peer.close()
         await self.swept()  # one that does not end its side is ended
         self.assertEqual(self.service.unsent.total, 0)
-        self.assertEqual((await self.get(self.service, "/fresh")).status, 200)
+        self.assertEqual((await self.get("/fresh")).status, 200)
 
 
-class TestDeadlines(SmallServerTestCase):  # counted in sweeps, which are the test's: nobody waits here
+class TestDeadlines(EchoTestCase):  # counted in sweeps, which are the test's: nobody waits here
     async def test_slowloris_has_one_deadline_for_the_whole_head(self) -> None:
-        client = await self.client(self.service)
+        client = await self.client()
         client.send(b"GET /health HTTP/1.1\r\n")
         await self.until(lambda: self.service.connections and self.connection()._requests.started)
         for second in range(aiperf_api.HTTP_HEAD_TIMEOUT_SEC):  # a header a second: there is always something new
@@ -4079,7 +3731,7 @@ class TestDeadlines(SmallServerTestCase):  # counted in sweeps, which are the te
 
     async def test_a_silent_or_idle_connection_ends_after_its_time_without_a_word_and_not_before(self) -> None:
         for questions, limit in ((0, aiperf_api.HTTP_HEAD_TIMEOUT_SEC), (2, aiperf_api.HTTP_IDLE_TIMEOUT_SEC)):
-            client = await self.client(self.service)
+            client = await self.client()
             await self.until(lambda: self.service.connections)
             for _ in range(questions):
                 await client.get("/health")
@@ -4107,6 +3759,7 @@ class TestDeadlines(SmallServerTestCase):  # counted in sweeps, which are the te
         await self.no_connections()
 
     async def test_a_silent_websocket_is_pinged_then_evicted(self) -> None:
+        self.expected_log = ("evicted",)
         client = await self.open()
         self.service.sweep(aiperf_api.WS_PING_INTERVAL_SEC)
         self.assertEqual(await client.read_frame(), (aiperf_api.OP_PING, b""))
@@ -4120,7 +3773,7 @@ class TestDeadlines(SmallServerTestCase):  # counted in sweeps, which are the te
 
     async def test_no_time_goes_by_while_the_process_is_stopped(self) -> None:
         await self.open()
-        await (await self.client(self.service)).get("/health")
+        await (await self.client()).get("/health")
         for data in (b"", self.HEALTH[:20], self.LARGE):
             await self.raw(data)
         await self.until(lambda: any(connection.paused for connection in self.service.connections))
@@ -4129,14 +3782,17 @@ class TestDeadlines(SmallServerTestCase):  # counted in sweeps, which are the te
         self.assertEqual([c.transport.is_closing() for c in self.service.connections], [False] * 5)
 
     async def test_event_streams_get_comments_and_streams_end_with_their_peer(self) -> None:
-        for query, comment in (("?format=sse", b": keepalive\n\n"), ("", b"")):  # NDJSON has none
-            client = await self.client(self.service)
-            await client.get("/stream" + query)
+        for query, comment in (("", b": keepalive\n\n"), ("?format=ndjson&snapshot=0", b"")):  # NDJSON has none
+            client = await self.client()
+            await client.get("/api/stream" + query)
+            if not query:
+                self.assertIn(b"subscribed", await client.within(client.reader.readuntil(b"\n\n")))
             self.service.sweep(aiperf_api.STREAM_COMMENT_INTERVAL_SEC)
-            self.service.publish("a")
+            self.publish("a", n=1)
             client.writer.write_eof()
-            self.assertEqual(await client.read_to_end(), comment + b'{"message_type": "a"}\n')
-            await self.no_connections()
+            answer = await client.read_to_end()
+            self.assertTrue(answer.startswith(comment) and b'"n":1' in answer, answer)
+            await self.swept()
 
 
 class TestConnectionCaps(WireTestCase):
@@ -4145,66 +3801,47 @@ class TestConnectionCaps(WireTestCase):
         return await super().serve(ws_max_connections=2, **arguments)
 
     async def test_who_finds_no_room_or_no_bus_gets_503_before_the_upgrade_and_is_told_when_to_come_back(self) -> None:
-        first, _ = await self.listen(self.service, "*"), await self.listen(self.service, "*")
-        refused = await (await self.client(self.service)).upgrade()
-        stream = await self.get(self.service, "/api/stream")
+        first, _ = await self.listen("*"), await self.listen("*")
+        refused = await (await self.client()).upgrade()
+        stream = await self.get("/api/stream")
         self.service.source.connected = False
-        ready = await self.get(self.service, "/readyz")
+        ready = await self.get("/readyz")
         for answer, seconds in ((refused, "5"), (stream, "5"), (ready, "2")):
             self.assertEqual((answer.status, answer.headers["retry-after"]), (503, seconds))
         first.close()
         await self.until(lambda: len(self.service.hub.subscribers) == 1)
-        await self.listen(self.service, "*")
+        await self.listen("*")
 
     async def test_half_open_connections_count_and_one_more_gets_503_then_none_a_word(self) -> None:
         peers = [await self.raw() for _ in range(5 + 2)]
         await self.until(lambda: len(self.service.connections) == 7)
         for _ in range(4):
-            answer = await (await self.client(self.service)).read_answer()
+            answer = await (await self.client()).read_answer()
             self.assertEqual((answer.status, answer.headers["retry-after"]), (503, "5"))
         with contextlib.suppress(ConnectionResetError):
             self.assertEqual(await self.read_all(await self.raw()), b"")
         for peer in peers:
             peer.close()
         await self.until(lambda: len(self.service.connections) <= 4)
-        self.assertEqual((await self.get(self.service, "/health")).status, 200)
+        self.assertEqual((await self.get("/health")).status, 200)
 
 
-class TestMistakesOfOthersInWebSockets(SmallServerTestCase):  # that need a connection; in frames alone: room 4
+class TestMistakesOfOthersInWebSockets(EchoTestCase):  # that need a connection; in frames alone: room 4
     async def test_autobahn_cases_over_a_socket(self) -> None:
-        for number, frames, expected in AUTOBAHN_CASES if DEEP else AUTOBAHN_CASES[::9]:
-            with self.subTest(number):
-                client = await self.open("/")
-                for piece in frames:
-                    client.send(piece)
-                    await client.writer.drain()
-                found = [await client.read_frame() for _ in expected]
-                self.assertTrue([(kind, data[:2] if kind == 8 else data) for kind, data in found] == expected)
-                if expected[-1][0] == 8:
-                    self.assertEqual(await client.read_to_end(), b"")
-                client.close()
-        self.assertEqual(self.service.errors, [])
-
-    async def test_a_fault_or_a_close_ends_the_connection_and_nothing_behind_it_is_read(self) -> None:
-        for sent, payload in (
-            (aiperf_api.encode_frame(1, b"not masked"), struct.pack("!H", 1002)),
-            (client_frame(8), b""),
-            (client_close(4000, b"bye"), struct.pack("!H", 4000)),
-            (client_frame(9, b"1") + client_frame(1, b"{}") + client_frame(9, b"2") + client_close(1000), b"\x03\xe8"),
-        ):
+        for number, frames, expected in AUTOBAHN_CASES if DEEP else AUTOBAHN_CASES[::5]:
             client = await self.open()
-            client.send(sent + client_frame(1, b"{}"))
-            frames = [await client.read_frame() for _ in range(4 if payload == b"\x03\xe8" else 1)]
-            self.assertEqual([kind for kind, _ in frames], [10, 1, 10, 8][-len(frames) :])
-            self.assertEqual([data for kind, data in frames if kind == 10], [b"1", b"2"] if len(frames) > 1 else [])
-            self.assertEqual((frames[-1][1][:2], await client.read_to_end()), (payload, b""))
+            for piece in frames:
+                client.send(piece)
+                await client.writer.drain()
+            found = [await client.read_frame() for _ in expected]
+            self.assertTrue([(kind, data[:2] if kind == 8 else data) for kind, data in found] == expected, number)
+            self.assertEqual(await client.read_to_end(), b"")
             client.close()
-            await self.no_connections()
+        await self.no_connections()
 
     async def test_text_and_binary_frames_that_come_with_the_upgrade_are_read_alike(self) -> None:
-        client = await self.client(self.service)
-        client.send(UPGRADE + client_frame(1, b"{}") + client_frame(2, b"{}"))  # curl sends binary frames only
-        await client.read_answer("HEAD")
+        client = await self.client()
+        await client.ask(UPGRADE + client_frame(1, b"{}") + client_frame(2, b"{}"))  # curl sends binary frames only
         self.assertEqual([await client.read_frame(), await client.read_frame()], [(1, b"{}"), (2, b"{}")])
 
     async def test_of_a_ping_flood_at_most_ten_are_answered_a_read_the_last_among_them(self) -> None:
@@ -4224,7 +3861,7 @@ class TestMistakesOfOthersInWebSockets(SmallServerTestCase):  # that need a conn
         await self.until(lambda: any(c.subscriber and not c.transport.is_reading() for c in self.service.connections))
         for _ in range(100):
             await asyncio.sleep(0)
-        self.assertLess(cast(aiperf_api.Subscriber, self.connection().subscriber).outstanding, 1024 * 1024)
+        self.assertLess(self.connection().subscriber.outstanding, 1024 * 1024)
         self.assertFalse(sending.done())
         sending.cancel()
         peer.close()
@@ -4232,7 +3869,7 @@ class TestMistakesOfOthersInWebSockets(SmallServerTestCase):  # that need a conn
 
     async def test_peers_that_vanish_at_every_step_leave_no_memory_task_or_descriptor(self) -> None:
         whole = UPGRADE + client_frame(1, b"{}") + client_frame(9, b"x") + client_close(1000)
-        stream = self.HEALTH.replace(b"health", b"stream")
+        stream = self.HEALTH.replace(b"health", b"api/stream")
         steps = [whole[:n] for n in range(0, len(whole), 9)]
         steps += [stream[:20], stream, self.HEALTH * 3, self.LARGE, b"BAD\r\n"]
 
@@ -4242,8 +3879,8 @@ class TestMistakesOfOthersInWebSockets(SmallServerTestCase):  # that need a conn
                 if n // len(steps) % 2:  # close() sends RST
                     peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 peer.close()
-                self._cleanups.pop()  # type: ignore[attr-defined]  # or the test itself would keep the sockets
-                self.service.publish("a")
+                self._cleanups.pop()  # or the test itself would keep the sockets
+                self.publish("a")
             await self.swept()
             self.assertEqual((dict(self.service.hub.subscribers), self.service.hub.wants("*")), ({}, False))
             self.assertEqual((self.service.hub.unsent.total, self.service.unsent.total), (0, 0))
@@ -4251,7 +3888,7 @@ class TestMistakesOfOthersInWebSockets(SmallServerTestCase):  # that need a conn
             gc.collect()
 
         await round_of(200)  # what is made once is made now
-        selector = asyncio.get_running_loop()._selector  # type: ignore[attr-defined]
+        selector = asyncio.get_running_loop()._selector
         tasks, watched = asyncio.all_tasks(), len(selector.get_map())
         tracemalloc.start()
         self.addCleanup(tracemalloc.stop)
@@ -4264,55 +3901,42 @@ class TestMistakesOfOthersInWebSockets(SmallServerTestCase):  # that need a conn
     async def test_a_close_is_answered_by_a_close_also_while_bytes_are_on_their_way(self) -> None:
         client, good = await self.open(), await self.open()
         for _ in range(200):
-            self.service.publish("a", fill="x" * 20_000)
+            self.publish("a", fill="x" * 20_000)
         client.send(client_close(1000))
         while (frame := await client.read_frame())[0] != 8:
             pass
         self.assertEqual(frame[1], struct.pack("!H", 1000))
-        self.service.publish("last")  # behind our write_eof() to the other one
+        self.publish("last")  # behind our write_eof() to the other one
         self.assertEqual(await client.read_to_end(), b"")
         while (await good.hear())["message_type"] != "last":
             pass
 
 
 class TestStopping(WireTestCase):  # the numbered procedure of the service
-    GOODBYE = (8, struct.pack("!H", 1001) + b"the server stops")
-
     async def test_idle_streaming_and_stalled_clients_end_within_two_seconds(self) -> None:
         subscribe = client_frame(1, b'{"type":"subscribe","message_types":["command"]}')
         for data in [self.HEALTH, b""] * 50 + [UPGRADE + subscribe] * 5:
             await self.raw(data)
-        sockets = [await self.listen(self.service, "heartbeat") for _ in range(100)]
-        streams = [await self.client(self.service) for _ in range(50)]
+        sockets = [await self.listen("heartbeat") for _ in range(100)]
+        streams = [await self.client() for _ in range(50)]
         for client in streams:
             await client.get("/api/stream?types=status")
         await self.until(lambda: sum("command" in s.asked for s in self.service.hub.subscribers) == 5)
         while sum(connection.paused for connection in self.service.connections) < 5:
-            self.service.publish({"message_type": "command", "command": "x", "fill": "x" * 12_000})
+            self.publish("command", command="x", fill="x" * 12_000)
             await asyncio.sleep(0)
-        self.service.publish({"message_type": "status", "n": 1})
+        self.publish("status", n=1)
         tasks, began = asyncio.all_tasks(), time.monotonic()
         await self.service.stop()
         self.assertLess(time.monotonic() - began, aiperf_api.STOP_TIMEOUT_SEC)
         self.assertEqual(len(self.service.connections), 0)
         self.assertLessEqual(asyncio.all_tasks(), tasks)
         for client in sockets:
-            self.assertEqual(await client.read_frame(), self.GOODBYE)
+            self.assertEqual(await client.read_frame(), (8, struct.pack("!H", 1001) + b"the server stops"))
         for client in streams:
             self.assertIn(b'"n":1', await client.read_to_end())
         with self.assertRaises(OSError):
             await self.raw()
-
-    async def test_what_waits_for_a_good_client_is_sent_before_the_goodbye(self) -> None:
-        client = await self.listen(self.service, "status")
-        for n in range(300):
-            self.service.publish({"message_type": "status", "n": n, "fill": "x" * 20_000})
-        self.assertTrue(self.connection().paused)
-        stopping = asyncio.ensure_future(self.service.stop())
-        self.assertEqual([(await client.hear())["n"] for _ in range(300)], list(range(300)))
-        self.assertEqual(await client.read_frame(), self.GOODBYE)
-        client.close()
-        await stopping
 
 
 # == 13 == Service =====================================================================================================
@@ -4328,46 +3952,33 @@ class TestRecordingsThroughARealProxy(ServiceTestCase):  # all at full speed
         self.addCleanup(self.bus.stop)
         source = aiperf_api.bus_source(self.bus.address, "zmq", backend=self.backend)
         self.service = await self.serve(source=source)
-        await self.until(lambda: self.bus.has_subscribed(*aiperf_api.CORE_TOPICS))
+        await self.until(self.bus.has_subscribed, *aiperf_api.CORE_TOPICS)
 
-    async def play(self, name: str) -> None:
-        """Publish a recording, and wait until its last message that the server asks for is in."""
-        wanted = [m for m in wire_recording(name) if m[1].startswith(aiperf_api.CORE_TOPICS)]
-        before = self.service.bus_total
-        for _, topic, payload in wire_recording(name):
-            self.bus.publish(topic, payload)
-        await self.until(lambda: self.service.bus_total == before + len(wanted), 30)
-
-    async def check_end(self, name: str) -> None:
-        wanted, paths = END_STATES[name], ("status", "progress", "metrics")
-        status, progress, metrics = [(await self.get(self.service, f"/api/{path}")).json for path in paths]
-        self.assertEqual(status["state"], wanted.state, status)
-        figures = progress["total"], progress["completed"], progress["errors"]
-        self.assertEqual(figures, (wanted.total, wanted.completed, wanted.errors), name)
-        self.assertEqual(metrics["final"], wanted.latency is not None)
-
-    async def test_each_run_ends_in_its_state_with_its_figures(self) -> None:
-        for name in PLAYED:  # one server for all: every run but the first also shows that nothing of the last is left
+    async def test_each_run_comes_to_its_end_and_a_client_of_everything_hears_it_as_it_was(self) -> None:
+        client = None
+        for number, name in enumerate(PLAYED):  # one server for all: of each run nothing is left in the next
             with self.subTest(name):
-                await self.play(name)
-                await self.check_end(name)
-        runs = (await self.get(self.service, "/api/runs")).json["runs"]
+                messages = wire_recording(name)
+                if number == 5:  # before, only what the state needs is subscribed to
+                    client = await self.listen("*", snapshot=False)
+                    await self.until(self.bus.has_subscribed, b"")
+                due = [topic for _, topic, _ in messages if client or topic.startswith(aiperf_api.CORE_TOPICS)]
+                total = self.service.bus_total + len(due)
+                for _, topic, payload in messages:
+                    self.bus.publish(topic, payload)
+                await self.until(lambda total=total: self.service.bus_total == total)
+                self.assertEqual(figures(await self.value("/api/progress")), END_STATES[name][:4])
+                final = (await self.value("/api/metrics"))["final"]
+                self.assertEqual(final, END_STATES[name].latency is not None)
+                for _, topic, payload in messages if client else ():
+                    while json.loads(heard := (await client.read_frame())[1]).get("message_type") == "run":
+                        pass  # ours: a new run has begun
+                    if topic.startswith((b"realtime_", b"process_")):  # display units, internal fields out
+                        self.assertEqual(json.loads(heard)["message_type"], topic.decode().rstrip("$"))
+                    elif heard != payload:
+                        self.assertIn(b"***", heard, "only a credential may change a message")
+        runs = (await self.value("/api/runs"))["runs"]
         self.assertEqual([run["state"] for run in runs], [END_STATES[name].state for name in PLAYED])
-
-    async def test_every_message_reaches_a_client_of_everything_once_in_order_as_it_was(self) -> None:
-        client = await self.listen(self.service, "*")
-        await self.until(lambda: self.bus.has_subscribed(b""))
-        for name in PLAYED:
-            messages = wire_recording(name)
-            for _, topic, payload in messages:
-                self.bus.publish(topic, payload)
-            for _, topic, payload in messages:
-                while json.loads(heard := (await client.read_frame())[1]).get("message_type") == "run":
-                    pass  # ours: a new run has begun
-                if topic.startswith((b"realtime_", b"process_")):  # display units, internal fields out
-                    self.assertEqual(json.loads(heard)["message_type"], topic.decode().rstrip("$"))
-                elif heard != payload:
-                    self.assertIn(b"***", heard, "only a credential may change a message")
         self.assertEqual(self.service.hub.totals()[1], 0)
 
 
@@ -4377,24 +3988,27 @@ class TestRecordingsThroughARealProxyToTheBuiltinSubscriber(TestRecordingsThroug
 
 class TestServiceAnswers(ServiceTestCase):
     async def test_every_route_answers_get_and_head_with_the_same_head(self) -> None:
-        self.feed(self.service, "run_0_13_success", 120)
+        self.feed("run_0_13_success", 120)
         for route in aiperf_api.ROUTES:
             path = route.path.replace("{n}", "1").replace("{file}", "favicon.svg")
             if route.name in ("stream", "websocket") or (not self.service.static and "." in path + "/dashboard."):
                 continue
             with self.subTest(path):
-                got, head = await self.get(self.service, path), await self.get(self.service, path, method="HEAD")
+                got, head = await self.get(path), await self.get(path, method="HEAD")
                 self.assertEqual((got.status, head.body), (200, b""), got.body[:200])
                 volatile = ("date", "content-length", "etag")  # a clock stands in some answers
                 kept = [{k: v for k, v in a.headers.items() if k not in volatile} for a in (got, head)]
                 self.assertEqual(*kept)
                 if got.headers["content-type"] == "application/json" and not path.startswith("/static"):
                     self.assertTrue(path.endswith(".json") or got.body.endswith(b"}\n"), path)
+        if self.service.static:
+            self.assertIn(b"protocol.md\n", (await self.get("/static/guides/")).body)
+        openmetrics = await self.get("/metrics", headers={"Accept": "application/openmetrics-text"})
+        self.assertTrue(openmetrics.body.endswith(b"# EOF\n"), "Accept is heard")
 
     async def test_errors_say_what_to_do(self) -> None:
         for path, method, status, words in (
-            ("/api/metric", "GET", 404, "did you mean /api/metrics?"), ("/api/nope", "GET", 404, "GET /api lists"),
-            ("/api/metrics", "POST", 405, "/api/metrics"), ("/api/metrics", "BREW", 501, ""),
+            ("/api/metric", "GET", 404, "did you mean /api/metrics?"), ("/api/metrics", "POST", 405, "/api/metrics"),
             ("/ws", "GET", 426, "websocat ws://"), ("/api/history?tag=nothing", "GET", 404, "/api/history lists"),
             ("/api/history?tags=x", "GET", 400, "tag, stat, since"), ("/api/runs/0", "GET", 404, "/api/runs lists"),
             ("/api/history?points=0", "GET", 400, "points"), ("/api/history?since=soon", "GET", 400, "since"),
@@ -4404,28 +4018,26 @@ class TestServiceAnswers(ServiceTestCase):
             ("/api/runs/x", "GET", 404, "/api/runs lists"), ("/static/nosuch.js", "GET", 404, ""),
         ):  # fmt: skip
             with self.subTest(path):
-                answer = await self.get(self.service, path, method=method)
+                answer = await self.get(path, method=method)
                 self.assertEqual((answer.status, answer.headers["content-type"]), (status, "application/json"))
                 self.assertEqual(list(answer.json), ["error"])
                 self.assertIn(words, answer.json["error"])
                 self.assertNotIn(b"<", answer.body)
 
     async def test_publish_feeds_the_state_without_zmq_and_wait_complete_returns_the_end(self) -> None:
-        status = (await self.get(self.service, "/api/status")).json
+        status = await self.value("/api/status")
         self.assertEqual((status["state"], status["source"]["messages"], status["stale"]), ("waiting", 0, False))
         self.assertIsNone(status["source"]["last_message_age_sec"])
         waiting = asyncio.ensure_future(self.service.wait_complete())
-        self.service.publish({"message_type": "system_state_changed", "state": "profiling"})
-        self.assertEqual((await self.get(self.service, "/api/status")).json["state"], "profiling")
-        self.feed(self.service, "run_0_13_success")
+        self.publish("system_state_changed", state="profiling")
+        self.assertEqual((await self.value("/api/status"))["state"], "profiling")
+        self.feed("run_0_13_success")
         self.assertEqual(await asyncio.wait_for(waiting, 5), "complete")
-        self.assertEqual((await self.get(self.service, "/api/progress")).json["system_state"], "complete")
-        with self.assertRaises(KeyError):
-            self.service.publish({"metrics": []})
+        self.assertRaises(KeyError, self.service.publish, {"metrics": []})
 
     async def test_between_two_runs_of_a_sweep_an_attached_server_is_not_complete(self) -> None:
         service = await self.serve(source=SpySource())
-        self.feed(service, "run_0_13_success")
+        self.feed("run_0_13_success", service=service)
         self.assertEqual(service.status()["state"], "complete")
         for connected, seconds, over in ((True, 100, False), (False, 59, False), (False, 2, True)):
             service.source.connected = connected
@@ -4444,10 +4056,10 @@ class TestServiceAnswers(ServiceTestCase):
                 self.assertEqual("endpoint_type" in service.benchmark.labels(), told, address)
 
     async def test_costly_answers_are_shared_for_a_second_and_no_longer(self) -> None:
-        self.feed(self.service, "run_0_13_killed")
+        self.feed("run_0_13_killed")
         with mock.patch.object(aiperf_api, "time", wraps=time) as clock:
             clock.monotonic = lambda: 1000.0
-            client = await self.client(self.service)
+            client = await self.client()
             told = [await client.get(path) for path in ("/api/runs", "/metrics")]
             kept = dict(self.service._answers)
             self.assertEqual(len(kept), 2)
@@ -4460,19 +4072,12 @@ class TestServiceAnswers(ServiceTestCase):
                 self.assertTrue((await client.get("/api/status")).json["stale"])
             self.assertGreater(again[0].json["runs"][0]["elapsed_sec"], told[0].json["runs"][0]["elapsed_sec"])
             self.assertNotEqual(again[1].body, told[1].body)
-            self.service.publish({"message_type": "system_state_changed", "state": "processing"})
+            self.publish("system_state_changed", state="processing")
             await client.get("/metrics")
             self.assertEqual(len(self.service._answers), 1)
             for n in range(40):
                 await client.get(f"/api/config?{n}")
             self.assertLessEqual(len(self.service._answers), 16)
-
-    async def test_metrics_negotiates_by_accept(self) -> None:
-        text, openmetrics = aiperf_api.CONTENT_TYPE_TEXT_0_0_4, aiperf_api.CONTENT_TYPE_OPENMETRICS_1_0_0
-        for accept, kind in (("application/openmetrics-text", openmetrics), ("application/vnd.google.protobuf", text)):
-            answer = await self.get(self.service, "/metrics", headers={"Accept": accept})
-            self.assertEqual(answer.headers["content-type"], kind)
-            self.assertEqual(answer.body.endswith(b"# EOF\n"), kind == openmetrics)
 
     async def test_a_new_run_starts_from_empty_also_within_one_batch_of_messages(self) -> None:
         fields = (
@@ -4481,7 +4086,7 @@ class TestServiceAnswers(ServiceTestCase):
             {"message_type": "benchmark_complete", "was_cancelled": False},
             {"message_type": "system_state_changed", "state": "configuring"},
         )
-        heard = await self.listen(self.service, "*")
+        heard = await self.listen("*")
         self.service._deliver([[f"{one['message_type']}$".encode(), json.dumps(one).encode()] for one in fields])
         told = [await heard.hear() for _ in range(5)]
         self.assertEqual([one for one in told if one["message_type"] != "run"], list(fields))
@@ -4489,7 +4094,7 @@ class TestServiceAnswers(ServiceTestCase):
         self.assertEqual(set(self.service.hub.retained), {"system_state_changed", "run"})
 
     async def test_one_nan_costs_its_own_value_only(self) -> None:
-        client = await self.listen(self.service, "*")
+        client = await self.listen("*")
         row = b'{"tag":"request_latency","unit":"ms","avg":1.5,"p99":NaN}'
         for topic in (b"realtime_metrics$", b"realtime_telemetry_metrics$", b"home_made$"):
             self.service._deliver([[topic, b'{"metrics":[' + row + b"]}"]])
@@ -4503,17 +4108,18 @@ class TestServiceAnswers(ServiceTestCase):
         self.service._deliver([[b"heartbeat$", b'{"load":NaN}'], [b"worker_pod_state$", b"{"]])  # looked at by nobody
         self.assertFalse(gc.isenabled())
         with self.assertLogs("aiperf_api", "WARNING"):
-            late = await self.listen(self.service, "heartbeat", "worker_pod_state")
+            late = await self.listen("heartbeat", "worker_pod_state")
             self.assertEqual(await late.read_frame(), (aiperf_api.OP_TEXT, b'{"load":null}'))
         prepared = self.service.hub.retained["heartbeat"]
-        await self.listen(self.service, "heartbeat")
+        await self.listen("heartbeat")
         self.assertIs(self.service.hub.retained["heartbeat"], prepared)  # once for all who come
         self.assertEqual(self.service.bus_errors.pop("not_json"), 1)
-        self.assertEqual((await self.get(self.service, "/api/metrics")).json["metrics"]["request_latency"]["avg"], 1.5)
+        self.assertEqual((await self.value("/api/metrics"))["metrics"]["request_latency"]["avg"], 1.5)
         self.assertEqual(self.service.bus_errors, {"not_finite": 3})
 
     async def test_bad_messages_are_counted_logged_once_a_kind_and_stop_nothing(self) -> None:
-        client = await self.listen(self.service, "*")
+        self.feed("run_0_13_killed")
+        client = await self.listen("*", snapshot=False)
         payloads = (b"{", b"not json", b"[1]", b"{}", b'{"stats":{"phase":null,"start_ns":"x"}}', b"\xff\xfe")
         bad = [[b"credit_phase_progress$", payload] for payload in payloads]
         bad += [[b"credit_phase_progress$"], [b"credit_phase_progress$", b"{}", b"{}"], [b"\xff\xff$", b"{}"]]
@@ -4524,34 +4130,30 @@ class TestServiceAnswers(ServiceTestCase):
                 pass
         self.assertEqual(len(logs.records), len({record.getMessage().split(")")[0] for record in logs.records}))
         self.assertEqual(sum(self.service.bus_errors.values()), 3 * len(bad))
-
-    async def test_results_that_are_too_large_still_end_the_run(self) -> None:
-        self.feed(self.service, "run_0_13_killed")
-        self.service._deliver([[b"process_all_results$"]])
-        results = (await self.get(self.service, "/api/results")).json
-        self.assertEqual((results["status"], results["results"]), ("complete", None))
-        self.assertIn("large", results["reason"])
+        self.service._deliver([[b"process_all_results$"]])  # too large, and the end all the same
+        results = await self.value("/api/results")
+        self.assertEqual(
+            (results["status"], results["results"], "large" in results["reason"]), ("complete", None, True)
+        )
 
     async def test_history_reads_lists_of_tags_each_once(self) -> None:
-        self.feed(self.service, "run_0_13_gpu_and_server_metrics")
-        once = await self.get(self.service, "/api/history?stat=p99&tag=request_latency")
-        many = await self.get(self.service, "/api/history?stat=p99&since=0&tag=" + ",".join(["request_latency"] * 120))
+        self.feed("run_0_13_gpu_and_server_metrics")
+        once = await self.get("/api/history?stat=p99&tag=request_latency")
+        many = await self.get("/api/history?stat=p99&since=0&tag=" + ",".join(["request_latency"] * 120))
         self.assertEqual(once.json, many.json)
-        few = (await self.get(self.service, "/api/history?tag=request_latency&stat=p99&points=3")).json
-        self.assertEqual((len(few["times"]) <= 3, few["times"][-1]), (True, once.json["times"][-1]))
-        tags = (await self.get(self.service, "/api/history")).json["tags"]
+        tags = (await self.value("/api/history"))["tags"]
         self.assertEqual({about["group"] for about in tags.values()}, {"metrics", "telemetry", "server", "phase"})
         server = 'server:127.0.0.1:18051:vllm:num_requests_running{engine="0",model_name="mock"}'
         gpu = "nvidia_power_usage_dcgm_http___127_0_0_1_19400_metrics_gpu1_GPU-8f1c7a52"
         self.assertEqual(tags[gpu]["unit"], "W")
-        both = await self.get(self.service, f"/api/history?tag={gpu},{quote(server)}&stat=avg")
+        both = await self.get(f"/api/history?tag={gpu},{quote(server)}&stat=avg")
         self.assertEqual([one["tag"] for one in both.json["series"]], [gpu, server])
 
     async def test_a_topic_has_a_length_and_a_full_disk_ends_the_recording_alone(self) -> None:
         with tempfile.TemporaryDirectory() as folder:
             service = await self.serve(source=SpySource(), record=f"{folder}/run.jsonl")
-            source = cast(SpySource, service.source)
-            listener = await self.listen(service, "*")
+            source = service.source
+            listener = await self.listen("*", service=service)
             for topic in (b"status." + b"x" * 1000 + b"$", b"status.\xff$"):
                 service._deliver([[topic, b"{}"]])
             self.assertEqual(service.bus_errors, {"topic": 2})
@@ -4564,8 +4166,8 @@ class TestServiceAnswers(ServiceTestCase):
 
     async def test_top_is_one_screen_that_drives_no_terminal(self) -> None:
         service = await self.serve(config={"model": "evil\x1b[2J\u202emodel"})
-        self.feed(service, "run_0_13_gpu_and_server_metrics")
-        answer = await self.get(service, "/top")
+        self.feed("run_0_13_gpu_and_server_metrics", service=service)
+        answer = await self.get("/top", service)
         text = answer.body.decode()
         self.assertEqual(answer.headers["content-type"], "text/plain; charset=utf-8")
         self.assertTrue(all(len(line) <= 80 and line.isprintable() for line in text.splitlines()), text)
@@ -4574,20 +4176,19 @@ class TestServiceAnswers(ServiceTestCase):
         self.assertNotIn("no bus", text)  # which is gone when a run is over
         row = re.search(r"request latency, ms +([\d.]+) +([\d.]+) +([\d.]+)", text)
         metrics = service.benchmark.metrics()["metrics"]["request_latency"]
-        assert row is not None
         self.assertEqual([float(cell) for cell in row.groups()], [round(metrics[s], 2) for s in ("avg", "p50", "p99")])
 
     async def test_credentials_show_nowhere(self) -> None:
         secret = "sk-live-0123456789abc"
-        client = await self.listen(self.service, "*")
+        client = await self.listen("*")
         headers = [["Authorization", f"Bearer {secret}"], ["X-Team", "hush-hush"]]
         endpoint = {"api_key": secret, "model_names": ["m"], "urls": [f"http://u:{secret}@h/"]}
         config = {"endpoint": endpoint, "input": {"headers": headers}}
-        self.service.publish({"message_type": "command", "command": "profile_configure", "config": config})
-        self.service.publish({"message_type": "service_error", "error": {"message": f"401 for key {secret}"}})
+        self.publish("command", command="profile_configure", config=config)
+        self.publish("service_error", error={"message": f"401 for key {secret}"})
         heard = json.dumps([await client.hear() for _ in range(2)])
         paths = ("/api/config", "/api/status", "/metrics", "/api/metrics", "/top", "/api/runs")
-        answers = [(await self.get(self.service, path)).body for path in paths]
+        answers = [(await self.get(path)).body for path in paths]
         everything = heard.encode() + b"".join(answers)
         self.assertNotIn(secret.encode(), everything)
         self.assertNotIn(b"hush-hush", everything)
@@ -4605,41 +4206,23 @@ class TestServiceAnswers(ServiceTestCase):
             ("", "/api/status", 200, None),
         ):
             headers = {**bearer, **({"Origin": origin} if origin else {})}
-            answer = await self.get(service, path, headers=headers)
+            answer = await self.get(path, service, headers=headers)
             self.assertEqual((answer.status, answer.headers.get("access-control-allow-origin")), (status, allowed))
             self.assertIn("Origin", answer.headers["vary"])
         asked = {"Access-Control-Request-Method": "GET", "Access-Control-Request-Headers": "x-anything, authorization"}
         for origin, told in (("https://ui.example", "x-anything, authorization"), ("https://evil.example", None)):
-            preflight = await self.get(service, "/api/status", method="OPTIONS", headers={**asked, "Origin": origin})
+            preflight = await self.get("/api/status", service, method="OPTIONS", headers={**asked, "Origin": origin})
             self.assertEqual((preflight.status, preflight.headers.get("access-control-allow-headers")), (204, told))
             self.assertEqual("access-control-allow-methods" in preflight.headers, told is not None)
 
-    async def test_what_is_unchanged_is_304_compressed_or_not(self) -> None:
-        self.feed(self.service, "run_0_13_success", 150)
-        for path in ("/api/metrics", "/openapi.json", "/", "/dashboard", "/static/dashboard.js"):
-            with self.subTest(path):
-                first = await self.get(self.service, path, headers={"Accept-Encoding": "gzip"})
-                if not self.service.static and path != "/api/metrics":
-                    continue
-                told = first.headers["cache-control"], first.headers["content-encoding"]
-                self.assertEqual(told, ("no-cache", "gzip"))
-                plain = await self.get(self.service, path)
-                self.assertEqual(gzip.decompress(first.body), plain.body)
-                for accepted in ({}, {"Accept-Encoding": "gzip"}):
-                    headers = {**accepted, "If-None-Match": first.headers["etag"]}
-                    again = await self.get(self.service, path, headers=headers)
-                    self.assertEqual((again.status, again.body), (304, b""))
-        for path in ("/api/status", "/metrics", "/health", "/nothing"):
-            self.assertEqual((await self.get(self.service, path)).headers["cache-control"], "no-store")
-
     async def test_requests_are_counted_by_what_was_answered(self) -> None:
-        etag = dict((await self.get(self.service, "/api")).headers).get("etag", "")
-        await self.get(self.service, "/api", headers={"If-None-Match": etag})
-        await self.get(self.service, "/nothing")
-        await self.get(self.service, "/api", method="OPTIONS")
-        await self.listen(self.service, "*")
-        await (await self.client(self.service)).get("/api/stream")
-        text = (await self.get(self.service, "/metrics")).body.decode()
+        etag = dict((await self.get("/api")).headers).get("etag", "")
+        await self.get("/api", headers={"If-None-Match": etag})
+        await self.get("/nothing")
+        await self.get("/api", method="OPTIONS")
+        await self.listen("*")
+        await (await self.client()).get("/api/stream")
+        text = (await self.get("/metrics")).body.decode()
         counted = re.findall(r'(?m)^aiperf_api_http_requests_total\{route="(\w+)",status="(\d+)"\} (\d+)$', text)
         expected = {("index", "200"), ("index", "304"), ("none", "404"), ("none", "204"), ("websocket", "101")}
         self.assertEqual({one[:2] for one in counted}, expected | {("stream", "200")})
@@ -4662,26 +4245,18 @@ class TestServiceAnswers(ServiceTestCase):
             path.write_text("older")
             service = aiperf_api.APIService(report=str(path))
             await service.start()
-            self.feed(service, "run_0_13_gpu_and_server_metrics")
-            answer = await self.get(service, "/report.html")
+            self.feed("run_0_13_gpu_and_server_metrics", service=service)
+            answer = await self.get("/report.html", service)
             await service.stop()
             self.assertEqual((Path(folder, "report.html.1").read_text(), path.exists()), ("older", True))
             written = path.read_bytes()
         for page in (answer.body, written):
             self.assertNotRegex(page, rb"(?:src|href)=\"(?!#|data:)")
-            blob = json.loads(re.search(rb'<script type="application/json" id="run">(.*?)</script>', page, re.S)[1])  # type: ignore[index]
+            blob = json.loads(re.search(rb'<script type="application/json" id="run">(.*?)</script>', page, re.S)[1])
             self.assertEqual((blob["kind"], blob["status"]["state"]), ("aiperf-report", "complete"))
             self.assertEqual(blob["metrics"]["metrics"], service.benchmark.metrics()["metrics"])
             self.assertGreater(len(blob["histories"][0]["series"]), 5)
         self.assertIn("unsafe-inline", answer.headers["content-security-policy"])
-
-    @needs_static
-    async def test_the_guides_are_listed_and_served_as_text(self) -> None:
-        names = (await self.get(self.service, "/static/guides/")).body.decode().split()
-        self.assertIn("protocol.md", names)
-        for name in names:
-            answer = await self.get(self.service, f"/static/guides/{name}")
-            self.assertEqual((answer.status, answer.headers["content-type"]), (200, "text/plain; charset=utf-8"))
 
 
 class SpySource(aiperf_api.Source):
@@ -4689,7 +4264,7 @@ class SpySource(aiperf_api.Source):
 
     def __init__(self) -> None:
         super().__init__("tcp", "nowhere")
-        self.topics: list[bytes] = []
+        self.topics = []
 
     def subscribe(self, prefix: bytes) -> None:
         self.topics += [prefix] if prefix not in self.topics else []
@@ -4708,8 +4283,7 @@ class TestUnixSocket(ServiceTestCase):  # only its owner opens it, and no server
 
     async def ask(self, path: str = "/api/status", host: str = "localhost") -> Answer:
         client = Client(*await asyncio.open_unix_connection(self.path))
-        client.send(f"GET {path} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
-        answer = await client.read_answer()
+        answer = await client.ask(f"GET {path} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
         client.close()
         return answer
 
@@ -4733,29 +4307,23 @@ class TestUnixSocket(ServiceTestCase):  # only its owner opens it, and no server
         self.assertEqual((await self.ask()).status, 200)
 
     async def test_what_is_no_socket_stays_and_a_path_that_cannot_be_is_one_line(self) -> None:
-        file = Path(self.path)
-        file.write_text("precious")
-        with self.assertRaisesRegex(aiperf_api.StartError, "already in use"):
-            await self.serve(unix_path=self.path)
-        self.assertEqual(file.read_text(), "precious")
-        file.unlink()
-        os.symlink("/nowhere", self.path)
-        with self.assertRaisesRegex(aiperf_api.StartError, "already in use"):
-            await self.serve(unix_path=self.path)
-        for path in (self.path + "/below", "/tmp/" + "x" * 200):
-            with self.assertRaisesRegex(aiperf_api.StartError, "cannot listen on [^\n]+$"):
+        Path(self.path).write_text("precious")
+        os.symlink("/nowhere", self.path + ".link")
+        for path, words in (
+            *((self.path + end, "already in use") for end in ("", ".link")),
+            *((path, "cannot listen on [^\n]+$") for path in (self.path + "/below", "/tmp/" + "x" * 200)),
+        ):
+            with self.assertRaisesRegex(aiperf_api.StartError, words):
                 await self.serve(unix_path=path)
+        self.assertEqual(Path(self.path).read_text(), "precious")
 
 
 class TestWebSocketProtocol(ServiceTestCase):
-    async def open(self) -> Client:
-        client = await self.client(self.service)
-        self.assertEqual((await client.upgrade()).headers["sec-websocket-accept"], "s3pPLMBiTxaQ9kYGzzhZRbK+xOo=")
-        return client
-
-    async def test_subscribed_names_the_types_as_asked_and_the_unknown_ones(self) -> None:
-        client = await self.open()
-        types = ["worker_health", "realtime_metrcs", "realtime_metrics", "run"]
+    async def test_what_is_chosen_and_what_is_unknown_is_told(self) -> None:
+        client = await self.client()
+        answer = await client.upgrade(headers={"Sec-WebSocket-Protocol": "chat, aiperf"})
+        self.assertEqual(answer.headers["sec-websocket-protocol"], "aiperf")
+        types = ["worker_health", "realtime_metrcs", "run"]
         client.say({"type": "subscribe", "message_types": types})
         expected = {"type": "subscribed", "message_types": types, "unknown": ["realtime_metrcs"]}
         self.assertEqual(await client.hear(), expected)
@@ -4763,7 +4331,7 @@ class TestWebSocketProtocol(ServiceTestCase):
     async def test_bad_input_gets_an_error_and_the_connection_stays(self) -> None:
         client = await self.open()
         lists = ([], [1], [""], ["x" * 200], ["é"], ["a.b"], ["a$"], [f"t{n}" for n in range(300)])
-        bad: tuple[Any, ...] = (
+        bad = (
             *(b"{", b"[]", b"1", b'"subscribe"', {}, {"type": 5}, {"type": "nosuch"}, {"type": "subscribe"}),
             *({"type": "subscribe", "message_types": types} for types in ("realtime_metrics", *lists)),
             {"type": "subscribe", "message_types": ["*"], "snapshot": "yes"},
@@ -4781,29 +4349,29 @@ class TestWebSocketProtocol(ServiceTestCase):
         for n, client in enumerate(clients):
             client.say({"type": "subscribe", "message_types": [f"type_{n}_{m}" for m in range(100)]})
             self.assertEqual((await client.hear())["type"], "subscribed" if n < 10 else "error")
-        self.assertEqual((await self.get(self.service, "/api/stream?types=one_more")).status, 503)
+        self.assertEqual((await self.get("/api/stream?types=one_more")).status, 503)
         for name in ("realtime_metrics", "*"):  # nobody is locked out
-            await self.listen(self.service, name)
+            await self.listen(name)
         clients[10].say({"type": "subscribe", "message_types": ["type_0_0"]})
         self.assertEqual((await clients[10].hear())["type"], "subscribed")
 
     async def test_everything_and_single_types_mix_and_the_last_messages_come_first_if_wanted(self) -> None:
-        self.service.publish({"message_type": "status", "n": 1})
-        quiet = await self.listen(self.service, "status", snapshot=False)
+        self.publish("status", n=1)
+        quiet = await self.listen("status", snapshot=False)
         quiet.say({"type": "ping"})
         self.assertEqual(await quiet.hear(), {"type": "pong"})
-        client = await self.listen(self.service, "*", "heartbeat")
+        client = await self.listen("*", "heartbeat")
         self.assertEqual((await client.hear())["n"], 1)
         client.say({"type": "unsubscribe", "message_types": ["heartbeat"]})
         self.assertIn('"*"', (await client.hear())["message"])
         client.say({"type": "unsubscribe", "message_types": ["*"]})
         await client.hear()
-        self.service.publish({"message_type": "status", "n": 2})
-        self.service.publish({"message_type": "heartbeat", "n": 3})
+        self.publish("status", n=2)
+        self.publish("heartbeat", n=3)
         self.assertEqual((await client.hear())["n"], 3)
 
     async def test_messages_are_one_line_in_display_units_without_hidden_tags_nulls_and_internals(self) -> None:
-        client = await self.listen(self.service, "realtime_metrics", "home_made", "process_records_result")
+        client = await self.listen("realtime_metrics", "home_made", "process_records_result")
         self.service._deliver([[b"home_made$", b'{\n  "message_type": "home_made"\n}']])
         self.assertEqual(await client.read_frame(), (aiperf_api.OP_TEXT, b'{"message_type":"home_made"}'))
         rows = [
@@ -4811,15 +4379,17 @@ class TestWebSocketProtocol(ServiceTestCase):
             {"tag": "min_request_timestamp", "unit": "ns", "avg": 1.0},
         ]
         shown = [{"tag": "request_latency", "unit": "ms", "avg": 2.5, "count": 3}]
-        self.service.publish({"message_type": "realtime_metrics", "service_id": "r", "metrics": rows})
+        self.publish("realtime_metrics", service_id="r", metrics=rows)
         message = await client.hear()
         self.assertEqual((message["metrics"], message["service_id"]), (shown, "r"))
-        self.service.publish({"message_type": "process_records_result", "results": {"results": {"records": rows}}})
+        self.publish("process_records_result", results={"results": {"records": rows}})
         self.assertEqual((await client.hear())["results"]["results"]["records"], shown)
+        self.publish("home_made", metrics=[{"name": "x"}, 3])
+        self.assertEqual((await client.hear())["metrics"], [{"name": "x"}, 3])
 
 
 class TestStreams(ServiceTestCase):
-    async def open(self, service: aiperf_api.APIService, query: str = "") -> Client:
+    async def stream(self, query: str, service: aiperf_api.APIService | None = None) -> Client:
         client = await self.client(service)
         self.head = await client.get("/api/stream" + query)
         return client
@@ -4829,8 +4399,8 @@ class TestStreams(ServiceTestCase):
         return dict(line.partition(": ")[::2] for line in text.strip().split("\n"))
 
     async def test_a_stream_begins_with_an_event_and_goes_on_with_the_snapshot(self) -> None:
-        self.service.publish({"message_type": "heartbeat", "n": 0})
-        client = await self.open(self.service, "?types=heartbeat,heartbaet&_=1")
+        self.publish("heartbeat", n=0)
+        client = await self.stream("?types=heartbeat,heartbaet&_=1")
         self.assertEqual(self.head.headers["content-type"], "text/event-stream")
         self.assertEqual(self.head.headers["x-accel-buffering"], "no")
         first, unknown = await self.read_event(client), await self.read_event(client)
@@ -4838,8 +4408,8 @@ class TestStreams(ServiceTestCase):
         self.assertEqual((first["event"], json.loads(first["data"])), ("subscribed", told))
         told = {"type": "unknown", "message_types": ["heartbaet"]}
         self.assertEqual((unknown["event"], json.loads(unknown["data"])), ("unknown", told))
-        self.service.publish({"message_type": "status", "n": 1})
-        self.service.publish({"message_type": "heartbeat", "n": 2})
+        self.publish("status", n=1)
+        self.publish("heartbeat", n=2)
         events = [await self.read_event(client) for _ in range(2)]
         heard = [(event["event"], json.loads(event["data"])["n"]) for event in events]
         self.assertEqual(heard, [("heartbeat", 0), ("heartbeat", 2)])
@@ -4850,19 +4420,18 @@ class TestStreams(ServiceTestCase):
             "GET /api/stream?snapshot=0 HTTP/1.1\r\nHost: localhost\r\nAccept: application/x-ndjson\r\n\r\n",
             "GET /api/stream?format=ndjson&snapshot=0 HTTP/1.0\r\n\r\n",
         ):
-            client = await self.client(self.service)
-            client.send(request.encode())
-            head = await client.read_answer("HEAD")
+            client = await self.client()
+            head = await client.ask(request.encode(), "HEAD")
             self.assertEqual(head.headers["content-type"], "application/x-ndjson")
             self.assertNotIn("transfer-encoding", head.headers)
             for n in range(100):  # more than it reads at once
-                self.service.publish({"message_type": "heartbeat", "n": n, "fill": "x" * 20_000})
+                self.publish("heartbeat", n=n, fill="x" * 20_000)
             lines = [await client.within(client.reader.readline()) for _ in range(100)]
             self.assertEqual([json.loads(line)["n"] for line in lines], list(range(100)))
 
     async def test_head_shows_what_get_would_begin_with_and_ends(self) -> None:
         for query, kind in (("", "text/event-stream"), ("?format=ndjson", "application/x-ndjson")):
-            client = await self.client(self.service)
+            client = await self.client()
             answer = await client.get("/api/stream" + query, method="HEAD")
             self.assertEqual((answer.status, answer.headers["content-type"]), (200, kind))
             self.assertEqual(await client.read_to_end(), b"")
@@ -4871,8 +4440,8 @@ class TestStreams(ServiceTestCase):
     async def test_upstream_subscriptions_last_as_long_as_their_clients(self) -> None:
         source = SpySource()
         service = await self.serve(source=source)
-        stream = await self.open(service, "?types=heartbeat")
-        listener = await self.listen(service, "heartbeat", "*")
+        stream = await self.stream("?types=heartbeat", service)
+        listener = await self.listen("heartbeat", "*", service=service)
         self.assertEqual(sorted(source.topics), sorted([*aiperf_api.CORE_TOPICS, b"", b"heartbeat$", b"heartbeat."]))
         listener.close()
         await self.until(lambda: b"" not in source.topics)
@@ -4880,9 +4449,10 @@ class TestStreams(ServiceTestCase):
         stream.close()
         await self.until(lambda: b"heartbeat$" not in source.topics)
         self.assertEqual(sorted(source.topics), sorted(aiperf_api.CORE_TOPICS))
-        listener = await self.listen(service, "command_response")  # of these the state needs the controller's alone
+        listener = await self.listen(
+            "command_response", service=service
+        )  # of these the state needs the controller's alone
         self.assertIn(b"command_response.", source.topics)
-        assert service._sweep_timer is not None
         service._sweep_timer.cancel()
         for kind in ("unsubscribe", "subscribe", "unsubscribe"):  # who toggles costs the bus nothing
             listener.say({"type": kind, "message_types": ["command_response"]})
@@ -4891,21 +4461,15 @@ class TestStreams(ServiceTestCase):
         service._sweep()
         self.assertNotIn(b"command_response.", source.topics)
 
-    async def test_a_list_of_metrics_in_another_message_is_left_alone(self) -> None:
-        message = {"message_type": "mine", "metrics": [{"name": "x"}, 3]}
-        listener = await self.listen(self.service, "mine")
-        self.service.publish(message)
-        self.assertEqual(await listener.hear(), message)
-
 
 class TestSecurity(WireTestCase):
-    hosts = ("Bench.internal", "proxy:8443")
-    options: Mapping[str, Any] = {"allow_hosts": hosts, "cors_origins": ("https://ui.example",)}
+    options: Mapping[str, Any] = {
+        "allow_hosts": ("Bench.internal", "proxy:8443"),
+        "cors_origins": ("https://ui.example",),
+    }
 
     async def status_of(self, request: str) -> int:
-        client = await self.client(self.service)
-        client.send(request.encode() + b"\r\n\r\n")
-        return (await client.read_answer()).status
+        return (await (await self.client()).ask(request.encode() + b"\r\n\r\n")).status
 
     async def test_dns_rebinding_a_name_that_is_not_ours_is_421_everywhere(self) -> None:
         for request in ("GET /health", "OPTIONS /api/status", "GET /ws"):
@@ -4917,10 +4481,6 @@ class TestSecurity(WireTestCase):
             self.service.url = self.service.url.replace("0.0.0.0", "127.0.0.1")
             self.assertEqual(await self.status_of("GET /health HTTP/1.1\r\nHost: node17.cluster"), status)
 
-    async def test_a_foreign_page_gets_403_before_the_upgrade(self) -> None:
-        for origin, status in (("HTTPS://UI.EXAMPLE", 101), ("https://localhost:9090", 101), ("null", 403)):
-            self.assertEqual(await self.status_of(f"{UPGRADE[:-4].decode()}\r\nOrigin: {origin}"), status, origin)
-
     async def test_a_body_is_refused_behind_the_path_and_the_method(self) -> None:
         for method, path, status in (("POST", "/api/status", 405), ("POST", "/nosuch", 404), ("GET", "/health", 413)):
             request = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 3\r\n\r\nxyz"
@@ -4931,16 +4491,14 @@ class TestSecurity(WireTestCase):
         self.expected_log = ("bad bus message (internal)",)
         with mock.patch.object(self.service.benchmark, "apply", side_effect=RuntimeError("oops")):
             for _ in range(3):
-                self.service.publish({"message_type": "status"})
+                self.publish("status")
         self.assertEqual(self.service.bus_errors, {"internal": 3})
         self.assertEqual(len(self.log), 1)
 
     async def test_log_lines_quote_what_strangers_say(self) -> None:
         with log_lines(logging.DEBUG) as lines:
-            client = await self.client(self.service)
             request = b"GET /x%0d%0aforged?a=%1b[31m HTTP/1.1\r\nHost: localhost\r\n"
-            client.send(request + b"User-Agent: \x9b31m\xff\ttab\r\n\r\n")
-            await client.read_answer()
+            await (await self.client()).ask(request + b"User-Agent: \x9b31m\xff\ttab\r\n\r\n")
             await self.status_of(f"G'ET\" /{'y' * 3000} HTTP/1.1\r\nHost: localhost")
             forged = b"not json \x1b[31m\nINFO forged"
             self.service._deliver([[b"evil\ntopic\x1b$", b"{}"], [b"home_made$", forged], [b"a$", b"b", b"c"]])
@@ -4958,83 +4516,60 @@ class TestSecurity(WireTestCase):
         self.assertNotIn(b"secret", answer)
         self.assertIn("/secret/path", self.log[0])
         with mock.patch.object(aiperf_api.APIService, "_handle_command", side_effect=RuntimeError("x")):
-            client = await self.client(self.service)
+            client = await self.client()
             await client.upgrade()
             client.say({"type": "ping"})
             self.assertEqual(await client.read_frame(), (8, struct.pack("!H", 1011)))
-        self.assertEqual((await self.get(self.service, "/health")).status, 200)
+        self.assertEqual((await self.get("/health")).status, 200)
 
 
-class TestTokens(ServiceTestCase):
+class TestTokens(WireTestCase):
     TOKEN, QUOTED = "s3cret/token+with=signs", "s3cret%2Ftoken%2Bwith%3Dsigns"
     options: Mapping[str, Any] = {"token": TOKEN}
-
-    async def asyncSetUp(self) -> None:
-        context = log_lines(logging.DEBUG)
-        self.lines = context.__enter__()
-        self.addCleanup(context.__exit__, None, None, None)
-        await super().asyncSetUp()
-
-    async def upgrade(self, subprotocols: str) -> Answer:
-        return await (await self.client(self.service)).upgrade(headers={"Sec-WebSocket-Protocol": subprotocols})
-
-    async def test_an_upgrade_chooses_another_subprotocol_than_the_token(self) -> None:
-        self.service.settings = self.service.settings._replace(token="plain-token")  # what a subprotocol can hold
-        for offered, chosen in (("aiperf.token.plain-token, aiperf", "aiperf"), ("aiperf.token.plain-token", None)):
-            answer = await self.upgrade(offered)
-            self.assertEqual((answer.status, answer.headers.get("sec-websocket-protocol")), (101, chosen))
+    log_level, expected_log = logging.DEBUG, ("DEBUG", "INFO")
 
     async def test_every_route_but_health_and_files_needs_it(self) -> None:
         for route in aiperf_api.ROUTES:
             path = route.path.replace("{file}", "favicon.svg").replace("{n}", "1")
-            status = (await self.get(self.service, path)).status
+            status = (await self.get(path)).status
             self.assertEqual(status == 401, route.needs_token, path)
         free = {route.name for route in aiperf_api.ROUTES if not route.needs_token}
         self.assertEqual(free, {"health", "healthz", "readyz", "static"})
-        answer = await self.get(self.service, "/api/status", headers={"Authorization": f"Bearer {self.TOKEN}x"})
+        answer = await self.get("/api/status", headers={"Authorization": f"Bearer {self.TOKEN}x"})
         self.assertEqual((answer.status, answer.headers["www-authenticate"][:6]), (401, "Bearer"))
 
     @needs_static
     async def test_people_get_a_form_and_a_cookie_of_this_port(self) -> None:
-        form = await self.get(self.service, "/dashboard")
+        form = await self.get("/dashboard")
         self.assertEqual((form.status, form.headers["content-type"]), (401, "text/html; charset=utf-8"))
         self.assertIn(b'name="token"', form.body)
-        page = await self.get(self.service, f"/dashboard?token={self.QUOTED}")
+        page = await self.get(f"/dashboard?token={self.QUOTED}")
         cookie, *attributes = page.headers["set-cookie"].split("; ")
         self.assertEqual(attributes, ["HttpOnly", "SameSite=Strict"])
         self.assertIn(self.service.url.rpartition(":")[2], cookie.partition("=")[0])
         self.assertNotIn("s3cret", cookie)
         other = await self.serve(token="another-token")
-        second = (await self.get(other, "/dashboard?token=another-token")).headers["set-cookie"].split("; ")[0]
+        second = (await self.get("/dashboard?token=another-token", other)).headers["set-cookie"].split("; ")[0]
         for service in (self.service, other):  # two servers on one host: a browser sends both cookies to both
-            answer = await self.get(service, "/api/status", headers={"Cookie": f"{cookie}; {second}"})
+            answer = await self.get("/api/status", service, headers={"Cookie": f"{cookie}; {second}"})
             self.assertEqual(answer.status, 200)
             self.assertNotIn("set-cookie", answer.headers)
-        self.assertNotIn("set-cookie", (await self.get(self.service, "/dashboard?token=wrong")).headers)
+        self.assertNotIn("set-cookie", (await self.get("/dashboard?token=wrong")).headers)
 
     async def test_it_is_never_logged_at_any_level_and_the_access_log_is_quoted(self) -> None:
         bearer = {"Authorization": f"Bearer {self.TOKEN}", "User-Agent": f"x?token={self.TOKEN}"}
-        await self.get(self.service, f"/api/status?token={self.TOKEN}&x=1", headers=bearer)
-        await self.get(self.service, f"/api/status?token={self.QUOTED}&x=%0d%0a", headers={"User-Agent": 'curl" 200 "'})
-        await self.get(self.service, f"/api/status/{self.TOKEN}", headers={"User-Agent": self.TOKEN})
-        await self.get(self.service, f"/nosuch?x=1&TOKEN=no&token={self.QUOTED}")
-        await self.get(self.service, f"/ws?%74oken={self.QUOTED}")
-        await self.upgrade("aiperf.token.plain-token")
-        client = await self.client(self.service)
-        client.send(f"GET /?token={self.TOKEN} HTTP/1.1\r\nBad : header\r\n\r\n".encode())
-        await client.read_answer()
+        await self.get(f"/api/status?token={self.TOKEN}&x=1", headers=bearer)
+        await self.get(f"/api/status?token={self.QUOTED}&x=%0d%0a", headers={"User-Agent": 'curl" 200 "'})
+        await self.get(f"/api/status/{self.TOKEN}", headers={"User-Agent": self.TOKEN})
+        await self.get(f"/nosuch?x=1&TOKEN=no&token={self.QUOTED}")
+        await self.get(f"/ws?%74oken={self.QUOTED}")
+        await (await self.client()).upgrade(headers={"Sec-WebSocket-Protocol": "aiperf.token.plain-token"})
+        await (await self.client()).ask(f"GET /?token={self.TOKEN} HTTP/1.1\r\nBad : header\r\n\r\n".encode())
         await self.service.stop()
-        self.assertGreater(len(self.lines), 5)
+        self.assertGreater(len(self.log), 5)
         for text in (self.TOKEN, self.QUOTED, "plain-token", "s3cret"):
-            self.assertNotIn(text, "".join(self.lines))
-        quoted = r"127\.0\.0\.1:\d+ 404 GET /api/status/\*\*\*\n"
-        self.assertRegex("\n".join(self.lines), quoted)
-
-    def test_an_empty_token_is_a_mistake_and_not_a_token(self) -> None:
-        with self.assertRaisesRegex(aiperf_api.UsageError, "empty token"):
-            aiperf_api.APIService(token="")
-        arguments = aiperf_api.parse_arguments(["--api-port", "0"], {"AIPERF_API_TOKEN": "of a file\n"})
-        self.assertEqual(arguments.settings.token, "of a file")
+            self.assertNotIn(text, "".join(self.log))
+        self.assertRegex("\n".join(self.log), r"127\.0\.0\.1:\d+ 404 GET /api/status/\*\*\*\n")
 
 
 def make_certificate(directory: str, name: str = "cert") -> tuple[str, str]:
@@ -5058,20 +4593,20 @@ class TestTLS(WireTestCase):
             warnings.filterwarnings("ignore", "unclosed transport <asyncio.sslproto", ResourceWarning)
         cls.options = {"tls_cert": cls.certificate, "tls_key": cls.key}
 
-    async def client(self, service: aiperf_api.APIService) -> Client:
-        port = int(service.url.rpartition(":")[2])
+    async def client(self, service: aiperf_api.APIService | None = None) -> Client:
+        port = int((service or self.service).url.rpartition(":")[2])
         client = Client(*await asyncio.open_connection("localhost", port, ssl=self.context, family=socket.AF_INET))
         self.addCleanup(client.close)
         return client
 
     async def test_https_and_wss_to_the_end_of_the_server(self) -> None:
         self.assertTrue(self.service.url.startswith("https://"))
-        client = await self.client(self.service)
+        client = await self.client()
         for _ in range(3):
             self.assertEqual((await client.get("/health")).body, b"ok\n")
         self.assertEqual(statuses(await self.exchange(b"BAD\r\n")), [400])
-        heard, stream = await self.listen(self.service, "status"), await self.client(self.service)
-        self.service.publish({"message_type": "status", "fill": "µ" * 50_000})
+        heard, stream = await self.listen("status"), await self.client()
+        self.publish("status", fill="µ" * 50_000)
         self.assertEqual(len((await heard.hear())["fill"]), 50_000)
         await stream.get("/api/stream")
         await self.service.stop()
@@ -5083,7 +4618,7 @@ class TestTLS(WireTestCase):
         for data in (self.HEALTH, self.HEALTH, b"", b"\x16\x03\x01", bytes(range(256))):
             peer = await self.raw(data)
             await self.read_all(peer) if data == self.HEALTH else peer.close()
-        self.assertEqual((await self.get(self.service, "/health")).status, 200)
+        self.assertEqual((await self.get("/health")).status, 200)
         self.assertEqual(len(self.log), 1)
 
     async def test_handshakes_that_never_end_are_counted_and_ended(self) -> None:
@@ -5094,7 +4629,7 @@ class TestTLS(WireTestCase):
         for peer in silent:
             with contextlib.suppress(ConnectionResetError):
                 self.assertEqual(await self.read_all(peer), b"")
-        self.assertEqual((await self.get(self.service, "/health")).status, 200)
+        self.assertEqual((await self.get("/health")).status, 200)
 
     def test_a_certificate_or_key_that_does_not_fit_is_one_line_that_names_the_file(self) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -5110,14 +4645,12 @@ class TestTLS(WireTestCase):
                 (("--tls-cert", self.key, "--tls-key", self.key), "--tls-cert"),
                 (("--tls-key", self.key), "--tls-key"),
             ):
-                with self.subTest(files):
-                    code, errors = run_main("--api-port", "0", *files)
-                    self.assertEqual(code, 2)
-                    self.assertRegex(errors, rf"\Aaiperf-api: {blamed}[^\n]+\n\Z")
+                code, errors = run_main("--api-port", "0", *files)
+                self.assertEqual(code, 2)
+                self.assertRegex(errors, rf"\Aaiperf-api: {blamed}[^\n]+\n\Z")
 
 
 # == 14 == Command line ================================================================================================
-
 
 ONE_LINE = r"\Aaiperf-api: [^\n]+\n\Z"
 
@@ -5157,17 +4690,29 @@ class TestCommandLine(unittest.TestCase):
                 (("--port", "9090"), "--api-port"), (("help",), "--help"), ((*port, "aiperf", "profile"), "behind --"),
                 ((*port, "--"), "behind --"), ((*port, "--demo", "--", "true"), "only one source"),
             ):  # fmt: skip
-                with self.subTest(argv):
-                    code, errors = run_main(*argv)
-                    self.assertEqual(code, 2, errors)
-                    self.assertRegex(errors, ONE_LINE)
-                    self.assertIn(words, errors)
+                code, errors = run_main(*argv)
+                self.assertEqual(code, 2, errors)
+                self.assertRegex(errors, ONE_LINE)
+                self.assertIn(words, errors)
 
-    def test_a_port_in_use_is_one_line_and_exit_1(self) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as busy:
-            done = run_program("--api-port", str(busy.getsockname()[1]), "--demo")
-        self.assertEqual((done.returncode, done.stdout), (1, ""))
-        self.assertRegex(done.stderr, r"\Aaiperf-api: cannot listen on 127.0.0.1 port \d+: Address already in use\n\Z")
+    def test_what_the_machine_refuses_is_one_line_and_exit_1(self) -> None:
+        missing = mock.patch.object(tempfile, "mkdtemp", side_effect=FileNotFoundError(2, "No such file"))
+        with tempfile.NamedTemporaryFile() as file, socket.create_server(("127.0.0.1", 0)) as busy, missing:
+            port = str(busy.getsockname()[1])
+            refused = [
+                (("--api-port", port, "--demo"), f"cannot listen on 127.0.0.1 port {port}: Address already in use")
+            ]
+            for argv, words in (
+                (("--zmq-bind", f"ipc://{file.name}"), "is not a socket"),
+                (("--", "true"), "No such file"),
+            ):
+                refused += [(("--api-port", "0", *argv), words)] if zmq else []
+            for argv, words in refused:
+                code, errors = run_main(*argv)
+                self.assertEqual(code, 1)
+                self.assertRegex(errors, ONE_LINE)
+                self.assertIn(words, errors)
+            self.assertTrue(os.path.isfile(file.name), "to bind never removes a file")
 
     def test_help_and_version(self) -> None:
         shown = run_program("--help")
@@ -5188,6 +4733,7 @@ class TestCommandLine(unittest.TestCase):
         self.assertEqual((settings.cors_origins, settings.allow_hosts), (("https://a", "https://b"), ("x", "y")))
         self.assertEqual((settings.linger_sec, settings.ws_max_connections), (7, 0))
         self.assertEqual(aiperf_api.parse_arguments(["--api-port", "1"], environ).settings.port, 1)
+        self.assertRaisesRegex(aiperf_api.UsageError, "empty token", aiperf_api.APIService, token="")
 
     def test_the_source_follows_the_options(self) -> None:
         for argv, kind, address in (
@@ -5197,11 +4743,9 @@ class TestCommandLine(unittest.TestCase):
             (["--zmq-address", "tcp://h:1"], "zmq", "tcp://h:1"),
             *([(["--zmq-bind", "tcp://127.0.0.1:*"], "bind", "tcp://127.0.0.1:*")] if zmq else []),
         ):
-            with self.subTest(argv):
-                source = aiperf_api.parse_arguments(["--api-port", "0", *argv], {}).source
-                assert source is not None
-                self.assertEqual((source.kind, source.address), (kind, address))
-                self.assertEqual(source.backend, "pyzmq" if zmq else "builtin")
+            source = aiperf_api.parse_arguments(["--api-port", "0", *argv], {}).source
+            self.assertEqual((source.kind, source.address), (kind, address))
+            self.assertEqual(source.backend, "pyzmq" if zmq else "builtin")
         asked = ["--api-port", "0", "--zmq-backend", "builtin"]
         self.assertEqual(getattr(aiperf_api.parse_arguments(asked, {}).source, "backend", ""), "builtin")
 
@@ -5256,10 +4800,9 @@ class TestChildPlan(unittest.TestCase):
             ("aiperf profile", ("--zmq-host", "h"), "tcp://h:5664", ""),
             ("aiperf profile --zmq-host x", ("--zmq-address", "tcp://h:1"), "tcp://h:1", ""),
         ):
-            with self.subTest(line=line, options=options):
-                made = self.plan(line, *options)
-                self.assertEqual((made.source.address, made.source.kind), (address, "child"))
-                self.assertEqual(" ".join(made.argv), f"{line} {added}".strip())
+            made = self.plan(line, *options)
+            self.assertEqual((made.source.address, made.source.kind), (address, "child"))
+            self.assertEqual(" ".join(made.argv), f"{line} {added}".strip())
 
     def test_live_metrics_are_switched_on_unless_the_user_set_them_and_our_variables_stay_ours(self) -> None:
         environ = {"AIPERF_UI_REALTIME_METRICS_INTERVAL": "7", "AIPERF_API_SERVER_PORT": "1", "AIPERF_API_TOKEN": "t"}
@@ -5281,14 +4824,13 @@ class TestChildPlan(unittest.TestCase):
                 ("benchmark:\n  model: communication\n# communication\n", False),
             ):
                 path.write_text(text)
-                with self.subTest(text):
-                    if not chooses:
-                        self.assertEqual(self.plan(f"aiperf profile -f {path}").argv[-2:], ("--zmq-ipc-path", "/p"))
-                        continue
-                    with self.assertRaisesRegex(aiperf_api.UsageError, "--zmq-host 127.0.0.1 -- aiperf profile"):
-                        self.plan(f"aiperf profile --config {path}")
-                    named = self.plan(f"aiperf profile --config {path}", "--zmq-host", "h")
-                    self.assertEqual(named.source.address[:7], "tcp://h")
+                if not chooses:
+                    self.assertEqual(self.plan(f"aiperf profile -f {path}").argv[-2:], ("--zmq-ipc-path", "/p"))
+                    continue
+                with self.assertRaisesRegex(aiperf_api.UsageError, "--zmq-host 127.0.0.1 -- aiperf profile"):
+                    self.plan(f"aiperf profile --config {path}")
+                named = self.plan(f"aiperf profile --config {path}", "--zmq-host", "h")
+                self.assertEqual(named.source.address[:7], "tcp://h")
 
     def test_what_the_command_line_tells_is_the_configuration(self) -> None:
         made = self.plan("aiperf profile -m x --api-key sk-4711-aaaa-bbbb-cccc --concurrency 3")
@@ -5316,45 +4858,30 @@ class TestChild(unittest.TestCase):  # `-- COMMAND`; the commands are small scri
         self.addCleanup(process.kill)
         return process
 
-    def run_to_the_end(self, *argv: str) -> tuple[int, str, str]:
-        process = self.start("--linger", "0", "--", *argv)
-        out, err = process.communicate(timeout=60)
-        return process.returncode, out, err
-
-    def url_of(self, process: subprocess.Popen[str]) -> str:
-        assert process.stderr is not None
-        return process.stderr.readline().split()[-1]
+    def ended(self, *argv: str) -> subprocess.CompletedProcess[str]:
+        return run_program("--api-port", "0", "--linger", "0", "--", *argv)
 
     def test_the_exit_code_is_the_childs(self) -> None:
         for script, code in (("exit 0", 0), ("exit 3", 3), ("kill -KILL $$", 137), ("kill -TERM $$", 143)):
-            self.assertEqual(self.run_to_the_end("sh", "-c", script)[0], code, script)
+            self.assertEqual(self.ended("sh", "-c", script).returncode, code, script)
         for command, code in (("no-such-command-4711", 127), ("/no/such/file", 127), (__file__, 126)):
-            found, _, said = self.run_to_the_end(command)
-            self.assertEqual(found, code)
-            self.assertRegex(said.splitlines()[-1], rf"\Aaiperf-api: {re.escape(command)}: [^\n]+\Z")
+            done = self.ended(command)
+            self.assertEqual(done.returncode, code)
+            self.assertRegex(done.stderr.splitlines()[-1], rf"\Aaiperf-api: {re.escape(command)}: [^\n]+\Z")
 
     def test_the_server_is_up_before_the_command_starts_and_its_directory_goes(self) -> None:
         script = (
             "import os, stat; path = os.environ['AIPERF_API_ZMQ_ADDRESS'][6:];"
             "print(stat.S_ISSOCK(os.stat(path).st_mode), oct(os.stat(os.path.dirname(path)).st_mode & 0o777), path)"
         )
-        code, out, said = self.run_to_the_end(sys.executable, "-c", script)
-        self.assertEqual(code, 0, said)
-        is_socket, mode, path = out.split()
+        is_socket, mode, path = self.ended(sys.executable, "-c", script).stdout.split()
         self.assertEqual((is_socket, mode), ("True", "0o700"))
         self.assertFalse(os.path.exists(os.path.dirname(path)))
-
-    def test_without_a_folder_for_temporary_files_it_is_one_line_and_exit_1(self) -> None:
-        with mock.patch.object(tempfile, "mkdtemp", side_effect=FileNotFoundError(2, "No such file")):
-            code, errors = run_main("--api-port", "0", "--", "true")
-        self.assertEqual(code, 1)
-        self.assertRegex(errors, ONE_LINE)
 
     def test_a_command_that_never_reports_has_failed_only_if_it_ends_badly(self) -> None:
         for code, state, error in ((7, "failed", "exit status 7; see its output above"), (0, "waiting", None)):
             process = self.start("--linger", "60", "--", "sh", "-c", f"exit {code}")
-            url = self.url_of(process)
-            assert process.stderr is not None
+            url = process.stderr.readline().split()[-1]
             while "the benchmark ended" not in process.stderr.readline():
                 pass
             status = json.loads(fetched(url + "/api/status"))
@@ -5371,7 +4898,6 @@ class TestChild(unittest.TestCase):  # `-- COMMAND`; the commands are small scri
         for way in ("process", "group", "both"):
             with self.subTest(way):
                 process = self.start("--linger", "0", "--", sys.executable, "-c", script)
-                assert process.stdout is not None
                 self.assertEqual(process.stdout.readline(), "up\n")
                 if way in ("process", "both"):  # `timeout` sends it to the process and to its group
                     process.send_signal(signal.SIGINT)
@@ -5382,18 +4908,15 @@ class TestChild(unittest.TestCase):  # `-- COMMAND`; the commands are small scri
 
     def test_signals_end_the_child_and_its_directory(self) -> None:
         for number, code in ((signal.SIGTERM, 143), (signal.SIGQUIT, 131), (signal.SIGHUP, 129)):
-            with self.subTest(number):
-                if signal.getsignal(number) == signal.SIG_IGN:  # under nohup, and so for the server
-                    continue
-                script = 'echo "$AIPERF_API_ZMQ_ADDRESS $$"; exec sleep 60'
-                process = self.start("--linger", "60", "--", "sh", "-c", script)
-                assert process.stdout is not None
-                address, pid = process.stdout.readline().split()
-                process.send_signal(number)
-                self.assertEqual(process.wait(20), code)
-                self.assertFalse(os.path.exists(os.path.dirname(address[len("ipc://") :])))
-                with self.assertRaises(ProcessLookupError):
-                    os.kill(int(pid), 0)
+            if signal.getsignal(number) == signal.SIG_IGN:  # under nohup, and so for the server
+                continue
+            script = 'echo "$AIPERF_API_ZMQ_ADDRESS $$"; exec sleep 60'
+            process = self.start("--linger", "60", "--", "sh", "-c", script)
+            address, pid = process.stdout.readline().split()
+            process.send_signal(number)
+            self.assertEqual(process.wait(20), code)
+            self.assertFalse(os.path.exists(os.path.dirname(address[len("ipc://") :])))
+            self.assertRaises(ProcessLookupError, os.kill, int(pid), 0)
 
     @unittest.skipUnless(pty, "needs a terminal")
     def test_on_a_terminal_ctrl_c_reaches_the_child_alone_and_ctrl_z_stops_both(self) -> None:
@@ -5437,9 +4960,8 @@ class TestChild(unittest.TestCase):  # `-- COMMAND`; the commands are small scri
             aiperf.chmod(0o755)
             command = (str(aiperf), "profile", "--api-key", key, "-H", f"X-Team: {key}", "--model", "m")
             process = self.start("--linger", "0", "--log-level", "debug", "--", *command, HF_TOKEN=key)
-            assert process.stdout is not None
             process.stdout.readline()
-            config = json.loads(fetched(self.url_of(process) + "/api/config"))
+            config = json.loads(fetched(process.stderr.readline().split()[-1] + "/api/config"))
             self.assertEqual((config["api_key"], config["model"]), ("***", "m"))
             self.assertNotIn(key, json.dumps(config))
             process.terminate()
@@ -5470,9 +4992,7 @@ class TestWithNothingInstalled(LoopTestCase):  # by an interpreter that sees no 
         wanted = END_STATES[self.RUN]
         status = status_when(url, lambda status: status["state"] == wanted.state)
         self.assertEqual((status["source"]["kind"], status["source"]["backend"]), (kind, backend))
-        progress = json.loads(fetched(url + "/api/progress"))
-        figures = progress["total"], progress["completed"], progress["errors"]
-        self.assertEqual(figures, (wanted.total, wanted.completed, wanted.errors))
+        self.assertEqual(figures(json.loads(fetched(url + "/api/progress"))), wanted[:4])
         self.assertIn('"final":true', fetched(url + "/api/metrics"))
         self.assertRegex(fetched(url + "/metrics"), r"(?m)^aiperf_request_latency_ms\{.*quantile=\"0.5\"\} [0-9.]+$")
 
@@ -5524,20 +5044,6 @@ needs_demo = unittest.skipUnless(DEMO.exists(), "needs the demo in static/")
 
 def at_once(recording: Path) -> Program:
     return Program("--replay", str(recording), "--replay-speed", "0", *DEMO_CONFIG)
-
-
-@contextlib.contextmanager
-def half_way() -> Iterator[str]:
-    """Serve the demo's run as it was half-way."""
-    with tempfile.TemporaryDirectory() as folder, gzip.open(DEMO) as demo:
-        half = Path(folder) / "demo.jsonl"
-        half.write_bytes(b"".join(itertools.islice(demo, HALF_WAY)))
-        with at_once(half) as url:
-            status_when(url, lambda status: status["source"]["messages"] == HALF_WAY)
-            yield url
-
-
-# -- Tables ------------------------------------------------------------------------------------------------------------
 
 
 def markdown_table(head: str, rows: Iterable[Sequence[str]]) -> str:
@@ -5605,9 +5111,6 @@ def write_tables() -> None:
         document.write_text(text, encoding="utf-8")
 
 
-# -- Blocks and sessions -----------------------------------------------------------------------------------------------
-
-
 class Block(NamedTuple):  # a fenced one of a document
     document: str  # file name
     marker: str  # of the line `<!-- MARKER -->` before it; "" without one
@@ -5628,10 +5131,9 @@ def blocks(language: str = "", marker: str = "") -> list[Block]:
 
 
 def sessions_of(*found: Block) -> list[Session]:
-    """Return the commands of console blocks."""
     sessions = []
     for part in (part for block in found for part in re.split(r"^\$ ", block.text, flags=re.MULTILINE)[1:]):
-        command, rest = re.fullmatch(r"((?:.*\\\n)*.*)\n((?:.*\n)*)", part).groups()  # type: ignore[union-attr]
+        command, rest = re.fullmatch(r"((?:.*\\\n)*.*)\n((?:.*\n)*)", part).groups()
         sessions.append(Session(command, rest.splitlines()))
     return sessions
 
@@ -5644,16 +5146,15 @@ def masked(text: str) -> str:
 class Shell:
     """Runs a line of shell in a process group of its own and gives the lines that it prints; half a minute ends it."""
 
-    def __init__(self, command: str, folder: str, errors: int | None = None) -> None:
+    def __init__(self, command: str, folder: str) -> None:
         for name, target in (("aiperf-api", f'"{ROOT}/aiperf_api.py" "$@"'), ("python3", '"$@"')):
             self.program(folder, name, f'exec "{sys.executable}" {target}')
         self.program(folder, "aiperf", "sleep 30")  # somebody else's benchmark
         path = f"{folder}/bin{os.pathsep}{os.environ['PATH']}"
         environ = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "COLUMNS": "80"}
-        output = {"stdout": subprocess.DEVNULL if errors else subprocess.PIPE, "stderr": errors}
         where: Any = {"cwd": folder, "env": environ, "stdin": subprocess.DEVNULL, "start_new_session": True}
-        self.process = subprocess.Popen(["bash", "-c", command], **where, **output)
-        self.pipe = cast(IO[bytes], self.process.stdout or self.process.stderr)
+        self.process = subprocess.Popen(["bash", "-c", command], **where, stdout=subprocess.PIPE)
+        self.pipe = self.process.stdout
         self.timer = threading.Timer(30, self._kill)
         self.timer.start()
 
@@ -5678,9 +5179,6 @@ class Shell:
             os.killpg(self.process.pid, signal.SIGKILL)
 
 
-# -- Tests -------------------------------------------------------------------------------------------------------------
-
-
 @needs_documents
 class TestDocumentation(unittest.TestCase):
     def setUp(self) -> None:
@@ -5691,8 +5189,9 @@ class TestDocumentation(unittest.TestCase):
         for name, make in TABLES.items():
             if name == "families" and not DEMO.exists():
                 continue
-            with self.subTest(name):
-                self.assertTrue(f"<!-- {name} -->\n{make()}\n\n" in text, "see --write-docs at the top of this room")
+            self.assertTrue(
+                f"<!-- {name} -->\n{make()}\n\n" in text, f"{name}: see --write-docs at the end of this file"
+            )
 
     def test_links_lead_somewhere(self) -> None:
         for document in DOCUMENTS:
@@ -5701,23 +5200,20 @@ class TestDocumentation(unittest.TestCase):
                 place = document.parent / name if name else document
                 if "://" in target or not (document.parent / name.split("/")[0]).exists():  # a copy has no .ci/
                     continue
-                with self.subTest(f"{document.name}: {target}"):
-                    self.assertTrue(place.exists())
-                    titles = re.findall(r"^#+ (.*)$", self.texts.get(place.name, ""), re.MULTILINE)
-                    anchors = {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
-                    self.assertTrue(not anchor or anchor in anchors)
+                titles = re.findall(r"^#+ (.*)$", self.texts.get(place.name, ""), re.MULTILINE)
+                anchors = {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
+                self.assertTrue(place.exists() and (not anchor or anchor in anchors), f"{document.name}: {target}")
 
     def test_options_in_examples_exist(self) -> None:
         known = {option.flag for option in aiperf_api.OPTIONS} | {"--version", "--help"}
         for line in re.findall(rf"^.*{OURS}--.*$", "\n".join(self.texts.values()), re.MULTILINE):
             ours = re.split(OURS, line, maxsplit=1)[1].split(" -- ")[0].split("`")[0]
-            with self.subTest(line):
-                self.assertLessEqual(set(re.findall(r"(?<!\S)--[a-z-]+", ours)), known)
+            self.assertLessEqual(set(re.findall(r"(?<!\S)--[a-z-]+", ours)), known, line)
 
     def test_every_command_is_run_by_a_test_and_python_compiles(self) -> None:
         for block in blocks("console"):
-            with self.subTest(block.text):
-                self.assertTrue(block.marker in RUN_HERE | RUN_IN_CI or block.marker.startswith("elsewhere: "))
+            is_run = block.marker in RUN_HERE | RUN_IN_CI or block.marker.startswith("elsewhere: ")
+            self.assertTrue(is_run, block.text)
         for block in blocks("python"):
             compile(block.text, block.document, "exec")
 
@@ -5737,8 +5233,8 @@ class TestReadmeSessions(unittest.TestCase):
         self.addCleanup(folder.cleanup)
         self.folder = folder.name
 
-    def shell(self, command: str, errors: int | None = None) -> Shell:
-        shell = Shell(command, self.folder, errors)
+    def shell(self, command: str) -> Shell:
+        shell = Shell(command, self.folder)
         self.addCleanup(shell.close)
         return shell
 
@@ -5757,7 +5253,11 @@ class TestReadmeSessions(unittest.TestCase):
             shell.close()
 
     def test_what_is_shown_once_a_run_is_half_way(self) -> None:
-        with half_way() as url:
+        half = Path(self.folder) / "demo.jsonl"
+        with gzip.open(DEMO) as demo:
+            half.write_bytes(b"".join(itertools.islice(demo, HALF_WAY)))
+        with at_once(half) as url:
+            status_when(url, lambda status: status["source"]["messages"] == HALF_WAY)
             self.check(sessions_of(*blocks("console", "half-way")), url)
 
     def test_what_goes_on_while_a_run_lasts(self) -> None:
@@ -5769,7 +5269,7 @@ class TestReadmeSessions(unittest.TestCase):
         for command, shown in sessions_of(*blocks("console", "start")):
             with self.subTest(command):
                 port, lines = str(free_port()), [""]
-                shell = self.shell(command.replace("9090", port), subprocess.PIPE)
+                shell = self.shell(command.replace("9090", port) + " 2>&1 >/dev/null")
                 while not lines[-1].startswith("  source"):
                     lines.append(next(shell.lines()).replace(port, "9090"))
                 self.assertIn(shown, (lines[1:], []))
@@ -5785,11 +5285,10 @@ class TestReadmeSessions(unittest.TestCase):
                         (Path(self.folder) / file.marker[5:]).write_text(file.text)
                 shells.append((block, self.shell(self.script(block))))  # all at once: some have to wait
         for block, shell in shells:
-            with self.subTest(block.text):
-                lines = shell.lines()
-                for command, shown in sessions_of(block):
-                    answer = list(itertools.takewhile(lambda line: line != "=====", lines))
-                    self.assertEqual(answer, shown, command)
+            lines = shell.lines()
+            for command, shown in sessions_of(block):
+                answer = list(itertools.takewhile(lambda line: line != "=====", lines))
+                self.assertEqual(answer, shown, command)
             shell.close()
 
     @staticmethod
@@ -5814,9 +5313,6 @@ class TestReadmeSessions(unittest.TestCase):
 
 
 class TestDescriptions(ServiceTestCase):  # made of the routes and types, and held against them, by .ci/make_api_docs.py
-    openapi: Any
-    asyncapi: Any
-
     @classmethod
     def setUpClass(cls) -> None:
         if not (STATIC / "openapi.json").exists():
@@ -5825,12 +5321,9 @@ class TestDescriptions(ServiceTestCase):  # made of the routes and types, and he
         cls.openapi, cls.asyncapi = (json.loads((STATIC / f"{name}.json").read_text("utf-8")) for name in names)
 
     @staticmethod
-    def judge(document: Any, schema: Any) -> Any:
-        """Return a validator of a schema whose references point into the document."""
+    def judge(document: Any, schema: Any) -> Any:  # a name is one of the document's
+        schema = {"$ref": f"#/components/schemas/{schema}"} if isinstance(schema, str) else schema
         return jsonschema.Draft202012Validator({"components": {"schemas": document["components"]["schemas"]}, **schema})
-
-    def message_judge(self, name: str) -> Any:
-        return self.judge(self.asyncapi, {"$ref": f"#/components/schemas/{name}"})
 
     def validators(self) -> dict[str, Any]:
         """Return a validator for each path that answers in JSON of a known shape."""
@@ -5840,17 +5333,6 @@ class TestDescriptions(ServiceTestCase):  # made of the routes and types, and he
             if content.get("application/json", {}).get("schema") and len(content) == 1:
                 found[path.replace("{n}", "1")] = self.judge(self.openapi, content["application/json"]["schema"])
         return found
-
-    def test_every_reference_leads_somewhere_and_every_shape_is_used(self) -> None:
-        for document in (self.openapi, self.asyncapi):
-            references = set(re.findall(r'"\$ref": "#/([^"]+)"', json.dumps(document)))
-            self.assertGreater(len(references), 20)
-            for reference in references:
-                place = document
-                for step in reference.replace("~1", "/").split("/"):
-                    place = place[step]
-            shapes = {f"components/schemas/{name}" for name in document["components"]["schemas"]}
-            self.assertLessEqual(shapes, references)
 
     def test_asyncapi_names_each_message_type(self) -> None:
         schemas = self.asyncapi["components"]["schemas"].values()
@@ -5863,20 +5345,19 @@ class TestDescriptions(ServiceTestCase):  # made of the routes and types, and he
     @needs_recordings
     @unittest.skipUnless(jsonschema, "needs the jsonschema package")
     async def test_answers_and_messages_are_as_described_through_every_recording(self) -> None:
-        schemas, any_message = self.asyncapi["components"]["schemas"], self.message_judge("BusMessage")
+        schemas, any_message = self.asyncapi["components"]["schemas"], self.judge(self.asyncapi, "BusMessage")
         kinds = {shape["properties"].get("message_type", {}).get("const"): name for name, shape in schemas.items()}
-        judges = {kind: self.message_judge(name) for kind, name in kinds.items() if kind}
+        judges = {kind: self.judge(self.asyncapi, name) for kind, name in kinds.items() if kind}
         validators, seen = self.validators(), set()
-        with self.subTest("before a message"):
-            await self.check_answers(self.service, validators)
+        await self.check_answers(self.service, validators)
         for number, path in enumerate(sorted(RECORDINGS.glob("*.jsonl.gz"))):
             name = path.name.partition(".")[0]
             length = len(wire_recording(name))
             for count in (length // 2, length) if DEEP else (length // (1 + number % 2),):
                 with self.subTest(f"{name} after {count} messages"):
                     service = await self.serve()
-                    listener = await self.listen(service, "*")
-                    self.feed(service, name, count)
+                    listener = await self.listen("*", service=service)
+                    self.feed(name, count, service=service)
                     await self.check_answers(service, validators)
                     listener.say({"type": "ping"})
                     while (message := await listener.hear()) != {"type": "pong"}:
@@ -5901,7 +5382,7 @@ class TestDescriptions(ServiceTestCase):  # made of the routes and types, and he
 
     @unittest.skipUnless(jsonschema, "needs the jsonschema package")
     async def test_the_protocol_is_as_described(self) -> None:
-        client = await self.listen(self.service, "heartbeat")
+        client = await self.listen("heartbeat")
         for message, name in (
             ({"type": "subscribe", "message_types": ["nothing_of_the_kind"], "snapshot": False}, "Subscribed"),
             ({"type": "unsubscribe", "message_types": ["heartbeat"]}, "Unsubscribed"),
@@ -5909,7 +5390,7 @@ class TestDescriptions(ServiceTestCase):  # made of the routes and types, and he
             ({"type": "sing"}, "ClientError"),
         ):
             client.say(message)
-            self.message_judge(name).validate(await client.hear())
+            self.judge(self.asyncapi, name).validate(await client.hear())
 
 
 if __name__ == "__main__":
