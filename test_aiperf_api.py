@@ -98,9 +98,7 @@ class Answer(NamedTuple):  # as a client reads it
         return json.loads(self.body)
 
 
-class Client:
-    """A client of one connection: HTTP, then perhaps WebSocket; every wait is bounded."""
-
+class Client:  # of one connection: HTTP, then perhaps WebSocket; every wait is bounded
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader, self.writer = reader, writer
 
@@ -162,15 +160,15 @@ class LoopTestCase(unittest.IsolatedAsyncioTestCase):
         asyncio.get_running_loop().set_debug(False)
         await asyncio.sleep(0)  # what follows is no more in the step that began in debug mode
 
-    async def until(self, condition: Callable[..., Any], *arguments: Any, seconds: float = 30.0) -> None:
-        """Let the loop run until something is so; fail when it never is."""
-        deadline = time.monotonic() + seconds
+    patience_sec = 10
+
+    async def until(self, condition: Callable[..., Any], *arguments: Any, seconds: float = 0) -> None:
+        deadline = time.monotonic() + (seconds or self.patience_sec)
         while not condition(*arguments):
             self.assertLess(time.monotonic(), deadline, "it did not happen in time")
             await asyncio.sleep(0.005)
 
     def patch(self, **constants: Any) -> None:
-        """Give constants of the module other values until the end of the test."""
         patcher = mock.patch.multiple(aiperf_api, **constants)
         patcher.start()
         self.addCleanup(patcher.stop)
@@ -2791,6 +2789,8 @@ class RawPublisher:
 
 
 class BusTestCase(LoopTestCase):  # its sources are stopped at the end
+    patience_sec = 30
+
     def open(self, source, *prefixes):
         self.addAsyncCleanup(source.stop)
         return Inbox(source, *prefixes)
@@ -3966,7 +3966,7 @@ class TestRecordingsThroughARealProxy(ServiceTestCase):  # all at full speed
                 total = self.service.bus_total + len(due)
                 for _, topic, payload in messages:
                     self.bus.publish(topic, payload)
-                await self.until(lambda total=total: self.service.bus_total == total)
+                await self.until(lambda total=total: self.service.bus_total == total, seconds=30)
                 self.assertEqual(figures(await self.value("/api/progress")), END_STATES[name][:4])
                 final = (await self.value("/api/metrics"))["final"]
                 self.assertEqual(final, END_STATES[name].latency is not None)
