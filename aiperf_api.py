@@ -2851,9 +2851,9 @@ class PyzmqBusSource(Source):
             self._loop.remove_reader(self._socket.getsockopt(zmq.FD))
             self._loop.remove_reader(self._monitor.getsockopt(zmq.FD))
             self._socket.disable_monitor()
-            context, self._socket = self._socket.context, None
+            closing, self._socket = self._socket, None
             # It waits for libzmq, which may be looking up a name; no exit waits for a daemon.
-            ending = threading.Thread(target=context.destroy, args=(0,), daemon=True)
+            ending = threading.Thread(target=closing.context.destroy, args=(0,), daemon=True)
             ending.start()
             while ending.is_alive():  # noqa: ASYNC110 - as long as the caller of stop() waits
                 await asyncio.sleep(0.005)
