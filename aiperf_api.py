@@ -3934,8 +3934,7 @@ class APIService:
         self._artifacts: set[tuple[str, str]] = set()  # (folder, file) that have been read
         self._ended_sweeps = 0  # since the end of the run
         self._gone_sec = 0.0  # since the bus was there
-        self._answers: dict[tuple[Any, ...], Response] = {}  # but those of _UNSHARED
-        self._answers_version = (0, 0, 0)
+        self._answers: dict[tuple[Any, ...], Response] = {}  # but those of _UNSHARED; most are of an earlier second
         if config is None and self.source.kind == "demo" and "demo.config.json" in self.static:
             config = json_load(self.static["demo.config.json"].payload(False))
         if config is not None:
@@ -3987,11 +3986,12 @@ class APIService:
         """Listen with mode 0600; asyncio replaces a socket that is there, so one with a live server is left to that."""
         before = os.umask(0o177)  # no moment in which others could connect
         try:
-            with socket.socket(socket.AF_UNIX) as probe:
+            with contextlib.suppress(ConnectionRefusedError, FileNotFoundError), socket.socket(socket.AF_UNIX) as probe:
+                if not S_ISSOCK(os.stat(path).st_mode):
+                    raise OSError("it is not a socket")
                 probe.settimeout(1.0)
-                with contextlib.suppress(ConnectionRefusedError, FileNotFoundError):
-                    probe.connect(path)
-                    raise OSError("another server listens there")
+                probe.connect(path)
+                raise OSError("another server listens there")
             self._servers.append(await asyncio.start_unix_server(accept, path, **more))
             self._unix_inode = os.lstat(path).st_ino
         except (OSError, AttributeError) as error:  # AttributeError: Windows has none
@@ -4021,16 +4021,15 @@ class APIService:
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.sslobject_class = Handshake
         SSLProtocol.max_size = CONNECTION_READ_BYTES  # that each connection holds; it is 256 KiB
-        certificate, key, is_key = self.settings.tls_cert or "", self.settings.tls_key, False
+        certificate, key = self.settings.tls_cert or "", self.settings.tls_key
+        file = f"--tls-cert {certificate}"
         try:
             ssl.create_default_context(cafile=certificate)
-            is_key = key is not None  # if it fails now
+            file = f"--tls-key {key}" if key else file
             context.load_cert_chain(certificate, key)
-        except OSError as error:  # SSLError is one
-            is_unfit = is_key and isinstance(error, ssl.SSLError)
-            reason = "no private key fits the certificate" if is_unfit else error.strerror or error
-            file = f"--tls-key {printable(key or '')}" if is_key else f"--tls-cert {printable(certificate)}"
-            raise UsageError(f"{file}: {reason}") from None
+        except OSError as error:
+            reason = "no private key fits the certificate" if isinstance(error, ssl.SSLError) else error.strerror
+            raise UsageError(f"{printable(file)}: {reason}") from None
         return context
 
     def _limit_connections(self) -> None:
@@ -4041,13 +4040,12 @@ class APIService:
 
         reserve = 4 * _ACCEPT_MAX + _FILES_SPARE  # for what two turns accept or refuse, and everything else
         wanted = self.connections_max + reserve
-        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-        found, hard = (wanted if limit == resource.RLIM_INFINITY else limit for limit in limits)
-        if found < wanted:
+        found, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # -1: no limit
+        if 0 <= found < wanted:
             with contextlib.suppress(OSError, ValueError):  # macOS has a lower limit of its own
-                resource.setrlimit(resource.RLIMIT_NOFILE, (min(wanted, hard), limits[1]))
+                resource.setrlimit(resource.RLIMIT_NOFILE, (min(wanted, hard), hard))
                 found = min(wanted, hard)
-        if found < wanted:
+        if 0 <= found < wanted:
             self.connections_max = most = found - min(reserve, max(_FILES_SPARE, found // 2))
             if most < 2:
                 raise StartError(f"{found} file descriptors are too few: {_FILES_SPARE + 2} are needed (ulimit -n)")
@@ -4127,8 +4125,11 @@ class APIService:
     # -- From the bus: receive, redact, apply, broadcast
 
     def publish(self, message: Mapping[str, Any]) -> None:
-        """Feed a message as if the bus had brought it, after start() and in its thread; KeyError without a type."""
-        self._deliver([[f"{message['message_type']}$".encode(), json_bytes(message)]])
+        """Feed a message as if the bus had brought it, after start() and in its thread."""
+        message_type = message.get("message_type")
+        if not message_type or not isinstance(message_type, str):
+            raise ValueError("a message needs a message_type")
+        self._deliver([[f"{message_type}$".encode(), json_bytes(message)]])
 
     def _deliver(self, batch: Batch) -> None:
         now_ns, was_enabled = self.source.now_ns(), gc.isenabled()
@@ -4319,11 +4320,9 @@ class APIService:
         if route.name in _UNSHARED:
             return make()
         asked = request.target if route.name == "history" else rest  # others have no arguments
-        key = route.name, asked, request.wants_pretty, accepts(request.headers.get("accept"), tuple(_FORMATS))
-        version, answers = (self.benchmark.version, self.hub.changes, int(time.monotonic())), self._answers
-        if version != self._answers_version:  # a second has gone by, or something has changed
-            answers.clear()
-            self._answers_version = version
+        kind = request.wants_pretty, accepts(request.headers.get("accept"), tuple(_FORMATS))
+        key = route.name, asked, kind, self.benchmark.version, self.hub.changes, int(time.monotonic())
+        answers = self._answers
         if key not in answers:
             size = sum(len(answer.body or b"") for answer in answers.values())
             if len(answers) >= _SHARED_MAX or size > _SHARED_BYTES_MAX:
