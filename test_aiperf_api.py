@@ -4503,7 +4503,7 @@ class TestSecurity(WireTestCase):
             await self.status_of(f"G'ET\" /{'y' * 3000} HTTP/1.1\r\nHost: localhost")
             forged = b"not json \x1b[31m\nINFO forged"
             self.service._deliver([[b"evil\ntopic\x1b$", b"{}"], [b"home_made$", forged], [b"a$", b"b", b"c"]])
-            self.service._notify("publisher \x1b[31m\nINFO forged")
+            self.service.source._notify("publisher \x1b[31m\nINFO forged")
         self.log.clear()
         self.assertGreater(len(lines), 4)
         for line in lines:
