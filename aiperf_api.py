@@ -3922,7 +3922,7 @@ class APIService:
         self.connections: set[Connection] = set()
         self.connections_max = HTTP_CONNECTIONS_MAX + self.settings.ws_max_connections  # fewer if the system says so
         self.unsent = Unsent()
-        self.secrets = Secrets((*self.settings.secrets, *([token] if token else [])))
+        self.secrets = Secrets(filter(None, (*self.settings.secrets, token)))
         self.hub = Hub(self._on_wanted)
         self.bus_messages = collections.Counter[str]()  # message type -> good ones
         self.bus_errors = collections.Counter[str]()  # kind -> bad ones
@@ -3971,7 +3971,7 @@ class APIService:
         if settings.tls_cert:  # a handshake has a deadline of its own, before that of the first head
             more.update(ssl=self._tls_context(), ssl_handshake_timeout=HTTP_HEAD_TIMEOUT_SEC)
         self._limit_connections()
-        if settings.unix_path is not None:
+        if settings.unix_path:
             await self._listen_unix(settings.unix_path, more)
             self.url = f"unix:{settings.unix_path}"
         if settings.port is not None:
@@ -4294,11 +4294,11 @@ class APIService:
         if request.method == "OPTIONS":
             return _PREFLIGHT, ""
         route, rest = self.router.match(request.method, request.path)
-        if request.refusal is not None:
+        if request.refusal:
             raise request.refusal
         if route.needs_token:
             check_origin(request, self._allowed_origins)
-            if self.settings.token is not None:
+            if self.settings.token:
                 check_token(request, self.settings.token.encode(), self._cookie_name)
         return route, rest
 
@@ -4324,14 +4324,14 @@ class APIService:
     def headers_for(self, request: Request) -> HeaderList:
         """Return the cookie of a page that was opened with a token, and CORS."""
         token, headers = self.settings.token, []
-        if token is not None and request.path in PAGES and has_page_token(request, token.encode()):
+        if token and request.path in PAGES and has_page_token(request, token.encode()):
             # For what the page loads: without a Path that is its folder, also behind a proxy (RFC 6265 5.1.4).
             cookie = f"{self._cookie_name}={page_cookie(token.encode())}; HttpOnly; SameSite=Strict"
             headers.append(("Set-Cookie", cookie + ("; Secure" if self.settings.tls_cert else "")))
         if self._allowed_origins:  # Fetch standard, 3.2
-            origin, listed = request.headers.get("origin"), self._allowed_origins
+            origin = request.headers.get("origin", "")
             headers.append(("Vary", "Origin"))  # caches must not mix them
-            if origin is not None and (origin.lower() in listed or "*" in listed):
+            if origin and not self._allowed_origins.isdisjoint((origin.lower(), "*")):
                 headers.append(("Access-Control-Allow-Origin", origin))
                 if request.method == "OPTIONS":
                     wanted = request.headers.get("access-control-request-headers", "")
@@ -4408,10 +4408,10 @@ class APIService:
             return self.static[name]
         folder = name.rstrip("/") + "/"
         below = sorted({found[len(folder) :].partition("/")[0] for found in self.static if found.startswith(folder)})
-        if not below:
-            missing = "the pages are not here: copy the folder static/ beside aiperf_api.py; the API works without"
-            raise HTTPError(404, "no such file" if self.static else missing)
-        return text_response("".join(f"{found}\n" for found in below))
+        if below:
+            return text_response("".join(f"{found}\n" for found in below))
+        missing = "the pages are not here: copy the folder static/ beside aiperf_api.py; the API works without"
+        raise HTTPError(404, "no such file" if self.static else missing)
 
     def status(self) -> dict[str, Any]:
         now_ns, source, last_ns = self.source.now_ns(), self.source, self.benchmark.last_message_ns
@@ -4448,11 +4448,11 @@ class APIService:
         return list(found.families.values())
 
     def _write_report(self) -> None:
-        if self.settings.report:
-            try:
+        try:
+            if self.settings.report:
                 write_file(self.settings.report, _get_report(self).payload(False))
-            except (OSError, HTTPError) as error:  # HTTPError: without static/
-                log.error("the report is not written: %s", error)
+        except (OSError, HTTPError) as error:  # HTTPError: without static/
+            log.error("the report is not written: %s", error)
 
 
 # -- The endpoints -----------------------------------------------------------------------------------------------------
@@ -4564,9 +4564,8 @@ def _get_websocket(service: APIService, request: Request, _: str, connection: Co
 
 def _get_stream(service: APIService, request: Request, _: str, connection: Connection) -> Response | None:
     _only_arguments(request, "types format snapshot")
-    accepted = accepts(request.headers.get("accept"), (SSE, NDJSON))
+    accepted, snapshot = accepts(request.headers.get("accept"), (SSE, NDJSON)), request.arg("snapshot", "1")
     media = {None: accepted, "sse": SSE, "ndjson": NDJSON}.get(request.arg("format"))
-    snapshot = request.arg("snapshot", "1")
     if media is None or snapshot not in ("0", "1"):
         raise HTTPError(400, "format must be sse or ndjson, snapshot 0 or 1")
     types = list(dict.fromkeys(name for name in ",".join(request.args("types")).split(",") if name)) or ["*"]
