@@ -3911,10 +3911,10 @@ class APIService:
         self.requests = collections.Counter[tuple[str, int]]()  # (route, status) -> answers
         self._servers: list[asyncio.AbstractServer] = []
         self._unix_inode = 0
-        self._sweep_timer: asyncio.TimerHandle | None = None
+        self._sweep_timer: asyncio.TimerHandle  # from start() on
         self._recorder = Recorder(self.settings.record) if self.settings.record else None
         self._complaints: set[str] = set()  # of the event loop
-        self._complete: asyncio.Event  # from start() on: set while the last run has ended
+        self._complete: asyncio.Event  # the same: set while the last run has ended
         # Application
         self.memo: dict[bytes, Request] = {}
         self.date = b""
@@ -3922,7 +3922,7 @@ class APIService:
         self.connections: set[Connection] = set()
         self.connections_max = HTTP_CONNECTIONS_MAX + self.settings.ws_max_connections  # fewer if the system says so
         self.unsent = Unsent()
-        self.secrets = Secrets((*self.settings.secrets, *([token] if token else [])))
+        self.secrets = Secrets(filter(None, (*self.settings.secrets, token)))
         self.hub = Hub(self._on_wanted)
         self.bus_messages = collections.Counter[str]()  # message type -> good ones
         self.bus_errors = collections.Counter[str]()  # kind -> bad ones
@@ -3934,8 +3934,7 @@ class APIService:
         self._artifacts: set[tuple[str, str]] = set()  # (folder, file) that have been read
         self._ended_sweeps = 0  # since the end of the run
         self._gone_sec = 0.0  # since the bus was there
-        self._answers: dict[tuple[Any, ...], Response] = {}  # but those of _UNSHARED
-        self._answers_version = (0, 0, 0)
+        self._answers: dict[tuple[Any, ...], Response] = {}  # but those of _UNSHARED; outdated ones, too
         if config is None and self.source.kind == "demo" and "demo.config.json" in self.static:
             config = json_load(self.static["demo.config.json"].payload(False))
         if config is not None:
@@ -3961,38 +3960,38 @@ class APIService:
             await self._listen()
             for prefix in (b"",) if self.settings.record else CORE_TOPICS:
                 self.source.subscribe(prefix)
-            self.source.start(self._deliver, self._notify)
+            self.source.start(self._deliver, lambda line: log.info("%s", printable(line, 5 * LOG_QUOTE_CHARS_MAX)))
         except BaseException:
             await self.stop()
             raise
 
     async def _listen(self) -> None:
         settings = self.settings
-        accept: Any = connection_factory(self)
-        more: dict[str, Any] = {"backlog": _ACCEPT_MAX}
+        more: dict[str, Any] = {"client_connected_cb": connection_factory(self), "backlog": _ACCEPT_MAX}
         if settings.tls_cert:  # a handshake has a deadline of its own, before that of the first head
             more.update(ssl=self._tls_context(), ssl_handshake_timeout=HTTP_HEAD_TIMEOUT_SEC)
         self._limit_connections()
-        if settings.unix_path is not None:
-            await self._listen_unix(settings.unix_path, accept, more)
+        if settings.unix_path:
+            await self._listen_unix(settings.unix_path, more)
             self.url = f"unix:{settings.unix_path}"
         if settings.port is not None:
             listener = _listen_tcp(settings.host, settings.port)
-            self._servers.append(await asyncio.start_server(accept, sock=listener, **more))
+            self._servers.append(await asyncio.start_server(sock=listener, **more))
             listener.listen(1024)  # that wait (nginx 511); asyncio has one number for these and for what a turn accepts
             host, port = f"[{settings.host}]" if ":" in settings.host else settings.host, listener.getsockname()[1]
             self.url, self._cookie_name = f"http{'s' * bool(settings.tls_cert)}://{host}:{port}", f"aiperf_api_{port}"
 
-    async def _listen_unix(self, path: str, accept: Any, more: dict[str, Any]) -> None:
+    async def _listen_unix(self, path: str, more: dict[str, Any]) -> None:
         """Listen with mode 0600; asyncio replaces a socket that is there, so one with a live server is left to that."""
         before = os.umask(0o177)  # no moment in which others could connect
         try:
-            with socket.socket(socket.AF_UNIX) as probe:
+            with contextlib.suppress(ConnectionRefusedError, FileNotFoundError), socket.socket(socket.AF_UNIX) as probe:
+                if not S_ISSOCK(os.stat(path).st_mode):
+                    raise OSError("it is not a socket")
                 probe.settimeout(1.0)
-                with contextlib.suppress(ConnectionRefusedError, FileNotFoundError):
-                    probe.connect(path)
-                    raise OSError("another server listens there")
-            self._servers.append(await asyncio.start_unix_server(accept, path, **more))
+                probe.connect(path)
+                raise OSError("another server listens there")
+            self._servers.append(await asyncio.start_unix_server(path=path, **more))
             self._unix_inode = os.lstat(path).st_ino
         except (OSError, AttributeError) as error:  # AttributeError: Windows has none
             raise StartError(f"cannot listen on {printable(path)}: {getattr(error, 'strerror', '') or error}") from None
@@ -4021,16 +4020,15 @@ class APIService:
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.sslobject_class = Handshake
         SSLProtocol.max_size = CONNECTION_READ_BYTES  # that each connection holds; it is 256 KiB
-        certificate, key, is_key = self.settings.tls_cert or "", self.settings.tls_key, False
+        certificate, key = self.settings.tls_cert or "", self.settings.tls_key
+        file = f"--tls-cert {certificate}"
         try:
             ssl.create_default_context(cafile=certificate)
-            is_key = key is not None  # if it fails now
+            file = f"--tls-key {key}" if key else file
             context.load_cert_chain(certificate, key)
-        except OSError as error:  # SSLError is one
-            is_unfit = is_key and isinstance(error, ssl.SSLError)
-            reason = "no private key fits the certificate" if is_unfit else error.strerror or error
-            file = f"--tls-key {printable(key or '')}" if is_key else f"--tls-cert {printable(certificate)}"
-            raise UsageError(f"{file}: {reason}") from None
+        except OSError as error:
+            reason = "no private key fits the certificate" if isinstance(error, ssl.SSLError) else error.strerror
+            raise UsageError(f"{printable(file)}: {reason}") from None
         return context
 
     def _limit_connections(self) -> None:
@@ -4041,13 +4039,12 @@ class APIService:
 
         reserve = 4 * _ACCEPT_MAX + _FILES_SPARE  # for what two turns accept or refuse, and everything else
         wanted = self.connections_max + reserve
-        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-        found, hard = (wanted if limit == resource.RLIM_INFINITY else limit for limit in limits)
-        if found < wanted:
+        found, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # -1: no limit
+        if 0 <= found < wanted:
             with contextlib.suppress(OSError, ValueError):  # macOS has a lower limit of its own
-                resource.setrlimit(resource.RLIMIT_NOFILE, (min(wanted, hard), limits[1]))
+                resource.setrlimit(resource.RLIMIT_NOFILE, (min(wanted, hard), hard))
                 found = min(wanted, hard)
-        if found < wanted:
+        if 0 <= found < wanted:
             self.connections_max = most = found - min(reserve, max(_FILES_SPARE, found // 2))
             if most < 2:
                 raise StartError(f"{found} file descriptors are too few: {_FILES_SPARE + 2} are needed (ulimit -n)")
@@ -4071,11 +4068,10 @@ class APIService:
         for connection in list(self.connections):
             connection.transport.abort()
         await asyncio.sleep(0)  # lets connection_lost run
-        if self._sweep_timer is not None:
-            self._sweep_timer.cancel()
+        self._sweep_timer.cancel()
         self._record(Recorder.close)
         self._recorder = None
-        if self.benchmark.end is not None and self._ended_sweeps < 2:
+        if self.benchmark.end and self._ended_sweeps < 2:
             self._write_report()
         with contextlib.suppress(OSError):
             path = self.settings.unix_path or ""
@@ -4097,7 +4093,7 @@ class APIService:
         is_told = (benchmark.artifact_dir(), "run_config.json") in self._artifacts
         is_only = is_told and benchmark.run_number >= (benchmark.runs_expected or 1)
         is_last = is_only or source.kind not in ("tcp", "ipc", "zmq") or self._gone_sec >= 60
-        if source.ended or (benchmark.end is not None and is_last):
+        if source.ended or (benchmark.end and is_last):
             self._complete.set()
 
     def _sweep(self) -> None:
@@ -4110,7 +4106,7 @@ class APIService:
         while self._unwanted:
             self.source.unsubscribe(self._unwanted.pop())
         self._judge_complete(1.0)
-        self._ended_sweeps = self._ended_sweeps + 1 if self.benchmark.end is not None else 0
+        self._ended_sweeps = self._ended_sweeps + 1 if self.benchmark.end else 0
         if self._ended_sweeps == 2:  # what is said after the end belongs in it
             self._write_report()
         self._record(Recorder.flush)
@@ -4127,16 +4123,18 @@ class APIService:
     # -- From the bus: receive, redact, apply, broadcast
 
     def publish(self, message: Mapping[str, Any]) -> None:
-        """Feed a message as if the bus had brought it, after start() and in its thread; KeyError without a type."""
-        self._deliver([[f"{message['message_type']}$".encode(), json_bytes(message)]])
+        """Feed a message as if the bus had brought it, after start() and in its thread."""
+        message_type = message.get("message_type")
+        if not message_type or not isinstance(message_type, str):
+            raise ValueError("a message needs a message_type")
+        self._deliver([[f"{message_type}$".encode(), json_bytes(message)]])
 
     def _deliver(self, batch: Batch) -> None:
         now_ns, was_enabled = self.source.now_ns(), gc.isenabled()
         gc.disable()  # it would walk a large message again and again: half of the time of 4 MiB
         for frames in batch:
             try:
-                message = self._receive(frames, now_ns)  # may broadcast what was received before it
-                self._received.append(message)
+                self._receive(frames, now_ns)
             except BusError as error:
                 self._count_bad(error)
             except Exception as error:  # ours; the bus goes on
@@ -4145,25 +4143,23 @@ class APIService:
             gc.enable()
         self._broadcast()
 
-    def _receive(self, frames: list[bytes], now_ns: int) -> Message:
+    def _receive(self, frames: list[bytes], now_ns: int) -> None:
         if not 1 <= len(frames) <= 2:
             raise BusError("frames", f"{len(frames)} frames instead of topic and payload")
         topic, message_type = frames[0], message_type_of(frames[0])
-        is_result, is_figures = message_type in RESULT_MESSAGE_TYPES, message_type in FIGURES_MESSAGE_TYPES
+        is_figures, is_wanted = message_type in FIGURES_MESSAGE_TYPES, self.hub.wants(message_type)
         limit = BUS_MESSAGE_BYTES_MAX if is_figures or message_type.startswith("process_") else BUS_TEXT_BYTES_MAX
-        limit = BUS_RESULT_BYTES_MAX if is_result else limit
-        is_wanted = self.hub.wants(message_type)
+        limit = BUS_RESULT_BYTES_MAX if message_type in RESULT_MESSAGE_TYPES else limit
         try:
             if len(frames) == 1 or len(frames[1]) > limit:
                 raise BusError("too_large", f"{message_type} of over {limit} bytes")
             message = BusMessage(message_type, frames[1])
-            if not is_figures:
-                value = message.value  # may change the payload
-                message.payload, message.parsed = self.secrets.redact_payload(message.payload, value)
-            elif is_wanted or self._recorder is not None:
-                message.value  # noqa: B018 - what is no JSON does not go out
+            if is_wanted or not is_figures or self._recorder is not None:
+                value = message.value  # what is no JSON does not go out; may change the payload
+                if not is_figures:
+                    message.payload, message.parsed = self.secrets.redact_payload(message.payload, value)
         except BusError as error:
-            if is_result and error.kind == "too_large":
+            if error.kind == "too_large":
                 self.benchmark.results_too_large(message_type, now_ns)
                 self._on_change()
             raise
@@ -4173,10 +4169,10 @@ class APIService:
         self._on_change()
         self._record(lambda recorder: recorder.write(now_ns, topic.decode(), message.payload))
         self.bus_total += 1
-        is_counted = message_type in self.bus_messages or len(self.bus_messages) < BUS_TYPES_MAX
-        self.bus_messages[message_type if is_counted else "other"] += 1
+        has_room = message_type in self.bus_messages or len(self.bus_messages) < BUS_TYPES_MAX
+        self.bus_messages[message_type if has_room else "other"] += 1
         payload = self._shown(message) if is_wanted else message.payload
-        return Message(message_type, payload, message_type in STATE_MESSAGE_TYPES, is_wanted)
+        self._received.append(Message(message_type, payload, message_type in STATE_MESSAGE_TYPES, is_wanted))
 
     def _shown(self, message: BusMessage) -> bytes:
         """Return a payload as clients get it: one line, rows in display units."""
@@ -4251,9 +4247,6 @@ class APIService:
             if wanted:
                 self.source.subscribe(prefix)
 
-    def _notify(self, line: str) -> None:
-        log.info("%s", printable(line, 5 * LOG_QUOTE_CHARS_MAX))
-
     # -- From the connections (Application)
 
     def opened(self, connection: Connection) -> Response | None:
@@ -4261,12 +4254,11 @@ class APIService:
         over = len(self.connections) - self.connections_max
         if over > 2 * _ACCEPT_MAX:
             connection.outlet.abort()
-        return error_response(_busy("too many connections")) if 0 < over <= 2 * _ACCEPT_MAX else None
+        return error_response(_busy("too many connections")) if over > 0 else None
 
     def closed(self, connection: Connection) -> None:
         self.connections.discard(connection)
-        client = connection.subscriber
-        if client is not None:
+        if client := connection.subscriber:
             if client.fault:
                 log.warning("evicted %s: %s", connection.address, client.fault)
             self.hub.remove(client)
@@ -4288,7 +4280,7 @@ class APIService:
             if error.status == 401 and request.path in PAGES and "token.html" in self.static:
                 response = Response(401, self.static["token.html"].body, "text/html; charset=utf-8", error.headers)
         response = response and with_preconditions(request, response)
-        status = response.status if response else 101 if name == "websocket" else 200
+        status = response.status if response else {"websocket": 101, "stream": 200}[name]
         self.requests[name, status] += 1
         if log.isEnabledFor(logging.DEBUG):
             said = self.secrets.redact(f"{request.method} {request.path}")
@@ -4302,11 +4294,11 @@ class APIService:
         if request.method == "OPTIONS":
             return _PREFLIGHT, ""
         route, rest = self.router.match(request.method, request.path)
-        if request.refusal is not None:
+        if request.refusal:
             raise request.refusal
         if route.needs_token:
             check_origin(request, self._allowed_origins)
-            if self.settings.token is not None:
+            if self.settings.token:
                 check_token(request, self.settings.token.encode(), self._cookie_name)
         return route, rest
 
@@ -4319,11 +4311,9 @@ class APIService:
         if route.name in _UNSHARED:
             return make()
         asked = request.target if route.name == "history" else rest  # others have no arguments
-        key = route.name, asked, request.wants_pretty, accepts(request.headers.get("accept"), tuple(_FORMATS))
-        version, answers = (self.benchmark.version, self.hub.changes, int(time.monotonic())), self._answers
-        if version != self._answers_version:  # a second has gone by, or something has changed
-            answers.clear()
-            self._answers_version = version
+        kind = request.wants_pretty, accepts(request.headers.get("accept"), tuple(_FORMATS))
+        key = route.name, asked, kind, self.benchmark.version, self.hub.changes, int(time.monotonic())
+        answers = self._answers
         if key not in answers:
             size = sum(len(answer.body or b"") for answer in answers.values())
             if len(answers) >= _SHARED_MAX or size > _SHARED_BYTES_MAX:
@@ -4334,14 +4324,14 @@ class APIService:
     def headers_for(self, request: Request) -> HeaderList:
         """Return the cookie of a page that was opened with a token, and CORS."""
         token, headers = self.settings.token, []
-        if token is not None and request.path in PAGES and has_page_token(request, token.encode()):
+        if token and request.path in PAGES and has_page_token(request, token.encode()):
             # For what the page loads: without a Path that is its folder, also behind a proxy (RFC 6265 5.1.4).
             cookie = f"{self._cookie_name}={page_cookie(token.encode())}; HttpOnly; SameSite=Strict"
             headers.append(("Set-Cookie", cookie + ("; Secure" if self.settings.tls_cert else "")))
         if self._allowed_origins:  # Fetch standard, 3.2
-            origin, listed = request.headers.get("origin"), self._allowed_origins
+            origin = request.headers.get("origin", "")
             headers.append(("Vary", "Origin"))  # caches must not mix them
-            if origin is not None and (origin.lower() in listed or "*" in listed):
+            if origin and not self._allowed_origins.isdisjoint((origin.lower(), "*")):
                 headers.append(("Access-Control-Allow-Origin", origin))
                 if request.method == "OPTIONS":
                     wanted = request.headers.get("access-control-request-headers", "")
@@ -4383,16 +4373,17 @@ class APIService:
             example = 'message_types must be a list of names, such as ["realtime_metrics"] or ["*"]'
             raise ClientMessageError(f"{example}, snapshot true or false")
         is_more = kind == "subscribe"
-        if not is_more and "*" in client.asked and "*" not in types:
-            raise ClientMessageError('"*" is subscribed, which is every type: unsubscribe from "*" first')
         asked = client.asked | {*types} if is_more else client.asked - {*types}
+        if not is_more and "*" in asked:
+            raise ClientMessageError('"*" is subscribed, which is every type: unsubscribe from "*" first')
         if len(asked) > CLIENT_TYPES_MAX:
             raise ClientMessageError(f"at most {CLIENT_TYPES_MAX} message types")
         if not self.hub.has_room(asked - _KNOWN_TYPES):
             raise ClientMessageError(_TOO_MANY_TYPES)
         self.subscribe(client, asked)
-        unknown = [name for name in types if is_more and name not in _KNOWN_TYPES]
-        reply = {"type": f"{kind}d", "message_types": types, **({"unknown": unknown} if unknown else {})}
+        reply = {"type": f"{kind}d", "message_types": types}
+        if is_more and (unknown := [name for name in types if name not in _KNOWN_TYPES]):
+            reply["unknown"] = unknown
         return reply, types if snapshot and is_more else []
 
     def subscribe(self, client: Subscriber, types: set[str]) -> None:
@@ -4405,7 +4396,7 @@ class APIService:
             try:
                 if not message.is_shown:
                     payload = self._shown(BusMessage(message.type, message.payload))
-                    self.hub.retained[message.type] = Message(message.type, payload, message.is_state)
+                    self.hub.retained[message.type] = message._replace(payload=payload, is_shown=True)
                 client.reply(client.encode(self.hub.retained[message.type]), time.monotonic())
             except BusError as error:
                 self._count_bad(error)
@@ -4417,10 +4408,10 @@ class APIService:
             return self.static[name]
         folder = name.rstrip("/") + "/"
         below = sorted({found[len(folder) :].partition("/")[0] for found in self.static if found.startswith(folder)})
-        if not below:
-            missing = "the pages are not here: copy the folder static/ beside aiperf_api.py; the API works without"
-            raise HTTPError(404, "no such file" if self.static else missing)
-        return text_response("".join(f"{found}\n" for found in below))
+        if below:
+            return text_response("".join(f"{found}\n" for found in below))
+        missing = "the pages are not here: copy the folder static/ beside aiperf_api.py; the API works without"
+        raise HTTPError(404, "no such file" if self.static else missing)
 
     def status(self) -> dict[str, Any]:
         now_ns, source, last_ns = self.source.now_ns(), self.source, self.benchmark.last_message_ns
@@ -4457,11 +4448,11 @@ class APIService:
         return list(found.families.values())
 
     def _write_report(self) -> None:
-        if self.settings.report:
-            try:
+        try:
+            if self.settings.report:
                 write_file(self.settings.report, _get_report(self).payload(False))
-            except (OSError, HTTPError) as error:  # HTTPError: without static/
-                log.error("the report is not written: %s", error)
+        except (OSError, HTTPError) as error:  # HTTPError: without static/
+            log.error("the report is not written: %s", error)
 
 
 # -- The endpoints -----------------------------------------------------------------------------------------------------
@@ -4478,8 +4469,8 @@ def _busy(reason: str) -> HTTPError:
 
 
 def _are_types(names: Any) -> bool:
-    are_texts = isinstance(names, list) and names and all(isinstance(name, str) for name in names)
-    return bool(are_texts) and all(map(_CLIENT_MESSAGE_TYPE.fullmatch, names))
+    is_list = isinstance(names, list) and bool(names)
+    return is_list and all(isinstance(name, str) and _CLIENT_MESSAGE_TYPE.fullmatch(name) for name in names)
 
 
 def _report_histories(benchmark: Benchmark) -> Iterator[JSONValue]:
@@ -4537,14 +4528,14 @@ def _get_exposition(service: APIService, request: Request, *_: Any) -> Response:
 
 def _get_history(service: APIService, request: Request, *_: Any) -> JSONValue:
     _only_arguments(request, "tag stat since points pretty")
-    since, points = request.arg("since", "0") or "", request.arg("points", str(HISTORY_POINTS_DEFAULT)) or ""
-    is_points = re.fullmatch("[0-9]{1,5}", points) and 1 <= int(points) <= HISTORY_POINTS_MAX
-    if not is_points or not re.fullmatch("[0-9]{1,19}", since):
+    asked = f"{request.arg('since', '0')} {request.arg('points', str(HISTORY_POINTS_DEFAULT))}"
+    numbers = re.fullmatch("([0-9]{1,19}) ([0-9]{1,5})", asked)
+    if numbers is None or not 1 <= int(numbers[2]) <= HISTORY_POINTS_MAX:
         raise HTTPError(400, f"since must be in ns since the epoch, points a number from 1 to {HISTORY_POINTS_MAX}")
     tags = re.findall(r"(?:[^,{]|\{[^}]*\}?)+", ",".join(request.args("tag")))  # a server's tag has commas in braces
     stats = [stat for stat in ",".join(request.args("stat")).split(",") if stat]
     try:
-        return service.benchmark.history(tags, stats, int(since), int(points))
+        return service.benchmark.history(tags, stats, int(numbers[1]), int(numbers[2]))
     except LookupError:
         raise HTTPError(404, "no history of that; /api/history lists the tags and their statistics") from None
     except ValueError as error:
@@ -4552,10 +4543,10 @@ def _get_history(service: APIService, request: Request, *_: Any) -> JSONValue:
 
 
 def _get_run(service: APIService, _: Request, rest: str, __: Connection) -> JSONValue:
-    found = service.benchmark.run(int(rest), service.source.now_ns()) if re.fullmatch("[0-9]{1,9}", rest) else None
-    if found is None:
-        raise HTTPError(404, "no such run; /api/runs lists them")
-    return found
+    number = int(rest) if re.fullmatch("[0-9]{1,9}", rest) else 0
+    if found := service.benchmark.run(number, service.source.now_ns()):
+        return found
+    raise HTTPError(404, "no such run; /api/runs lists them")
 
 
 def _get_clients(service: APIService, *_: Any) -> JSONValue:
@@ -4573,9 +4564,8 @@ def _get_websocket(service: APIService, request: Request, _: str, connection: Co
 
 def _get_stream(service: APIService, request: Request, _: str, connection: Connection) -> Response | None:
     _only_arguments(request, "types format snapshot")
-    accepted = accepts(request.headers.get("accept"), (SSE, NDJSON))
+    accepted, snapshot = accepts(request.headers.get("accept"), (SSE, NDJSON)), request.arg("snapshot", "1")
     media = {None: accepted, "sse": SSE, "ndjson": NDJSON}.get(request.arg("format"))
-    snapshot = request.arg("snapshot", "1")
     if media is None or snapshot not in ("0", "1"):
         raise HTTPError(400, "format must be sse or ndjson, snapshot 0 or 1")
     types = list(dict.fromkeys(name for name in ",".join(request.args("types")).split(",") if name)) or ["*"]
@@ -4584,13 +4574,12 @@ def _get_stream(service: APIService, request: Request, _: str, connection: Conne
     head = Response(200, None, media, (("X-Accel-Buffering", "no"),))
     if request.method == "HEAD":
         return head
-    unknown = [name for name in types if name not in _KNOWN_TYPES]
-    if not service.hub.has_room({*unknown}):
+    notices = {"subscribed": types if media == SSE else [], "unknown": [t for t in types if t not in _KNOWN_TYPES]}
+    if not service.hub.has_room({*notices["unknown"]}):
         raise _busy(_TOO_MANY_TYPES)
     client = service.add_client(connection, "sse" if media == SSE else "ndjson")
     connection.open_stream(head.encode(date=service.date, extra=service.headers_for(request)))
     service.subscribe(client, {*types})
-    notices = {"subscribed": types if media == SSE else [], "unknown": unknown}
     for name in filter(notices.get, notices):  # events begin at once, also on a silent bus
         notice = json_bytes({"type": name, "message_types": notices[name]})
         client.reply(client.encode(Message(name, notice, False)), time.monotonic())
@@ -4605,29 +4594,30 @@ def _get_index(service: APIService, *_: Any) -> JSONValue:
 
 
 def _get_ready(service: APIService, *_: Any) -> Response:
+    if service.source.connected:
+        return text_response("ok\n")
     what = "at the end of the recording" if service.source.ended else "not connected to the bus at"
-    text = f"{what} {printable(service.source.address)}\n"
-    return text_response("ok\n") if service.source.connected else text_response(text, 503, (("Retry-After", "2"),))
+    return text_response(f"{what} {printable(service.source.address)}\n", 503, (("Retry-After", "2"),))
 
 
 def _top_row(name: str, cells: Iterable[Any]) -> str:
-    texts = (f"{cell:,.2f}" if isinstance(cell, float) else "-" if cell is None else str(cell)[:10] for cell in cells)
-    return f"{name[:35]:36}" + "".join(f"{text:>11}" for text in texts)
+    forms = {float: "{:>11,.2f}", type(None): "          -"}
+    return f"{name[:35]:36}" + "".join(forms.get(type(cell), "{!s:>11.10}").format(cell) for cell in cells)
 
 
 def top_text(service: APIService) -> str:
     benchmark, status, now_ns = service.benchmark, service.status(), service.source.now_ns()
     metrics, progress, workers = benchmark.metrics(), benchmark.progress(now_ns), benchmark.workers()
-    percent, total, left_sec = (progress[key] for key in ("percent_complete", "total", "eta_sec"))
-    state, phase = status["state"], status["phase"]
+    state, phase, percent = status["state"], status["phase"], progress["percent_complete"]
     news = {f"phase {phase}": phase not in (None, state), "silent": status["stale"]}
     news["recording ended" if service.source.ended else "no bus"] = not service.source.connected
-    words = [state, *(word for word in news if news[word] and benchmark.end is None)]
+    words = [state, *(word for word in news if news[word] and not benchmark.end)]
     words += filter(None, (metrics["model"], metrics["endpoint_type"]))
-    left = f", {left_sec:,.0f} s left" if left_sec else ""
-    requests = f"{progress['completed']}{f'/{total}' if total else ''} requests, {progress['errors']} errors"
+    of_all = f"/{progress['total']}" if progress["total"] else ""
+    left = f", {progress['eta_sec']:,.0f} s left" if progress["eta_sec"] else ""
+    requests = f"{progress['completed']}{of_all} requests, {progress['errors']} errors"
     bar = f"[{'#' * int(percent * 0.6):-<60}] {percent:5.1f} %"
-    lines = ["  ".join(map(str, words)), bar, f"{requests}, {progress['elapsed_ns'] / 1e9:,.0f} s{left}"]
+    lines = ["  ".join(words), bar, f"{requests}, {progress['elapsed_ns'] / 1e9:,.0f} s{left}"]
     lines += [f"error: {status['error']}"] if status["error"] else []
     failures = benchmark.results(whole=False)["error_summary"]["errors"][:5]
     lines += [f"  {error['count']} x {error['type']}: {error['message']}" for error in failures]
@@ -4781,23 +4771,22 @@ def _read_options(argv: Sequence[str], environ: Mapping[str, str]) -> dict[str, 
 
 def parse_arguments(argv: Sequence[str], environ: Mapping[str, str], ipc_dir: str = "") -> Plan:
     """Make sense of a command line; `ipc_dir` is for a benchmark's bus."""
-    place = list(argv).index("--") if "--" in argv else len(argv)
-    command = tuple(argv[place + 1 :])
-    if "--" in argv and not command:
+    place = [*argv, "--"].index("--")
+    own, command = argv[:place], tuple(argv[place + 1 :])
+    if len(own) + 1 == len(argv):
         raise UsageError("a command belongs behind --")
-    flags, given = {word.partition("=")[0] for word in argv[:place]}, _read_options(argv[:place], environ)
+    flags, given = {word.partition("=")[0] for word in own}, _read_options(own, environ)
     port, linger_sec = given["--api-port"], given["--linger"]
-    if port is None and "--api-host" in flags:
+    if not port and "--api-host" in flags:
         raise UsageError("--api-host needs --api-port")
-    if port is None and given["--api-unix"] is None:
+    if not port and not given["--api-unix"]:
         raise UsageError("nothing to serve on: give --api-port PORT (or --api-unix PATH); --help lists everything")
     if given["--tls-key"] and not given["--tls-cert"]:
         raise UsageError("--tls-key needs --tls-cert")
-    for written in filter(given.get, ("--record", "--report")):
-        path = check_output(given[written], written)  # now, not when the run is over
-        for read in ("--config", "--replay"):
-            if path == os.path.realpath(given[read] or ""):
-                raise UsageError(f"{written} {printable(path)}: that is the file that {read} reads")
+    for option, read in itertools.product(filter(given.get, ("--record", "--report")), ("--config", "--replay")):
+        path = check_output(given[option], option)  # now, not when the run is over
+        if path == os.path.realpath(given[read] or ""):
+            raise UsageError(f"{option} {printable(path)}: that is the file that {read} reads")
     told, learnt = read_flags(command), Secrets()
     learnt.redact([told, dict(environ)])  # of more than it remembers, the first count
     settings = Settings(
@@ -4815,13 +4804,12 @@ def parse_arguments(argv: Sequence[str], environ: Mapping[str, str], ipc_dir: st
     is_aiperf = ("aiperf", "profile") in zip(words, words[1:])
     kind, value = chosen or (_bus_of(told, ipc_dir) if is_aiperf else ("bind", f"ipc://{ipc_dir}/bus.ipc"))
     source = _make_source(kind, value, given, bool(command))
-    if command:
-        # Without them a run without dashboard publishes no live metrics (AIPerf 0.5 and later).
-        live = {"AIPERF_UI_REALTIME_METRICS_ENABLED": "true", "AIPERF_UI_REALTIME_METRICS_INTERVAL": "1"}
-        ours = re.compile("AIPERF_API_(SERVER|TOKEN)")  # AIPerf's own API reads them, too
-        environ = {**live, **{name: environ[name] for name in environ if not ours.match(name)}}
-        environ |= {"AIPERF_API_ZMQ_ADDRESS": value} if kind == "bind" else {}
-        command += ("--zmq-ipc-path", ipc_dir) if value == ipc_dir else ()
+    # Without them a run without dashboard publishes no live metrics (AIPerf 0.5 and later).
+    live = {"AIPERF_UI_REALTIME_METRICS_ENABLED": "true", "AIPERF_UI_REALTIME_METRICS_INTERVAL": "1"}
+    ours = re.compile("AIPERF_API_(SERVER|TOKEN)")  # AIPerf's own API reads them, too
+    environ = {**live, **{name: environ[name] for name in environ if not ours.match(name)}}
+    environ |= {"AIPERF_API_ZMQ_ADDRESS": value} if kind == "bind" else {}
+    command += ("--zmq-ipc-path", ipc_dir) if value == ipc_dir else ()
     defaults = {} if "config" in told else {"endpoint_type": "chat", "streaming": False}  # AIPerf's
     level = (given["--log-level"] or "info").upper()
     return Plan(settings, level, config, source, command, environ, {**defaults, **told} if is_aiperf else {})
@@ -4833,11 +4821,11 @@ def _choose_source(flags: set[str], given: Mapping[str, Any], has_command: bool)
     chosen = [flag for flag in _SOURCES if flag in flags]
     if not chosen and not has_command:
         chosen = [flag for flag in _SOURCES if given[flag]] or ["--zmq-host"]
-    is_replay = not {"--replay", "--demo"}.isdisjoint(chosen)
-    if len(chosen) > 1 or (has_command and is_replay):
+    replays = {"--replay", "--demo"}.intersection(chosen)
+    if len(chosen) > 1 or (has_command and replays):
         raise UsageError(f"{' and '.join(chosen)}{' and a command' if has_command else ''}: only one source at a time")
-    for option in ("--replay-speed", "--replay-loop"):
-        if given[option] is not None and not is_replay:
+    for option in filter(given.get, ("--replay-speed", "--replay-loop")):
+        if not replays:
             raise UsageError(f"{option} needs --replay or --demo")
     return (_SOURCES[chosen[0]], given[chosen[0]] or "127.0.0.1") if chosen else None
 
@@ -4859,18 +4847,22 @@ def _bus_of(flags: Mapping[str, Any], ipc_dir: str) -> tuple[str, str]:
 
 
 def _make_source(kind: str, value: str, given: Mapping[str, Any], is_child: bool) -> Source:
-    speed, loop = float(given["--replay-speed"] or 1), bool(given["--replay-loop"])
+    speed = float(given["--replay-speed"] or 1)
     if kind == "replay":
         check_recording(value)
-        return ReplaySource(value, speed=speed, loop=loop)
+        return ReplaySource(value, speed=speed, loop=bool(given["--replay-loop"]))
     if kind == "demo":
-        data, middle_sec = read_static_files().get(DEMO_RECORDING), 20.5  # there is something to see at once
+        data = read_static_files().get(DEMO_RECORDING)
         if data is None:
             raise UsageError("--demo: the recording is not here; copy the folder static/ beside aiperf_api.py")
-        return ReplaySource(DEMO_RECORDING, "demo", speed=speed, loop=True, data=data, start_at=middle_sec)
-    address = backend_address(value.strip("[]")) if kind == "tcp" else ipc_address(value) if kind == "ipc" else value
+        middle_sec = 20.5  # there is something to see at once
+        return ReplaySource(DEMO_RECORDING, kind, speed=speed, loop=True, data=data, start_at=middle_sec)
+    if kind == "tcp":
+        value = backend_address(value.strip("[]"))
+    if kind == "ipc":
+        value = ipc_address(value)
     backend = (given["--zmq-backend"] or "auto").lower()
-    return bus_source(address, "child" if is_child else kind, bind=kind == "bind", backend=backend)
+    return bus_source(value, "child" if is_child else kind, bind=kind == "bind", backend=backend)
 
 
 # -- The benchmark behind `--` -----------------------------------------------------------------------------------------
@@ -4884,9 +4876,9 @@ def read_flags(argv: Sequence[str]) -> dict[str, Any]:
         if word[:2] in short:
             word = short[word[:2]] + (f"={word[2:].lstrip('=')}" if word[2:] else "")  # noqa: PLW2901
         name, equals, value = word.partition("=")
-        if name.startswith("--") and name != "--":
+        if re.match("--.", name):
             if not equals:
-                value = "true" if after.startswith("-") and not re.fullmatch(r"-[0-9.]+", after) else after
+                value = "true" if re.match(r"-(?![0-9.]+\Z)", after) else after
             # A longer number may be a key.
             is_json = re.fullmatch(r"(?i)true|false|-?(0|[1-9][0-9]{0,14})(\.[0-9]{1,15})?", value)
             read = json_load(value.lower().encode()) if is_json else value
@@ -4948,39 +4940,35 @@ class Child:
         self.exit_text = f"exit status {code}"
         if code < 0:
             self._send(signal.SIGKILL, to_group=True)  # what it had started goes, too
-            self.exit_text = f"killed by {signal.Signals(-code).name if -code in tuple(signal.Signals) else -code}"
+            self.exit_text = f"killed by {signal.Signals(-code).name if -code in [*signal.Signals] else -code}"
         self._process = None
         return code if code >= 0 else 128 - code
 
     def _send(self, number: int, *, to_group: bool = False) -> None:
-        if self._process is not None:
+        if self._process:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._process.pid, number) if to_group else self._process.send_signal(number)
 
     def _on_signal(self, number: int) -> None:
         """Pass it on; the third kills the benchmark.  After its end one asks for ours, another forces it."""
-        now_sec, is_running = time.monotonic(), self._process is not None
+        now_sec = time.monotonic()
         if any(known == number and now_sec - at < 1.0 for known, at in self._signals):
             return
         self._signals.append((number, now_sec))
-        if not is_running and self.hurried.is_set():
+        if not self._process and self.hurried.is_set():
             sys.exit(128 + number)  # which ends what stop() waits for, and removes the directory
-        if not is_running or len(self._signals) > 1 or number != signal.SIGINT:
+        if not self._process or len(self._signals) > 1 or number != signal.SIGINT:
             self.hurried.set()
         self._send(number)
         if len(self._signals) > 2:
             self._send(signal.SIGKILL, to_group=True)
 
     def _on_child_signal(self) -> None:
-        """Reap whom a container's first process must: our own child is asyncio's.  Follow a child that Ctrl-Z has
-        stopped: stop, too, so that the shell has the terminal, and let it go on when we do."""
-        own = self._process.pid if self._process is not None else 0
+        """Follow a child that Ctrl-Z has stopped: stop, too, so that the shell has the terminal, and let it go on when
+        we do."""
+        own = self._process.pid if self._process and self._has_terminal else 0
         with contextlib.suppress(ChildProcessError, AttributeError):  # macOS has waitid() from Python 3.13 on
-            while os.getpid() == 1 and (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)):
-                if ended.si_pid == own:
-                    break
-                os.waitpid(ended.si_pid, 0)
-            if own and self._has_terminal and os.waitid(os.P_PID, own, os.WSTOPPED | os.WNOHANG):
+            if own and os.waitid(os.P_PID, own, os.WSTOPPED | os.WNOHANG):
                 self._give_terminal()
                 os.kill(os.getpid(), signal.SIGSTOP)
                 with contextlib.suppress(OSError):
@@ -5063,6 +5051,8 @@ async def _serve(plan: Plan) -> int:
         if settings.port is not None and not is_loopback(settings.host) and not settings.token:
             say("  warning    open to the network without a token; see --api-token")
         if plan.argv:
+            if os.getpid() == 1:
+                say("  warning    the first process of this container reaps no orphans; start it with --init")
             return await _run_benchmark(service, child)
         over = service.wait_complete(math.inf if settings.linger_sec is None else settings.linger_sec)
         ends = [asyncio.ensure_future(end) for end in (child.hurried.wait(), over)]
@@ -5094,11 +5084,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run() -> NoReturn:
     """Run main(), for launchers that ignore what it returns (zipapp)."""
-    for descriptor in range(3):  # a closed one would become a socket, and the benchmark would write to that
-        try:
-            os.fstat(descriptor)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)
+    while (spare := os.open(os.devnull, os.O_RDWR)) < 3:  # a closed stream would become a socket, and be written to
+        pass
+    os.close(spare)
     code = main()
     try:
         sys.stderr.flush()

@@ -4033,7 +4033,8 @@ class TestServiceAnswers(ServiceTestCase):
         self.assertEqual((await self.value("/api/status"))["state"], "profiling")
         self.feed("run_0_13_success")
         self.assertEqual(await asyncio.wait_for(waiting, 5), "complete")
-        self.assertRaises(KeyError, self.service.publish, {"metrics": []})
+        for value in ({"metrics": []}, {"message_type": 3}):
+            self.assertRaisesRegex(ValueError, "message_type", self.service.publish, value)
 
     async def test_between_two_runs_of_a_sweep_an_attached_server_is_not_complete(self) -> None:
         service = await self.serve(source=SpySource())
@@ -4073,8 +4074,7 @@ class TestServiceAnswers(ServiceTestCase):
             self.assertGreater(again[0].json["runs"][0]["elapsed_sec"], told[0].json["runs"][0]["elapsed_sec"])
             self.assertNotEqual(again[1].body, told[1].body)
             self.publish("system_state_changed", state="processing")
-            await client.get("/metrics")
-            self.assertEqual(len(self.service._answers), 1)
+            self.assertNotEqual((await client.get("/metrics")).body, again[1].body)
             for n in range(40):
                 await client.get(f"/api/config?{n}")
             self.assertLessEqual(len(self.service._answers), 16)
@@ -4310,7 +4310,8 @@ class TestUnixSocket(ServiceTestCase):  # only its owner opens it, and no server
         Path(self.path).write_text("precious")
         os.symlink("/nowhere", self.path + ".link")
         for path, words in (
-            *((self.path + end, "already in use") for end in ("", ".link")),
+            (self.path, "is not a socket"),
+            (self.path + ".link", "already in use"),
             *((path, "cannot listen on [^\n]+$") for path in (self.path + "/below", "/tmp/" + "x" * 200)),
         ):
             with self.assertRaisesRegex(aiperf_api.StartError, words):
@@ -4502,7 +4503,7 @@ class TestSecurity(WireTestCase):
             await self.status_of(f"G'ET\" /{'y' * 3000} HTTP/1.1\r\nHost: localhost")
             forged = b"not json \x1b[31m\nINFO forged"
             self.service._deliver([[b"evil\ntopic\x1b$", b"{}"], [b"home_made$", forged], [b"a$", b"b", b"c"]])
-            self.service._notify("publisher \x1b[31m\nINFO forged")
+            self.service.source._notify("publisher \x1b[31m\nINFO forged")
         self.log.clear()
         self.assertGreater(len(lines), 4)
         for line in lines:
