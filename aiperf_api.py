@@ -202,11 +202,11 @@ JSONValue = Any  # str | int | float | bool | None | list | dict, nested
 
 
 def _read_number(digits: str) -> int | float:
-    number = int(digits) if len(digits) <= 20 and digits.lstrip("-").isdecimal() else float(digits)
-    number = number if -(1 << 63) <= number < 1 << 64 else float(number)
+    number = float(digits)
     if not math.isfinite(number):  # NaN and Infinity come here, too
         raise ValueError(f"not a number of JSON: {digits[:40]}")
-    return number
+    is_whole = digits.lstrip("-").isdecimal() and -(1 << 63) <= int(digits) < 1 << 64
+    return int(digits) if is_whole else number
 
 
 def _is_deep(value: JSONValue) -> bool:
@@ -384,7 +384,7 @@ class Secrets:
         if isinstance(value, str):
             return self._redact_string(value, role)
         if isinstance(value, dict):
-            changed, name = {}, value.get("name", value.get("key")) if "value" in value else None
+            changed, name = {}, value.get("name", value.get("key"))
             for key, item in value.items():
                 if type(item) not in _PLAIN:
                     named = name if key == "value" and isinstance(name, str) else key  # {"name": …, "value": …}
@@ -599,7 +599,6 @@ HeaderList = Sequence[tuple[str, str]]
 _TOKEN = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")  # RFC 9110 5.6.2
 _REQUEST_LINE = re.compile(rb"(%b) ([\x21-\x7e]+) HTTP/(\d)\.(\d)" % _TOKEN.pattern)  # RFC 9112 3
 _FIELD_LINE = re.compile(rb"(%b):([\t\x20-\x7e\x80-\xff]*)" % _TOKEN.pattern)  # RFC 9112 5, RFC 9110 5.5
-_BARE_LF = re.compile(rb"(?<!\r)\n")  # RFC 9112 2.2 allows it; not all programs do: smuggling
 # RFC 9112 3.2.1, 3.2.2: origin-form, and absolute-form without userinfo
 _TARGET = re.compile(rb"(?:(?i:https?)://([^/?#]+))?(/[^?#]*)?(?:\?([^#]*))?")
 _HOST = re.compile(r"(?:([A-Za-z0-9._~-]*)|\[([0-9A-Fa-f:.]+)\])(?::[0-9]{0,5})?")  # RFC 9110 7.2, RFC 3986 3.2.2
@@ -643,8 +642,7 @@ class Request(NamedTuple):
 
     @property
     def wants_pretty(self) -> bool:
-        value = self.arg("pretty")
-        return value is not None and value.lower() not in ("0", "no", "false", "off")
+        return (self.arg("pretty", "0") or "").lower() not in ("0", "no", "false", "off")
 
 
 def _percent_decode(raw: bytes) -> str:
@@ -740,7 +738,6 @@ class RequestParser:
         self.is_head = False  # not even a fault gets a body
         self._buffer = bytearray()  # unread; the head at hand stands at its front
         self._line: Request | None = None  # its first line
-        self._seen = 0  # bytes of it that were there the last time
 
     @property
     def started(self) -> bool:
@@ -776,27 +773,28 @@ class RequestParser:
                 del buffer[:2]
             self.is_head = buffer.startswith(b"HEAD ")
             if buffer and buffer[0] != 0x0D and not 0x21 <= buffer[0] <= 0x7E:  # at once: a TLS handshake waits for us
-                raise HTTPError(400, "malformed request line")
+                is_tls = buffer[0] == 0x16
+                raise HTTPError(400, "this port speaks plain HTTP, not TLS" if is_tls else "malformed request line")
             line_end = buffer.find(b"\r\n", 0, HTTP_HEAD_BYTES_MAX)
             self._line = _parse_request_line(bytes(buffer[:line_end])) if line_end >= 0 else None
-        end = buffer.find(b"\r\n\r\n", max(self._seen - 3, 0), HTTP_HEAD_BYTES_MAX)
-        if _BARE_LF.search(buffer, self._seen, end if end >= 0 else HTTP_HEAD_BYTES_MAX):
+        end = buffer.find(b"\r\n\r\n", 0, HTTP_HEAD_BYTES_MAX)
+        head = bytes(buffer[: end if end >= 0 else HTTP_HEAD_BYTES_MAX])
+        if head.count(b"\n") > head.count(b"\r\n"):  # RFC 9112 2.2 allows it; not all programs do: smuggling
             raise HTTPError(400, "line ends without CR")
-        self._seen = len(buffer)
-        if end < 0 and self._seen >= HTTP_HEAD_BYTES_MAX:
-            raise HTTPError(431, f"request head over {HTTP_HEAD_BYTES_MAX} bytes")
         if end < 0 or self._line is None:
+            if len(head) >= HTTP_HEAD_BYTES_MAX:
+                raise HTTPError(431, f"request head over {HTTP_HEAD_BYTES_MAX} bytes")
             return None
-        size, fields = end + 4, bytes(buffer[:end]).split(b"\r\n")[1:]
+        _, *fields = head.split(b"\r\n")
         if len(fields) > HTTP_FIELDS_MAX:
             raise HTTPError(431, f"over {HTTP_FIELDS_MAX} headers")
         request = _build_request(self._line, fields)
-        if request.keep_alive and size <= _MEMO_HEAD_BYTES_MAX:
+        if request.keep_alive and len(head) < _MEMO_HEAD_BYTES_MAX:
             if len(self._memo) >= _MEMO_HEADS_MAX:
                 del self._memo[next(iter(self._memo))]
-            self._memo[bytes(buffer[:size])] = request
-        del buffer[:size]
-        self._line, self._seen = None, 0
+            self._memo[head + b"\r\n\r\n"] = request
+        del buffer[: end + 4]
+        self._line = None
         return request
 
 
@@ -836,7 +834,7 @@ def subprotocols(request: Request) -> list[str]:
     return names
 
 
-def upgrade_response(request: Request, subprotocol: str = "aiperf") -> bytes:
+def upgrade_response(request: Request) -> bytes:
     """Return the 101 to an opening handshake (RFC 6455 4.2); raise HTTPError 400 or 426.  Pages offer `aiperf` beside
     the one with the token: a browser that gets none fails the connection (4.1)."""
     if not request.wants_upgrade:
@@ -848,7 +846,7 @@ def upgrade_response(request: Request, subprotocol: str = "aiperf") -> bytes:
     if not _WEBSOCKET_KEY.fullmatch(key):
         raise HTTPError(400, "Sec-WebSocket-Key is not the base64 of 16 bytes")
     accept = base64.b64encode(hashlib.sha1(f"{key}258EAFA5-E914-47DA-95CA-C5AB0DC85B11".encode()).digest()).decode()
-    chosen = f"Sec-WebSocket-Protocol: {subprotocol}\r\n" if subprotocol in subprotocols(request) else ""
+    chosen = "Sec-WebSocket-Protocol: aiperf\r\n" if "aiperf" in subprotocols(request) else ""
     head = "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade"
     return f"{head}\r\nSec-WebSocket-Accept: {accept}\r\n{chosen}\r\n".encode()
 
@@ -866,17 +864,15 @@ def check_token(request: Request, token: bytes, cookie_name: str) -> None:
     """Refuse with 401 a request without the token.  Browsers cannot set every header: they send `?token=`, the
     subprotocol `aiperf.token.TOKEN`, or the cookie that a page opened with it sets."""
     scheme, _, credentials = request.headers.get("authorization", "").partition(" ")
-    shown = [credentials.strip(" ")] if scheme.lower() == "bearer" else []
+    given = [credentials.strip(" ")] if scheme.lower() == "bearer" else []
     offered = (name.partition(_TOKEN_PROTOCOL) for name in subprotocols(request))
-    shown += [value for before, prefix, value in offered if prefix and not before]
-    given = [value.encode("latin-1") for value in shown] + [value.encode("utf-8") for value in request.args("token")]
-    cookies = (pair.strip(" ").partition("=") for pair in request.headers.get("cookie", "").split(";"))
-    wanted = [(one, token) for one in given]
-    cookie = page_cookie(token).encode()
-    wanted += [(value.encode("latin-1"), cookie) for name, _, value in cookies if name == cookie_name]
-    fits = [hmac.compare_digest(*pair) for pair in wanted]  # of bytes: a str must be ASCII
-    if not any(fits):
-        what = "this is not the token of this server" if given else "a token is needed"
+    given += [value for before, prefix, value in offered if prefix and not before]
+    cookie = f"{cookie_name}={page_cookie(token)}".encode()
+    fits = [hmac.compare_digest(value.encode("latin-1"), token) for value in given]  # a str must be ASCII
+    cookies = (pair.strip(" ") for pair in request.headers.get("cookie", "").split(";"))
+    fits += [hmac.compare_digest(pair.encode("latin-1"), cookie) for pair in cookies if pair]
+    if not any((*fits, has_page_token(request, token))):
+        what = "this is not the token of this server" if given or request.args("token") else "a token is needed"
         hint = f"{what} (--api-token, AIPERF_API_TOKEN): -H 'Authorization: Bearer TOKEN', or ?token=TOKEN"
         raise HTTPError(401, hint, (("WWW-Authenticate", 'Bearer realm="aiperf-api"'),))
 
@@ -943,8 +939,7 @@ def _head_bytes(status: int, content_type: str, is_compressible: bool, own: Head
         defaults.append(("Vary", "Accept-Encoding"))
     if content_type.startswith("text/html"):  # Referrer-Policy: the address may hold ?token=
         defaults += [("Content-Security-Policy", _PAGE_POLICY), ("Referrer-Policy", "no-referrer")]
-    given = {name.lower() for name, _ in own}
-    kept = [pair for pair in defaults if pair[0].lower() not in given]
+    kept = [pair for pair in defaults if pair[0] not in dict(own)]
     return f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n".encode() + _header_bytes((*kept, *own))
 
 
@@ -952,12 +947,9 @@ class Response:
     """One answer, sent to any number of requests.  A `body` of None is a stream that ends with the connection."""
 
     def __init__(
-        self,
-        status: int = 200,
-        body: bytes | None = b"",
-        content_type: str = "application/json",
-        headers: HeaderList = (),
-    ) -> None:
+        self, status: int = 200, body: bytes | None = b"",
+        content_type: str = "application/json", headers: HeaderList = (),
+    ) -> None:  # fmt: skip
         self.status, self.body, self.headers = status, body, tuple(headers)
         self.is_compressible = status == 200 and _GZIP_BYTES_MIN <= len(body or b"") <= _GZIP_BYTES_MAX
         self._head = _head_bytes(status, content_type, self.is_compressible, self.headers)
@@ -1010,12 +1002,12 @@ def error_response(error: HTTPError, pretty: bool = False) -> Response:
 
 def with_preconditions(request: Request, response: Response) -> Response:
     """Return the response, or in its place a 304 or 412 (RFC 9110 13.2.2)."""
-    if_none_match = request.headers.get("if-none-match", "")
     if response.status != 200:
         return response
     if request.headers.get("if-match", "*") != "*":  # 13.1.1: by strong comparison, which our weak tags never pass
         return error_response(HTTPError(412, "If-Match names no version that is here"), request.wants_pretty)
     tag = dict(response.headers).get("ETag", "").removeprefix("W/")  # 13.1.2: by weak comparison
+    if_none_match = request.headers.get("if-none-match", "")
     if if_none_match != "*" and tag not in _ENTITY_TAG.findall(if_none_match):
         return response
     kept = [pair for pair in response.headers if pair[0].lower() in ("cache-control", "etag")]
@@ -1455,9 +1447,10 @@ def server_series(summaries: Any) -> Iterator[ServerSeries]:
         for endpoint, summary in _objects(summaries)
         for name, metric in _objects(summary.get("metrics"))
         for series in (metric["series"] if isinstance(metric.get("series"), list) else ())
+        if isinstance(series, dict)
     )
     for endpoint, name, metric, series in islice(found, ROWS_MAX):
-        stats, labels = (series.get("stats"), series.get("labels") or {}) if isinstance(series, dict) else (None, None)
+        stats, labels = series.get("stats"), series.get("labels") or {}
         if isinstance(stats, dict) and isinstance(labels, dict):
             own = sorted((key, str(text)) for key, text in labels.items())
             if all(map(is_name, (endpoint, name, *itertools.chain(*own)))):

@@ -1353,7 +1353,7 @@ class TestResponses(unittest.TestCase):
             for part in parts:
                 self.assertIn(part, answer)
             self.assertNotIn(b"unsafe", answer)
-        own = (("cache-control", "no-cache"), ("content-security-policy", "default-src 'none'"))
+        own = (("Cache-Control", "no-cache"), ("Content-Security-Policy", "default-src 'none'"))
         answer = aiperf_api.Response(content_type="text/html", headers=own).encode(date=DATE).lower()
         self.assertEqual((answer.count(b"cache-control"), answer.count(b"content-security-policy")), (1, 1))
 
