@@ -3215,10 +3215,9 @@ def read_artifact(directory: str, name: str, since_sec: float = 0.0) -> dict[str
     """Return the JSON object in a file of AIPerf's; {} if it has none, is over 4 MiB, or older than `since_sec`."""
     path = os.path.join(directory, name)
     with contextlib.suppress(OSError, ValueError, JSONError):  # ValueError: a NUL in the path
-        size = os.path.getsize(path) if os.path.isfile(path) else 0
-        if 0 < size <= BUS_MESSAGE_BYTES_MAX and os.path.getmtime(path) >= since_sec:
+        if os.path.isfile(path) and os.path.getmtime(path) >= since_sec:
             with open(path, "rb") as file:
-                value = json_load(file.read(BUS_MESSAGE_BYTES_MAX))
+                value = json_load(file.read(BUS_MESSAGE_BYTES_MAX))  # what is cut there is no JSON
             return value if isinstance(value, dict) else {}
     return {}
 
@@ -3273,16 +3272,6 @@ class Frame:
         if not frames[key]:
             del frames[key]
             self._unsent.total -= len(self.data)
-
-
-class Chunk:
-    """Frames for one write, the same for all clients of a group."""
-
-    __slots__ = ("data", "frames", "size")
-
-    def __init__(self, frame: Frame) -> None:
-        self.frames, self.size = [frame], len(frame.data)
-        self.data = b""  # the frames joined, for the clients of one broadcast that need not wait
 
 
 class Outlet:
@@ -3346,8 +3335,9 @@ class Subscriber:
         self.fault = ""  # why it was evicted
         self.sent = self.skipped = 0  # messages
         self._untold = collections.Counter[str]()  # type -> dropped since the last notice
-        # Of a slow client each chunk is one frame, and the key of state is its type: the next replaces it.
-        self.backlog = collections.OrderedDict[object, Chunk]()
+        # The frames of each write, by the first.  Of a slow client each frame is one write, state by its type: the next
+        # replaces it.
+        self.backlog = collections.OrderedDict[object, list[Frame]]()
         self.backlog_bytes = 0
         self.slow = False  # from the soft mark until it has caught up
 
@@ -3355,39 +3345,38 @@ class Subscriber:
     def outstanding(self) -> int:  # bytes
         return self.backlog_bytes + self.outlet.waiting
 
-    def send(self, chunk: Chunk, now_sec: float) -> None:
-        """Write, or queue while the transport is full or others wait."""
+    def send(self, frames: list[Frame], data: bytes, now_sec: float) -> None:
+        """Write `data`, the frames joined, or queue them while the transport is full or others wait."""
         if self.closed:
             return
         if self.outlet.paused or self.backlog:
-            self._queue(chunk, now_sec)
+            self._queue(frames, len(data), now_sec)
         else:
-            chunk.data = chunk.data or b"".join([frame.data for frame in chunk.frames])  # of a single one no copy
-            self.outlet.write(chunk.data, chunk.frames[0])
-            self.sent += len(chunk.frames) if chunk.frames[0].type else 0
+            self.outlet.write(data, frames[0])
+            self.sent += len(frames) if frames[0].type else 0
 
     def reply(self, data: bytes, now_sec: float) -> None:
         """Send to this client alone, behind what waits for it; never dropped."""
-        self.send(Chunk(Frame(self.unsent, data, now_sec)), now_sec)
+        self.send([Frame(self.unsent, data, now_sec)], data, now_sec)
 
-    def _queue(self, chunk: Chunk, now_sec: float) -> None:
-        chunks = [chunk]
+    def _queue(self, frames: list[Frame], size: int, now_sec: float) -> None:
         if not self.slow:
-            self.backlog[chunk] = chunk
-            self.backlog_bytes += chunk.size
-            oldest_sec = next(iter(self.backlog.values())).frames[0].received_sec
+            self.backlog[frames[0]] = frames
+            self.backlog_bytes += size
+            oldest_sec = next(iter(self.backlog.values()))[0].received_sec
             mark = CLIENT_SOFT_MARK_BYTES if self.outlet.still else CLIENT_HARD_MARK_BYTES  # readers get a burst whole
             if self.backlog_bytes <= mark * self.share and now_sec - oldest_sec <= CLIENT_SOFT_MARK_SEC:
                 return  # else it is slow, and that goes for what waits already
-            chunks, self.backlog = [*self.backlog.values()], collections.OrderedDict()
+            frames = [*itertools.chain(*self.backlog.values())]
+            self.backlog.clear()
             self.backlog_bytes, self.slow = 0, True
-        for frame in [frame for each in chunks for frame in each.frames]:
+        for frame in frames:
             older = self.backlog.pop(frame.type, None) if frame.is_state else None
-            size = self.backlog_bytes + len(frame.data) - (older.size if older else 0)
+            size = self.backlog_bytes + len(frame.data) - (len(older[0].data) if older else 0)
             fits = size <= CLIENT_SOFT_MARK_BYTES and len(self.backlog) < CLIENT_QUEUE_EVENTS_MAX
             is_kept = fits or frame.is_state or frame.type == ""
             if is_kept:
-                self.backlog[frame.type if frame.is_state else frame] = Chunk(frame)
+                self.backlog[frame.type if frame.is_state else frame] = [frame]
                 self.backlog_bytes = size
             if older or not is_kept:  # conflated, or an event too many
                 self.skipped += 1
@@ -3403,10 +3392,14 @@ class Subscriber:
             self._untold.clear()
         while (backlog := self.backlog) and not self.outlet.paused:
             frames, size = list[Frame](), 0
-            while backlog and (not frames or size + next(iter(backlog.values())).size <= CLIENT_WRITE_BYTES_MAX):
-                chunk = backlog.popitem(last=False)[1]
-                frames += chunk.frames
-                size += chunk.size
+            while backlog:
+                key, waiting = next(iter(backlog.items()))
+                more = sum([len(frame.data) for frame in waiting])
+                if frames and size + more > CLIENT_WRITE_BYTES_MAX:
+                    break
+                del backlog[key]
+                frames += waiting
+                size += more
             self.backlog_bytes -= size
             self.sent += sum([frame.type != "" for frame in frames])
             self.outlet.write(b"".join([frame.data for frame in frames]), frames[0])
@@ -3451,10 +3444,10 @@ class Hub:
 
     def subscribe(self, subscriber: Subscriber, types: frozenset[str] | None) -> None:
         before, subscriber.types = subscriber.types, types
-        group = self._groups.get((subscriber.encode, before), {})
+        group = self._groups.get(key := (subscriber.encode, before), {})
         group.pop(subscriber, None)
         if not group:
-            self._groups.pop((subscriber.encode, before), None)
+            self._groups.pop(key, None)
         if types is None or types:
             self._groups.setdefault((subscriber.encode, types), {})[subscriber] = None
         old, new = (frozenset("*") if names is None else names for names in (before, types))
@@ -3484,22 +3477,22 @@ class Hub:
                 self.retained[message.type] = message
         encoded: dict[tuple[Encoder, int], Frame] = {}  # once for all clients, however they group
         for (encode, types), group in self._groups.items():
-            chunks: list[Chunk] = []  # a frame over CLIENT_WRITE_BYTES_MAX is one by itself
+            chunks, room = list[list[Frame]](), 0  # a frame over CLIENT_WRITE_BYTES_MAX is one by itself
             for at, message in enumerate(messages):
                 if types is None or message.type in types:
                     frame = encoded.get((encode, at))
                     if frame is None:
                         data = encode(message)
                         frame = encoded[encode, at] = Frame(self.unsent, data, now_sec, message.type, message.is_state)
-                    if chunks and chunks[-1].size + len(frame.data) <= CLIENT_WRITE_BYTES_MAX:
-                        chunks[-1].frames.append(frame)
-                        chunks[-1].size += len(frame.data)
-                    else:
-                        chunks.append(Chunk(frame))
-            for chunk in chunks:
-                for subscriber in group:
-                    subscriber.send(chunk, now_sec)
-                chunk.data = b""  # who waits has the frames, which groups share
+                    if room < len(frame.data):
+                        chunks.append([])
+                        room = CLIENT_WRITE_BYTES_MAX
+                    chunks[-1].append(frame)
+                    room -= len(frame.data)
+            for frames in chunks:
+                data = b"".join([frame.data for frame in frames])  # of a single one no copy
+                for subscriber in group:  # who must wait has the frames, which groups share
+                    subscriber.send(frames, data, now_sec)
 
     def _relieve(self) -> None:
         """Past HUB_BYTES_MAX, evict those whose bytes have stood still longest, then who is furthest behind."""

@@ -3496,7 +3496,7 @@ class TestHubModel(HubTestCase):  # whatever happens in whatever order
                 clients[much % 2].outlet.has_stalled()
             for transport in clients:
                 self.assertLessEqual(transport.subscriber.backlog_bytes, aiperf_api.CLIENT_HARD_MARK_BYTES)
-                held = sum(len(frame.data) for chunk in transport.subscriber.backlog.values() for frame in chunk.frames)
+                held = sum(len(frame.data) for frame in itertools.chain(*transport.subscriber.backlog.values()))
                 self.assertEqual(held, transport.subscriber.backlog_bytes)
         for transport, types in zip(clients, wants):
             if not transport.subscriber.fault:
