@@ -1010,7 +1010,7 @@ def with_preconditions(request: Request, response: Response) -> Response:
     if_none_match = request.headers.get("if-none-match", "")
     if if_none_match != "*" and tag not in _ENTITY_TAG.findall(if_none_match):
         return response
-    kept = [pair for pair in response.headers if pair[0].lower() in ("cache-control", "etag")]
+    kept = [pair for pair in response.headers if pair[0] in ("Cache-Control", "ETag")]
     kept += [("Vary", "Accept-Encoding")] if response.is_compressible else []
     return Response(304, b"", "", kept)  # 15.4.5
 
@@ -2821,9 +2821,9 @@ class PyzmqBusSource(Source):
             if not self.connected:  # its handshake failed
                 self._report("handshake", f"the peer at {self.address} is no ZMTP 3 publisher; connecting again")
             elif not self._peers:
-                what = "the last publisher at {} left; waiting for the next" if self._bind else _BUS_GONE
-                cause = "" if self._bind else f" (a frame of over {BUS_RESULT_BYTES_MAX:,} bytes does that, too)"
-                self._report("down", what.format(self.address) + cause)
+                gone = f"{_BUS_GONE} (a frame of over {BUS_RESULT_BYTES_MAX:,} bytes does that, too)"
+                line = "the last publisher at {} left; waiting for the next" if self._bind else gone
+                self._report("down", line.format(self.address))
 
     def _connect_anew(self) -> None:
         """Connect where libzmq gives up: after a fault of the peer, or a frame over maxmsgsize."""

@@ -1117,6 +1117,9 @@ class TestRequestsRefused(unittest.TestCase):
                 self.assertEqual(read_requests(chopped(data, 1)), [status])
                 for at in range(0, len(data), max(1, len(data) // 50)):
                     self.assertEqual(read_requests([data[:at], data[at:]]), [status])
+        parser = aiperf_api.RequestParser()
+        parser.feed(b"\x16")
+        self.assertRaisesRegex(aiperf_api.HTTPError, "plain HTTP, not TLS", parser.next_request)
 
     @unittest.skipUnless(hypothesis and h11, "needs the hypothesis and h11 packages")
     def test_what_we_accept_h11_accepts_and_reads_the_same(self) -> None:
