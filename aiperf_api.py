@@ -1543,7 +1543,7 @@ class BusMessage:
         return {**value, "results": {**outer, "results": inner}}
 
 
-# -- Reading values: something usable and bounded, whatever stands in a field ------------------------------------------
+# -- Reading values: something usable and bounded, whatever stands in a field
 
 
 def _object(value: Any) -> Fields:
@@ -1604,7 +1604,7 @@ def _pairs(text: str) -> Mapping[str, str]:
     return MappingProxyType(dict(pair.split("=") for pair in text.split()))
 
 
-# -- Phases ------------------------------------------------------------------------------------------------------------
+# -- Phases
 
 # Names of 0.3 -> those of 0.6 and later
 _PHASE_FIELDS = _pairs("""sent=requests_sent completed=requests_completed end_ns=requests_end_ns
@@ -1693,7 +1693,7 @@ class Phase:
         }  # fmt: skip
 
 
-# -- History -----------------------------------------------------------------------------------------------------------
+# -- History
 
 _SAMPLE_NS = 750_000_000  # between two rows at least: messages of one a second may come early
 # Where there is no room for all, the last go; `*` stands for what is not here.
@@ -1814,7 +1814,7 @@ class History:
         return {"interval_sec": interval_sec, "times": times.tolist(), "series": series, **self._truncated()}
 
 
-# -- Configuration and identity ----------------------------------------------------------------------------------------
+# -- Configuration and identity
 
 # Of configurations: the first that tells a fact wins; from the third on they are of one run.
 _ORIGINS = ("file", "command", "artifacts", "bus", "phases")
@@ -1906,7 +1906,7 @@ def _sweep_size(section: Mapping[str, Any]) -> int | None:
     return size if 1 < size < 10**6 else None
 
 
-# -- The benchmark -----------------------------------------------------------------------------------------------------
+# -- The benchmark
 
 _TOO_LARGE = f"results too large: {JSON_ITEMS_MAX} items and {RESULTS_KEPT_BYTES_MAX} bytes are kept at most"
 _HAS_RESULTS = RESULT_MESSAGE_TYPES | {"results_exported"}
@@ -2544,7 +2544,7 @@ KNOWN_MESSAGE_TYPES = CORE_MESSAGE_TYPES | FIGURES_MESSAGE_TYPES | frozenset("""
     telemetry_records telemetry_status""".split())  # fmt: skip
 
 
-# -- The benchmark as families of samples ------------------------------------------------------------------------------
+# -- The benchmark as families of samples
 
 # kind|name|field|help|unit
 _FAMILIES = """\
@@ -4450,7 +4450,7 @@ class APIService:
                 log.error("the report is not written: %s", error)
 
 
-# -- The endpoints -----------------------------------------------------------------------------------------------------
+# -- The endpoints
 
 _TOO_MANY_TYPES = "too many different message types are asked for by all clients"
 # For the two histories of a report; nine digits are enough for the differences that it shows.
@@ -4859,7 +4859,7 @@ def _make_source(kind: str, value: str, given: Mapping[str, Any], is_child: bool
     return bus_source(address, "child" if is_child else kind, bind=kind == "bind", backend=backend)
 
 
-# -- The benchmark behind `--` -----------------------------------------------------------------------------------------
+# -- The benchmark behind `--`
 
 
 def read_flags(argv: Sequence[str]) -> dict[str, Any]:
