@@ -202,11 +202,11 @@ JSONValue = Any  # str | int | float | bool | None | list | dict, nested
 
 
 def _read_number(digits: str) -> int | float:
-    number = int(digits) if len(digits) <= 20 and digits.lstrip("-").isdecimal() else float(digits)
-    number = number if -(1 << 63) <= number < 1 << 64 else float(number)
+    number = float(digits)
     if not math.isfinite(number):  # NaN and Infinity come here, too
         raise ValueError(f"not a number of JSON: {digits[:40]}")
-    return number
+    is_whole = digits.lstrip("-").isdecimal() and -(1 << 63) <= int(digits) < 1 << 64
+    return int(digits) if is_whole else number
 
 
 def _is_deep(value: JSONValue) -> bool:
@@ -384,7 +384,7 @@ class Secrets:
         if isinstance(value, str):
             return self._redact_string(value, role)
         if isinstance(value, dict):
-            changed, name = {}, value.get("name", value.get("key")) if "value" in value else None
+            changed, name = {}, value.get("name", value.get("key"))
             for key, item in value.items():
                 if type(item) not in _PLAIN:
                     named = name if key == "value" and isinstance(name, str) else key  # {"name": …, "value": …}
@@ -599,7 +599,6 @@ HeaderList = Sequence[tuple[str, str]]
 _TOKEN = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")  # RFC 9110 5.6.2
 _REQUEST_LINE = re.compile(rb"(%b) ([\x21-\x7e]+) HTTP/(\d)\.(\d)" % _TOKEN.pattern)  # RFC 9112 3
 _FIELD_LINE = re.compile(rb"(%b):([\t\x20-\x7e\x80-\xff]*)" % _TOKEN.pattern)  # RFC 9112 5, RFC 9110 5.5
-_BARE_LF = re.compile(rb"(?<!\r)\n")  # RFC 9112 2.2 allows it; not all programs do: smuggling
 # RFC 9112 3.2.1, 3.2.2: origin-form, and absolute-form without userinfo
 _TARGET = re.compile(rb"(?:(?i:https?)://([^/?#]+))?(/[^?#]*)?(?:\?([^#]*))?")
 _HOST = re.compile(r"(?:([A-Za-z0-9._~-]*)|\[([0-9A-Fa-f:.]+)\])(?::[0-9]{0,5})?")  # RFC 9110 7.2, RFC 3986 3.2.2
@@ -643,8 +642,7 @@ class Request(NamedTuple):
 
     @property
     def wants_pretty(self) -> bool:
-        value = self.arg("pretty")
-        return value is not None and value.lower() not in ("0", "no", "false", "off")
+        return (self.arg("pretty", "0") or "").lower() not in ("0", "no", "false", "off")
 
 
 def _percent_decode(raw: bytes) -> str:
@@ -740,7 +738,6 @@ class RequestParser:
         self.is_head = False  # not even a fault gets a body
         self._buffer = bytearray()  # unread; the head at hand stands at its front
         self._line: Request | None = None  # its first line
-        self._seen = 0  # bytes of it that were there the last time
 
     @property
     def started(self) -> bool:
@@ -776,27 +773,28 @@ class RequestParser:
                 del buffer[:2]
             self.is_head = buffer.startswith(b"HEAD ")
             if buffer and buffer[0] != 0x0D and not 0x21 <= buffer[0] <= 0x7E:  # at once: a TLS handshake waits for us
-                raise HTTPError(400, "malformed request line")
+                is_tls = buffer[0] == 0x16
+                raise HTTPError(400, "this port speaks plain HTTP, not TLS" if is_tls else "malformed request line")
             line_end = buffer.find(b"\r\n", 0, HTTP_HEAD_BYTES_MAX)
             self._line = _parse_request_line(bytes(buffer[:line_end])) if line_end >= 0 else None
-        end = buffer.find(b"\r\n\r\n", max(self._seen - 3, 0), HTTP_HEAD_BYTES_MAX)
-        if _BARE_LF.search(buffer, self._seen, end if end >= 0 else HTTP_HEAD_BYTES_MAX):
+        end = buffer.find(b"\r\n\r\n", 0, HTTP_HEAD_BYTES_MAX)
+        head = bytes(buffer[: end if end >= 0 else HTTP_HEAD_BYTES_MAX])
+        if head.count(b"\n") > head.count(b"\r\n"):  # RFC 9112 2.2 allows it; not all programs do: smuggling
             raise HTTPError(400, "line ends without CR")
-        self._seen = len(buffer)
-        if end < 0 and self._seen >= HTTP_HEAD_BYTES_MAX:
-            raise HTTPError(431, f"request head over {HTTP_HEAD_BYTES_MAX} bytes")
         if end < 0 or self._line is None:
+            if len(head) >= HTTP_HEAD_BYTES_MAX:
+                raise HTTPError(431, f"request head over {HTTP_HEAD_BYTES_MAX} bytes")
             return None
-        size, fields = end + 4, bytes(buffer[:end]).split(b"\r\n")[1:]
+        _, *fields = head.split(b"\r\n")
         if len(fields) > HTTP_FIELDS_MAX:
             raise HTTPError(431, f"over {HTTP_FIELDS_MAX} headers")
         request = _build_request(self._line, fields)
-        if request.keep_alive and size <= _MEMO_HEAD_BYTES_MAX:
+        if request.keep_alive and len(head) < _MEMO_HEAD_BYTES_MAX:
             if len(self._memo) >= _MEMO_HEADS_MAX:
                 del self._memo[next(iter(self._memo))]
-            self._memo[bytes(buffer[:size])] = request
-        del buffer[:size]
-        self._line, self._seen = None, 0
+            self._memo[head + b"\r\n\r\n"] = request
+        del buffer[: end + 4]
+        self._line = None
         return request
 
 
@@ -836,7 +834,7 @@ def subprotocols(request: Request) -> list[str]:
     return names
 
 
-def upgrade_response(request: Request, subprotocol: str = "aiperf") -> bytes:
+def upgrade_response(request: Request) -> bytes:
     """Return the 101 to an opening handshake (RFC 6455 4.2); raise HTTPError 400 or 426.  Pages offer `aiperf` beside
     the one with the token: a browser that gets none fails the connection (4.1)."""
     if not request.wants_upgrade:
@@ -848,7 +846,7 @@ def upgrade_response(request: Request, subprotocol: str = "aiperf") -> bytes:
     if not _WEBSOCKET_KEY.fullmatch(key):
         raise HTTPError(400, "Sec-WebSocket-Key is not the base64 of 16 bytes")
     accept = base64.b64encode(hashlib.sha1(f"{key}258EAFA5-E914-47DA-95CA-C5AB0DC85B11".encode()).digest()).decode()
-    chosen = f"Sec-WebSocket-Protocol: {subprotocol}\r\n" if subprotocol in subprotocols(request) else ""
+    chosen = "Sec-WebSocket-Protocol: aiperf\r\n" if "aiperf" in subprotocols(request) else ""
     head = "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade"
     return f"{head}\r\nSec-WebSocket-Accept: {accept}\r\n{chosen}\r\n".encode()
 
@@ -866,17 +864,15 @@ def check_token(request: Request, token: bytes, cookie_name: str) -> None:
     """Refuse with 401 a request without the token.  Browsers cannot set every header: they send `?token=`, the
     subprotocol `aiperf.token.TOKEN`, or the cookie that a page opened with it sets."""
     scheme, _, credentials = request.headers.get("authorization", "").partition(" ")
-    shown = [credentials.strip(" ")] if scheme.lower() == "bearer" else []
+    given = [credentials.strip(" ")] if scheme.lower() == "bearer" else []
     offered = (name.partition(_TOKEN_PROTOCOL) for name in subprotocols(request))
-    shown += [value for before, prefix, value in offered if prefix and not before]
-    given = [value.encode("latin-1") for value in shown] + [value.encode("utf-8") for value in request.args("token")]
-    cookies = (pair.strip(" ").partition("=") for pair in request.headers.get("cookie", "").split(";"))
-    wanted = [(one, token) for one in given]
-    cookie = page_cookie(token).encode()
-    wanted += [(value.encode("latin-1"), cookie) for name, _, value in cookies if name == cookie_name]
-    fits = [hmac.compare_digest(*pair) for pair in wanted]  # of bytes: a str must be ASCII
-    if not any(fits):
-        what = "this is not the token of this server" if given else "a token is needed"
+    given += [value for before, prefix, value in offered if prefix and not before]
+    cookie = f"{cookie_name}={page_cookie(token)}".encode()
+    fits = [hmac.compare_digest(value.encode("latin-1"), token) for value in given]  # a str must be ASCII
+    cookies = (pair.strip(" ") for pair in request.headers.get("cookie", "").split(";"))
+    fits += [hmac.compare_digest(pair.encode("latin-1"), cookie) for pair in cookies if pair]
+    if not any((*fits, has_page_token(request, token))):
+        what = "this is not the token of this server" if given or request.args("token") else "a token is needed"
         hint = f"{what} (--api-token, AIPERF_API_TOKEN): -H 'Authorization: Bearer TOKEN', or ?token=TOKEN"
         raise HTTPError(401, hint, (("WWW-Authenticate", 'Bearer realm="aiperf-api"'),))
 
@@ -943,8 +939,7 @@ def _head_bytes(status: int, content_type: str, is_compressible: bool, own: Head
         defaults.append(("Vary", "Accept-Encoding"))
     if content_type.startswith("text/html"):  # Referrer-Policy: the address may hold ?token=
         defaults += [("Content-Security-Policy", _PAGE_POLICY), ("Referrer-Policy", "no-referrer")]
-    given = {name.lower() for name, _ in own}
-    kept = [pair for pair in defaults if pair[0].lower() not in given]
+    kept = [pair for pair in defaults if pair[0] not in dict(own)]
     return f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n".encode() + _header_bytes((*kept, *own))
 
 
@@ -952,12 +947,9 @@ class Response:
     """One answer, sent to any number of requests.  A `body` of None is a stream that ends with the connection."""
 
     def __init__(
-        self,
-        status: int = 200,
-        body: bytes | None = b"",
-        content_type: str = "application/json",
-        headers: HeaderList = (),
-    ) -> None:
+        self, status: int = 200, body: bytes | None = b"",
+        content_type: str = "application/json", headers: HeaderList = (),
+    ) -> None:  # fmt: skip
         self.status, self.body, self.headers = status, body, tuple(headers)
         self.is_compressible = status == 200 and _GZIP_BYTES_MIN <= len(body or b"") <= _GZIP_BYTES_MAX
         self._head = _head_bytes(status, content_type, self.is_compressible, self.headers)
@@ -1010,15 +1002,15 @@ def error_response(error: HTTPError, pretty: bool = False) -> Response:
 
 def with_preconditions(request: Request, response: Response) -> Response:
     """Return the response, or in its place a 304 or 412 (RFC 9110 13.2.2)."""
-    if_none_match = request.headers.get("if-none-match", "")
     if response.status != 200:
         return response
     if request.headers.get("if-match", "*") != "*":  # 13.1.1: by strong comparison, which our weak tags never pass
         return error_response(HTTPError(412, "If-Match names no version that is here"), request.wants_pretty)
     tag = dict(response.headers).get("ETag", "").removeprefix("W/")  # 13.1.2: by weak comparison
+    if_none_match = request.headers.get("if-none-match", "")
     if if_none_match != "*" and tag not in _ENTITY_TAG.findall(if_none_match):
         return response
-    kept = [pair for pair in response.headers if pair[0].lower() in ("cache-control", "etag")]
+    kept = [pair for pair in response.headers if pair[0] in ("Cache-Control", "ETag")]
     kept += [("Vary", "Accept-Encoding")] if response.is_compressible else []
     return Response(304, b"", "", kept)  # 15.4.5
 
@@ -1455,9 +1447,10 @@ def server_series(summaries: Any) -> Iterator[ServerSeries]:
         for endpoint, summary in _objects(summaries)
         for name, metric in _objects(summary.get("metrics"))
         for series in (metric["series"] if isinstance(metric.get("series"), list) else ())
+        if isinstance(series, dict)
     )
     for endpoint, name, metric, series in islice(found, ROWS_MAX):
-        stats, labels = (series.get("stats"), series.get("labels") or {}) if isinstance(series, dict) else (None, None)
+        stats, labels = series.get("stats"), series.get("labels") or {}
         if isinstance(stats, dict) and isinstance(labels, dict):
             own = sorted((key, str(text)) for key, text in labels.items())
             if all(map(is_name, (endpoint, name, *itertools.chain(*own)))):
@@ -1550,7 +1543,7 @@ class BusMessage:
         return {**value, "results": {**outer, "results": inner}}
 
 
-# -- Reading values: something usable and bounded, whatever stands in a field ------------------------------------------
+# -- Reading values: something usable and bounded, whatever stands in a field
 
 
 def _object(value: Any) -> Fields:
@@ -1611,7 +1604,7 @@ def _pairs(text: str) -> Mapping[str, str]:
     return MappingProxyType(dict(pair.split("=") for pair in text.split()))
 
 
-# -- Phases ------------------------------------------------------------------------------------------------------------
+# -- Phases
 
 # Names of 0.3 -> those of 0.6 and later
 _PHASE_FIELDS = _pairs("""sent=requests_sent completed=requests_completed end_ns=requests_end_ns
@@ -1700,7 +1693,7 @@ class Phase:
         }  # fmt: skip
 
 
-# -- History -----------------------------------------------------------------------------------------------------------
+# -- History
 
 _SAMPLE_NS = 750_000_000  # between two rows at least: messages of one a second may come early
 # Where there is no room for all, the last go; `*` stands for what is not here.
@@ -1821,7 +1814,7 @@ class History:
         return {"interval_sec": interval_sec, "times": times.tolist(), "series": series, **self._truncated()}
 
 
-# -- Configuration and identity ----------------------------------------------------------------------------------------
+# -- Configuration and identity
 
 # Of configurations: the first that tells a fact wins; from the third on they are of one run.
 _ORIGINS = ("file", "command", "artifacts", "bus", "phases")
@@ -1913,7 +1906,7 @@ def _sweep_size(section: Mapping[str, Any]) -> int | None:
     return size if 1 < size < 10**6 else None
 
 
-# -- The benchmark -----------------------------------------------------------------------------------------------------
+# -- The benchmark
 
 _TOO_LARGE = f"results too large: {JSON_ITEMS_MAX} items and {RESULTS_KEPT_BYTES_MAX} bytes are kept at most"
 _HAS_RESULTS = RESULT_MESSAGE_TYPES | {"results_exported"}
@@ -2551,7 +2544,7 @@ KNOWN_MESSAGE_TYPES = CORE_MESSAGE_TYPES | FIGURES_MESSAGE_TYPES | frozenset("""
     telemetry_records telemetry_status""".split())  # fmt: skip
 
 
-# -- The benchmark as families of samples ------------------------------------------------------------------------------
+# -- The benchmark as families of samples
 
 # kind|name|field|help|unit
 _FAMILIES = """\
@@ -2828,9 +2821,9 @@ class PyzmqBusSource(Source):
             if not self.connected:  # its handshake failed
                 self._report("handshake", f"the peer at {self.address} is no ZMTP 3 publisher; connecting again")
             elif not self._peers:
-                what = "the last publisher at {} left; waiting for the next" if self._bind else _BUS_GONE
-                cause = "" if self._bind else f" (a frame of over {BUS_RESULT_BYTES_MAX:,} bytes does that, too)"
-                self._report("down", what.format(self.address) + cause)
+                gone = f"{_BUS_GONE} (a frame of over {BUS_RESULT_BYTES_MAX:,} bytes does that, too)"
+                line = "the last publisher at {} left; waiting for the next" if self._bind else gone
+                self._report("down", line.format(self.address))
 
     def _connect_anew(self) -> None:
         """Connect where libzmq gives up: after a fault of the peer, or a frame over maxmsgsize."""
@@ -3222,10 +3215,9 @@ def read_artifact(directory: str, name: str, since_sec: float = 0.0) -> dict[str
     """Return the JSON object in a file of AIPerf's; {} if it has none, is over 4 MiB, or older than `since_sec`."""
     path = os.path.join(directory, name)
     with contextlib.suppress(OSError, ValueError, JSONError):  # ValueError: a NUL in the path
-        size = os.path.getsize(path) if os.path.isfile(path) else 0
-        if 0 < size <= BUS_MESSAGE_BYTES_MAX and os.path.getmtime(path) >= since_sec:
+        if os.path.isfile(path) and os.path.getmtime(path) >= since_sec:
             with open(path, "rb") as file:
-                value = json_load(file.read(BUS_MESSAGE_BYTES_MAX))
+                value = json_load(file.read(BUS_MESSAGE_BYTES_MAX))  # what is cut there is no JSON
             return value if isinstance(value, dict) else {}
     return {}
 
@@ -3280,16 +3272,6 @@ class Frame:
         if not frames[key]:
             del frames[key]
             self._unsent.total -= len(self.data)
-
-
-class Chunk:
-    """Frames for one write, the same for all clients of a group."""
-
-    __slots__ = ("data", "frames", "size")
-
-    def __init__(self, frame: Frame) -> None:
-        self.frames, self.size = [frame], len(frame.data)
-        self.data = b""  # the frames joined, for the clients of one broadcast that need not wait
 
 
 class Outlet:
@@ -3353,8 +3335,9 @@ class Subscriber:
         self.fault = ""  # why it was evicted
         self.sent = self.skipped = 0  # messages
         self._untold = collections.Counter[str]()  # type -> dropped since the last notice
-        # Of a slow client each chunk is one frame, and the key of state is its type: the next replaces it.
-        self.backlog = collections.OrderedDict[object, Chunk]()
+        # The frames of each write, by the first.  Of a slow client each frame is one write, state by its type: the next
+        # replaces it.
+        self.backlog = collections.OrderedDict[object, list[Frame]]()
         self.backlog_bytes = 0
         self.slow = False  # from the soft mark until it has caught up
 
@@ -3362,39 +3345,38 @@ class Subscriber:
     def outstanding(self) -> int:  # bytes
         return self.backlog_bytes + self.outlet.waiting
 
-    def send(self, chunk: Chunk, now_sec: float) -> None:
-        """Write, or queue while the transport is full or others wait."""
+    def send(self, frames: list[Frame], data: bytes, now_sec: float) -> None:
+        """Write `data`, the frames joined, or queue them while the transport is full or others wait."""
         if self.closed:
             return
         if self.outlet.paused or self.backlog:
-            self._queue(chunk, now_sec)
+            self._queue(frames, len(data), now_sec)
         else:
-            chunk.data = chunk.data or b"".join([frame.data for frame in chunk.frames])  # of a single one no copy
-            self.outlet.write(chunk.data, chunk.frames[0])
-            self.sent += len(chunk.frames) if chunk.frames[0].type else 0
+            self.outlet.write(data, frames[0])
+            self.sent += len(frames) if frames[0].type else 0
 
     def reply(self, data: bytes, now_sec: float) -> None:
         """Send to this client alone, behind what waits for it; never dropped."""
-        self.send(Chunk(Frame(self.unsent, data, now_sec)), now_sec)
+        self.send([Frame(self.unsent, data, now_sec)], data, now_sec)
 
-    def _queue(self, chunk: Chunk, now_sec: float) -> None:
-        chunks = [chunk]
+    def _queue(self, frames: list[Frame], size: int, now_sec: float) -> None:
         if not self.slow:
-            self.backlog[chunk] = chunk
-            self.backlog_bytes += chunk.size
-            oldest_sec = next(iter(self.backlog.values())).frames[0].received_sec
+            self.backlog[frames[0]] = frames
+            self.backlog_bytes += size
+            oldest_sec = next(iter(self.backlog.values()))[0].received_sec
             mark = CLIENT_SOFT_MARK_BYTES if self.outlet.still else CLIENT_HARD_MARK_BYTES  # readers get a burst whole
             if self.backlog_bytes <= mark * self.share and now_sec - oldest_sec <= CLIENT_SOFT_MARK_SEC:
                 return  # else it is slow, and that goes for what waits already
-            chunks, self.backlog = [*self.backlog.values()], collections.OrderedDict()
+            frames = [*itertools.chain(*self.backlog.values())]
+            self.backlog.clear()
             self.backlog_bytes, self.slow = 0, True
-        for frame in [frame for each in chunks for frame in each.frames]:
+        for frame in frames:
             older = self.backlog.pop(frame.type, None) if frame.is_state else None
-            size = self.backlog_bytes + len(frame.data) - (older.size if older else 0)
+            size = self.backlog_bytes + len(frame.data) - (len(older[0].data) if older else 0)
             fits = size <= CLIENT_SOFT_MARK_BYTES and len(self.backlog) < CLIENT_QUEUE_EVENTS_MAX
             is_kept = fits or frame.is_state or frame.type == ""
             if is_kept:
-                self.backlog[frame.type if frame.is_state else frame] = Chunk(frame)
+                self.backlog[frame.type if frame.is_state else frame] = [frame]
                 self.backlog_bytes = size
             if older or not is_kept:  # conflated, or an event too many
                 self.skipped += 1
@@ -3410,10 +3392,14 @@ class Subscriber:
             self._untold.clear()
         while (backlog := self.backlog) and not self.outlet.paused:
             frames, size = list[Frame](), 0
-            while backlog and (not frames or size + next(iter(backlog.values())).size <= CLIENT_WRITE_BYTES_MAX):
-                chunk = backlog.popitem(last=False)[1]
-                frames += chunk.frames
-                size += chunk.size
+            while backlog:
+                key, waiting = next(iter(backlog.items()))
+                more = sum([len(frame.data) for frame in waiting])
+                if frames and size + more > CLIENT_WRITE_BYTES_MAX:
+                    break
+                del backlog[key]
+                frames += waiting
+                size += more
             self.backlog_bytes -= size
             self.sent += sum([frame.type != "" for frame in frames])
             self.outlet.write(b"".join([frame.data for frame in frames]), frames[0])
@@ -3458,10 +3444,10 @@ class Hub:
 
     def subscribe(self, subscriber: Subscriber, types: frozenset[str] | None) -> None:
         before, subscriber.types = subscriber.types, types
-        group = self._groups.get((subscriber.encode, before), {})
+        group = self._groups.get(key := (subscriber.encode, before), {})
         group.pop(subscriber, None)
         if not group:
-            self._groups.pop((subscriber.encode, before), None)
+            self._groups.pop(key, None)
         if types is None or types:
             self._groups.setdefault((subscriber.encode, types), {})[subscriber] = None
         old, new = (frozenset("*") if names is None else names for names in (before, types))
@@ -3491,22 +3477,22 @@ class Hub:
                 self.retained[message.type] = message
         encoded: dict[tuple[Encoder, int], Frame] = {}  # once for all clients, however they group
         for (encode, types), group in self._groups.items():
-            chunks: list[Chunk] = []  # a frame over CLIENT_WRITE_BYTES_MAX is one by itself
+            chunks, room = list[list[Frame]](), 0  # a frame over CLIENT_WRITE_BYTES_MAX is one by itself
             for at, message in enumerate(messages):
                 if types is None or message.type in types:
                     frame = encoded.get((encode, at))
                     if frame is None:
                         data = encode(message)
                         frame = encoded[encode, at] = Frame(self.unsent, data, now_sec, message.type, message.is_state)
-                    if chunks and chunks[-1].size + len(frame.data) <= CLIENT_WRITE_BYTES_MAX:
-                        chunks[-1].frames.append(frame)
-                        chunks[-1].size += len(frame.data)
-                    else:
-                        chunks.append(Chunk(frame))
-            for chunk in chunks:
-                for subscriber in group:
-                    subscriber.send(chunk, now_sec)
-                chunk.data = b""  # who waits has the frames, which groups share
+                    if room < len(frame.data):
+                        chunks.append([])
+                        room = CLIENT_WRITE_BYTES_MAX
+                    chunks[-1].append(frame)
+                    room -= len(frame.data)
+            for frames in chunks:
+                data = b"".join([frame.data for frame in frames])  # of a single one no copy
+                for subscriber in group:  # who must wait has the frames, which groups share
+                    subscriber.send(frames, data, now_sec)
 
     def _relieve(self) -> None:
         """Past HUB_BYTES_MAX, evict those whose bytes have stood still longest, then who is furthest behind."""
@@ -4455,7 +4441,7 @@ class APIService:
             log.error("the report is not written: %s", error)
 
 
-# -- The endpoints -----------------------------------------------------------------------------------------------------
+# -- The endpoints
 
 _TOO_MANY_TYPES = "too many different message types are asked for by all clients"
 # For the two histories of a report; nine digits are enough for the differences that it shows.
@@ -4865,7 +4851,7 @@ def _make_source(kind: str, value: str, given: Mapping[str, Any], is_child: bool
     return bus_source(value, "child" if is_child else kind, bind=kind == "bind", backend=backend)
 
 
-# -- The benchmark behind `--` -----------------------------------------------------------------------------------------
+# -- The benchmark behind `--`
 
 
 def read_flags(argv: Sequence[str]) -> dict[str, Any]:

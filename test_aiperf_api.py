@@ -1115,6 +1115,9 @@ class TestRequestsRefused(unittest.TestCase):
                 self.assertEqual(read_requests(chopped(data, 1)), [status])
                 for at in range(0, len(data), max(1, len(data) // 50)):
                     self.assertEqual(read_requests([data[:at], data[at:]]), [status])
+        parser = aiperf_api.RequestParser()
+        parser.feed(b"\x16")
+        self.assertRaisesRegex(aiperf_api.HTTPError, "plain HTTP, not TLS", parser.next_request)
 
     @unittest.skipUnless(hypothesis and h11, "needs the hypothesis and h11 packages")
     def test_what_we_accept_h11_accepts_and_reads_the_same(self) -> None:
@@ -1351,7 +1354,7 @@ class TestResponses(unittest.TestCase):
             for part in parts:
                 self.assertIn(part, answer)
             self.assertNotIn(b"unsafe", answer)
-        own = (("cache-control", "no-cache"), ("content-security-policy", "default-src 'none'"))
+        own = (("Cache-Control", "no-cache"), ("Content-Security-Policy", "default-src 'none'"))
         answer = aiperf_api.Response(content_type="text/html", headers=own).encode(date=DATE).lower()
         self.assertEqual((answer.count(b"cache-control"), answer.count(b"content-security-policy")), (1, 1))
 
@@ -3496,7 +3499,7 @@ class TestHubModel(HubTestCase):  # whatever happens in whatever order
                 clients[much % 2].outlet.has_stalled()
             for transport in clients:
                 self.assertLessEqual(transport.subscriber.backlog_bytes, aiperf_api.CLIENT_HARD_MARK_BYTES)
-                held = sum(len(frame.data) for chunk in transport.subscriber.backlog.values() for frame in chunk.frames)
+                held = sum(len(frame.data) for frame in itertools.chain(*transport.subscriber.backlog.values()))
                 self.assertEqual(held, transport.subscriber.backlog_bytes)
         for transport, types in zip(clients, wants):
             if not transport.subscriber.fault:
