@@ -674,7 +674,7 @@ def _parse_request_line(line: bytes) -> Request:
         raise HTTPError(505, "HTTP/1.1 is spoken here")
     if len(target) > _TARGET_BYTES_MAX:
         raise HTTPError(414, f"target over {_TARGET_BYTES_MAX} bytes")
-    match = _TARGET.fullmatch(target)
+    match = _TARGET.fullmatch(b"/" if (method, target) == (b"OPTIONS", b"*") else target)  # RFC 9112 3.2.4
     if match is None or not (match[1] or match[2]):
         raise HTTPError(400, "the target must be a path or an http(s) URL")
     headers = {"host": match[1].decode("ascii")} if match[1] else {}  # 3.2.2: it wins
@@ -2990,12 +2990,16 @@ class BuiltinBusSource(Source, asyncio.Protocol):
         self._transport: Any = None  # of this connection, or the last
 
     async def _run(self) -> None:
-        *address, path = parse_endpoint(self.address)
-        connect: Any = self._loop.create_unix_connection if path else self._loop.create_connection
+        host, port, path = parse_endpoint(self.address)
+        connect: Any = functools.partial(self._loop.create_unix_connection, lambda: self, path)
+        if not path:  # a name may have several addresses (RFC 8305)
+            delay = 0.25 if re.search("[G-Zg-z]", host) else None
+            tcp = self._loop.create_connection
+            connect = functools.partial(tcp, lambda: self, host, port, happy_eyeballs_delay=delay)
         while not self._stopped:  # wait_for() before Python 3.12 may swallow a cancellation (bpo-37658)
             self._end: asyncio.Future[BusError | None] = self._loop.create_future()
             try:
-                await asyncio.wait_for(connect(lambda: self, *([path] if path else address)), _CONNECT_SEC)
+                await asyncio.wait_for(connect(), _CONNECT_SEC)
                 if self._stopped:
                     return
                 error = await self._end
@@ -3105,10 +3109,6 @@ def _read_recording(path: str, data: bytes | None = None) -> Generator[tuple[int
         raise UsageError(f"{name}: it is empty, and no recording")
 
 
-def check_recording(path: str) -> None:
-    next(_read_recording(path))
-
-
 class ReplaySource(Source):
     """Plays a recording `speed` times as fast; with speed 0, and its first `start_at` seconds, at once.  Each message
     sets the clock of the bus, which runs on at this pace."""
@@ -3118,6 +3118,7 @@ class ReplaySource(Source):
         speed: float = 1.0, loop: bool = False, data: bytes | None = None, start_at: float = 0.0,
     ) -> None:  # fmt: skip
         super().__init__(kind, os.path.basename(path))
+        next(_read_recording(path, data))  # UsageError unless it begins like one
         self._path, self._data, self._speed, self._repeat, self._start_at = path, data, speed, loop, start_at
 
     async def _run(self) -> None:
@@ -3653,7 +3654,7 @@ class Connection(asyncio.Protocol):
             if requests.started or self._eof:
                 self._let_others()
         elif self._eof:
-            self.transport.close()
+            self._linger()
 
     def _let_others(self) -> None:
         self._set_reading(False)  # also its end: that comes behind what was asked before it
@@ -3697,9 +3698,11 @@ class Connection(asyncio.Protocol):
             self._end_our_side()
 
     def _end_our_side(self) -> None:
+        if self.transport.is_closing():  # over TLS a second close() makes asyncio (3.11) forget the connection
+            return
         if self._eof or not self.transport.can_write_eof():  # TLS cannot half-close
             self.transport.close()
-        elif not self.transport.is_closing():
+        else:
             try:
                 self.transport.write_eof()
                 self._set_reading(True)
@@ -3775,7 +3778,7 @@ class Connection(asyncio.Protocol):
         elif in_head:
             self.refuse(error_response(HTTPError(408, "the request head did not arrive in time")))
         else:
-            self.transport.close()
+            self._linger()
 
     def _keep_alive(self) -> None:
         kind = self.subscriber.kind if self.subscriber is not None else self.mode
@@ -4087,7 +4090,11 @@ class APIService:
         day, month, date, clock, year = time.asctime(time.gmtime()).split()  # in English, whatever the locale
         self.date = f"{day}, {date:0>2} {month} {year} {clock} GMT".encode()  # RFC 9110 5.6.7
         for connection in list(self.connections):
-            connection.check()
+            try:
+                connection.check()
+            except Exception as error:  # a fault of ours costs this client alone
+                self.failed(connection, error)
+                connection.transport.abort()
         self._read_artifacts()
         while self._unwanted:
             self.source.unsubscribe(self._unwanted.pop())
@@ -4180,6 +4187,7 @@ class APIService:
             self.secrets.forget_run()
             self._artifacts.clear()
             self._complete.clear()
+            self._ended_sweeps = 0
         if self._run_told != before and (number > 1 or of):
             value = {"message_type": "run", "run": number, "label": label, "of": of}
             self._received.append(Message("run", json_bytes(value), True))
@@ -4396,8 +4404,7 @@ class APIService:
         below = sorted({found[len(folder) :].partition("/")[0] for found in self.static if found.startswith(folder)})
         if below:
             return text_response("".join(f"{found}\n" for found in below))
-        missing = "the pages are not here: copy the folder static/ beside aiperf_api.py; the API works without"
-        raise HTTPError(404, "no such file" if self.static else missing)
+        raise HTTPError(404, "no such file" if self.static else _PAGES_MISSING)
 
     def status(self) -> dict[str, Any]:
         now_ns, source, last_ns = self.source.now_ns(), self.source, self.benchmark.last_message_ns
@@ -4443,6 +4450,7 @@ class APIService:
 
 # -- The endpoints
 
+_PAGES_MISSING = "the pages are not here: copy the folder static/ beside aiperf_api.py; the API works without"
 _TOO_MANY_TYPES = "too many different message types are asked for by all clients"
 # For the two histories of a report; nine digits are enough for the differences that it shows.
 _REPORT_TAGS = frozenset("""request_latency time_to_first_token inter_token_latency output_token_throughput
@@ -4501,6 +4509,11 @@ def _only_arguments(request: Request, names: str) -> None:
     for name, _ in request.query:
         if name not in (*names.split(), "_", "token"):
             raise HTTPError(400, f"unknown argument; there are {', '.join(names.split())}")
+
+
+def _get_documentation(service: APIService, *_: Any) -> Response:
+    paths = "".join(f"{route.path:20} {route.summary}\n" for route in ROUTES)
+    return service.file("index.html") if service.static else text_response(f"{_PAGES_MISSING}\n\n{paths}")
 
 
 _PREFLIGHT = Route("*", "none", "", lambda *_: Response(204, headers=(("Allow", "GET, HEAD, OPTIONS"),)))
@@ -4613,7 +4626,11 @@ def top_text(service: APIService) -> str:
         row = metrics["metrics"].get(tag, {})
         name = tag.replace("_throughput", "s/s").replace("_", " ") + (", ms" if row.get("unit") == "ms" else "")
         lines.append(_top_row(name, map(row.get, ("avg", "p50", "p99"))))
-    lines += ["", f"workers: {workers['active_workers']} of {workers['total_workers']} active"]
+    statuses = collections.Counter(workers["worker_statuses"].values()).most_common()
+    tasks = [worker["task_stats"] for worker in workers["workers"].values()]
+    done, failed = (sum(one[key] for one in tasks) for key in ("completed", "failed"))
+    counts = ", ".join(f"{count} {status}" for status, count in statuses) or "none yet"
+    lines += ["", f"workers: {counts}; {done} requests done, {failed} failed"]
     gpus: dict[str, dict[str, Any]] = {}
     for tag, row in metrics["telemetry"].items():
         metric, _, labels = gpu_series(tag, text_or(row.get("header"), tag))
@@ -4626,8 +4643,7 @@ def top_text(service: APIService) -> str:
 
 
 ROUTES: tuple[Route, ...] = (
-    Route("/", "documentation", "This documentation, with lines to copy and a live try-out",
-          lambda s, *_: s.file("index.html")),
+    Route("/", "documentation", "This documentation, with lines to copy and a live try-out", _get_documentation),
     Route("/dashboard", "dashboard", "The run, live", lambda s, *_: s.file("dashboard.html")),
     Route("/top", "top", "The run on one screen of plain text", lambda s, *_: text_response(top_text(s))),
     Route("/report.html", "report", "The run so far as one self-contained HTML file", _get_report),
@@ -4745,7 +4761,7 @@ def _read_options(argv: Sequence[str], environ: Mapping[str, str]) -> dict[str, 
         if not values:
             variable = next((environ[name] for name in variables.split() if environ.get(name)), "")
             parts = re.split(r'[\s,"]+', variable) if is_list else [variable]
-            values = [part for part in parts if part not in ("", "[", "]")]  # AIPerf's way is a JSON list
+            values = [part for part in parts if part not in ("", "[", "]", "[]")]  # AIPerf's way is a JSON list
         for value in values:
             if not re.fullmatch(_PATTERNS.get(flag, _PATTERNS.get(metavar, "(?s:.+)")), value.strip(), re.IGNORECASE):
                 what = "usable" if flag == "--api-token" else printable(repr(value))  # it may be seen by others
@@ -4753,6 +4769,18 @@ def _read_options(argv: Sequence[str], environ: Mapping[str, str]) -> dict[str, 
         kept = tuple(value.strip() for value in values if metavar or value.lower() not in _OFF)
         given[flag] = kept if is_list else kept[-1] if kept else None
     return given
+
+
+def _read_config(path: str) -> JSONValue:
+    try:
+        with open(path, "rb") as file:
+            config = json_load(file.read())
+    except (OSError, JSONError) as error:
+        reason = str(error.strerror) if isinstance(error, OSError) else f"not JSON: {error}"
+        raise UsageError(f"--config {printable(path)}: {reason}") from None
+    if not isinstance(config, dict):
+        raise UsageError(f"--config {printable(path)}: not a JSON object")
+    return config
 
 
 def parse_arguments(argv: Sequence[str], environ: Mapping[str, str], ipc_dir: str = "") -> Plan:
@@ -4769,10 +4797,11 @@ def parse_arguments(argv: Sequence[str], environ: Mapping[str, str], ipc_dir: st
         raise UsageError("nothing to serve on: give --api-port PORT (or --api-unix PATH); --help lists everything")
     if given["--tls-key"] and not given["--tls-cert"]:
         raise UsageError("--tls-key needs --tls-cert")
-    for option, read in itertools.product(filter(given.get, ("--record", "--report")), ("--config", "--replay")):
+    for option in filter(given.get, ("--record", "--report")):
         path = check_output(given[option], option)  # now, not when the run is over
-        if path == os.path.realpath(given[read] or ""):
-            raise UsageError(f"{option} {printable(path)}: that is the file that {read} reads")
+        for read in filter(given.get, ("--config", "--replay", "--tls-cert", "--tls-key")):
+            if os.path.exists(path) and os.path.exists(given[read]) and os.path.samefile(path, given[read]):
+                raise UsageError(f"{option} {printable(path)}: that is the file that {read} reads")
     told, learnt = read_flags(command), Secrets()
     learnt.redact([told, dict(environ)])  # of more than it remembers, the first count
     settings = Settings(
@@ -4782,9 +4811,7 @@ def parse_arguments(argv: Sequence[str], environ: Mapping[str, str], ipc_dir: st
         ws_max_connections=int(given["--ws-max-connections"] or WS_CONNECTIONS_MAX),
         record=given["--record"], report=given["--report"], secrets=learnt.known,
     )  # fmt: skip
-    config = read_artifact("", given["--config"]) if given["--config"] else None
-    if config == {}:
-        raise UsageError(f"--config {printable(given['--config'])}: no file with a JSON object")
+    config = _read_config(given["--config"]) if given["--config"] else None
     chosen = _choose_source(flags, given, bool(command))
     words = [os.path.basename(word).replace("aiperf.exe", "aiperf") for word in command]
     is_aiperf = ("aiperf", "profile") in zip(words, words[1:])
@@ -4792,9 +4819,10 @@ def parse_arguments(argv: Sequence[str], environ: Mapping[str, str], ipc_dir: st
     source = _make_source(kind, value, given, bool(command))
     # Without them a run without dashboard publishes no live metrics (AIPerf 0.5 and later).
     live = {"AIPERF_UI_REALTIME_METRICS_ENABLED": "true", "AIPERF_UI_REALTIME_METRICS_INTERVAL": "1"}
-    ours = re.compile("AIPERF_API_(SERVER|TOKEN)")  # AIPerf's own API reads them, too
-    environ = {**live, **{name: environ[name] for name in environ if not ours.match(name)}}
-    environ |= {"AIPERF_API_ZMQ_ADDRESS": value} if kind == "bind" else {}
+    names = {name for option in OPTIONS for name in option.env.split()}
+    ours = {name for name in names if "_SERVER_" in name or "TOKEN" in name}  # AIPerf's own API reads them, too
+    environ = {**live, **{name: environ[name] for name in environ if name not in ours}}
+    environ |= {"AIPERF_API_ZMQ_ADDRESS": value} if kind == "bind" and not chosen else {}
     command += ("--zmq-ipc-path", ipc_dir) if value == ipc_dir else ()
     defaults = {} if "config" in told else {"endpoint_type": "chat", "streaming": False}  # AIPerf's
     level = (given["--log-level"] or "info").upper()
@@ -4835,7 +4863,6 @@ def _bus_of(flags: Mapping[str, Any], ipc_dir: str) -> tuple[str, str]:
 def _make_source(kind: str, value: str, given: Mapping[str, Any], is_child: bool) -> Source:
     speed = float(given["--replay-speed"] or 1)
     if kind == "replay":
-        check_recording(value)
         return ReplaySource(value, speed=speed, loop=bool(given["--replay-loop"]))
     if kind == "demo":
         data = read_static_files().get(DEMO_RECORDING)

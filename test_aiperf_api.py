@@ -283,8 +283,8 @@ ROOMS = (
     ("Bus", 650, 0, ""),
     ("Hub", 310, 0, ""),
     ("Connection", 350, 0, ""),
-    ("Service", 830, 29, "sweeps and their end, the report, the text screen, answers that are shared"),
-    ("Command line", 330, 97, "a benchmark behind --: signals, its output, its last words"),
+    ("Service", 830, 32, "sweeps and their end, the report, the text screen, answers that are shared"),
+    ("Command line", 330, 105, "a benchmark behind --: signals, its output, its last words"),
 )
 MODULE_LINES, MODULE_BYTES = 5300, 278_000  # 240,000 in the design
 TEST_LINES, README_LINES, FUNCTION_LINES, LIMITS = 5500, 260, 60, 60
@@ -3168,14 +3168,14 @@ class TestReplayAndRecord(BusTestCase):  # whole lines, and nothing that was the
 
     def test_what_is_no_recording_is_refused(self):
         self.record(0)
-        aiperf_api.check_recording(self.path)
+        aiperf_api.ReplaySource(self.path)
         self.patch(_RECORDING_LINE_BYTES_MAX=4000)
         os.mkfifo(self.path + ".fifo")
         for name, data in enumerate((b"", b"[1]\n", b'{"t":1}\n', b"\x1f\x8b", b'"' + b"x" * 5000)):
             Path(f"{self.path}.{name}").write_bytes(data)
         for name in ("gone", "fifo", *range(5)):
             with self.assertRaisesRegex(aiperf_api.UsageError, f"^{self.path}.{name}: [^\n]+$"):
-                aiperf_api.check_recording(f"{self.path}.{name}")
+                aiperf_api.ReplaySource(f"{self.path}.{name}")
 
     async def test_what_is_recorded_replays_as_it_was_and_keeps_what_was_there(self):
         wanted = [[b"t$", f'{{"é":"{number}"}}'.encode()] for number in range(3)]
@@ -3743,6 +3743,7 @@ class TestDeadlines(EchoTestCase):  # counted in sweeps, which are the test's: n
             self.assertFalse(self.connection().transport.is_closing())
             self.service.sweep()
             self.assertEqual(await client.read_to_end(), b"")
+            self.service.sweep(aiperf_api.LINGER_TIMEOUT_SEC + 1)  # it does not end its side
             await self.no_connections()
 
     async def test_a_slow_reader_of_a_large_answer_is_cut_off_only_when_nothing_moves(self) -> None:
@@ -4009,6 +4010,21 @@ class TestServiceAnswers(ServiceTestCase):
         openmetrics = await self.get("/metrics", headers={"Accept": "application/openmetrics-text"})
         self.assertTrue(openmetrics.body.endswith(b"# EOF\n"), "Accept is heard")
 
+    async def test_without_the_pages_it_says_what_to_copy(self) -> None:
+        self.service.static = {}
+        answer = await self.get("/dashboard")
+        self.assertEqual((answer.status, "copy the folder static/" in answer.json["error"]), (404, True))
+
+    async def test_a_fault_in_a_sweep_costs_one_client_alone(self) -> None:
+        self.expected_log = ("a fault of this server",)
+        client, other = await self.client(), await self.client()
+        for one in (client, other):
+            await one.get("/health")
+        faulty = min(self.service.connections, key=id)
+        with mock.patch.object(faulty, "check", side_effect=ZeroDivisionError):
+            self.service._sweep()
+        await self.until(lambda: len(self.service.connections) == 1)
+
     async def test_errors_say_what_to_do(self) -> None:
         for path, method, status, words in (
             ("/api/metric", "GET", 404, "did you mean /api/metrics?"), ("/api/metrics", "POST", 405, "/api/metrics"),
@@ -4174,8 +4190,9 @@ class TestServiceAnswers(ServiceTestCase):
         text = answer.body.decode()
         self.assertEqual(answer.headers["content-type"], "text/plain; charset=utf-8")
         self.assertTrue(all(len(line) <= 80 and line.isprintable() for line in text.splitlines()), text)
-        for words in ("complete", "100.0 %", "1300/1300 requests, 23 errors", "request latency", "active", "GPU"):
+        for words in ("complete", "100.0 %", "1300/1300 requests, 23 errors", "request latency", "GPU"):
             self.assertIn(words, text)
+        self.assertRegex(text, r"workers: \d+ \w+(, \d+ \w+)*; \d+ requests done, \d+ failed\n")
         self.assertNotIn("no bus", text)  # which is gone when a run is over
         row = re.search(r"request latency, ms +([\d.]+) +([\d.]+) +([\d.]+)", text)
         metrics = service.benchmark.metrics()["metrics"]["request_latency"]
@@ -4260,6 +4277,19 @@ class TestServiceAnswers(ServiceTestCase):
             self.assertEqual(blob["metrics"]["metrics"], service.benchmark.metrics()["metrics"])
             self.assertGreater(len(blob["histories"][0]["series"]), 5)
         self.assertIn("unsafe-inline", answer.headers["content-security-policy"])
+
+    @needs_static
+    async def test_a_run_that_begins_and_ends_within_a_sweep_has_its_report(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            async with aiperf_api.APIService(report=f"{folder}/report.html") as service:
+                for run in (1, 2):
+                    service.publish({"message_type": "credit_phase_start", "phase_name": "profiling", "start_ns": run})
+                    service.publish({"message_type": "process_records_result", "results": {"results": {}}})
+                    for _ in range(3 if run == 1 else 0):
+                        service._sweep()
+            pages = (Path(folder, name).read_bytes() for name in ("report.html.1", "report.html"))
+            runs = [int(re.search(rb'"run":([0-9]+),"label"', page)[1]) for page in pages]
+            self.assertEqual(runs, [1, 2])
 
 
 class SpySource(aiperf_api.Source):
@@ -4617,6 +4647,15 @@ class TestTLS(WireTestCase):
         with self.assertRaises(EOFError):
             await heard.hear()
 
+    async def test_a_peer_that_never_answers_our_end_is_ended(self) -> None:  # nor does it stop the sweep
+        client = await self.client()
+        await client.get("/health")
+        client.writer.transport.pause_reading()
+        [connection] = self.service.connections
+        for _ in range(aiperf_api.HTTP_IDLE_TIMEOUT_SEC + aiperf_api.LINGER_TIMEOUT_SEC + 2):
+            connection.check()
+        await self.until(lambda: not self.service.connections)
+
     async def test_plain_http_on_the_tls_port_is_logged_once(self) -> None:
         self.expected_log = ("plain HTTP",)
         for data in (self.HEALTH, self.HEALTH, b"", b"\x16\x03\x01", bytes(range(256))):
@@ -4682,7 +4721,9 @@ class TestCommandLine(unittest.TestCase):
                 ((*port, "--replay", empty), "empty"), ((*port, "--replay", text), ""),
                 ((*port, "--replay", text, "--record", text), "--replay reads"),
                 ((*port, "--config", json_list, "--report", json_list), "--config reads"),
-                ((*port, "--config", "/no/such"), "--config"), ((*port, "--config", json_list), "no file with a JSON object"),
+                ((*port, "--config", "/no/such"), "/no/such: No such file"), ((*port, "--config", empty), "not JSON: "),
+                ((*port, "--config", json_list), "not a JSON object"),
+                ((*port, "--record", text, "--tls-cert", json_list, "--tls-key", text), "--tls-key reads"),
                 ((*port, "--zmq-address", "x"), "not a bus"), ((*port, "--zmq-backend", "x"), "auto, pyzmq or builtin"),
                 ((*port, "--replay-speed", "-1", "--demo"), "--replay-speed"),
                 ((*port, "--replay-speed", "2"), "needs --replay"), ((*port, "--replay-loop"), "needs --replay"),
@@ -4736,6 +4777,8 @@ class TestCommandLine(unittest.TestCase):
         self.assertEqual((settings.port, settings.host, settings.token), (1234, "::1", "t"))
         self.assertEqual((settings.cors_origins, settings.allow_hosts), (("https://a", "https://b"), ("x", "y")))
         self.assertEqual((settings.linger_sec, settings.ws_max_connections), (7, 0))
+        environ["AIPERF_API_SERVER_CORS_ORIGINS"] = "[]"  # AIPerf's default
+        self.assertEqual(aiperf_api.parse_arguments([], environ).settings.cors_origins, ())
         self.assertEqual(aiperf_api.parse_arguments(["--api-port", "1"], environ).settings.port, 1)
         self.assertRaisesRegex(aiperf_api.UsageError, "empty token", aiperf_api.APIService, token="")
 
@@ -4846,6 +4889,10 @@ class TestChildPlan(unittest.TestCase):
     def test_any_other_command_finds_an_address_to_publish_to(self) -> None:
         made = self.plan("python3 mine.py")
         self.assertEqual((made.source.address, made.environ["AIPERF_API_ZMQ_ADDRESS"]), ("ipc:///p/bus.ipc",) * 2)
+        environ = {"AIPERF_API_SERVER_PORT": "1", "AIPERF_API_SERVER_SHUTDOWN_RESPONSE_DELAY_SECONDS": "2"}
+        plan = aiperf_api.parse_arguments(("--api-port", "0", "--zmq-bind", "ipc:///x", "--", "true"), environ, "/p")
+        self.assertEqual(set(environ) & set(plan.environ), {"AIPERF_API_SERVER_SHUTDOWN_RESPONSE_DELAY_SECONDS"})
+        self.assertNotIn("AIPERF_API_ZMQ_ADDRESS", plan.environ)  # the user's own may be no address to connect to
         without = mock.patch.object(aiperf_api, "zmq", None)
         with without, self.assertRaisesRegex(aiperf_api.UsageError, "pyzmq"):
             self.plan("python3 mine.py")
@@ -5019,7 +5066,7 @@ class TestWithNothingInstalled(LoopTestCase):  # by an interpreter that sees no 
             recording = RECORDINGS / f"{self.RUN}.jsonl.gz"
             with Program("--replay", str(recording), "--replay-speed", "0", program=("-I", "-S", alone)) as url:
                 self.check_end(url, "replay", "")
-                self.assertRaisesRegex(urllib.error.HTTPError, "404", fetched, url + "/")
+                self.assertIn("copy the folder static/", fetched(url + "/"))
                 for path in ("/api", "/api/workers", "/api/results", "/api/runs", "/api/history"):
                     self.assertTrue(json.loads(fetched(url + path)), path)
             pyzmq = (("--zmq-backend", "pyzmq"), ("--zmq-bind", "tcp://127.0.0.1:*"), ("--", "true"))
