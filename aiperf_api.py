@@ -1484,7 +1484,6 @@ ENDS = ("complete", "cancelled", "failed")
 
 METRICS_MESSAGE_TYPES = frozenset("realtime_metrics realtime_telemetry_metrics realtime_server_metrics".split())
 RESULT_MESSAGE_TYPES = frozenset(("process_all_results", "process_records_result"))  # of 0.12 and later; of all
-_RESULT_ITEMS_MAX = 4 * JSON_ITEMS_MAX
 # The latest message replaces the one before, which it does not where each tells of another worker or group.
 STATE_MESSAGE_TYPES = METRICS_MESSAGE_TYPES | {"credit_phase_progress", "processing_stats", "worker_status_summary"}
 # Never looked through for secrets
@@ -1512,7 +1511,7 @@ class BusMessage:
         if self.parsed is not None:
             return self.parsed
         items = sum(map(self.payload.count, (b",", b"[", b"{"))) if len(self.payload) > JSON_ITEMS_MAX else 0
-        most = _RESULT_ITEMS_MAX if self.type in RESULT_MESSAGE_TYPES else JSON_ITEMS_MAX
+        most = JSON_ITEMS_MAX * (4 if self.type in RESULT_MESSAGE_TYPES else 1)
         if items > most:
             raise BusError("too_large", f"{self.type} of over {most} items")
         try:
@@ -1528,14 +1527,14 @@ class BusMessage:
 
     def _without_more(self, value: Fields, items: int) -> Fields:
         """Return final results without what is not kept."""
-        inner = _object((outer := _object(value.get("results"))).get("results"))
+        outer, inner = _object(value, "results"), _object(value, "results", "results")
         records, errors = _list(inner.get("records")), _list(inner.get("error_summary"))
         self.is_cut = items > JSON_ITEMS_MAX or len(self.payload) > RESULTS_KEPT_BYTES_MAX
         if not self.is_cut and len(records) <= ROWS_MAX and len(errors) <= RUNS_MAX:
             return value
         # Those with 499, which were aborted, count apart, however few
         most = heapq.nlargest(RUNS_MAX, map(_object, errors), lambda one: (
-            _object(one.get("error_details")).get("code") == 499, _count(one.get("count")) or 0))  # fmt: skip
+            _object(one, "error_details").get("code") == 499, _count(one.get("count")) or 0))  # fmt: skip
         self.errors_left_out = len(errors) - len(most)
         if self.is_cut:
             value, outer, inner = map(_scalars, (value, outer, inner))
@@ -1543,10 +1542,19 @@ class BusMessage:
         return {**value, "results": {**outer, "results": inner}}
 
 
+def _needed(message: BusMessage, field: str, wanted: type) -> Any:
+    value = message.value.get(field)
+    if not isinstance(value, wanted) or (wanted is str and not _name(value)):
+        raise BusError("bad_shape", f"{message.type} without a usable {field}")
+    return value
+
+
 # -- Reading values: something usable and bounded, whatever stands in a field
 
 
-def _object(value: Any) -> Fields:
+def _object(value: Any, *keys: str) -> Fields:
+    for key in keys:  # one in the other
+        value = value.get(key) if isinstance(value, dict) else None
     return value if isinstance(value, dict) else {}
 
 
@@ -1615,7 +1623,7 @@ _COUNTERS = tuple("""requests_sent requests_completed requests_cancelled request
 
 def phase_stats(message: Fields) -> Fields:
     """Return the `stats` of a credit_phase_* message, which is flat in 0.3."""
-    stats = _object(message["stats"]) if "stats" in message else _scalars(message, without=_ENVELOPE)
+    stats = _object(message, "stats") if "stats" in message else _scalars(message, without=_ENVELOPE)
     if not _name(stats.get("phase_name") or stats.get("phase")):
         raise BusError("bad_shape", "a phase message without the name of a phase")
     return stats
@@ -1677,10 +1685,8 @@ class Phase:
     def answer(self, eta_sec: float | None) -> Fields:
         """Return the phase as /api/progress has it, under AIPerf's names."""
         seconds, target = self.elapsed_ns / 1e9, self.done + self.aborted if self.is_complete else self.expected
-        records_eta = None
-        if "records_end_ns" in self.stats:
-            records_eta = 0.0
-        elif eta_sec is not None and self.records and target:
+        records_eta = 0.0 if "records_end_ns" in self.stats else None
+        if records_eta is None and eta_sec is not None and self.records and target:
             records_eta = max(0.0, seconds * target / self.records - seconds)
         return {
             **dict.fromkeys("start_ns requests_end_ns total_expected_requests expected_duration_sec".split()),
@@ -1761,14 +1767,14 @@ class History:
                     self._stats_left_out.add(one)
                     del others[one]
             self._series = sum(map(len, self.columns.values()))
-        if self._series >= HISTORY_SERIES_MAX or _rank(stat) >= self._ranks:
-            if len(self._stats_left_out) < EXTRAS_MAX:
-                self._stats_left_out.add(stat)
-            return False
-        columns[stat] = array("d", [math.nan]) * len(self.times)
-        self._series += 1
-        self._fit()
-        return True
+        fits = self._series < HISTORY_SERIES_MAX and _rank(stat) < self._ranks
+        if fits:
+            columns[stat] = array("d", [math.nan]) * len(self.times)
+            self._series += 1
+            self._fit()
+        elif len(self._stats_left_out) < EXTRAS_MAX:
+            self._stats_left_out.add(stat)
+        return fits
 
     def _fit(self) -> None:
         """Make room for another row, by joining every two."""
@@ -1911,10 +1917,10 @@ def _sweep_size(section: Mapping[str, Any]) -> int | None:
 _TOO_LARGE = f"results too large: {JSON_ITEMS_MAX} items and {RESULTS_KEPT_BYTES_MAX} bytes are kept at most"
 _HAS_RESULTS = RESULT_MESSAGE_TYPES | {"results_exported"}
 _ANSWERED = frozenset(("all_records_received", "credits_complete"))  # no phase begins after these
+_STATES_TOLD = "system_state_changed"  # 0.13
 # A field of a worker, and the same of all
 _WORKER_FIELDS = _pairs("""status=worker_statuses startup_state=worker_startup_states
     task_stats=worker_task_stats health=worker_health""")  # fmt: skip
-_WORKER_FIGURES_MAX = 12  # of its tasks, and of its health; AIPerf sends 3 and 9
 _COMMAND_STATES = _pairs("""profile_configure=configuring profile_start=profiling profile_complete=processing
     profile_cancel=stopping shutdown=shutdown""")  # fmt: skip
 # By which runs are compared
@@ -1940,7 +1946,6 @@ class Benchmark:
         self._end_ns: int | None = None
         self._skew_ns: int | None = None  # bus clock minus the benchmark's
         self._state = "waiting"
-        self._announces_states = False  # system_state_changed was heard (0.13)
         self._fell_silent = False  # a registration that follows is another run's
         self.end: str | None = None  # one of ENDS
         self._error: str | None = None  # what went wrong, as it was told
@@ -1952,7 +1957,6 @@ class Benchmark:
         self._configs = {origin: self._configs[origin] for origin in _ORIGINS[:2] if origin in self._configs}
         self._facts: Fields | None = None  # what all of them say; None when it must be worked out
         self._phases: dict[str, Phase] = {}  # by name, in order of appearance
-        self._phase_name: str | None = None  # of the latest that began
         self._percent_floor = 0.0  # the highest percentage that was ever answered
         self._workers: dict[str, Fields] = {}  # by service id
         self._groups: dict[str, Fields] = {}  # by group id, without their workers
@@ -1993,6 +1997,10 @@ class Benchmark:
     def _profiling(self) -> list[Phase]:
         return [phase for phase in self._phases.values() if not phase.is_warmup]
 
+    @property
+    def _begun(self) -> list[Phase]:
+        return [phase for phase in self._phases.values() if phase.has_begun]
+
     def _has_gone_far(self) -> bool:  # past its configuration
         return self.end is not None or self._state not in STATES[:3]
 
@@ -2012,7 +2020,7 @@ class Benchmark:
         """Return the end that follows from the signs: its own message may go missing."""
         signs, child = self._signs, self._child_exit
         last_words = {"process_all_results", "results_exported", "benchmark_complete", "shutdown", "not_configured"}
-        last_words |= set() if self._announces_states else RESULT_MESSAGE_TYPES
+        last_words |= set() if _STATES_TOLD in signs else RESULT_MESSAGE_TYPES
         if signs.isdisjoint(last_words) and child is None:
             return None
         was_cancelled = signs & {"was_cancelled", "profile_cancel"}
@@ -2044,11 +2052,11 @@ class Benchmark:
         return f"All {failed + cancelled} inference request(s) {what}: {text}"[:NAME_BYTES_MAX]
 
     def _on_state(self, message: BusMessage, now_ns: int) -> None:
-        self._announces_states, self._state = True, message.value["state"]
+        self._state = message.value["state"]
         self._signs |= {self._state} & {"shutdown"}
 
     def _on_command(self, message: BusMessage, now_ns: int) -> None:
-        command, config = message.value["command"], _object(message.value.get("config"))
+        command, config = message.value["command"], _object(message.value, "config")
         self._advance(_COMMAND_STATES.get(command, "waiting"))
         if command == "profile_configure" and config:
             self._configs["bus"] = config
@@ -2064,7 +2072,7 @@ class Benchmark:
 
     def _on_dataset(self, message: BusMessage, now_ns: int) -> None:
         self._benchmark_id, self._facts = _name(message.value.get("benchmark_generation")) or self._benchmark_id, None
-        if not self._announces_states:  # it is the last thing to get ready
+        if _STATES_TOLD not in self._signs:  # it is the last thing to get ready
             self._advance("ready")
 
     def _phase_of(self, stats: Mapping[str, Any], now_ns: int) -> Phase | None:
@@ -2080,7 +2088,7 @@ class Benchmark:
         return self._phases.get(name)
 
     def _on_phase(self, message: BusMessage, now_ns: int) -> None:
-        stats, config = phase_stats(message.value), _object(message.value.get("config"))
+        stats, config = phase_stats(message.value), _object(message.value, "config")
         phase = self._phase_of(stats, now_ns)
         if phase is None:
             return
@@ -2092,17 +2100,16 @@ class Benchmark:
         if message.type == "credit_phase_complete":
             self._look_at_clock(now_ns)
             phase.is_complete = True
-        else:
-            self._phase_name = phase.name
-        self._sample_phases(now_ns, at_once=phase.is_complete)
+        self._sampled_ns["phase"] -= _SAMPLE_NS * phase.is_complete  # its last figures, at once
+        self._sample_phases(now_ns)
         self._advance("profiling")
 
-    def _sample_phases(self, now_ns: int, *, at_once: bool = False) -> None:
-        if not at_once and now_ns - self._sampled_ns["phase"] < _SAMPLE_NS:
+    def _sample_phases(self, now_ns: int) -> None:
+        if now_ns - self._sampled_ns["phase"] < _SAMPLE_NS:
             return
         self._sampled_ns["phase"] = now_ns
         rows = {}
-        for phase in [phase for phase in self._phases.values() if phase.has_begun]:
+        for phase in self._begun:
             figures = {re.sub("requests?_", "", key): value for key, value in phase.figures().items()}
             rows[f"phase:{phase.name}"] = {"unit": "requests", "header": f"Requests of phase {phase.name}", **figures}
         self._history.add(now_ns, "phase", rows)
@@ -2115,7 +2122,7 @@ class Benchmark:
                 field = _PHASE_FIELDS.get(name, name)
                 if field in records:
                     records[field] = _first(_count(count), records[field])
-        stats = _object(value.get("processing_stats")) or _object(value.get("final_processing_stats"))
+        stats = _object(value, "processing_stats") or _object(value, "final_processing_stats")
         phase = self._phase_of(stats, now_ns) if stats else None
         if phase and phase.start_ns in (None, stats.get("start_ns", phase.start_ns)):
             phase.update(stats, now_ns)
@@ -2153,21 +2160,21 @@ class Benchmark:
                 if field in ("status", "startup_state"):
                     worker[field] = _name(told) or worker[field]
                 else:
-                    found = {**(worker[field] or {}), **_scalars(told, _WORKER_FIGURES_MAX)}.items()
-                    numbers = ((key, one) for key, one in found if not isinstance(one, str))
-                    worker[field] = dict(islice(numbers, _WORKER_FIGURES_MAX)) or None
+                    numbers = {key: one for key, one in _scalars(told, 12).items() if not isinstance(one, str)}
+                    found = {**(worker[field] or {}), **numbers}
+                    worker[field] = dict(islice(found.items(), 12)) or None
 
     def _on_results(self, message: BusMessage, now_ns: int) -> None:
         if message.type == "process_records_result" and "process_all_results" in self._signs:
             return
-        inner = _object(message.value["results"].get("results"))
+        inner = _object(message.value, "results", "results")
         if inner.get("was_cancelled") is True:
             self._signs.add("was_cancelled")
         self._advance("processing")
         errors: list[Fields] = []
         for one in map(_object, _list(inner.get("error_summary"))):
             if count := _count(one.get("count")):
-                details = _object(one.get("error_details"))
+                details = _object(one, "error_details")
                 texts = {key: text_or(details.get(key), "")[:NAME_BYTES_MAX] for key in ("type", "message")}
                 errors.append({"code": _count(details.get("code")), **texts, "count": count})
         errors.sort(key=lambda one: -one["count"])
@@ -2175,11 +2182,10 @@ class Benchmark:
         aborted = sum(one["count"] for one in errors if one["code"] == 499)
         shown = shown_message(message.value)["results"]
         self._finish("metrics", display_rows(_object(shown.get("results")).get("records")))
-        self._results = json_bytes(shown)
-        if message.is_cut or len(self._results) > RESULTS_KEPT_BYTES_MAX:
-            self._reason = _TOO_LARGE
-            self._results = self._results if len(self._results) <= RESULTS_KEPT_BYTES_MAX else b""
-        self._reason = _error_text(inner.get("incomplete_reason")) or self._reason
+        results = json_bytes(shown)
+        self._results = results if len(results) <= RESULTS_KEPT_BYTES_MAX else b""
+        too_large = _TOO_LARGE if message.is_cut or not self._results else None
+        self._reason = _error_text(inner.get("incomplete_reason")) or too_large or self._reason
         # After a cancel, or for who came late, these count what no phase message did.
         succeeded, failed = _count(inner.get("successful_request_count")), _count(inner.get("error_request_count"))
         if succeeded is not None and failed is not None:
@@ -2187,9 +2193,8 @@ class Benchmark:
         phase = self._phase_of({"phase": "profiling"}, now_ns)
         if phase and len(self._profiling) == 1:
             phase.aborted = min(aborted, max(failed or 0, phase.stats["error_records"]))
-            times = {"start_ns": inner.get("start_ns"), "requests_end_ns": inner.get("end_ns")}
-            told = {key: value for key, value in times.items() if key not in phase.stats}
-            phase.update({"success_records": succeeded, "error_records": failed, **told}, now_ns)
+            told = {"start_ns": inner.get("start_ns"), "requests_end_ns": inner.get("end_ns"), **phase.stats}
+            phase.update({**told, "success_records": succeeded, "error_records": failed}, now_ns)
 
     def results_too_large(self, message_type: str, now_ns: int) -> None:
         """Follow a message that is too large to be read: the topic of results alone ends the run."""
@@ -2199,24 +2204,25 @@ class Benchmark:
             self._settle(now_ns)
 
     def _on_server_results(self, message: BusMessage, now_ns: int) -> None:
-        results = _object(message.value["server_metrics_result"].get("results"))
+        results = _object(message.value, "server_metrics_result", "results")
         self._benchmark_id = self._benchmark_id or _name(results.get("benchmark_id"))
         if summaries := _bounded_summaries(results.get("endpoint_summaries")):
             self._finish("server", {**self.figures("server"), "endpoint_summaries": summaries, "final": True})
 
     def _on_telemetry_results(self, message: BusMessage, now_ns: int) -> None:
-        results, live = _object(message.value["telemetry_result"].get("results")), self.figures("telemetry")
+        results, live = _object(message.value, "telemetry_result", "results"), self.figures("telemetry")
         rows: list[MetricRow] = []
-        urls = [url for url in _list(_object(results.get("summary")).get("endpoints_configured"))[:256] if _name(url)]
+        urls = list(filter(_name, _list(_object(results, "summary").get("endpoints_configured"))[:256]))
         for endpoint, found in _objects(results.get("endpoints"), 256):
             source = re.sub("[^a-zA-Z0-9]", "_", next((url for url in urls if f"//{endpoint}/" in url), endpoint))
             for _, gpu in _objects(found.get("gpus"), ROWS_MAX):
-                index, uuid = _count(gpu.get("gpu_index")) or 0, text_or(gpu.get("gpu_uuid"), "")
-                place = f"{endpoint} | GPU {index} | {text_or(gpu.get('gpu_name'), '')}"
+                index = _count(gpu.get("gpu_index")) or 0
+                uuid, gpu_name = (text_or(gpu.get(key), "") for key in ("gpu_uuid", "gpu_name"))
                 for metric, row in _objects(gpu.get("metrics"), ROWS_MAX - len(rows)):
                     tag = f"{metric}_dcgm_{source}_gpu{index}_{uuid[:12]}"  # as in real-time messages
-                    header = f"{text_or(row.get('display_name'), metric.replace('_', ' '))} | {place}"
-                    rows.append({**row, "tag": tag, "header": _object(live.get(tag)).get("header", header)})
+                    title = text_or(row.get("display_name"), metric.replace("_", " "))
+                    header = f"{title} | {endpoint} | GPU {index} | {gpu_name}"
+                    rows.append({**row, "tag": tag, "header": live.get(tag, {}).get("header", header)})
         self._finish("telemetry", display_rows(rows))
 
     def _finish(self, kind: str, figures: Fields) -> None:
@@ -2257,16 +2263,11 @@ class Benchmark:
         return self._figures[kind]
 
     def _read_message(self, message: BusMessage) -> Fields:
-        value = message.value
         if message.type == "realtime_server_metrics":
-            if not isinstance(value.get("endpoint_summaries"), dict):
-                raise BusError("bad_shape", "server metrics without endpoint_summaries")
-            summaries = _bounded_summaries(value["endpoint_summaries"])
-            return {"endpoint_summaries": summaries, "snapshot": _scalars(value.get("snapshot"))}
-        rows = value.get("metrics")
-        if not isinstance(rows, list):
-            raise BusError("bad_shape", "a metrics message without a list of metrics")
-        tags = (row.get("tag") for row in rows[:ROWS_MAX] if isinstance(row, dict))
+            summaries = _bounded_summaries(_needed(message, "endpoint_summaries", dict))
+            return {"endpoint_summaries": summaries, "snapshot": _scalars(message.value.get("snapshot"))}
+        rows = _needed(message, "metrics", list)
+        tags = (_object(row).get("tag") for row in rows[:ROWS_MAX])
         if len(rows) > ROWS_MAX or not all(is_name(tag) for tag in tags if isinstance(tag, str)):
             self._on_late_error(BusError("bad_shape", "rows of metrics with tags that are too long, or too many"))
         return display_rows(rows)
@@ -2280,9 +2281,7 @@ class Benchmark:
         elif message.type in _HANDLERS:
             handle, field, wanted = _HANDLERS[message.type]
             value = message.value
-            found = value.get(field)
-            if not isinstance(found, wanted) or (wanted is str and not _name(found)):
-                raise BusError("bad_shape", f"{message.type} without a usable {field}")
+            _needed(message, field, wanted)
             if self._begins_run(message):
                 self._keep_run(now_ns)
                 self._begin(self.run_number + 1)
@@ -2305,7 +2304,7 @@ class Benchmark:
         is_over = has_ended or self._fell_silent
         if message.type == "worker_startup_state":
             return is_over and value.get("startup_state") == "starting"
-        word = value.get({"system_state_changed": "state", "command": "command"}.get(message.type, ""))
+        word = value.get({_STATES_TOLD: "state", "command": "command"}.get(message.type, ""))
         if word in ("initializing", "configuring", "profile_configure"):
             return is_over or self._has_gone_far()
         if word in ("ready", "profiling"):
@@ -2329,8 +2328,7 @@ class Benchmark:
         if origin == "artifacts":
             found = {key: value for key, value in config.items() if key in _ARTIFACT_FIELDS}
             config = {**self._configs.get(origin, {}), **found}
-        self._configs[origin] = dict(config)
-        self._facts = None
+        self._configs[origin], self._facts = dict(config), None
         self.version += 1
 
     def _fact(self, name: str) -> Any:
@@ -2377,15 +2375,16 @@ class Benchmark:
 
     def status(self, now_ns: int) -> Fields:
         error = {None: self._error, "cancelled": self._reason}.get(self.end)
-        starts = [phase.start_ns for phase in self._phases.values() if phase.start_ns]
         self._look_at_clock(now_ns)
-        begun = [phase.elapsed_ns for phase in self._phases.values() if phase.has_begun]
-        elapsed_ns = sum(begun) if begun else max(0, self._until_ns(now_ns) - (self.started_ns or now_ns))
+        elapsed_ns = sum(phase.elapsed_ns for phase in self._begun)
+        if not self._begun:
+            elapsed_ns = max(0, self._until_ns(now_ns) - (self.started_ns or now_ns))
         return {
-            "state": self.end or self._state, "phase": self._phase_name, "run": self.run_number, "label": self.label,
+            "state": self.end or self._state, "phase": next(reversed(self._phases), None),
+            "run": self.run_number, "label": self.label,
             "benchmark_id": self._fact("benchmark_id"), "profile_id": self._profile_id,
             "error": self._verdict() if self.end == "failed" else error, "stale": self.is_stale(now_ns),
-            "started_ns": min(starts, default=self.started_ns),
+            "started_ns": min((one.start_ns for one in self._begun if one.start_ns), default=self.started_ns),
             "elapsed_sec": elapsed_ns / 1e9 if self.started_ns else None,
         }  # fmt: skip
 
@@ -2412,11 +2411,11 @@ class Benchmark:
 
     def progress(self, now_ns: int) -> Fields:
         """Return figures of the warm-up until the profiling begins."""
-        is_warmup = {phase.is_warmup for phase in self._phases.values() if phase.has_begun} == {True}
+        self._look_at_clock(now_ns)
+        is_warmup = {phase.is_warmup for phase in self._begun} == {True}
         main = [phase for phase in self._phases.values() if phase.is_warmup == is_warmup]
         expected = [phase.expected for phase in main]
         begun = [phase for phase in main if phase.has_begun]
-        self._look_at_clock(now_ns)
         answers = {name: phase.answer(self._eta_sec([phase], now_ns)) for name, phase in self._phases.items()}
         succeeded, failed, cancelled = self._requests(main)
         has_results = self._signs & _HAS_RESULTS
@@ -2546,22 +2545,25 @@ KNOWN_MESSAGE_TYPES = CORE_MESSAGE_TYPES | FIGURES_MESSAGE_TYPES | frozenset("""
 
 # -- The benchmark as families of samples
 
-# kind|name|field|help|unit
+# kind|name|label|field|help|unit
 _FAMILIES = """\
-counter|phase_requests_sent|requests_sent|Requests sent, by phase|
-counter|phase_requests_completed|requests_completed|Requests answered, failed ones included, by phase|
-counter|phase_requests_errors|request_errors|Requests that failed, by phase|
-counter|phase_requests_cancelled|requests_cancelled|Requests cancelled, by phase|
-gauge|phase_requests_expected|total_expected_requests|Requests the phase will send, by phase|
-gauge|progress_ratio|ratio|How far the profiling is, 0 to 1|ratio
-gauge|elapsed_seconds|elapsed_sec|Time the profiling, or the warm-up before it, has lasted|seconds
-gauge|eta_seconds|eta_sec|Time left at the pace so far|seconds
-gauge|worker_cpu_percent|cpu_usage|CPU usage of the worker|percent
-gauge|worker_memory_bytes|memory_usage|Resident memory of the worker|bytes
-gauge|worker_threads|num_threads|Threads of the worker|
-counter|worker_tasks|total|Requests given to the worker|
-counter|worker_tasks_completed|completed|Requests the worker completed|
-counter|worker_tasks_failed|failed|Requests the worker saw fail|"""
+gauge|benchmark_state|state|is|State of the benchmark: 1 for the one it is in|
+gauge|benchmark_stale||stale|Whether a running benchmark has fallen silent|
+counter|phase_requests_sent|phase|requests_sent|Requests sent, by phase|
+counter|phase_requests_completed|phase|requests_completed|Requests answered, failed ones included, by phase|
+counter|phase_requests_errors|phase|request_errors|Requests that failed, by phase|
+counter|phase_requests_cancelled|phase|requests_cancelled|Requests cancelled, by phase|
+gauge|phase_requests_expected|phase|total_expected_requests|Requests the phase will send, by phase|
+gauge|progress_ratio||ratio|How far the profiling is, 0 to 1|ratio
+gauge|elapsed_seconds||elapsed_sec|Time the profiling, or the warm-up before it, has lasted|seconds
+gauge|eta_seconds||eta_sec|Time left at the pace so far|seconds
+gauge|worker_cpu_percent|worker|cpu_usage|CPU usage of the worker|percent
+gauge|worker_memory_bytes|worker|memory_usage|Resident memory of the worker|bytes
+gauge|worker_threads|worker|num_threads|Threads of the worker|
+counter|worker_tasks|worker|total|Requests given to the worker|
+counter|worker_tasks_completed|worker|completed|Requests the worker completed|
+counter|worker_tasks_failed|worker|failed|Requests the worker saw fail|
+gauge|workers|status|number|Workers by status|"""
 
 
 def state_families(benchmark: Benchmark, now_ns: int) -> list[Family]:
@@ -2571,25 +2573,23 @@ def state_families(benchmark: Benchmark, now_ns: int) -> list[Family]:
     version, own = benchmark.metrics()["aiperf_version"], FamilySet()
     if about := (*labels, *((("version", version),) if version else ())):
         own.add(("aiperf", "info", "AIPerf benchmark information", ""), about, 1)
-    head = ("aiperf_benchmark_state", "gauge", "State of the benchmark: 1 for the one it is in", "")
-    for state in dict.fromkeys((*STATES, *ENDS, status["state"])):  # there before anything is known: without identity
-        own.add(head, (("state", state),), int(state == status["state"]))
-    head = ("aiperf_benchmark_stale", "gauge", "Whether a running benchmark has fallen silent", "")
-    own.add(head, (), int(status["stale"]))
     progress.update(ratio=progress["percent_complete"] / 100, elapsed_sec=progress["elapsed_ns"] / 1e9)
-    things = {
+    states = dict.fromkeys((*STATES, *ENDS, status["state"]))
+    statuses = collections.Counter(dict.fromkeys("healthy high_load error idle stale".split(), 0))
+    statuses.update(workers["worker_statuses"].values())
+    things: dict[str, dict[str, Fields]] = {  # by label and its value
+        "": {"": {**progress, "stale": int(status["stale"])}},
         "phase": progress["phases"],
+        "state": {state: {"is": int(state == status["state"])} for state in states},
+        "status": {state: {"number": number} for state, number in statuses.items()},
         "worker": {name: {**one["task_stats"], **(one["health"] or {})} for name, one in workers["workers"].items()},
     }
     for line in _FAMILIES.splitlines():
-        kind, name, field, text, unit = line.split("|")
-        of = name.partition("_")[0]
-        for one, value in things.get(of, {"": progress}).items():
-            own_labels = (*labels, (of, one)) if one else labels
-            own.add((f"aiperf_{name}", kind, text, unit), own_labels, value.get(field))
-    statuses = collections.Counter(workers["worker_statuses"].values())
-    for state in dict.fromkeys(("healthy", "high_load", "error", "idle", "stale", *statuses)):
-        own.add(("aiperf_workers", "gauge", "Workers by status", ""), (*labels, ("status", state)), statuses[state])
+        kind, name, label, field, text, unit = line.split("|")
+        known = () if name.startswith("benchmark_") else labels  # those are there before the identity is
+        for one, figures in things[label].items():
+            own_labels = (*known, (label, one)) if label else known
+            own.add((f"aiperf_{name}", kind, text, unit), own_labels, figures.get(field))
     metrics = metric_families(benchmark.figures("metrics"), labels, own)
     gpus = telemetry_families(benchmark.figures("telemetry"), labels, own)
     servers = server_families(benchmark.server_metrics()["endpoint_summaries"], labels, own)
