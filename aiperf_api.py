@@ -1616,7 +1616,7 @@ def _pairs(text: str) -> Mapping[str, str]:
 
 # Names of 0.3 -> those of 0.6 and later
 _PHASE_FIELDS = _pairs("""sent=requests_sent completed=requests_completed end_ns=requests_end_ns
-    processed=success_records errors=error_records""")  # fmt: skip
+    final_request_count=final_requests_completed processed=success_records errors=error_records""")  # fmt: skip
 _COUNTERS = tuple("""requests_sent requests_completed requests_cancelled request_errors completed_sessions
     success_records error_records""".split())  # fmt: skip
 
@@ -1648,9 +1648,10 @@ class Phase:
         self.update_ns, told = now_ns, self.stats
         for name, value in _scalars(stats).items():
             key = _PHASE_FIELDS.get(name, name)
-            if key in _COUNTERS:
-                told[key] = max(told[key], _count(value) or 0)
-            elif key in told or len(told) < EXTRAS_MAX:
+            counter = key.removeprefix("final_")
+            if counter in _COUNTERS:
+                told[counter] = max(told[counter], _count(value) or 0)
+            if key not in _COUNTERS and (key in told or len(told) < EXTRAS_MAX):
                 told[key] = value
         self.start_ns = _count(told.get("start_ns"))
         self.end_ns = _count(told.get("requests_end_ns"))
@@ -1701,6 +1702,7 @@ class Phase:
 
 # -- History
 
+_TAG_STATS_MAX = 16  # AIPerf's rows have 15
 _SAMPLE_NS = 750_000_000  # between two rows at least: messages of one a second may come early
 # Where there is no room for all, the last go; `*` stands for what is not here.
 _STAT_RANKS = tuple("avg current * count sum p50 p99 max min p90 p95 std p75 p25 p10 p5 p1".split())
@@ -1759,21 +1761,27 @@ class History:
         self._tags_left_out = max(self._tags_left_out, len(rows.keys() - self.columns.keys()))
 
     def _add_column(self, columns: dict[str, array[float]], stat: str) -> bool:
-        """Add a column if it fits, or does once all tags have given up their statistics of the last rank."""
-        while self._series >= HISTORY_SERIES_MAX and _rank(stat) < self._ranks - 1:
+        """Add a column if it fits, perhaps where all tags have given up their statistics of the last rank; each tag
+        has one."""
+        gone: list[str] = []
+        while self._series >= HISTORY_SERIES_MAX and self._ranks > 1 and (not columns or _rank(stat) < self._ranks - 1):
             self._ranks -= 1
             for others in self.columns.values():
-                for one in [one for one in others if _rank(one) >= self._ranks]:
-                    self._stats_left_out.add(one)
-                    del others[one]
+                for one in sorted(others, key=_rank)[1:]:
+                    if _rank(one) >= self._ranks:
+                        gone.append(one)
+                        del others[one]
             self._series = sum(map(len, self.columns.values()))
-        fits = self._series < HISTORY_SERIES_MAX and _rank(stat) < self._ranks
+        is_known = not columns or _rank(stat) < self._ranks
+        fits = is_known and self._series < HISTORY_SERIES_MAX and len(columns) < _TAG_STATS_MAX and len(stat) <= 64
         if fits:
             columns[stat] = array("d", [math.nan]) * len(self.times)
             self._series += 1
             self._fit()
-        elif len(self._stats_left_out) < EXTRAS_MAX:
-            self._stats_left_out.add(stat)
+        else:
+            gone.append(stat)
+        room = max(0, EXTRAS_MAX - len(self._stats_left_out))
+        self._stats_left_out.update(islice(dict.fromkeys(gone), room))
         return fits
 
     def _fit(self) -> None:
@@ -2019,8 +2027,7 @@ class Benchmark:
     def _judge(self) -> str | None:
         """Return the end that follows from the signs: its own message may go missing."""
         signs, child = self._signs, self._child_exit
-        last_words = {"process_all_results", "results_exported", "benchmark_complete", "shutdown", "not_configured"}
-        last_words |= set() if _STATES_TOLD in signs else RESULT_MESSAGE_TYPES
+        last_words = {"last_results", "results_exported", "benchmark_complete", "shutdown", "not_configured"}
         if signs.isdisjoint(last_words) and child is None:
             return None
         was_cancelled = signs & {"was_cancelled", "profile_cancel"}
@@ -2030,6 +2037,8 @@ class Benchmark:
         if was_cancelled:
             return "cancelled"
         ended_well = signs & _HAS_RESULTS or (not self._error and ("benchmark_complete" in signs or child == ""))
+        if "stopped_early" in signs and not (child or ended_well or self._error):
+            return "cancelled"
         if child or not ended_well:
             return "failed"
         return "complete" if "results_exported" in signs or self._reason or self._did_anything() else "failed"
@@ -2054,6 +2063,9 @@ class Benchmark:
     def _on_state(self, message: BusMessage, now_ns: int) -> None:
         self._state = message.value["state"]
         self._signs |= {self._state} & {"shutdown"}
+        is_finished = self._profiling and all(phase.is_complete for phase in self._profiling)
+        if self._state == "stopping" and self._phases and not is_finished and not self._signs & _HAS_RESULTS:
+            self._signs.add("stopped_early")
 
     def _on_command(self, message: BusMessage, now_ns: int) -> None:
         command, config = message.value["command"], _object(message.value, "config")
@@ -2167,6 +2179,7 @@ class Benchmark:
     def _on_results(self, message: BusMessage, now_ns: int) -> None:
         if message.type == "process_records_result" and "process_all_results" in self._signs:
             return
+        self._note_results(message.type)
         inner = _object(message.value, "results", "results")
         if inner.get("was_cancelled") is True:
             self._signs.add("was_cancelled")
@@ -2196,10 +2209,14 @@ class Benchmark:
             told = {"start_ns": inner.get("start_ns"), "requests_end_ns": inner.get("end_ns"), **phase.stats}
             phase.update({**told, "success_records": succeeded, "error_records": failed}, now_ns)
 
+    def _note_results(self, message_type: str) -> None:
+        is_last = message_type == "process_all_results" or _STATES_TOLD not in self._signs
+        self._signs |= {message_type, "last_results"} if is_last else {message_type}
+
     def results_too_large(self, message_type: str, now_ns: int) -> None:
         """Follow a message that is too large to be read: the topic of results alone ends the run."""
         if message_type in RESULT_MESSAGE_TYPES:
-            self._signs.add(message_type)
+            self._note_results(message_type)
             self._reason, self.last_message_ns = _TOO_LARGE, now_ns
             self._settle(now_ns)
 

@@ -279,7 +279,7 @@ ROOMS = (
     ("Router and static files", 120, 0, ""),
     ("Metrics", 150, 0, ""),
     ("Prometheus text", 250, 0, ""),
-    ("Benchmark", 1080, 47, "sweeps, the artifacts beside a run, why a run failed, silence, bounds in every field"),
+    ("Benchmark", 1080, 64, "sweeps, the artifacts beside a run, why a run failed, silence, bounds in every field"),
     ("Bus", 650, 0, ""),
     ("Hub", 310, 0, ""),
     ("Connection", 350, 0, ""),
@@ -2014,8 +2014,8 @@ class TestLifeOfARun(BenchmarkTestCase):
         one, start = phase("progress", requests_sent=1, requests_completed=1), phase("start", start_ns=1)
         all_failed = phase("complete", requests_sent=5, requests_completed=5, request_errors=5)
         done, cancelled = (("benchmark_complete", {"was_cancelled": flag}) for flag in (False, True))
-        off, cancel = ("system_state_changed", {"state": "shutdown"}), command("profile_cancel")
-        some = "process_all_results", self.results({})
+        stopping, off = (("system_state_changed", {"state": state}) for state in ("stopping", "shutdown"))
+        cancel, some = command("profile_cancel"), ("process_all_results", self.results({}))
         metrics = "realtime_metrics", {"metrics": [{"tag": "t", "avg": 1}]}
         too_early, all_of_them = "ended before a request was sent", "All 5 inference request(s) failed"
         aborted = f"{all_of_them} or were aborted: "
@@ -2026,6 +2026,8 @@ class TestLifeOfARun(BenchmarkTestCase):
             ([done], None, "failed", too_early),  # completion needs a request
             ([one, off], None, "failed", "ended without results"),  # and a better sign corrects an end
             ([one, off, cancelled], None, "cancelled", None), ([one, off, done], None, "complete", None),
+            ([start, stopping, off], None, "cancelled", None),  # in the middle of a phase: by a user
+            ([one, ("process_records_result", some[1]), stopping], None, "complete", None),
             ([start, results({500: 5})], None, "failed", f"{all_of_them}: 500 T: m500"),
             ([start, results({499: 4, 500: 1})], None, "failed", f"{aborted}500 T: m500"),
             ([start, results({499: 5})], None, "failed", f"{aborted}499 T: m499"),
@@ -2359,6 +2361,13 @@ class TestHistory(BenchmarkTestCase):
         history.add(3 * SECOND, "server", {f"u{number}": {"avg": 1.0, "max": 1.0} for number in range(4000)})
         self.assertLessEqual(sum(map(len, history.columns.values())), aiperf_api.HISTORY_SERIES_MAX)
         self.assertGreater(history.overview(1)["truncated"]["tags"], 0)
+        self.assertTrue(all(about["stats"] for about in history.overview(1)["tags"].values()))
+        history = aiperf_api.History()
+        for turn in range(9):  # made-up statistics take nothing from other tags
+            made_up = {f"s{turn}_{index}": 1.0 for index in range(40)}
+            history.add(turn * SECOND, "server", {"t": made_up, "u": {"avg": 1.0, "max": 1.0}})
+        self.assertEqual([len(columns) for columns in history.columns.values()], [16, 2])
+        self.assertEqual(len(history.overview(1)["truncated"]["stats"]), aiperf_api.EXTRAS_MAX)
 
     def test_the_values_of_all_series_are_bounded(self) -> None:
         history = aiperf_api.History()
@@ -2371,7 +2380,7 @@ class TestHistory(BenchmarkTestCase):
         self.send_phase(BASE_NS, "start", "profiling", start_ns=1)
         self.send_phase(BASE_NS + SECOND, "progress", "profiling", requests_sent=9, requests_completed=4)
         end = BASE_NS + SECOND + SECOND // 5
-        done = {"requests_sent": 9, "requests_completed": 9, "request_errors": 2}
+        done = {"final_requests_sent": 9, "final_requests_completed": 9, "request_errors": 2}
         self.send_phase(end, "complete", "profiling", **done)
         answer = self.benchmark.history(["phase:profiling"], ["completed", "errors", "in_flight"])
         self.assertEqual(answer["times"], [BASE_NS, end])
