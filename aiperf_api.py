@@ -3921,7 +3921,7 @@ class APIService:
         self._recorder = Recorder(self.settings.record) if self.settings.record else None
         self._complaints: set[str] = set()  # of the event loop
         self._complete: asyncio.Event  # the same: set while the last run has ended
-        # Application
+        # What the connections share
         self.memo: dict[bytes, Request] = {}
         self.date = b""
         self.message_bytes_max = WS_MESSAGE_BYTES_MAX
@@ -4258,7 +4258,7 @@ class APIService:
             if wanted:
                 self.source.subscribe(prefix)
 
-    # -- From the connections (Application)
+    # -- From the connections
 
     def opened(self, connection: Connection) -> Response | None:
         self.connections.add(connection)

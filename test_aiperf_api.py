@@ -286,7 +286,7 @@ ROOMS = (
     ("Service", 830, 32, "sweeps and their end, the report, the text screen, answers that are shared"),
     ("Command line", 330, 105, "a benchmark behind --: signals, its output, its last words"),
 )
-MODULE_LINES, MODULE_BYTES = 5300, 278_000  # 240,000 in the design
+MODULE_LINES, MODULE_BYTES = 5300, 277_500  # 240,000 in the design
 TEST_LINES, README_LINES, FUNCTION_LINES, LIMITS = 5500, 260, 60, 60
 
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
