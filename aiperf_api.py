@@ -13,7 +13,7 @@
 
 Not here, on purpose: HTTP/2, request bodies, Range, permessage-deflate, writing to the bus.
 
-Rooms: `grep -n '^# ==' aiperf_api.py`.  A name is used in its own or below; 2 to 9 know no loop, no socket, no clock.
+Rooms: `grep -n '^# ==' aiperf_api.py`.  A name is used in its room or below; 2 to 9 know no loop, no socket, no clock.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ __all__ = ["APIService", "__version__", "main"]
 
 # == 1 == Limits =======================================================================================================
 #
-# Each: its unit in the name, a precedent if any, what the peer sees past it.
+# The name has the unit; the comment: of what; a precedent, if any; what happens past it.
 
 # HTTP requests
 HTTP_HEAD_BYTES_MAX = 16 * 1024  # nginx 8-32 KiB, node 16; 431
@@ -84,7 +84,7 @@ HTTP_HEAD_TIMEOUT_SEC = 10  # for a head, from its first byte; Apache 20-40; 408
 HTTP_IDLE_TIMEOUT_SEC = 75  # of a kept-alive connection; nginx 75; closed
 
 # Connections
-HTTP_CONNECTIONS_MAX = 512  # beside WebSockets, half-open ones included; nginx 512; 503
+HTTP_CONNECTIONS_MAX = 512  # in addition to WebSockets; TLS handshakes count; nginx 512; 503
 LINGER_TIMEOUT_SEC = 2  # for the peer to end its side; nginx 5
 CONNECTION_BUFFER_BYTES = 4 * 1024  # copied to a transport before it counts as full; asyncio 64 KiB
 CONNECTION_READ_BYTES = 16 * 1024  # in one read; asyncio 256 KiB
@@ -94,37 +94,37 @@ HTTP_UNSENT_BYTES_MAX = 16 * 1024 * 1024  # of all large answers that wait; 503 
 # WebSockets and streams
 WS_CONNECTIONS_MAX = 1000  # or --ws-max-connections; 503 before the upgrade
 WS_MESSAGE_BYTES_MAX = 64 * 1024  # of all fragments; websocat 64 KiB; Close 1009
-WS_FRAGMENT_BYTES_MEAN = 64  # 64 KiB / 64 fragments in a message: empty ones cost a client 6 bytes; Close 1008
+WS_FRAGMENT_BYTES_MEAN = 64  # so at most 1,024 fragments: empty ones cost a client 6 bytes each; Close 1008
 WS_PING_INTERVAL_SEC = 20  # websockets 20; a peer silent for two of them is evicted
 WS_PINGS_PER_READ_MAX = 10  # that are answered (Autobahn sends ten); of more, only the last
 CLIENT_TYPES_MAX = 100  # of one client; AIPerf has 70; an error reply
 CLIENT_WRITE_BYTES_MAX = 64 * 1024  # in one write (HTTP: twice that); asyncio 64 KiB
-CLIENT_SOFT_MARK_BYTES = 16 * 1024 * 1024  # behind by more: state messages are conflated, events must fit in
+CLIENT_SOFT_MARK_BYTES = 16 * 1024 * 1024  # behind by more: state messages are conflated, events past it dropped
 CLIENT_SOFT_MARK_SEC = 5  # behind by more, the same
 CLIENT_QUEUE_EVENTS_MAX = 1000  # that wait for such a client (ZMQ_SNDHWM 1000); it is told what was dropped
 CLIENT_HARD_MARK_BYTES = 2 * CLIENT_SOFT_MARK_BYTES  # behind by more: evicted
 CLIENT_STALL_SEC = 30  # bytes wait and none leaves; nginx 60; evicted
-HUB_BYTES_MAX = 64 * 1024 * 1024  # of all backlogs, shared bytes once; who does not read is evicted
-RETAINED_BYTES_MAX = 16 * 1024 * 1024  # of the last messages, of 256 types at most; no snapshot
+HUB_BYTES_MAX = 64 * 1024 * 1024  # of all backlogs, shared bytes counted once; those who do not read are evicted
+RETAINED_BYTES_MAX = 16 * 1024 * 1024  # of the last message of each type (256 at most); past it no snapshot
 STREAM_COMMENT_INTERVAL_SEC = 15  # ": keepalive" to an event stream; HTML standard 9.2.7: 15
 
 # The bus.  libzmq is the precedent where nothing else is said; it bounds neither messages nor frames.
 BUS_MESSAGE_BYTES_MAX = 4 * 1024 * 1024  # of figures and `process_*` (AIPerf 0.3 MB); dropped and counted
 BUS_TEXT_BYTES_MAX = 128 * 1024  # of other types but results (AIPerf 3 KB); the same
-BUS_RESULT_BYTES_MAX = 32 * 1024 * 1024  # past it the topic comes alone, or pyzmq's connection ends
+BUS_RESULT_BYTES_MAX = 32 * 1024 * 1024  # past it builtin brings the topic alone, libzmq ends the connection
 BUS_PARTS_MAX = 64  # frames of a message; the bus sends 2; the same
 BUS_TYPES_MAX = 256  # that are told apart; further ones count as "other"
-BUS_QUEUE_MESSAGES_MAX = 8  # in libzmq (1000), of any size; beyond it TCP and the publisher keep them
+BUS_QUEUE_MESSAGES_MAX = 8  # in libzmq (its default 1000), of any size; more wait in TCP and at the publisher
 BUS_TURN_MESSAGES_MAX = 256  # in one turn of the loop
 BUS_TURN_BYTES_MAX = 256 * 1024  # the same
-BUS_TURN_SEC = 0.02  # the same, as far as the last turn's cost tells
+BUS_TURN_SEC = 0.02  # the same, estimated from the cost of the last turn
 BUS_HANDSHAKE_SEC = 30.0  # from connection to READY (ZMQ_HANDSHAKE_IVL); reconnect
 BUS_HEARTBEAT_SEC = 5.0  # of silence before a PING; after three without an answer, reconnect
 BUS_RETRY_MIN_SEC = 0.1  # between attempts, at random up to ...
 BUS_RETRY_MAX_SEC = 0.25  # ... this; AIPerf's proxy says who it is after 0.6 s
 
 # The benchmark: what is kept of a run and walked in a message
-JSON_ITEMS_MAX = 60_000  # `,`, `[` and `{`, in final metrics 4 times as many; AIPerf 700; dropped
+JSON_ITEMS_MAX = 60_000  # count of `,` `[` `{`; in final results 4 times as many; AIPerf 700; dropped
 JSON_DEPTH_MAX = 64  # levels; orjson 1,024 (RFC 8259 9); not JSON for us
 NAME_BYTES_MAX = 512  # a tag, id, unit, label; bad_shape
 ROWS_MAX = 2048  # of metrics, endpoints or series in a message; AIPerf 130; the rest is left out
@@ -261,13 +261,13 @@ def json_bytes(value: JSONValue, *, pretty: bool = False) -> bytes:
 # -- Secrets: redacted at the door; no pattern is worse than linear on any text
 
 REDACTED = "***"
-_STRONG = (  # a dot: what may stand between two words
+_STRONG = (  # a dot: where a separator may stand
     "api.key|access.key|private.key|access.token|auth.token|refresh.token|api.token|secret|password|passwd|passphrase"
     "|credential|authorization|cookie|bearer"
 )
 _STRONG_KEY = re.compile(_STRONG.replace(".", "") + "|^(?:jwt|auth)$")
 _PLAIN = frozenset((int, float, bool, type(None)))  # types that no secret has
-_WALK_MAX = 5 * JSON_ITEMS_MAX  # 6 a value and 1 a character
+_WALK_MAX = 5 * JSON_ITEMS_MAX  # a value costs 6, a character 1
 _RANDOM = re.compile(r"(?=[^0-9]*[0-9])(?=[^a-zA-Z]*[a-zA-Z])(?!\w*://)\S{16,}")
 # Not time_to_first_token_p99 and meta-llama/Llama-3.1-8B
 _KEYLIKE = re.compile(r"(?=\S*?(?<![a-zA-Z0-9])(?=[a-zA-Z]*[0-9])(?=[0-9]*[a-zA-Z])[a-zA-Z0-9]{8})" + _RANDOM.pattern)
@@ -332,8 +332,8 @@ def _hide_flag(match: re.Match[str]) -> str:
 
 
 class Secrets:
-    """What is known to be secret.  Only what looks random is remembered, and redacted where it stands without its key:
-    else `{"auth": "metrics"}` would blind us."""
+    """The known secrets.  Only what looks random is remembered, and redacted where it stands without its key: else
+    `{"auth": "metrics"}` would redact every "metrics"."""
 
     def __init__(self, known: Iterable[str] = ()) -> None:
         self._for_ever = frozenset(filter(_RANDOM.fullmatch, (one.rpartition(" ")[2] for one in known)))
@@ -342,7 +342,7 @@ class Secrets:
         self.forget_run()
 
     def forget_run(self) -> None:
-        """Forget what was met, but in the last value: its message may have begun the next run."""
+        """Forget the run's secrets but those of the last value: its message may have begun the next run."""
         self._of_run: list[str] = []
         self._remember(self._met)
 
@@ -368,7 +368,7 @@ class Secrets:
         """Return a payload that says `value`, and the value, redacted or the very same objects."""
         redacted = self.redact(value)
         written = json_bytes(redacted)
-        # Of a key that stands twice, only the payload has the first value; an escape may be a colon.
+        # Only the payload has the first value of a duplicate key: compare colons, which may be escaped.
         is_same = redacted is value and payload.count(b":") == written.count(b":") and b"\\u003" not in payload
         return payload if is_same else written, redacted
 
@@ -735,7 +735,7 @@ class RequestParser:
     def __init__(self, memo: dict[bytes, Request] | None = None) -> None:
         self._memo = {} if memo is None else memo
         self._ended = False
-        self.is_head = False  # not even a fault gets a body
+        self.is_head = False  # a HEAD request: even a fault gets no body
         self._buffer = bytearray()  # unread; the head at hand stands at its front
         self._line: Request | None = None  # its first line
 
@@ -836,7 +836,7 @@ def subprotocols(request: Request) -> list[str]:
 
 def upgrade_response(request: Request) -> bytes:
     """Return the 101 to an opening handshake (RFC 6455 4.2); raise HTTPError 400 or 426.  Pages offer `aiperf` beside
-    the one with the token: a browser that gets none fails the connection (4.1)."""
+    the subprotocol with the token: a browser that gets neither back fails the connection (4.1)."""
     if not request.wants_upgrade:
         hint = "a WebSocket is spoken here: websocat ws://HOST:PORT/ws; for curl there is curl -N .../api/stream"
         raise HTTPError(426, hint, (("Upgrade", "websocket"), ("Connection", "Upgrade")))
@@ -852,7 +852,7 @@ def upgrade_response(request: Request) -> bytes:
 
 
 def page_cookie(token: bytes) -> str:
-    """Return what stands in for the token in a browser's cookie: useless to whoever else is sent it."""
+    """Return what a browser's cookie holds: it admits like the token, but does not reveal it."""
     return hmac.new(token, b"aiperf-api page cookie", "sha256").hexdigest()
 
 
@@ -1483,8 +1483,8 @@ STATES = ("waiting", "initializing", "configuring", "ready", "profiling", "proce
 ENDS = ("complete", "cancelled", "failed")
 
 METRICS_MESSAGE_TYPES = frozenset("realtime_metrics realtime_telemetry_metrics realtime_server_metrics".split())
-RESULT_MESSAGE_TYPES = frozenset(("process_all_results", "process_records_result"))  # of 0.12 and later; of all
-# The latest message replaces the one before, which it does not where each tells of another worker or group.
+RESULT_MESSAGE_TYPES = frozenset(("process_all_results", "process_records_result"))  # from 0.12 on; in all versions
+# Types whose latest message replaces all before: not those that tell of one worker or group each.
 STATE_MESSAGE_TYPES = METRICS_MESSAGE_TYPES | {"credit_phase_progress", "processing_stats", "worker_status_summary"}
 # Never looked through for secrets
 FIGURES_MESSAGE_TYPES = METRICS_MESSAGE_TYPES | frozenset("""all_records_received credit_phase_complete
@@ -1731,7 +1731,7 @@ class History:
         self._about: dict[str, Fields] = {}  # by tag
         self._row_ns = 0  # when the last row began
         self._series = 0  # number of columns
-        self._ranks = len(_STAT_RANKS)  # that may have columns
+        self._ranks = len(_STAT_RANKS)  # ranks below this may have columns
         self._tags_left_out = 0
         self._stats_left_out: set[str] = set()
 
@@ -1761,8 +1761,8 @@ class History:
         self._tags_left_out = max(self._tags_left_out, len(rows.keys() - self.columns.keys()))
 
     def _add_column(self, columns: dict[str, array[float]], stat: str) -> bool:
-        """Add a column if it fits, perhaps where all tags have given up their statistics of the last rank; each tag
-        has one."""
+        """Add a column if it fits; to make room all tags may give up statistics of the last ranks, but each keeps
+        one."""
         gone: list[str] = []
         while self._series >= HISTORY_SERIES_MAX and self._ranks > 1 and (not columns or _rank(stat) < self._ranks - 1):
             self._ranks -= 1
@@ -1830,7 +1830,7 @@ class History:
 
 # -- Configuration and identity
 
-# Of configurations: the first that tells a fact wins; from the third on they are of one run.
+# Of configurations: the first that tells a fact wins; those after "command" are of one run.
 _ORIGINS = ("file", "command", "artifacts", "bus", "phases")
 # Of AIPerf's run_config.json and export
 _ARTIFACT_FIELDS = frozenset("""aiperf_version artifact_dir benchmark_id cfg cli_command input_config label multi_run
@@ -1971,7 +1971,7 @@ class Benchmark:
         self._group_of: dict[str, str] = {}  # worker -> group
         self._figures: dict[str, Fields] = {"metrics": {}, "telemetry": {}, "server": {}}
         self._unread: dict[str, BusMessage] = {}  # newer messages of these that nobody has asked for
-        self._final: set[str] = set()  # those that the results gave
+        self._final: set[str] = set()  # kinds of figures that the results gave
         self._sampled_ns = dict.fromkeys((*self._figures, "phase"), -_SAMPLE_NS)  # when they last went into the history
         self._history = History()
         self._results = b""  # as JSON, rows in display units
@@ -2321,7 +2321,8 @@ class Benchmark:
         is_over = has_ended or self._fell_silent
         if message.type == "worker_startup_state":
             return is_over and value.get("startup_state") == "starting"
-        word = value.get({_STATES_TOLD: "state", "command": "command"}.get(message.type, ""))
+        field = {_STATES_TOLD: "state", "command": "command"}.get(message.type)
+        word = value.get(field) if field else None
         if word in ("initializing", "configuring", "profile_configure"):
             return is_over or self._has_gone_far()
         if word in ("ready", "profiling"):
@@ -2427,7 +2428,7 @@ class Benchmark:
         return None if not left or None in left or (is_over and any(left)) else sum(filter(None, left), 0.0)
 
     def progress(self, now_ns: int) -> Fields:
-        """Return figures of the warm-up until the profiling begins."""
+        """Return the figures of the profiling, or of the warm-up until that begins."""
         self._look_at_clock(now_ns)
         is_warmup = {phase.is_warmup for phase in self._begun} == {True}
         main = [phase for phase in self._phases.values() if phase.is_warmup == is_warmup]
@@ -2544,7 +2545,7 @@ _HANDLERS: Mapping[str, tuple[Callable[[Any, BusMessage, int], None], str, type]
         (lambda *_: None, "", object, "benchmark_complete results_exported"),  # signs, no more
     ) for message_type in types.split()
 })  # fmt: skip
-# The topics: also targeted commands, and the controller's responses alone
+# The topics: also commands to one service; of command responses only the controller's
 CORE_MESSAGE_TYPES = METRICS_MESSAGE_TYPES | frozenset(_HANDLERS)
 ALWAYS_SUBSCRIBED = CORE_MESSAGE_TYPES - {"command_response"}
 CORE_TOPICS = (b"command.", b"command_response.system_controller$",
@@ -2618,7 +2619,7 @@ def state_families(benchmark: Benchmark, now_ns: int) -> list[Family]:
 # == 10 == Bus =========================================================================================================
 #
 # A source delivers what one turn found, each message as [topic, payload], or [topic] alone where it was too large.  It
-# never holds the bus back: AIPerf's proxy queues without a limit.
+# never waits for clients: AIPerf's proxy would queue without a limit.
 
 log = logging.getLogger("aiperf_api")
 
@@ -2631,9 +2632,9 @@ BUS_IPC_NAME = "event_bus_proxy_backend.ipc"
 _IPC_PATH_BYTES_MAX = 107 if sys.platform.startswith("linux") else 103  # sun_path less its NUL
 _TCP_ENDPOINT = re.compile(r"tcp://(?:\[([0-9A-Fa-f:.]+(?:%[\w.-]+)?)\]|([^\[\]\s:/;@]+)):([0-9]{1,5}|\*)", re.ASCII)
 _CONNECT_SEC = 10.0  # for name and connection; the kernel's attempts come up to 64 s apart
-_ANEW_SEC = 1.0  # until libzmq, which connects again in a fifth of that, has given up
-_TURN_MESSAGES_LEAST = 16  # that a turn delivers if they fit in one write to a client: fewer would cost as much
-_UNREAD_BYTES_MAX = 1024 * 1024  # not read by the bus (all subscriptions have a third); reconnect
+_ANEW_SEC = 1.0  # libzmq reconnects within a fifth of that, or has given up
+_TURN_MESSAGES_LEAST = 16  # in a turn, if they fit in one write to a client: fewer would cost as much
+_UNREAD_BYTES_MAX = 1024 * 1024  # that the bus has not read (all subscriptions take a third); reconnect
 _PINGS_MAX = 3  # in a row without an answer; reconnect
 _PROVEN_SEC = 2.0  # a connection that lasted so long is news when it is lost
 _BUS_GONE = "the bus at {} is gone; trying until it is back"
@@ -3262,7 +3263,7 @@ class Message(NamedTuple):
     type: str
     payload: bytes  # JSON on one line
     is_state: bool  # the next of its type makes it obsolete
-    is_shown: bool = True  # else the payload is as the bus brought it: nobody wanted it
+    is_shown: bool = True  # as clients get it; else as the bus brought it: nobody wanted it
 
 
 class Unsent:
@@ -3353,8 +3354,8 @@ class Subscriber:
         self.fault = ""  # why it was evicted
         self.sent = self.skipped = 0  # messages
         self._untold = collections.Counter[str]()  # type -> dropped since the last notice
-        # The frames of each write, by the first.  Of a slow client each frame is one write, state by its type: the next
-        # replaces it.
+        # The frames of each write, by the first.  Of a slow client each frame is one write; a state message is kept by
+        # its type: the next replaces it.
         self.backlog = collections.OrderedDict[object, list[Frame]]()
         self.backlog_bytes = 0
         self.slow = False  # from the soft mark until it has caught up
@@ -3848,7 +3849,7 @@ _FORMATS = MappingProxyType({CONTENT_TYPE_TEXT_0_0_4: render_text, CONTENT_TYPE_
 STOP_TIMEOUT_SEC = 2  # in all, from the signal to the exit
 _ACCEPT_MAX = 32  # connections accepted in one turn of the loop; asyncio 100
 _FILES_SPARE = 32  # descriptors for everything but connections
-# Of all other routes those who ask within a second share an answer, as long as nothing changes.
+# Made for each request; answers of other routes are shared for a second, as long as nothing changes.
 _UNSHARED = frozenset("stream websocket static readyz status progress".split())
 _SHARED_MAX, _SHARED_BYTES_MAX = 16, 8 * 1024 * 1024
 
@@ -3917,10 +3918,10 @@ class APIService:
         self.requests = collections.Counter[tuple[str, int]]()  # (route, status) -> answers
         self._servers: list[asyncio.AbstractServer] = []
         self._unix_inode = 0
-        self._sweep_timer: asyncio.TimerHandle  # from start() on
+        self._sweep_timer: asyncio.TimerHandle | None = None
         self._recorder = Recorder(self.settings.record) if self.settings.record else None
         self._complaints: set[str] = set()  # of the event loop
-        self._complete: asyncio.Event  # the same: set while the last run has ended
+        self._complete: asyncio.Event  # from start() on; set while the last run has ended
         # What the connections share
         self.memo: dict[bytes, Request] = {}
         self.date = b""
@@ -3940,7 +3941,8 @@ class APIService:
         self._artifacts: set[tuple[str, str]] = set()  # (folder, file) that have been read
         self._ended_sweeps = 0  # since the end of the run
         self._gone_sec = 0.0  # since the bus was there
-        self._answers: dict[tuple[Any, ...], Response] = {}  # but those of _UNSHARED; outdated ones, too
+        self._answers: dict[tuple[Any, ...], Response] = {}  # but those of _UNSHARED
+        self._answers_version = (0, 0, 0)
         if config is None and self.source.kind == "demo" and "demo.config.json" in self.static:
             config = json_load(self.static["demo.config.json"].payload(False))
         if config is not None:
@@ -3988,7 +3990,7 @@ class APIService:
             self.url, self._cookie_name = f"http{'s' * bool(settings.tls_cert)}://{host}:{port}", f"aiperf_api_{port}"
 
     async def _listen_unix(self, path: str, more: dict[str, Any]) -> None:
-        """Listen with mode 0600; asyncio replaces a socket that is there, so one with a live server is left to that."""
+        """Listen with mode 0600; asyncio would replace a socket that is there, even under a live server."""
         before = os.umask(0o177)  # no moment in which others could connect
         try:
             with contextlib.suppress(ConnectionRefusedError, FileNotFoundError), socket.socket(socket.AF_UNIX) as probe:
@@ -4012,10 +4014,12 @@ class APIService:
             def do_handshake(self) -> None:  # called again when there are more bytes
                 if self not in handshakes and len(service.connections) + len(handshakes) >= service.connections_max:
                     raise ssl.SSLError("too many connections")
-                handshakes.add(self)
+                handshakes.discard(self)
                 try:
                     super().do_handshake()
-                    handshakes.discard(self)
+                except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+                    handshakes.add(self)
+                    raise
                 except ssl.SSLError as error:
                     if error.reason == "HTTP_REQUEST":  # which asyncio keeps to itself
                         text = "a client speaks plain HTTP to this port, which speaks TLS: use https:// and wss://"
@@ -4074,7 +4078,8 @@ class APIService:
         for connection in list(self.connections):
             connection.transport.abort()
         await asyncio.sleep(0)  # lets connection_lost run
-        self._sweep_timer.cancel()
+        if self._sweep_timer:
+            self._sweep_timer.cancel()
         self._record(Recorder.close)
         self._recorder = None
         if self.benchmark.end and self._ended_sweeps < 2:
@@ -4093,7 +4098,7 @@ class APIService:
                 return str(self.status()["state"])
 
     def _judge_complete(self, passed_sec: float) -> None:
-        """Set `_complete` at the end of the last run: in a sweep the next bus comes within 43 s, so 60 mean the end."""
+        """Set `_complete` at the end of the last run: within an AIPerf sweep the next bus comes in 43 s at most."""
         source, benchmark = self.source, self.benchmark
         self._gone_sec = 0.0 if source.connected else self._gone_sec + passed_sec
         is_told = (benchmark.artifact_dir(), "run_config.json") in self._artifacts
@@ -4250,7 +4255,7 @@ class APIService:
         self._broadcast()
 
     def _on_wanted(self, message_type: str, wanted: bool) -> None:
-        """Subscribe upstream for clients; it ends with the next sweep: who toggles one costs the bus nothing."""
+        """Subscribe upstream for clients; unsubscribe only in _sweep(): toggling a type costs the bus nothing."""
         if self.settings.record or message_type in ALWAYS_SUBSCRIBED:
             return  # it is subscribed to for good, also when a full disk has ended the recording
         for prefix in (b"",) if message_type == "*" else (f"{message_type}$".encode(), f"{message_type}.".encode()):
@@ -4322,9 +4327,11 @@ class APIService:
         if route.name in _UNSHARED:
             return make()
         asked = request.target if route.name == "history" else rest  # others have no arguments
-        kind = request.wants_pretty, accepts(request.headers.get("accept"), tuple(_FORMATS))
-        key = route.name, asked, kind, self.benchmark.version, self.hub.changes, int(time.monotonic())
-        answers = self._answers
+        key = route.name, asked, request.wants_pretty, accepts(request.headers.get("accept"), tuple(_FORMATS))
+        version, answers = (self.benchmark.version, self.hub.changes, int(time.monotonic())), self._answers
+        if version != self._answers_version:
+            answers.clear()
+            self._answers_version = version
         if key not in answers:
             size = sum(len(answer.body or b"") for answer in answers.values())
             if len(answers) >= _SHARED_MAX or size > _SHARED_BYTES_MAX:
@@ -4350,7 +4357,7 @@ class APIService:
         return tuple(headers)
 
     def add_client(self, connection: Connection, kind: str) -> Subscriber:
-        """Put a connection into the hub, or refuse it while it speaks HTTP: who is dropped later comes back at once."""
+        """Put a connection into the hub, or refuse it before it switches: who is dropped later comes back at once."""
         if len(self.hub.subscribers) >= self.settings.ws_max_connections:
             raise _busy("all streaming connections are in use")
         client = Subscriber(connection.outlet, kind, connection.address, ENCODERS[kind], time.time_ns())
@@ -4820,7 +4827,7 @@ def parse_arguments(argv: Sequence[str], environ: Mapping[str, str], ipc_dir: st
             if os.path.exists(path) and os.path.exists(given[read]) and os.path.samefile(path, given[read]):
                 raise UsageError(f"{option} {printable(path)}: that is the file that {read} reads")
     told, learnt = read_flags(command), Secrets()
-    learnt.redact([told, dict(environ)])  # of more than it remembers, the first count
+    learnt.redact([told, dict(environ)])  # learns them; past SECRETS_MAX the first count
     settings = Settings(
         host=(given["--api-host"] or "127.0.0.1").strip("[]"), port=port and int(port), unix_path=given["--api-unix"],
         token=given["--api-token"], allow_hosts=given["--allow-host"], cors_origins=given["--cors-origin"],
@@ -4963,6 +4970,7 @@ class Child:
                 self._send(number)
             self._on_child_signal()  # a Ctrl-Z, too
         except (OSError, ValueError, subprocess.SubprocessError) as error:
+            self._give_terminal()
             code = 127 if isinstance(error, FileNotFoundError) else 126
             raise ExitError(f"{printable(argv[0])}: {getattr(error, 'strerror', None) or error}", code) from None
         code = await self._process.wait()
