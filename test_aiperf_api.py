@@ -3906,9 +3906,12 @@ class TestMistakesOfOthersInWebSockets(EchoTestCase):  # that need a connection;
         tracemalloc.start()
         self.addCleanup(tracemalloc.stop)
         await round_of(60)
-        before = tracemalloc.get_traced_memory()[0]
-        await round_of(600)
-        self.assertLess(tracemalloc.get_traced_memory()[0] - before, 30_000, "more than 50 bytes a connection")
+        growth = []
+        for _ in range(5):  # caches fill up; what leaks shows in each of them
+            before = tracemalloc.get_traced_memory()[0]
+            await round_of(200)
+            growth.append(tracemalloc.get_traced_memory()[0] - before)
+        self.assertLess(min(growth), 10_000, f"more than 50 bytes a connection: {growth}")
         self.assertEqual((asyncio.all_tasks(), len(selector.get_map())), (tasks, watched))
 
     async def test_a_close_is_answered_by_a_close_also_while_bytes_are_on_their_way(self) -> None:
