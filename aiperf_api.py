@@ -188,6 +188,10 @@ class HTTPError(Exception):
         self.status, self.message, self.headers = status, message, headers
 
 
+def busy(reason: str) -> HTTPError:
+    return HTTPError(503, reason, (("Retry-After", "5"),))
+
+
 class WebSocketError(Exception):
     """A violation of RFC 6455: its arguments are the code (7.4.1) and reason of a Close."""
 
@@ -569,7 +573,8 @@ def _read_head(
     """Return fin, opcode, length and mask of a frame behind `size` bytes of a message (RFC 6455 5.2)."""
     [first] = yield from read(1)
     fin, opcode = first >= 0x80, first & 0x0F
-    _require(not first & 0x70 and not 2 < opcode < 8 and opcode <= OP_PONG, "reserved bits or opcode")
+    is_reserved = first & 0x70 or OP_BINARY < opcode < OP_CLOSE or opcode > OP_PONG
+    _require(not is_reserved, "reserved bits or opcode")
     _require(fin or opcode < 8, "fragmented control frame")  # 5.5
     _require(opcode >= 8 or (opcode == 0) == (kind > 0), "message or continuation out of order")  # 5.4
     _require(opcode > 0 or fragments < max_message // WS_FRAGMENT_BYTES_MEAN, "too fragmented", CLOSE_POLICY_VIOLATION)
@@ -1006,8 +1011,10 @@ def with_preconditions(request: Request, response: Response) -> Response:
         return response
     if request.headers.get("if-match", "*") != "*":  # 13.1.1: by strong comparison, which our weak tags never pass
         return error_response(HTTPError(412, "If-Match names no version that is here"), request.wants_pretty)
+    if_none_match = request.headers.get("if-none-match")
+    if not if_none_match:
+        return response
     tag = dict(response.headers).get("ETag", "").removeprefix("W/")  # 13.1.2: by weak comparison
-    if_none_match = request.headers.get("if-none-match", "")
     if if_none_match != "*" and tag not in _ENTITY_TAG.findall(if_none_match):
         return response
     kept = [pair for pair in response.headers if pair[0] in ("Cache-Control", "ETag")]
@@ -3693,7 +3700,7 @@ class Connection(asyncio.Protocol):
         body = b"" if request.method == "HEAD" else response.payload(gzip)
         is_large, unsent = len(body) > 2 * CLIENT_WRITE_BYTES_MAX, self.app.unsent
         if is_large and unsent.total > HTTP_UNSENT_BYTES_MAX and id(body) not in unsent.frames:
-            raise HTTPError(503, "too many large answers wait for slow readers", (("Retry-After", "5"),))
+            raise busy("too many large answers wait for slow readers")
         close = not request.keep_alive or response.body is None
         head_only, extra = is_large or request.method == "HEAD", self.app.headers_for(request)
         self.outlet.write(response.encode(date=self.app.date, head_only=head_only, close=close, gzip=gzip, extra=extra))
@@ -4270,7 +4277,7 @@ class APIService:
         over = len(self.connections) - self.connections_max
         if over > 2 * _ACCEPT_MAX:
             connection.outlet.abort()
-        return error_response(_busy("too many connections")) if over > 0 else None
+        return error_response(busy("too many connections")) if over > 0 else None
 
     def closed(self, connection: Connection) -> None:
         self.connections.discard(connection)
@@ -4359,7 +4366,7 @@ class APIService:
     def add_client(self, connection: Connection, kind: str) -> Subscriber:
         """Put a connection into the hub, or refuse it before it switches: who is dropped later comes back at once."""
         if len(self.hub.subscribers) >= self.settings.ws_max_connections:
-            raise _busy("all streaming connections are in use")
+            raise busy("all streaming connections are in use")
         client = Subscriber(connection.outlet, kind, connection.address, ENCODERS[kind], time.time_ns())
         connection.subscriber = client
         self.hub.add(client)
@@ -4482,10 +4489,6 @@ _REPORT_TAGS = frozenset("""request_latency time_to_first_token inter_token_late
 _REPORT_STATS = tuple("count sum avg std p50 p90 p99 sent completed errors cancelled in_flight".split())
 
 
-def _busy(reason: str) -> HTTPError:
-    return HTTPError(503, reason, (("Retry-After", "5"),))
-
-
 def _are_types(names: Any) -> bool:
     is_list = isinstance(names, list) and bool(names)
     return is_list and all(isinstance(name, str) and _CLIENT_MESSAGE_TYPE.fullmatch(name) for name in names)
@@ -4599,7 +4602,7 @@ def _get_stream(service: APIService, request: Request, _: str, connection: Conne
         return head
     notices = {"subscribed": types if media == SSE else [], "unknown": [t for t in types if t not in _KNOWN_TYPES]}
     if not service.hub.has_room({*notices["unknown"]}):
-        raise _busy(_TOO_MANY_TYPES)
+        raise busy(_TOO_MANY_TYPES)
     client = service.add_client(connection, "sse" if media == SSE else "ndjson")
     connection.open_stream(head.encode(date=service.date, extra=service.headers_for(request)))
     service.subscribe(client, {*types})
