@@ -49,7 +49,6 @@ from urllib.parse import urlsplit
 from bench_clients import GIVE_UP_SEC, PACE_SEC, QUIET_SEC, BenchError, HTTPClients, WebSocketClients, get
 
 ROOT = Path(__file__).resolve().parent.parent
-AT_REST_SEC = 1.5  # after its first answer a server is at rest
 SMALL_BYTES = 862  # a credit_phase_progress
 LARGE_BYTES = 11_800  # a realtime_metrics
 MIB = 1 << 20
@@ -62,13 +61,14 @@ EFFORT = {
     "burst_small": ({1: 4000, 100: 1000, 1000: 300}, {1: 500, 100: 200, 1000: 100}),  # clients: messages of 862 B
     "burst_large": ({1: 2000, 100: 300, 1000: 60}, {100: 60}),  # clients: messages of 11.8 KB
     "paced_clients": ((1, 100, 1000), (100,)),  # at 20 messages a second
-    "paced_sec": (4.0, 1.0),
-    "http_connections": ((1, 16, 256), (1, 16)),
-    "http_sec": (2.5, 1.2),  # of each closed loop of requests
+    "paced_sec": (4.0, 0.6),
+    "http_connections": ((1, 16, 256), (16,)),
+    "http_sec": (2.5, 0.6),  # of each closed loop of requests
     "ingest": (50_000, 10_000),  # messages
     "recordings": (40, 3),  # times that the whole recording is played for "the mix"
     "answers": (50, 10),  # renderings of /metrics after a change, and of the history
     "starts": (7, 1),  # of every server
+    "at_rest_sec": (1.5, 0.5),  # from its first answer until it is at rest
     "idle_clients": (1000, 200),  # idle WebSocket clients whose memory is counted
     "scale_clients": ((10, 100, 1000), (10, 100)),
     "scale_sizes": ((1_500, 3_000, 6_000, 12_000, 24_000, 48_000), (2_000, 12_000)),  # of a message, in bytes
@@ -622,7 +622,7 @@ def start(bench: Bench) -> None:
                 for server, _ in up.values():
                     get(server, "/metrics" if contender is PROMETHEUS else "/api/status")
                     sample = {"p50": time.monotonic() - server.started, "cpu": server.cpu()}
-                    time.sleep(AT_REST_SEC)
+                    time.sleep(bench.effort["at_rest_sec"])
                     if index >= 0:
                         bench.row(section, work, contender).samples.append({**sample, "memory": server.memory()})
     for contender, limit_ms, limit_mib in ((WE, 110, 38), (WE_CACHED, 75, 29), (WE_BUILTIN, 0, 26)):

@@ -105,6 +105,8 @@ class Server(Measured):
 
 def probe(pid: int, port: int) -> None:
     """Ask for /health until stdin ends, then print the most CPU that `pid` used before an answer, in seconds."""
+    with contextlib.suppress(PermissionError):  # else the server works on while this process waits for a core
+        os.setpriority(os.PRIO_PROCESS, 0, -20)
     clock, worst = (~pid << 3) | 2, 0.0
     with socket.create_connection(("127.0.0.1", port), 60) as peer:
         print("connected", flush=True)
@@ -224,7 +226,7 @@ def zmtp() -> None:
             with socket.create_server(("127.0.0.1", 0)) as listener:
                 address = f"tcp://127.0.0.1:{listener.getsockname()[1]}"
                 with served(f"ZMTP: {name}", "--zmq-address", address, builtin=builtin):
-                    end = time.monotonic() + 4
+                    end = time.monotonic() + 2
                     while (left := end - time.monotonic()) > 0:
                         listener.settimeout(left)
                         with contextlib.suppress(OSError), listener.accept()[0] as peer:

@@ -96,9 +96,9 @@ class TestExposition(unittest.TestCase):
 
     def test_both_parsers_accept_both_formats_all_through_every_recording(self) -> None:
         for recording in RECORDINGS:
-            options = ("--replay", str(recording), "--replay-speed", f"{length_sec(recording) / 3:.2f}")
+            options = ("--replay", str(recording), "--replay-speed", f"{length_sec(recording):.2f}")
             with self.subTest(recording.name), serving(*options) as url:
-                self.assertGreater(self._parse_until_the_end(url), 3)
+                self.assertGreater(self._parse_until_the_end(url), 1)
 
     def _parse_until_the_end(self, url: str) -> int:
         """Parse again and again, the end included; returns how often."""
