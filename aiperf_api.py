@@ -1154,16 +1154,17 @@ def text_or(value: Any, default: str) -> str:
 
 def is_name(text: str) -> bool:
     """Tell whether a name is short enough, as UTF-8 and in memory (1 to 4 bytes a character)."""
-    is_short = len(text) <= NAME_BYTES_MAX // 4 or sys.getsizeof(text) <= NAME_BYTES_MAX + 80
-    return is_short and len(text.encode("utf-8", "replace")) <= NAME_BYTES_MAX
+    if len(text) <= NAME_BYTES_MAX // 4:
+        return True
+    return sys.getsizeof(text) <= NAME_BYTES_MAX + 80 and len(text.encode("utf-8", "replace")) <= NAME_BYTES_MAX
 
 
 @functools.lru_cache(maxsize=ROWS_MAX)  # a run has some hundred shapes, and a burst 100,000 rows a second
 def _row_plan(names: tuple[str, ...], *types: type) -> tuple[list[str], list[str], list[str], float, str] | None:
-    """Return how rows with this tag, unit and fields are shown: fields to remove, fields of text, statistics to
-    multiply, by what, and their unit then; None where they are hidden."""
+    """Return how rows with this tag, unit and fields are shown: fields to remove, further fields of text, statistics
+    to multiply, by what, and their unit then; None where they are hidden or unfit."""
     tag, unit, *fields = names
-    if not tag or tag in _HIDDEN_TAGS:
+    if not tag or tag in _HIDDEN_TAGS or not is_name(tag) or not is_name(unit):
         return None
     kept = {}  # no null, nothing nested, and a number where one belongs
     for field, kind in zip(fields, types):
@@ -1172,7 +1173,7 @@ def _row_plan(names: tuple[str, ...], *types: type) -> tuple[list[str], list[str
             kept[field] = kind
     factor, shown = _CONVERSIONS.get((tag, unit), (1.0, ""))
     scaled = [field for field in kept if shown and field in STATISTICS]
-    texts = [field for field, kind in kept.items() if kind is str]
+    texts = [field for field, kind in kept.items() if kind is str and field not in ("tag", "unit")]
     return [field for field in fields if field not in kept], texts, scaled, factor, shown
 
 
@@ -3199,14 +3200,6 @@ def open_output(path: str, option: str, buffering: int = -1) -> IO[bytes]:
         raise UsageError(f"{option} {printable(path)}: {error.strerror}") from None
 
 
-def write_file(path: str, data: bytes) -> None:
-    try:
-        with open_output(path, "output") as file:
-            file.write(data)
-    except UsageError as error:
-        raise OSError(str(error)) from None
-
-
 class Recorder:
     """Writes a new recording; a flush appends whole lines (`.gz`: a whole gzip member), or nothing: OSError."""
 
@@ -4474,8 +4467,10 @@ class APIService:
     def _write_report(self) -> None:
         try:
             if self.settings.report:
-                write_file(self.settings.report, _get_report(self).payload(False))
-        except (OSError, HTTPError) as error:  # HTTPError: without static/
+                report = _get_report(self).payload(False)
+                with open_output(self.settings.report, "--report") as file:
+                    file.write(report)
+        except (OSError, UsageError, HTTPError) as error:  # HTTPError: without static/
             log.error("the report is not written: %s", error)
 
 
