@@ -67,6 +67,7 @@ function frameCosts(trace) {
 
 async function open({
   name, url, width = 1440, height = 900, theme = "light", block = [], forced = false, touch = false,
+  slow = 0,
 }) {
   const context = await browser.newContext({
     viewport: { width, height }, colorScheme: theme, forcedColors: forced ? "active" : "none", acceptDownloads: true,
@@ -89,6 +90,12 @@ async function open({
     if (new URL(socket.url()).host !== host) faults.push(`foreign: ${socket.url()}`);
   });
   for (const pattern of block) await page.route(pattern, (route) => route.abort());
+  if (slow) {
+    await page.routeWebSocket("**", async (socket) => {
+      await page.waitForTimeout(slow);
+      socket.connectToServer();
+    });
+  }
   const devtools = await context.newCDPSession(page);
   await devtools.send("Network.enable");
   devtools.on("Network.loadingFinished", ({ encodedDataLength }) => {

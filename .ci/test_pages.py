@@ -854,6 +854,16 @@ class TestComfort(PagesTestCase):
             self.assertLess(longest, TASK_MS_MAX)
             self.assertLess(page.evaluate("watched.shift"), SHIFT_MAX, page.evaluate("watched.shifts"))
 
+    def asked_twice(self, page: Page) -> set[str]:
+        asked = page.evaluate("performance.getEntriesByType('resource').map(({name}) => name)")
+        return {name for name in asked if "/api/" in name and asked.count(name) > 1}
+
+    def test_where_the_socket_is_slow_nothing_is_fetched_twice(self) -> None:
+        page = self.open(self.serve_ended().url + "dashboard", slow=900)
+        page.wait_text("#state-name", "Complete")
+        page.wait("aiperf.live.page.line.open && document.querySelector('#charts canvas')")
+        self.assertEqual(self.asked_twice(page), set())
+
     def test_an_hour_is_there_at_once(self) -> None:
         with tempfile.TemporaryDirectory() as folder:
             recording = Path(folder) / "hour.jsonl.gz"
@@ -867,9 +877,7 @@ class TestComfort(PagesTestCase):
             print(f"\nan hour: {page.call('wire')} bytes, longest task {max(tasks, default=0):.0f} ms")
             self.assertLess(page.call("wire"), HOUR_WIRE_BYTES_MAX)
             page.shot("hour")
-            asked = page.evaluate("performance.getEntriesByType('resource').map(({name}) => name)")
-            twice = {name for name in asked if "/api/" in name and asked.count(name) > 1}
-            self.assertEqual(twice, set(), "nothing is fetched twice")
+            self.assertEqual(self.asked_twice(page), set())
             with urllib.request.urlopen(server.url + "report.html", timeout=10) as answer:
                 self.assertLess(len(answer.read()), REPORT_BYTES_MAX)
 

@@ -13,7 +13,7 @@ import { view } from "./view.js";
 
 const GATHER_EVERY_MS = 1000;
 const SOON_MS = 60;
-const SOCKET_MS = 400; // to wait for it at the start
+const SOCKET_MS = 1500; // to wait for it at the start, unless it fails: a slow line needs four round trips
 const STATUS_EVERY_MS = 5000;
 const POLL_EVERY_MS = 2000; // without a WebSocket
 const POINTS = 720; // of what went before the page came: every fifth second of an hour
@@ -136,6 +136,7 @@ export class Live {
       this.soon(0, true);
     } else {
       this.page.line = { open: false, polling: was.polling, retryAt, lostAt: was.lostAt || Date.now() };
+      if (!this.loaded) this.soon(0);
       if (was.open) {
         this.unstamped.push({ kind: "line", what: "lost", text: "The connection to the server was lost." });
         this.stamp();
