@@ -100,7 +100,7 @@ WS_PINGS_PER_READ_MAX = 10  # that are answered (Autobahn sends ten); of more, o
 CLIENT_TYPES_MAX = 100  # of one client; AIPerf has 70; an error reply
 CLIENT_WRITE_BYTES_MAX = 64 * 1024  # in one write (HTTP: twice that); asyncio 64 KiB
 CLIENT_SOFT_MARK_BYTES = 16 * 1024 * 1024  # behind by more: state messages are conflated, events past it dropped
-CLIENT_SOFT_MARK_SEC = 5  # behind by more, the same
+CLIENT_SOFT_MARK_SEC = 5  # behind by more, the same; for some of many clients both marks are up to half lower
 CLIENT_QUEUE_EVENTS_MAX = 1000  # that wait for such a client (ZMQ_SNDHWM 1000); it is told what was dropped
 CLIENT_HARD_MARK_BYTES = 2 * CLIENT_SOFT_MARK_BYTES  # behind by more: evicted
 CLIENT_STALL_SEC = 30  # bytes wait and none leaves; nginx 60; evicted
@@ -3347,7 +3347,7 @@ class Subscriber:
         self.outlet, self.address, self.encode, self.connected_ns = outlet, address, encode, connected_ns
         self.kind = kind  # websocket | sse | ndjson
         self.unsent = Unsent()  # the hub's
-        self.share = 1.0  # of the soft mark: hundreds that stall together must not be conflated in one turn
+        self.share = 1.0  # of the soft marks: hundreds that stall together must not be conflated in one turn
         self.asked: set[str] = set()  # message types as it named them
         self.types: frozenset[str] | None = frozenset()  # None: everything
         self.closed = False  # it gets nothing more
@@ -3384,7 +3384,7 @@ class Subscriber:
             self.backlog_bytes += size
             oldest_sec = next(iter(self.backlog.values()))[0].received_sec
             mark = CLIENT_SOFT_MARK_BYTES if self.outlet.still else CLIENT_HARD_MARK_BYTES  # readers get a burst whole
-            if self.backlog_bytes <= mark * self.share and now_sec - oldest_sec <= CLIENT_SOFT_MARK_SEC:
+            if self.backlog_bytes <= mark * self.share and now_sec - oldest_sec <= CLIENT_SOFT_MARK_SEC * self.share:
                 return  # else it is slow, and that goes for what waits already
             frames = [*itertools.chain(*self.backlog.values())]
             self.backlog.clear()
@@ -3495,6 +3495,7 @@ class Hub:
             if len(self.retained) < BUS_TYPES_MAX and size <= RETAINED_BYTES_MAX:
                 self.retained[message.type] = message
         encoded: dict[tuple[Encoder, int], Frame] = {}  # once for all clients, however they group
+        alone: dict[Frame, list[Frame]] = {}  # the same: the garbage collector walks each list that waits
         for (encode, types), group in self._groups.items():
             chunks, room = list[list[Frame]](), 0  # a frame over CLIENT_WRITE_BYTES_MAX is one by itself
             for at, message in enumerate(messages):
@@ -3508,15 +3509,18 @@ class Hub:
                         room = CLIENT_WRITE_BYTES_MAX
                     chunks[-1].append(frame)
                     room -= len(frame.data)
-            for frames in chunks:
+            for chunk in chunks:
+                frames = alone.setdefault(chunk[0], chunk) if len(chunk) == 1 else chunk
                 data = b"".join([frame.data for frame in frames])  # of a single one no copy
                 for subscriber in group:  # who must wait has the frames, which groups share
                     subscriber.send(frames, data, now_sec)
 
     def _relieve(self) -> None:
-        """Past HUB_BYTES_MAX, evict those whose bytes have stood still longest, then who is furthest behind."""
+        """Past HUB_BYTES_MAX, evict those whose bytes have stood still longest, then who is furthest behind; a few, as
+        hundreds would hold the loop."""
         if self.unsent.total > HUB_BYTES_MAX:
-            for subscriber in sorted(self.subscribers, key=lambda s: (-s.outlet.still, -s.outstanding)):
+            there = [one for one in self.subscribers if not one.closed]
+            for subscriber in heapq.nlargest(32, there, key=lambda one: (one.outlet.still, one.outstanding)):
                 if self.unsent.total > HUB_BYTES_MAX:
                     subscriber.evict(f"{self.unsent.total} bytes waited for all, {subscriber.outstanding} for it")
 
