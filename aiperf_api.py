@@ -100,7 +100,7 @@ WS_PINGS_PER_READ_MAX = 10  # that are answered (Autobahn sends ten); of more, o
 CLIENT_TYPES_MAX = 100  # of one client; AIPerf has 70; an error reply
 CLIENT_WRITE_BYTES_MAX = 64 * 1024  # in one write (HTTP: twice that); asyncio 64 KiB
 CLIENT_SOFT_MARK_BYTES = 16 * 1024 * 1024  # behind by more: state messages are conflated, events past it dropped
-CLIENT_SOFT_MARK_SEC = 5  # behind by more, the same; for some of many clients both marks are up to half lower
+CLIENT_SOFT_MARK_SEC = 5  # behind by more, the same
 CLIENT_QUEUE_EVENTS_MAX = 1000  # that wait for such a client (ZMQ_SNDHWM 1000); it is told what was dropped
 CLIENT_HARD_MARK_BYTES = 2 * CLIENT_SOFT_MARK_BYTES  # behind by more: evicted
 CLIENT_STALL_SEC = 30  # bytes wait and none leaves; nginx 60; evicted
@@ -306,7 +306,7 @@ _SECRET_FLAG = re.compile(  # of a command line; a header is shown by its name
 _OUR_TOKEN = re.compile(r"(?i)([?&](?:t|%74)(?:o|%6f)(?:k|%6b)(?:e|%65)(?:n|%6e)=|aiperf\.token\.|bearer +)[^\s&]+")
 
 
-@functools.lru_cache(maxsize=512)  # the same keys again and again
+@functools.lru_cache(maxsize=512)
 def key_role(key: str) -> str:
     """Return what stands under a key, whatever its spelling (api_key, apiKey, X-API-Key): "strong", every string is a
     secret; "weak", one that looks random is; "headers"; or ""."""
@@ -1271,9 +1271,9 @@ def metric_name(text: str) -> str:
     return f"_{name}" if name[:1].isdigit() else name
 
 
-@functools.lru_cache(maxsize=64)  # each row has one of ten
+@functools.lru_cache(maxsize=64)
 def unit_name(unit: str) -> str:
-    """Return a unit as the end of a name, by AIPerf's rules: `tokens/sec/user` is `tps_per_user`."""
+    """Return a unit as the end of a name, by AIPerf's rules: tokens/sec/user is tps_per_user."""
     unit = unit.replace("%", "percent").replace("/", "_per_").replace("tokens_per_sec", "tps").replace("__", "_")
     return metric_name(unit)
 
@@ -3257,6 +3257,7 @@ def resident_bytes() -> int | None:
 # or when all backlogs together hold too much, it is evicted.
 
 Encoder = Callable[["Message"], bytes]
+_EVICTED_MAX = 32  # in a turn: each takes time
 
 
 class Message(NamedTuple):
@@ -3495,7 +3496,7 @@ class Hub:
             if len(self.retained) < BUS_TYPES_MAX and size <= RETAINED_BYTES_MAX:
                 self.retained[message.type] = message
         encoded: dict[tuple[Encoder, int], Frame] = {}  # once for all clients, however they group
-        alone: dict[Frame, list[Frame]] = {}  # the same: the garbage collector walks each list that waits
+        alone: dict[Frame, list[Frame]] = {}  # the same: garbage collection walks each
         for (encode, types), group in self._groups.items():
             chunks, room = list[list[Frame]](), 0  # a frame over CLIENT_WRITE_BYTES_MAX is one by itself
             for at, message in enumerate(messages):
@@ -3516,11 +3517,10 @@ class Hub:
                     subscriber.send(frames, data, now_sec)
 
     def _relieve(self) -> None:
-        """Past HUB_BYTES_MAX, evict those whose bytes have stood still longest, then who is furthest behind; a few, as
-        hundreds would hold the loop."""
+        """Past HUB_BYTES_MAX, evict those whose bytes have stood still longest, then who is furthest behind."""
         if self.unsent.total > HUB_BYTES_MAX:
             there = [one for one in self.subscribers if not one.closed]
-            for subscriber in heapq.nlargest(32, there, key=lambda one: (one.outlet.still, one.outstanding)):
+            for subscriber in heapq.nlargest(_EVICTED_MAX, there, key=lambda one: (one.outlet.still, one.outstanding)):
                 if self.unsent.total > HUB_BYTES_MAX:
                     subscriber.evict(f"{self.unsent.total} bytes waited for all, {subscriber.outstanding} for it")
 
@@ -3627,7 +3627,6 @@ class Connection(asyncio.Protocol):
         asyncio.get_running_loop().call_soon(self._resume)
 
     def _resume(self) -> None:
-        """Go on with what waits."""
         self.outlet.write_pending()
         if self._owed_pong and self.mode == "websocket" and not self.paused:
             self.outlet.write(self._owed_pong)
@@ -3830,11 +3829,6 @@ class Connection(asyncio.Protocol):
             self.transport.close()
 
 
-def connection_factory(app: Any) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], Any]:
-    """Return the callback for asyncio.start_server; no coroutine, which would cost a task."""
-    return lambda _, writer: Connection(app, writer)
-
-
 # == 13 == Service =====================================================================================================
 #
 # The bus feeds the benchmark's state, the recording and the hub; the endpoints answer from the state.
@@ -3979,7 +3973,8 @@ class APIService:
 
     async def _listen(self) -> None:
         settings = self.settings
-        more: dict[str, Any] = {"client_connected_cb": connection_factory(self), "backlog": _ACCEPT_MAX}
+        more: dict[str, Any] = {"backlog": _ACCEPT_MAX}
+        more["client_connected_cb"] = lambda _, writer: Connection(self, writer)  # a coroutine would cost a task
         if settings.tls_cert:  # a handshake has a deadline of its own, before that of the first head
             more.update(ssl=self._tls_context(), ssl_handshake_timeout=HTTP_HEAD_TIMEOUT_SEC)
         self._limit_connections()
@@ -4522,7 +4517,7 @@ def _get_report(service: APIService, *_: Any) -> Response:
         if marker[1] is None:
             return json_bytes(run).replace(b"<", rb"\u003c")
         text = b"\n".join(service.file(name).payload(False) for name in marker[1].decode().split())
-        return re.sub(rb"(?m)^import [^\n]*\n|^export ", b"", text)  # of all scripts one
+        return re.sub(rb"(?m)^import [^\n]*\n|^export ", b"", text)
 
     page = re.sub(rb"<!-- (?:inline: ([\w./ -]+)|run) -->", part, service.file("report.html").payload(False))
     policy = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"

@@ -143,6 +143,11 @@ def numbered(topic: str, payload: str, key: str) -> Messages:
 # == Processes =========================================================================================================
 
 
+def cpu_of(pid: int) -> float:
+    """Seconds of CPU used so far by all threads of a process: its CLOCK_PROCESS_CPUTIME_ID, from outside."""
+    return time.clock_gettime((~pid << 3) | 2)
+
+
 class Measured:
     """A process, and what /proc says of it."""
 
@@ -150,8 +155,7 @@ class Measured:
     address: tuple[str, int]
 
     def cpu(self) -> float:
-        """Seconds of CPU used so far by all threads of the process: its CLOCK_PROCESS_CPUTIME_ID, from outside."""
-        return time.clock_gettime((~self.process.pid << 3) | 2)
+        return cpu_of(self.process.pid)
 
     def memory(self, name: str = "VmRSS") -> float:
         """Bytes that are resident; as VmHWM the most since `peak_from_here`."""
